@@ -1,0 +1,40 @@
+"""Is the straight line between two networks low? Points, segments, planes and barriers.
+
+Works on any ``nn.Module``, two state dicts of it and any data. Source: Frankle et al. 2020, Section 2;
+used in every chapter, explained in chapter 1.
+"""
+
+from companion.connectivity.barrier import Barrier, barrier
+from companion.connectivity.paths import (
+    DEFINITIONS,
+    Curve,
+    Plane,
+    grid,
+    plane,
+    segment,
+)
+from companion.connectivity.walk import (
+    BN_MODES,
+    Measure,
+    Score,
+    Walker,
+    classification,
+    has_batchnorm,
+)
+
+__all__ = [
+    "BN_MODES",
+    "DEFINITIONS",
+    "Barrier",
+    "Curve",
+    "Measure",
+    "Plane",
+    "Score",
+    "Walker",
+    "barrier",
+    "classification",
+    "grid",
+    "has_batchnorm",
+    "plane",
+    "segment",
+]

@@ -1,0 +1,172 @@
+"""The barrier between two networks: a segment that has passed its gates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from companion import gates
+from companion.connectivity.paths import Curve, grid, segment, splits_of
+from companion.connectivity.walk import BN_MODES, Walker, has_batchnorm
+from companion.data import Dataset, Split
+from companion.errors import one_of
+from companion.gates import Gate
+from companion.theta import Theta, distance
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Curves under each BatchNorm mode, the headline mode, and the gates they passed or failed.
+
+    Arguments:
+        curves: mode -> curve; one entry ``none`` for networks without running statistics.
+        bn: the headline mode.
+        gates: outcomes of G0, G0b, G2, G5 and of the controls that were handed in (G1, G3).
+        distance: Euclidean distance of the two networks' parameters.
+        classes: number of classes, for gate G0's default.
+    """
+
+    curves: Mapping[str, Curve]
+    bn: str
+    gates: tuple[Gate, ...]
+    distance: float
+    classes: int = 10
+
+    @property
+    def valid(self) -> bool:
+        """True if no gate failed."""
+        return all(g.passed is not False for g in self.gates)
+
+    @property
+    def curve(self) -> Curve:
+        """The curve under the headline mode."""
+        return self.curves[self.bn]
+
+    def height(
+        self,
+        split: str = "test",
+        metric: str = "error",
+        definition: str = "mean",
+        *,
+        bn: str | None = None,
+        signed: bool = False,
+    ) -> float:
+        """The barrier (points of error, or nats), or NaN if a gate failed. See :class:`Curve`."""
+        if not self.valid:
+            return math.nan
+        return self.curves[bn or self.bn].height(split, metric, definition, signed=signed)
+
+    def judged(
+        self,
+        *,
+        reference_error: float | None = None,
+        max_error: float | None = None,
+    ) -> Barrier:
+        """This barrier with gate G0 asked again under other bounds.
+
+        An experiment knows what error is normal for its recipe only after all ends are measured.
+        """
+        splits = list(self.curve.values)
+        ends = self.curve.ends("test" if "test" in splits else splits[-1])
+        first = gates.quality(ends, self.classes, reference=reference_error, max_error=max_error)
+        return replace(self, gates=(first, *self.gates[1:]))
+
+    def recorded(self, controls: Sequence[Gate]) -> Barrier:
+        """This barrier with the outcomes of controls of the whole experiment (G1, G3)."""
+        return replace(self, gates=(*self.gates, *controls))
+
+    def __str__(self) -> str:
+        failed = [str(g) for g in self.gates if g.passed is False]
+        if failed:
+            return "INVALID (" + "; ".join(failed) + ")"
+        named = "" if self.bn == "none" else f", BatchNorm {self.bn}"
+        heights = [f"{s} {self.height(s):.2f} points" for s in self.curve.values]
+        return f"barrier {', '.join(heights)}{named}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-able values; :meth:`from_json` is the inverse."""
+        return {
+            "curves": {m: c.to_json() for m, c in self.curves.items()},
+            "bn": self.bn,
+            "gates": [asdict(g) for g in self.gates],
+            "distance": self.distance,
+            "classes": self.classes,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Barrier:
+        """The inverse of :meth:`to_json`."""
+        curves = {m: Curve.from_json(c) for m, c in value["curves"].items()}
+        found = tuple(Gate(**g) for g in value["gates"])
+        return cls(curves, value["bn"], found, value["distance"], value["classes"])
+
+
+def barrier(
+    module: nn.Module,
+    a: Theta,
+    b: Theta,
+    data: Dataset | Mapping[str, Split],
+    *,
+    points: int = 31,
+    groups: Sequence[str] | None = None,
+    rest: str = "a",
+    bn: str = "interpolate",
+    bn_data: Split | None = None,
+    classes: int | None = None,
+    reference_error: float | None = None,
+    max_error: float | None = None,
+    same_noise: bool = False,
+    controls: Sequence[Gate] = (),
+) -> Barrier:
+    """The error and loss barrier between networks A and B, gates included.
+
+    Arguments:
+        module: the architecture; a, b: state dicts of it; data, points, groups, rest: as
+            :func:`segment`.
+        bn: the headline BatchNorm mode; all three are measured where the network has BatchNorm.
+        classes: number of classes, for the default of gate G0 (default: the dataset's own).
+        reference_error, max_error: percent, for gate G0 (:func:`companion.gates.quality`), on the
+            split ``test`` (or the last one).
+        same_noise: the two are a null control and may be equal.
+        controls: gates checked once for the whole experiment (G1, G3), recorded with each barrier.
+
+    Returns:
+        a :class:`Barrier`; one that fails a gate prints as INVALID and its heights are NaN.
+
+    Source: Frankle et al. 2020, Section 2 (instability); our chapter 1.
+    """
+    one_of("bn", bn, BN_MODES)
+    splits = splits_of(data)
+    classes = classes or (data.classes if isinstance(data, Dataset) else 10)
+    modes = [bn, *(m for m in BN_MODES if m != bn)] if has_batchnorm(module) else [bn]
+    curves: dict[str, Curve] = {}
+    self_gap = 0.0
+    walker = None
+    for mode in modes:
+        walker = Walker(module, splits, bn=mode, bn_data=bn_data)
+        curve = segment(module, a, b, data, points=points, groups=groups, rest=rest, walker=walker)
+        curves[curve.bn] = curve
+        if mode == bn:
+            at_a, mixed = walker.walk((a, a), [(1.0, 0.0), grid(points)[points // 3]])
+            self_gap = max(abs(mixed[s].loss - at_a[s].loss) for s in splits)
+    assert walker is not None
+    headline = bn if bn in curves else "none"
+    held_out = "test" if "test" in splits else list(splits)[-1]
+    names = walker.layout.parameters
+    found = (
+        gates.quality(
+            curves[headline].ends(held_out),
+            classes,
+            reference=reference_error,
+            max_error=max_error,
+        ),
+        gates.distinct(a, b, names, same_noise=same_noise),
+        gates.symmetry(a, b, walker.layout.floating, self_gap),
+        gates.batchnorm(headline, list(curves)),
+        *controls,
+    )
+    return Barrier(curves, headline, found, distance(a, b, names), classes)

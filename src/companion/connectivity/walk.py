@@ -1,0 +1,170 @@
+"""The one engine that walks weight space: combine networks, evaluate every point on every split.
+
+Segments, planes, layer subsets and, later, random directions are all affine combinations of a few
+anchor networks over a subset of entries; they differ only in anchors, weights and subset.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from companion.data import Split
+from companion.errors import BadParameter, one_of
+from companion.theta import Theta, affine, check, layout
+
+BN_MODES = ("interpolate", "reestimate", "batch")
+"""What BatchNorm does at a point of the path: use the running statistics interpolated like weights;
+use statistics re-estimated at that point on un-augmented training data (reset, cumulative average);
+use the statistics of each evaluation batch."""
+
+Score = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, int]]
+"""(outputs, targets) -> (summed loss in nats, number of errors, number of predictions)."""
+
+
+def classification(
+    outputs: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Cross-entropy of logits (N, K) and top-1 errors against class indices (N,)."""
+    loss = F.cross_entropy(outputs.float(), targets, reduction="none").double().sum()
+    return loss, (outputs.argmax(1) != targets).sum(), len(targets)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Mean loss (nats) and error (percent) of one network on one split."""
+
+    loss: float
+    error: float
+
+
+def has_batchnorm(module: nn.Module) -> bool:
+    """True if the network keeps running statistics, so that a BatchNorm mode has to be named."""
+    return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in module.modules())
+
+
+class Walker:
+    """Evaluates points of weight space on data that stays on the device.
+
+    Arguments:
+        module: the architecture; copied, never changed.
+        splits: name -> data, e.g. ``{"train": …, "test": …}``, on the device to compute on.
+        bn: one of :data:`BN_MODES`; ``none`` is what a network without running statistics has.
+        bn_data: what ``reestimate`` averages over; default ``splits["train"]``.
+        batch: images a forward pass. ``batch`` mode statistics are of this many images.
+        score: how outputs become loss and error; default :func:`classification`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        splits: Mapping[str, Split],
+        *,
+        bn: str = "interpolate",
+        bn_data: Split | None = None,
+        batch: int = 500,
+        score: Score = classification,
+    ):
+        one_of("bn", bn, BN_MODES)
+        if not splits or any(len(s) == 0 for s in splits.values()):
+            raise BadParameter("connectivity: there is no data to evaluate on.")
+        self.splits = dict(splits)
+        device = next(iter(self.splits.values())).x.device
+        self.module = copy.deepcopy(module).to(device).eval().requires_grad_(False)
+        self.layout = layout(self.module)
+        self.bn = bn if has_batchnorm(self.module) else "none"
+        self.bn_data = bn_data if bn_data is not None else self.splits.get("train")
+        if self.bn == "reestimate" and self.bn_data is None:
+            raise BadParameter("bn: 'reestimate' needs bn_data, or a split called train.")
+        self.batch = batch
+        self.score = score
+        self.device = device
+        self._entries = {
+            k: v for k, v in self.module.state_dict().items() if isinstance(v, torch.Tensor)
+        }
+
+    def load(self, theta: Theta) -> None:
+        """Put a (partial) state dict into the private copy of the network."""
+        for name, value in theta.items():
+            self._entries[name].copy_(value)
+
+    def _batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(split.x.split(self.batch), split.y.split(self.batch), strict=True)
+
+    def _norms(self) -> list[_BatchNorm]:
+        return [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
+
+    def _reestimate(self) -> None:
+        assert self.bn_data is not None
+        momenta = [m.momentum for m in self._norms()]
+        for m in self._norms():
+            m.reset_running_stats()
+            m.momentum = None  # PyTorch's cumulative average
+            m.train()
+        for x, _ in self._batches(self.bn_data):
+            self.module(x)
+        for m, momentum in zip(self._norms(), momenta, strict=True):
+            m.momentum = momentum
+            m.eval()
+
+    @torch.inference_mode()
+    def here(self) -> dict[str, Measure]:
+        """Loss and error of the network as loaded, on every split."""
+        if self.bn == "reestimate":
+            self._reestimate()
+        if self.bn == "batch":
+            for m in self._norms():
+                m.train()
+        out = {}
+        for name, split in self.splits.items():
+            loss = torch.zeros((), dtype=torch.float64, device=self.device)
+            wrong = torch.zeros((), dtype=torch.int64, device=self.device)
+            count = 0
+            for x, y in self._batches(split):
+                part, errors, n = self.score(self.module(x), y)
+                loss += part
+                wrong += errors
+                count += n
+            out[name] = Measure(float(loss) / count, 100 * float(wrong) / count)
+        return out
+
+    def at(self, theta: Theta) -> dict[str, Measure]:
+        """Loss and error of ``theta``, on every split."""
+        self.load(theta)
+        return self.here()
+
+    def walk(
+        self,
+        anchors: Sequence[Theta],
+        weights: Iterable[Sequence[float]],
+        *,
+        names: Sequence[str] | None = None,
+        rest: Theta | None = None,
+    ) -> list[dict[str, Measure]]:
+        """Measure ``sum_i w_i anchors[i]`` for every ``w`` of ``weights``.
+
+        Arguments:
+            anchors: state dicts, each checked against the module.
+            weights: rows of ``len(anchors)`` numbers that sum to one.
+            names: entries that move (default: all floating-point entries of the layout).
+            rest: where the other entries stay (default: at the first anchor).
+
+        Raises:
+            BadParameter: an anchor that is no finite point of this network's weight space.
+        """
+        for number, theta in enumerate(anchors):
+            check(self.module, theta, "ABCDEFGH"[number])
+        on_device = [{k: v.to(self.device) for k, v in t.items()} for t in anchors]
+        moving = tuple(names) if names is not None else self.layout.floating
+        self.load(rest if rest is not None else on_device[0])
+        out = []
+        for row in weights:
+            self.load(affine(on_device, row, moving))
+            out.append(self.here())
+        return out

@@ -1,0 +1,48 @@
+"""Messages for the person who typed the command: what is wrong, where, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompanionError(Exception):
+    """Base of every error this package raises on purpose. ``str(error)`` is the whole message."""
+
+
+class BadParameter(CompanionError, ValueError):
+    """A parameter is unknown, of the wrong type, out of range, or clashes with another one."""
+
+
+class MissingData(CompanionError, FileNotFoundError):
+    """A dataset is not under the data root. The message names it, the folder and the command."""
+
+
+class CorruptData(CompanionError):
+    """A data file is there but is not what it should be (truncated, wrong checksum, wrong layout)."""
+
+
+class DeviceUnavailable(CompanionError):
+    """The requested device does not exist on this machine."""
+
+
+class Diverged(CompanionError):
+    """A training run produced a loss that is not finite. Nothing of the broken state is stored."""
+
+
+class CorruptEntry(CompanionError):
+    """An entry of the run store does not match its checksums."""
+
+
+class StoreUnwritable(CompanionError, OSError):
+    """The run store cannot be written: the disk is full, or the folder is read-only."""
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``allowed``; else raise :class:`BadParameter` with a hint."""
+    choices = list(allowed)
+    if value in choices:
+        return value
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise BadParameter(f"{name}: {value!r} is not known.{hint} Allowed: {', '.join(choices)}.")

@@ -1,0 +1,283 @@
+"""Instability analysis: from which step on do two copies that see different SGD noise stay connected?
+
+Algorithm 1 of Frankle et al. 2020: train W_0 to W_k; train copies of W_k to the end under different
+SGD noise; measure the barrier between the copies. k is the fork step, T the last one. ::
+
+    recipe = Recipe(net="mlp:widths=100x5", data="digits", steps=2000, batch=60, lr=0.08, ...)
+    found = analyse(recipe, ks=[0, 50, 200])
+    found.interval(0), found.verdict(0), found.onset()
+
+Explained in our chapter 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from companion.errors import BadParameter, one_of
+from companion.gates import Gate
+from companion.pairs import Evaluation, Pair, PairResult, check_noise, check_null, measure
+from companion.runs import Store
+from companion.stats import Interval, clustered
+from companion.training import Fork, Recipe, Run
+
+NOISE = ("both", "order", "augment")
+"""Which sources of SGD noise differ between copies: data order, augmentation, or both."""
+
+THRESHOLD = 2.0
+"""Points of error below which the paper calls a network stable (its Section 3)."""
+
+
+def trunk(recipe: Recipe, init: int) -> Run:
+    """The run that trains W_0 to W_k; ``init`` labels W_0 and the trunk's own noise."""
+    return Run(recipe, init=init, order=f"{init}/trunk", augment=f"{init}/trunk")
+
+
+def copy(
+    recipe: Recipe,
+    init: int,
+    k: int,
+    number: int,
+    *,
+    noise: str = "both",
+    optimizer: Literal["reset", "restore"] = "reset",
+    schedule: Literal["continue", "restart"] = "continue",
+) -> Run:
+    """Copy ``number`` of W_k. Copies of the same init and number see the same noise at every k."""
+    one_of("noise", noise, NOISE)
+    own, shared = f"{init}/{number}", f"{init}/shared"
+    return Run(
+        recipe,
+        init=init,
+        order=own if noise in ("both", "order") else shared,
+        augment=own if noise in ("both", "augment") else shared,
+        fork=Fork(trunk(recipe, init), k, optimizer, schedule),
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pair of copies: its init, its k, the copies' numbers, and what was measured."""
+
+    init: int
+    k: int
+    copies: tuple[int, int]
+    result: PairResult
+
+
+@dataclass(frozen=True)
+class Instability:
+    """The outcome of :func:`analyse`: all pairs, and the statistics the paper draws from them."""
+
+    recipe: Recipe
+    ks: tuple[int, ...]
+    samples: tuple[Sample, ...] = field(repr=False)
+
+    def at(self, k: int) -> list[Sample]:
+        """The pairs forked at step k."""
+        return [s for s in self.samples if s.k == k]
+
+    def values(
+        self, k: int, split: str = "test", metric: str = "error", definition: str = "mean"
+    ) -> list[tuple[int, float]]:
+        """(init, barrier) of every valid pair forked at k."""
+        pairs = [(s.init, s.result.barrier.height(split, metric, definition)) for s in self.at(k)]
+        return [(init, v) for init, v in pairs if not math.isnan(v)]
+
+    def interval(
+        self, k: int, split: str = "test", metric: str = "error", definition: str = "mean"
+    ) -> Interval | None:
+        """Mean barrier at k with its interval, clustered by init; None if no pair is valid."""
+        found = self.values(k, split, metric, definition)
+        return clustered([v for _, v in found], [i for i, _ in found]) if found else None
+
+    def invalid(self) -> list[Sample]:
+        """Pairs that failed a gate."""
+        return [s for s in self.samples if not s.result.barrier.valid]
+
+    def verdict(self, k: int, split: str = "test", threshold: float = THRESHOLD) -> str:
+        """``stable`` if the whole interval is below the threshold, ``unstable`` if it is not below
+        anywhere, ``undetermined`` if it straddles it, ``invalid`` without a valid pair."""
+        interval = self.interval(k, split)
+        if interval is None:
+            return "invalid"
+        if interval.high < threshold:
+            return "stable"
+        return "unstable" if interval.low >= threshold else "undetermined"
+
+    def onset(self, split: str = "test", threshold: float = THRESHOLD) -> int | None:
+        """The smallest k of the grid from which on the mean barrier stays below the threshold."""
+        below = []
+        for k in self.ks:
+            interval = self.interval(k, split)
+            below.append(interval is not None and interval.value < threshold)
+        for i, k in enumerate(self.ks):
+            if all(below[i:]):
+                return k
+        return None
+
+
+def analyse(
+    recipe: Recipe,
+    ks: Sequence[int],
+    *,
+    inits: int = 3,
+    copies: int = 3,
+    noise: str = "both",
+    optimizer: Literal["reset", "restore"] = "reset",
+    schedule: Literal["continue", "restart"] = "continue",
+    evaluation: Evaluation | None = None,
+    max_error: float | None = None,
+    controls: bool = True,
+    store: Store | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+    label: str = "instability",
+) -> Instability:
+    """Instability of W_k for every k (Algorithm 1), on ``inits`` × all pairs of ``copies``.
+
+    Arguments:
+        recipe: how the network trains; its ``steps`` is T.
+        ks: fork steps, each in 0 … T - 1.
+        inits: number of independent W_0; copies: of each W_k, 2 or more (3 give 3 pairs).
+        noise: what differs between copies, one of :data:`NOISE`.
+        optimizer: what a copy starts with, ``reset`` (fresh) or ``restore`` (the trunk's momentum).
+        schedule: ``continue``, or ``restart`` for the control of Fig. 4 (all T steps again).
+        evaluation, max_error: how barriers are measured, and the preset of gate G0.
+        controls: train one copy a second time (gate G1: the null control) and check the data orders
+            (gate G3); both are recorded with every barrier.
+        store, device, workers: see :mod:`companion.training`.
+
+    Raises:
+        BadParameter: before any training: a k outside the run, fewer than two copies, …
+        Diverged: a copy diverged.
+
+    Returns:
+        an :class:`Instability`; pairs that fail a gate are in it, and count nowhere.
+    """
+    grid = tuple(sorted(set(ks)))
+    if not grid:
+        raise BadParameter("ks: give at least one fork step.")
+    for k in grid:
+        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < recipe.steps:
+            raise BadParameter(
+                f"ks: {k!r} must be a step from 0 to {recipe.steps - 1} (T = {recipe.steps})."
+            )
+    for name, value, least in (("inits", inits, 1), ("copies", copies, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more.")
+    if noise == "augment" and recipe.augment == "none":
+        raise BadParameter("noise: 'augment' needs a recipe with augmentation.")
+    one_of("noise", noise, NOISE)
+
+    def one(init: int, k: int, number: int) -> Run:
+        return copy(recipe, init, k, number, noise=noise, optimizer=optimizer, schedule=schedule)
+
+    where = [
+        (init, k, numbers)
+        for k in grid
+        for init in range(inits)
+        for numbers in itertools.combinations(range(1, copies + 1), 2)
+    ]
+    pairs = [
+        Pair(one(i, k, p), one(i, k, q), start=(trunk(recipe, i), k)) for i, k, (p, q) in where
+    ]
+    results = measure(
+        pairs,
+        evaluation,
+        max_error=max_error,
+        store=store,
+        device=device,
+        workers=workers,
+        label=label,
+    )
+    if controls:
+        runs = [r for pair in pairs for r in (pair.a, pair.b)]
+        checks: list[Gate] = [
+            check_null(pairs[0].a, evaluation, store=store, device=device),
+            check_noise(runs, device=device),
+        ]
+        results = [PairResult(r.barrier.recorded(checks), r.distances, r.start) for r in results]
+    samples = [Sample(i, k, c, r) for (i, k, c), r in zip(where, results, strict=True)]
+    return Instability(recipe, grid, tuple(samples))
+
+
+def independent(
+    recipe: Recipe,
+    *,
+    inits: int = 3,
+    evaluation: Evaluation | None = None,
+    max_error: float | None = None,
+    store: Store | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> list[PairResult]:
+    """Control: barriers between copies of different inits, every pair of ``inits`` (claim C08)."""
+    pairs = [
+        Pair(copy(recipe, i, 0, 1), copy(recipe, j, 0, 1))
+        for i, j in itertools.combinations(range(inits), 2)
+    ]
+    return measure(
+        pairs,
+        evaluation,
+        max_error=max_error,
+        store=store,
+        device=device,
+        workers=workers,
+        label="independent inits",
+    )
+
+
+def through_training(
+    recipe: Recipe,
+    k: int,
+    steps: Sequence[int],
+    *,
+    inits: int = 3,
+    copies: int = 2,
+    evaluation: Evaluation | None = None,
+    store: Store | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> dict[int, list[tuple[int, PairResult]]]:
+    """Barriers between copies of W_k along their training, not only at T (App. C).
+
+    Arguments:
+        steps: where to look, each above k and at most T.
+
+    Returns:
+        step -> (init, result) of every pair. Half-trained networks have high errors, so gate G0 asks
+        only that they are better than half-way to guessing; before that they count as INVALID.
+    """
+    for step in steps:
+        if not k < step <= recipe.steps:
+            raise BadParameter(
+                f"steps: {step} must lie above k = {k} and at most at T = {recipe.steps}."
+            )
+    where = [
+        (step, init, pair)
+        for step in steps
+        for init in range(inits)
+        for pair in itertools.combinations(range(1, copies + 1), 2)
+    ]
+    pairs = [
+        Pair(copy(recipe, i, k, p), copy(recipe, i, k, q), step=s, start=(trunk(recipe, i), k))
+        for s, i, (p, q) in where
+    ]
+    results = measure(
+        pairs,
+        evaluation,
+        max_error=50.0,
+        store=store,
+        device=device,
+        workers=workers,
+        label="through training",
+    )
+    out: dict[int, list[tuple[int, PairResult]]] = {s: [] for s in steps}
+    for (step, init, _), result in zip(where, results, strict=True):
+        out[step].append((init, result))
+    return out

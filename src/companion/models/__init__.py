@@ -1,0 +1,17 @@
+"""The papers' networks by name, with width and norm as options, and the user's own beside them.
+
+>>> build("resnet20:width=8,norm=group", (3, 32, 32), 10, Key("init", 1))
+"""
+
+from companion.models.layers import ChannelLayerNorm, PadShortcut, parameter_count
+from companion.models.spec import build, canonical, describe, names
+
+__all__ = [
+    "ChannelLayerNorm",
+    "PadShortcut",
+    "build",
+    "canonical",
+    "describe",
+    "names",
+    "parameter_count",
+]

@@ -1,0 +1,220 @@
+"""A network by name: "name", or "name:option=value,option=value", or "package.module:factory".
+
+Everything that can be wrong with a name is found before anything is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import index
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from companion.errors import BadParameter, one_of
+from companion.models import mlp, own, resnet, vgg
+from companion.models.layers import initialise
+from companion.models.options import Family, Shape, Value, check_together
+from companion.seeds import Key
+
+FAMILIES: Mapping[str, Family] = {**mlp.FAMILIES, **resnet.FAMILIES, **vgg.FAMILIES}
+
+
+class Listed(NamedTuple):
+    """A row of :func:`names`: ``options`` maps an option to "default: meaning (allowed)"."""
+
+    name: str
+    summary: str
+    options: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    name: str
+    family: Family | None  # None: a factory of the user's own
+    values: Mapping[str, Any]
+    options: dict[str, str]  # canonical spelling of what differs from the default
+
+
+def _family(spec: str, name: str) -> Family:
+    """The family called ``name``; ResNets of every depth exist without being listed."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if match := re.fullmatch(r"resnet([1-9][0-9]{0,5})", name, re.ASCII):
+        depth = int(match[1])
+        if depth in resnet.NOT_OURS:
+            raise BadParameter(
+                f"model {spec!r}: {name} means ImageNet's bottleneck network, which is not here"
+                " (for CIFAR: resnet44, resnet56, …). Wrap torchvision's in a factory of your own"
+                " and name it package.module:factory."
+            )
+        if depth % 6 == 2 and 8 <= depth <= resnet.MAX_DEPTH:
+            return resnet.family_6n2(depth)
+        n = min(max(round((depth - 2) / 6), 1), (resnet.MAX_DEPTH - 2) // 6)
+        raise BadParameter(
+            f"model {spec!r}: a depth of {depth} does not exist. Did you mean 'resnet{6 * n + 2}'?"
+            " Allowed: 6n+2 (resnet8, resnet14, resnet20, resnet26, resnet32, … up to"
+            f" resnet{resnet.MAX_DEPTH}), and resnet18."
+        )
+    one_of(
+        f"model {spec!r}", name, [*FAMILIES, "resnet<6n+2>", "your own as package.module:factory"]
+    )
+    raise AssertionError("unreachable: one_of raises")  # pragma: no cover
+
+
+def _items(spec: str, query: str) -> dict[str, str]:
+    items: dict[str, str] = {}
+    for item in query.split(","):
+        option, equals, value = (part.strip() for part in item.partition("="))
+        if not (option and equals and value):
+            raise BadParameter(
+                f"model {spec!r}: {item.strip()!r} is not option=value. Options are separated by"
+                " commas, as in resnet20:width=8,norm=group."
+            )
+        if option in items:
+            raise BadParameter(f"model {spec!r}: option {option!r} is given twice.")
+        items[option] = value
+    return items
+
+
+def _parse(spec: str) -> _Parsed:
+    if not isinstance(spec, str):
+        raise BadParameter(f"model: expected a name such as 'resnet20:width=8', got {spec!r}.")
+    if own.is_own(spec):
+        name, question, query = (part.strip() for part in spec.partition("?"))
+        module, factory = (part.strip() for part in name.split(":", 1))
+        own.check_name(spec, module, factory)
+        items = _items(spec, query) if question else {}
+        for key in items:
+            if not key.isidentifier() or key in ("in_shape", "classes"):
+                raise BadParameter(
+                    f"model {spec!r}: {key!r} cannot be an option of a factory: it must be a"
+                    " Python name, and in_shape and classes come from the data."
+                )
+        literals = {k: own.literal(v) for k, v in items.items()}
+        return _Parsed(f"{module}:{factory}", None, literals, items)
+
+    name, colon, query = (part.strip() for part in spec.partition(":"))
+    name = name.casefold()
+    family = _family(spec, name)
+    items = _items(spec, query) if colon else {}
+    values: dict[str, Value] = {}
+    changed: dict[str, str] = {}
+    for key in items:
+        one_of(f"model {spec!r}, option", key, family.options)
+    for key, option in family.options.items():
+        values[key] = option.read(f"model {spec!r}, {key}", items.get(key, option.default))
+        if (shown := option.show(values[key])) != option.default:
+            changed[key] = shown
+    check_together(f"model {spec!r}", values)
+    return _Parsed(name, family, values, changed)
+
+
+def canonical(spec: str) -> str:
+    """The one spelling of a network: options sorted, defaults left out, numbers and lists tidied.
+
+    ``canonical(canonical(s)) == canonical(s)``, and equal spellings build equal networks from equal
+    keys, so it may stand in a content hash. A network of the user's own keeps all its options,
+    because its defaults are not known here; it is not imported.
+
+    Args:
+        spec: "name", "name:option=value,…" or "package.module:factory?option=value,…".
+
+    Raises: :class:`BadParameter` for an unknown name, option or value, and for clashing options.
+    """
+    parsed = _parse(spec)
+    options = ",".join(f"{k}={v}" for k, v in sorted(parsed.options.items()))
+    return parsed.name + ((":" if parsed.family else "?") + options if options else "")
+
+
+def describe(spec: str) -> dict[str, Any]:
+    """Every option with its value, defaults included, ready for JSON.
+
+    ``describe("mlp:widths=300-100")`` is
+    ``{"widths": [300, 100], "norm": "none", "init": "kaiming"}``. For a network of the user's own
+    it holds the options given, as the factory will get them.
+
+    Raises: :class:`BadParameter` as :func:`canonical` does.
+    """
+    parsed = _parse(spec)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in parsed.values.items()}
+
+
+def names() -> list[Listed]:
+    """Every network that has a name here, with a line on what it is and its options.
+
+    Each name builds. ResNets of other depths 6n+2 exist too, and so do factories of the user's own.
+    """
+    return [
+        Listed(
+            name,
+            family.summary,
+            {k: f"{o.default}: {o.meaning} ({o.allowed})" for k, o in family.options.items()},
+        )
+        for name, family in FAMILIES.items()
+    ]
+
+
+def _check_data(spec: str, smallest: int, in_shape: Any, classes: Any) -> Shape:
+    try:
+        c, h, w = (index(n) for n in in_shape)
+    except (TypeError, ValueError):
+        c = h = w = 0
+    if min(c, h, w) < 1:
+        raise BadParameter(
+            f"model {spec!r}: in_shape must be (channels, height, width) of one image, such as"
+            f" (3, 32, 32), but is {in_shape!r}."
+        )
+    if not isinstance(classes, int) or classes < 2:
+        raise BadParameter(
+            f"model {spec!r}: classes must be a whole number from 2, not {classes!r}."
+        )
+    if min(h, w) < smallest:
+        raise BadParameter(
+            f"model {spec!r}: takes images of {smallest}x{smallest} pixels or more, but the data's"
+            f" are {h}x{w} (with {c} channels). Take larger images, or an mlp, which fits any."
+        )
+    return c, h, w
+
+
+def build(
+    spec: str, in_shape: tuple[int, int, int], classes: int, key: Key | None = None
+) -> nn.Module:
+    """Build a network, on the CPU, with freshly drawn weights.
+
+    Args:
+        spec: "resnet20", "mlp:widths=300-100,norm=layer", "package.module:factory?width=3", …;
+            :func:`names` lists what there is.
+        in_shape: (C, H, W) of one image.
+        classes: number of logits.
+        key: source of the weights: equal keys give equal bits, and torch's global generator stays
+            where it was. None draws from the global generator.
+
+    Returns: a module that maps images (N, C, H, W) to logits (N, classes), no softmax. Networks of
+    ours can be traced by ``torch.fx``, each ReLU is a module of its own, and the names of their
+    parameters read as layer groups ("stage1.0.conv1.weight", "head.bias").
+
+    Raises: :class:`BadParameter` for a spec that :func:`canonical` refuses, for images too small
+    for the network, and for a factory that cannot be imported, cannot be called with
+    ``in_shape`` and ``classes``, or returns no ``nn.Module``.
+
+    Source: the networks of the papers' own tables; see :mod:`companion.models.mlp`,
+    :mod:`~companion.models.resnet` and :mod:`~companion.models.vgg`. Our chapter on instability.
+    """
+    if key is not None:
+        with key.seeded():
+            return build(spec, in_shape, classes)
+    parsed = _parse(spec)
+    shape = _check_data(spec, parsed.family.smallest if parsed.family else 1, in_shape, classes)
+    # Whatever the user's default device: the CPU's generator gives the same bits everywhere.
+    with torch.device("cpu"):
+        if parsed.family is None:
+            return own.build_own(spec, parsed.name, parsed.values, shape, classes)
+        options = dict(parsed.values)
+        init = options.pop("init")
+        net = parsed.family.make(shape, classes, **options)
+        initialise(net, init)
+        return net

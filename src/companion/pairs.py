@@ -1,0 +1,297 @@
+"""Barriers between stored runs: measured once, many at a time, kept in the run store.
+
+The bridge between training and connectivity. Every experiment that trains pairs and asks for the
+barrier between them (forks, independent inits, checkpoints along training) goes through
+:func:`measure`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from companion import data as datasets
+from companion.connectivity import BN_MODES, Barrier, Measure, Walker, barrier, grid
+from companion.data import Dataset, Split
+from companion.errors import BadParameter, CorruptEntry, one_of
+from companion.gates import Gate, noise_independence, null_control
+from companion.pool import run_all
+from companion.runs import Store
+from companion.theta import cosine_distance, distance, layout
+from companion.training import Job, Run, build, entry_of, load_weights, train, train_one
+
+log = logging.getLogger("companion")
+
+SEMANTICS = 1
+"""Raised by hand when a measurement of the same networks would give other numbers."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How pairs are measured.
+
+    Arguments:
+        points: of the alpha grid, odd.
+        bn: headline BatchNorm mode.
+        train_examples, test_examples: how many images stand for each split (None = all of them).
+    """
+
+    points: int = 31
+    bn: str = "interpolate"
+    train_examples: int | None = None
+    test_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        grid(self.points)
+        one_of("bn", self.bn, BN_MODES)
+        for name in ("train_examples", "test_examples"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise BadParameter(
+                    f"{name}: {value!r} must be a whole number of 1 or more, or null."
+                )
+
+    def splits(self, data: Dataset) -> dict[str, Split]:
+        """What is measured on: the un-augmented train split and the test split, or parts of them."""
+        whole = len(data.train) + len(data.test)
+        return {
+            "train": data.train.head(self.train_examples or whole),
+            "test": data.test.head(self.test_examples or whole),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the numbers, for the store."""
+        return {
+            "semantics": SEMANTICS,
+            "points": self.points,
+            "bn": self.bn,
+            "train": self.train_examples,
+            "test": self.test_examples,
+        }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two stored networks to compare, and the state both come from.
+
+    Arguments:
+        a, b: the runs; step: at which step of them (None = T).
+        start: run and step of W_k, the state they share; None for independent networks.
+    """
+
+    a: Run
+    b: Run
+    step: int | None = None
+    start: tuple[Run, int] | None = None
+
+    @property
+    def at(self) -> int:
+        """The step both networks are taken at."""
+        return self.a.last_step if self.step is None else self.step
+
+    def jobs(self) -> list[Job]:
+        """What has to be trained before the pair can be measured."""
+        out = [Job(self.a, weights=(self.at,)), Job(self.b, weights=(self.at,))]
+        out.append(Job(_root(self.a), weights=(0,)))
+        if self.start:
+            run, step = self.start
+            out.append(Job(run, weights=() if step else (0,), states=(step,) if step else ()))
+        return out
+
+
+def _root(run: Run) -> Run:
+    while run.fork:
+        run = run.fork.parent
+    return run
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """What was measured of a pair.
+
+    Arguments:
+        barrier: with its gates.
+        distances: Euclidean, of the parameters: ``ab``; ``a_init``, ``b_init`` (from W_0); with a start
+            also ``a_start``, ``b_start`` (from W_k) and ``start_init``. ``cosine`` is 1 - cos(A, B).
+        start: loss and error of W_k per split; empty without a start.
+    """
+
+    barrier: Barrier
+    distances: dict[str, float]
+    start: dict[str, Measure]
+
+
+def _measure(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
+    pair, evaluation, store, device = item
+    data = datasets.load(pair.a.recipe.data, device)
+
+    def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
+        return load_weights(run, step, store=store, device=device)
+
+    module = build(pair.a, data, torch.device(device))
+    names = layout(module).parameters
+    a, b = weights(pair.a, pair.at), weights(pair.b, pair.at)
+    splits = evaluation.splits(data)
+    found = barrier(
+        module,
+        a,
+        b,
+        splits,
+        points=evaluation.points,
+        bn=evaluation.bn,
+        bn_data=data.train,
+        classes=data.classes,
+        same_noise=pair.a == pair.b,
+    )
+    init = weights(_root(pair.a), 0)
+    distances = {
+        "ab": distance(a, b, names),
+        "cosine": cosine_distance(a, b, names),
+        "a_init": distance(a, init, names),
+        "b_init": distance(b, weights(_root(pair.b), 0), names),
+    }
+    start: dict[str, Any] = {}
+    if pair.start:
+        w_k = weights(*pair.start)
+        distances |= {
+            "a_start": distance(a, w_k, names),
+            "b_start": distance(b, w_k, names),
+            "start_init": distance(w_k, init, names),
+        }
+        at = Walker(module, splits, bn=evaluation.bn, bn_data=data.train).at(w_k)
+        start = {s: {"loss": m.loss, "error": m.error} for s, m in at.items()}
+    return {"barrier": found.to_json(), "distances": distances, "start": start}
+
+
+def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
+    pair, evaluation, store, device = item
+    data = datasets.load(pair.a.recipe.data, device)
+
+    def key(run: Run) -> str:
+        return entry_of(run, data, device, store).key
+
+    entry = store.entry(
+        {
+            "kind": "pair",
+            "evaluation": evaluation.identity(),
+            "a": key(pair.a),
+            "b": key(pair.b),
+            "step": pair.at,
+            "start": [key(pair.start[0]), pair.start[1]] if pair.start else None,
+        }
+    )
+    with entry.lock():
+        try:
+            if "pair.json" in entry:
+                return entry.read_json("pair.json")  # type: ignore[no-any-return]
+        except CorruptEntry as e:
+            log.warning("%s; it is discarded and measured again", e)
+            entry.discard()
+        value = _measure(item)
+        entry.write_json("pair.json", value)
+        return value
+
+
+def measure(
+    pairs: Sequence[Pair],
+    evaluation: Evaluation | None = None,
+    *,
+    reference_error: float | None = None,
+    max_error: float | None = None,
+    store: Store | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+    label: str = "barriers",
+) -> list[PairResult]:
+    """Train what is missing, then measure every pair, in that order.
+
+    Arguments:
+        reference_error: percent, for gate G0. Default: the median error of all the ends of this call,
+            which is the recipe's own normal error unless most of its runs are dead.
+        max_error: percent; an end at or below it passes gate G0 whatever the reference.
+
+    Raises:
+        as :func:`companion.training.train`.
+    """
+    store, evaluation = store or Store(), evaluation or Evaluation()
+    where = str(datasets.resolve_device(device))
+    train(
+        [job for pair in pairs for job in pair.jobs()], store=store, device=where, workers=workers
+    )
+    items = [(pair, evaluation, store, where) for pair in pairs]
+    raw = run_all(_stored, items, workers=workers, device=where, label=label)
+    found = [Barrier.from_json(r["barrier"]) for r in raw]
+    ends = sorted(e for f in found for e in f.curve.ends("test"))
+    if reference_error is None and ends:
+        reference_error = ends[len(ends) // 2]
+    return [
+        PairResult(
+            f.judged(reference_error=reference_error, max_error=max_error),
+            r["distances"],
+            {s: Measure(**m) for s, m in r["start"].items()},
+        )
+        for f, r in zip(found, raw, strict=True)
+    ]
+
+
+def check_null(
+    run: Run,
+    evaluation: Evaluation | None = None,
+    *,
+    store: Store | None = None,
+    device: str = "cpu",
+) -> Gate:
+    """Gate G1: train ``run`` once more from its start, with the same noise, and compare.
+
+    The stored copy may come from another process; both must agree in every bit, and the barrier
+    between them must be exactly 0.
+    """
+    import tempfile
+
+    store, evaluation = store or Store(), evaluation or Evaluation()
+    data = datasets.load(run.recipe.data, device)
+    first = load_weights(run, store=store, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Store(folder)
+        if run.fork:  # the start is shared: copy W_k, do not train it again
+            state = entry_of(run.fork.parent, data, device, store)
+            name = f"state-{run.fork.step:08d}.safetensors"
+            entry_of(run.fork.parent, data, device, fresh).write_tensors(
+                name, state.read_tensors(name)
+            )
+        train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device)
+        second = load_weights(run, store=fresh, device=device)
+    module = build(run, data, torch.device(device))
+    found = barrier(
+        module,
+        first,
+        second,
+        evaluation.splits(data),
+        points=3,
+        bn=evaluation.bn,
+        bn_data=data.train,
+        same_noise=True,
+        max_error=100.0,
+    )
+    worst = max(found.height(s, m) for s in ("train", "test") for m in ("error", "loss"))
+    return null_control(first, second, layout(module).floating, worst)
+
+
+def check_noise(runs: Sequence[Run], *, device: str = "cpu", most: int = 200) -> Gate:
+    """Gate G3 over the data orders that ``runs`` draw: the first epochs of each, ``most`` in all."""
+    data = datasets.load(runs[0].recipe.data, device)
+    labels = sorted({str(run.order): run.order_key() for run in runs}.items())
+    n = len(data.train)
+    per_run = max(
+        1, min(most // max(len(labels), 1), 1 + runs[0].last_step * runs[0].recipe.batch // n)
+    )
+    orders = {
+        f"order {label} epoch {epoch}": key.fold("epoch", epoch).permutation(n)
+        for label, key in labels[:most]
+        for epoch in range(per_run)
+    }
+    return noise_independence(orders)

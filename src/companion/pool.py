@@ -1,0 +1,96 @@
+"""Many small jobs at once: one-thread processes that keep every core busy.
+
+A small network's training step is too short to use several threads, so a run gets one thread and
+the machine runs as many at once as it has cores. Every job computes with one thread wherever it
+runs, so results do not depend on the number of workers. The pool is joblib's loky: it survives
+dead workers, is reused between calls, and works inside notebooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from joblib import Parallel, cpu_count, delayed
+from tqdm import tqdm
+
+from companion import locations
+from companion.errors import BadParameter
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes with one thread, so sums round the same way on any number of workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def resolve_workers(workers: int) -> int:
+    """Number of processes: ``workers``, or one per usable core if it is 0.
+
+    Raises:
+        BadParameter: negative.
+    """
+    if workers < 0:
+        raise BadParameter(f"workers: {workers} must be 0 (one per core) or more.")
+    return workers or int(cpu_count())
+
+
+def _call(work: Callable[[T], R], item: T, roots: dict[str, str]) -> R:
+    # loky keeps its workers, and with them the environment of the call that started them.
+    os.environ.update(roots)
+    with one_thread():
+        return work(item)
+
+
+def run_all(
+    work: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    workers: int = 0,
+    device: str = "cpu",
+    label: str = "",
+) -> list[R]:
+    """``[work(item) for item in items]``, in that order, on ``workers`` processes.
+
+    Arguments:
+        work: a function that can be imported (it travels by name); it may raise.
+        items: picklable values.
+        workers: 0 = one per core. A GPU has one owner: with a CUDA device jobs run here, in turn.
+        label: shown beside the progress bar, when the error stream is a terminal.
+
+    Raises:
+        the first error of any job; jobs not yet started are dropped, what was stored stays.
+    """
+    count = min(resolve_workers(workers), len(items))
+    bar: Any = tqdm(total=len(items), desc=label, disable=not sys.stderr.isatty() or not items)
+    roots = {
+        "COMPANION_DATA": str(locations.data_root()),
+        "COMPANION_RUNS": str(locations.runs_root()),
+    }
+    out: list[R] = []
+    with bar:
+        if count <= 1 or torch.device(device).type != "cpu":
+            for item in items:
+                with one_thread():
+                    out.append(work(item))
+                bar.update()
+            return out
+        with Parallel(
+            count, backend="loky", inner_max_num_threads=1, return_as="generator"
+        ) as pool:
+            for result in pool(delayed(_call)(work, item, roots) for item in items):
+                out.append(result)
+                bar.update()
+    return out

@@ -1,0 +1,279 @@
+"""The content-addressed store of runs and measurements.
+
+An entry is named by the SHA-256 of its identity: canonical JSON of everything that determines its
+content (recipe with defaults left out, noise labels, dataset fingerprint, a code-version tag that
+is raised by hand when semantics change). An entry is a folder::
+
+    <root>/<2 hex>/<64 hex>/identity.json      what this is, readable
+                           /manifest.json      file -> {sha256, bytes}: a file not listed is not there
+                           /step-….safetensors tensors
+                           /….json             numbers
+
+Every file is written under a temporary name, flushed and renamed, and only then listed in the
+manifest, itself replaced atomically: a kill at any moment leaves the last consistent state. Loads
+verify the checksum. Only safetensors and JSON are ever read; nothing is unpickled. Source: our
+design; the idea of hashing hyperparameters without their defaults is open_lth's.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+
+from companion import locations
+from companion.errors import BadParameter, CorruptEntry, StoreUnwritable
+
+_TEMPORARY = ".tmp-"
+
+
+def canonical(value: Any) -> str:
+    """Canonical JSON: sorted keys, no spaces, ASCII, NaN refused. Equal values, equal text."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (64 hex digits) of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{_TEMPORARY}{uuid4().hex}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+            raise StoreUnwritable(
+                f"run store: no space left to write {len(content) / 1e6:.1f} MB to {path.parent} "
+                f"({free / 1e6:.1f} MB free). Nothing half-written was left. Free some space "
+                "(`companion runs gc` removes what no longer counts) or point COMPANION_RUNS at "
+                "another disk, and run the same command again: it continues where it stopped."
+            ) from e
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise StoreUnwritable(
+                f"run store: {path.parent} cannot be written ({e.strerror}). "
+                "Point COMPANION_RUNS at a folder of your own."
+            ) from e
+        raise
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a store. Holding one costs nothing and touches no file."""
+
+    store: Store
+    identity: Mapping[str, Any]
+    key: str
+
+    @property
+    def path(self) -> Path:
+        """The entry's folder. It exists once something was written."""
+        return self.store.root / self.key[:2] / self.key
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Exclusive across processes (and hosts, as far as the file system locks)."""
+        folder = self.store.root / ".locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise StoreUnwritable(
+                f"run store: {self.store.root} cannot be written ({e.strerror}). "
+                "Point COMPANION_RUNS at a folder of your own."
+            ) from e
+        with FileLock(folder / f"{self.key}.lock"):
+            yield
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The manifest: file name -> {"sha256": hex, "bytes": int}. Empty if nothing is stored."""
+        try:
+            manifest = json.loads((self.path / "manifest.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (ValueError, UnicodeDecodeError) as e:
+            raise CorruptEntry(f"run store: the manifest of {self.key[:12]} is unreadable") from e
+        return dict(manifest["files"])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files()
+
+    def _write(self, name: str, content: bytes) -> None:
+        if not (self.path / "identity.json").exists():
+            pretty = json.dumps(self.identity, indent=1, sort_keys=True, allow_nan=False)
+            _write_atomically(self.path / "identity.json", pretty.encode())
+        _write_atomically(self.path / name, content)
+        record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        self._publish({**self.files(), name: record})
+
+    def _publish(self, files: Mapping[str, Any]) -> None:
+        text = json.dumps({"key": self.key, "files": files}, indent=1, sort_keys=True)
+        _write_atomically(self.path / "manifest.json", text.encode())
+
+    def _read(self, name: str) -> bytes:
+        record = self.files().get(name)
+        if record is None:
+            raise KeyError(f"{name} is not in entry {self.key[:12]}")
+        try:
+            content = (self.path / name).read_bytes()
+        except FileNotFoundError:
+            content = b""
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            raise CorruptEntry(
+                f"run store: {self.path / name} does not match its checksum "
+                f"({len(content)} bytes on disk, {record['bytes']} written)"
+            )
+        return content
+
+    def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Store tensors as ``name`` (``….safetensors``). Shared storage is stored apart.
+
+        Raises:
+            StoreUnwritable: no space, or no permission; nothing half-written stays.
+        """
+        flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+        self._write(name, save_bytes(flat))
+
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Load tensors to the CPU after verifying their checksum.
+
+        Raises:
+            KeyError: not stored.
+            CorruptEntry: stored, but the bytes are not those that were written.
+        """
+        try:
+            return load_bytes(self._read(name))
+        except SafetensorError as e:
+            raise CorruptEntry(f"run store: {self.path / name} is no safetensors file") from e
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Store a JSON value as ``name`` (``….json``)."""
+        self._write(name, json.dumps(value, allow_nan=False).encode())
+
+    def read_json(self, name: str) -> Any:
+        """Load a JSON value after verifying its checksum. Raises as :meth:`read_tensors`."""
+        return json.loads(self._read(name))
+
+    def remove(self, name: str) -> None:
+        """Take one file out of the entry. Nothing happens if it is not there."""
+        files = self.files()
+        if name in files:
+            self._publish({k: v for k, v in files.items() if k != name})
+            (self.path / name).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove the whole entry, manifest first, so that no reader meets half of it."""
+        (self.path / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def verify(self) -> list[str]:
+        """The problems of this entry, one line each; empty if every byte is as it was written."""
+        problems = []
+        try:
+            names = list(self.files())
+        except CorruptEntry as e:
+            return [str(e)]
+        for name in names:
+            try:
+                self._read(name)
+            except CorruptEntry as e:
+                problems.append(str(e))
+        try:
+            written = json.loads((self.path / "identity.json").read_bytes())
+            if digest(written) != self.key:
+                problems.append(f"run store: {self.path}: identity.json is not what its key says")
+        except (OSError, ValueError):
+            problems.append(f"run store: {self.path}: identity.json is unreadable")
+        return problems
+
+    def bytes(self) -> int:
+        """Size of the listed files, in bytes."""
+        return sum(int(f["bytes"]) for f in self.files().values())
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of entries. ``Store()`` is the default one (see :mod:`companion.locations`)."""
+
+    root: Path
+
+    def __init__(self, root: Path | str | None = None):
+        object.__setattr__(self, "root", Path(root) if root is not None else locations.runs_root())
+
+    def entry(self, identity: Mapping[str, Any]) -> Entry:
+        """The entry of ``identity`` (JSON-able; NaN refused), whether or not it exists yet."""
+        return Entry(self, identity, digest(identity))
+
+    def entries(self) -> Iterator[Entry]:
+        """Every entry with a readable identity, in the order of their keys."""
+        for path in sorted(self.root.glob("[0-9a-f][0-9a-f]/*/identity.json")):
+            try:
+                identity = json.loads(path.read_bytes())
+            except (OSError, ValueError):
+                identity = {}
+            yield Entry(self, identity, path.parent.name)
+
+    def find(self, prefix: str) -> Entry:
+        """The one entry whose key starts with ``prefix`` (4 hex digits or more).
+
+        Raises:
+            BadParameter: none, or more than one.
+        """
+        matches = [e for e in self.entries() if e.key.startswith(prefix)]
+        if len(prefix) < 4 or len(matches) != 1:
+            found = ", ".join(e.key[:12] for e in matches[:5]) or "none"
+            raise BadParameter(
+                f"run key {prefix!r}: give at least 4 hex digits that fit one entry of "
+                f"{self.root} (found: {found}). `companion runs list` shows them."
+            )
+        return matches[0]
+
+    def garbage(self, is_current: Any, min_age_s: float = 3600.0) -> list[tuple[Path, str]]:
+        """What may go, as (path, why): leftovers of killed writes, unlisted files, entries that
+        ``is_current(identity)`` says no code would ask for any more, corrupt entries.
+
+        Files younger than ``min_age_s`` seconds may belong to a writer at work and are spared.
+        """
+        found: list[tuple[Path, str]] = []
+        horizon = time.time() - min_age_s
+        for path in sorted(self.root.glob(f"*/*/{_TEMPORARY}*")):
+            if path.stat().st_mtime < horizon:
+                found.append((path, "left by a killed write"))
+        for entry in self.entries():
+            if not is_current(entry.identity):
+                found.append((entry.path, "made by an older version of the code"))
+            elif entry.verify():
+                found.append((entry.path, "corrupt"))
+            else:
+                listed = {"identity.json", "manifest.json", *entry.files()}
+                found += [
+                    (p, "not listed in the manifest")
+                    for p in sorted(entry.path.iterdir())
+                    if p.name not in listed
+                    and not p.name.startswith(_TEMPORARY)
+                    and p.stat().st_mtime < horizon
+                ]
+        return found

@@ -1,0 +1,38 @@
+"""Training with controlled SGD noise, and forks at step k (Frankle et al. 2020, Algorithm 1).
+
+A :class:`Recipe` says how, a :class:`Run` which randomness, a :class:`Fork` from where, and a :class:`Job`
+which states are wanted; :func:`train` makes them exist in the run store, many at once, and
+:func:`load_weights` hands them out. Used in every chapter; explained in chapter 1.
+"""
+
+from companion.training.engine import (
+    Job,
+    entry_of,
+    load_state,
+    load_weights,
+    merge,
+    train,
+    train_one,
+)
+from companion.training.loop import State, advance, build, check_fit, make_optimizer
+from companion.training.recipe import SEMANTICS, Fork, Recipe, Run, recipe_from
+
+__all__ = [
+    "SEMANTICS",
+    "Fork",
+    "Job",
+    "Recipe",
+    "Run",
+    "State",
+    "advance",
+    "build",
+    "check_fit",
+    "entry_of",
+    "load_state",
+    "load_weights",
+    "make_optimizer",
+    "merge",
+    "recipe_from",
+    "train",
+    "train_one",
+]

@@ -1,0 +1,211 @@
+"""The training loop: a pure function of (state, run, data) -> state, with exact steps and resume."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from companion import models
+from companion.data import Augmentation, Augmenter, Dataset
+from companion.errors import BadParameter, Diverged
+from companion.pool import one_thread
+from companion.theta import snapshot
+from companion.training.recipe import Recipe, Run
+
+_LOOK_EVERY = 200  # steps between checks that the loss is finite: each one waits for the device
+
+
+@dataclass
+class State:
+    """A run at a step: everything that the rest of the run depends on.
+
+    Arguments:
+        step: how many steps were taken.
+        theta: the state dict.
+        optimizer: the optimiser's tensors, ``"<index>.<slot>"`` -> tensor; empty = fresh.
+        trace: the loss of each step so far on its own batch, shape (step - first step,), nats.
+    """
+
+    step: int
+    theta: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor] = field(default_factory=dict)
+    trace: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def tensors(self, full: bool = True) -> dict[str, torch.Tensor]:
+        """As one flat dictionary for safetensors; ``full=False`` leaves the optimiser out."""
+        out = {f"theta/{k}": v for k, v in self.theta.items()}
+        if full:
+            out |= {f"optimizer/{k}": v for k, v in self.optimizer.items()}
+        return out | {"trace": self.trace, "step": torch.tensor(self.step)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> State:
+        """The inverse of :meth:`tensors`."""
+
+        def under(prefix: str) -> dict[str, torch.Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        return cls(int(tensors["step"]), under("theta/"), under("optimizer/"), tensors["trace"])
+
+
+def build(run: Run, data: Dataset, device: torch.device) -> nn.Module:
+    """The run's network at its init, on ``device``. Same init label, same bits."""
+    module = models.build(run.recipe.net, data.in_shape, data.classes, run.init_key()).to(device)
+    # Tensor cores want the channels last; the shapes, and so the state dict, stay as they are.
+    return module.to(memory_format=torch.channels_last) if device.type == "cuda" else module
+
+
+def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    """PyTorch's own optimiser, in its fused form: one kernel for all tensors."""
+    weights = [p for p in module.parameters() if p.requires_grad]
+    lr, decay = recipe.lr, recipe.weight_decay
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            weights,
+            lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=decay,
+            fused=True,
+        )
+    family = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return family(weights, lr, recipe.betas, weight_decay=decay, fused=True)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{slot}": value.detach().clone()
+        for index, slots in state.items()
+        for slot, value in slots.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    if not tensors:
+        return
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, slot = name.partition(".")
+        state.setdefault(int(index), {})[slot] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def check_fit(recipe: Recipe, data: Dataset) -> None:
+    """Refuse, before any work, a recipe that its dataset cannot serve.
+
+    Raises:
+        BadParameter: batch above the number of training images; a network that does not take the
+            images' shape; an augmentation wider than the image.
+    """
+    if recipe.batch > len(data.train):
+        raise BadParameter(
+            f"batch: {recipe.batch} is more than the {len(data.train)} training images of {data.name}."
+        )
+    augmentation = Augmentation.parse(recipe.augment)
+    if 2 * augmentation.pad >= min(data.in_shape[1:]):
+        raise BadParameter(
+            f"augment: {recipe.augment!r} shifts images of {data.name} "
+            f"({data.in_shape[1]}×{data.in_shape[2]}) by half their size or more."
+        )
+    with torch.device("meta"):
+        models.build(recipe.net, data.in_shape, data.classes)
+
+
+def advance(
+    run: Run,
+    state: State,
+    stop: int,
+    data: Dataset,
+    *,
+    module: nn.Module | None = None,
+    checkpoints: Iterable[int] = (),
+    save: Callable[[State], None] | None = None,
+    tick: Callable[[int], bool] | None = None,
+) -> State:
+    """Train ``run`` from ``state`` to step ``stop`` and return the new state.
+
+    On a CPU it computes with one thread, wherever it is called: the number of threads changes how
+    sums round, and with it every bit of the result.
+
+    Arguments:
+        run: recipe, noise labels; its fork is not looked at, ``state`` already is the start.
+        state: where to start; ``state.step`` counts in the schedule and the data order.
+        stop: last step, ``state.step <= stop <= T``.
+        data: on the device to train on.
+        module: a network of the right architecture to reuse; its weights are overwritten.
+        checkpoints: steps at which ``save`` is called with a full state (a copy).
+        tick: asked every few steps with the step; True = ``save`` the state here too (resume point).
+
+    Raises:
+        Diverged: the loss is not finite. Nothing of the broken state was handed to ``save``.
+    """
+    recipe, device = run.recipe, data.train.x.device
+    module = module if module is not None else build(run, data, device)
+    module.load_state_dict(state.theta)
+    module.train()
+    optimizer = make_optimizer(recipe, module)
+    _load_optimizer(optimizer, state.optimizer)
+    group = optimizer.param_groups[0]
+    n, batch = len(data.train), recipe.batch
+    per_epoch = n // batch
+    augmenter = Augmenter(data.train, Augmentation.parse(recipe.augment), data.black)
+    y = data.train.y
+    first = state.step - len(state.trace)
+    trace = torch.full((stop - first,), float("nan"), device=device)
+    trace[: len(state.trace)] = state.trace
+    wanted = set(checkpoints)
+    cast = (
+        torch.autocast(device.type, torch.bfloat16)
+        if recipe.precision == "bf16"
+        else contextlib.nullcontext()
+    )
+    epoch, looked = -1, state.step
+
+    def look(step: int) -> None:
+        nonlocal looked
+        bad = ~torch.isfinite(trace[looked - first : step - first])
+        if bool(bad.any()):
+            at = looked + int(bad.nonzero()[0, 0])
+            raise Diverged(
+                f"training diverged: the loss of {recipe.net} on {data.name} is not finite at step "
+                f"{at} of {recipe.steps} (init {run.init!r}, order {run.order!r}, "
+                f"{recipe.optimizer}, lr {recipe.lr:g}). Nothing of it was stored. "
+                "Lower lr, or add warmup."
+            )
+        looked = step
+
+    def here(step: int) -> State:
+        look(step)
+        return State(
+            step, snapshot(module), _optimizer_tensors(optimizer), trace[: step - first].clone()
+        )
+
+    with one_thread() if device.type == "cpu" else contextlib.nullcontext():
+        for step in range(state.step, stop):
+            now, position = divmod(step, per_epoch)
+            if now != epoch:
+                epoch = now
+                order = run.order_key().fold("epoch", epoch).permutation(n).to(device)
+                draws = augmenter.draw(run.augment_key(), epoch)
+            rows = order[position * batch : (position + 1) * batch]
+            group["lr"] = recipe.learning_rate(step)
+            with cast:
+                loss = F.cross_entropy(module(augmenter.batch(rows, draws)), y[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            trace[step - first] = loss.detach()
+            done = step + 1
+            if done % _LOOK_EVERY == 0:
+                look(done)
+            if save and (done in wanted or (done < stop and tick and tick(done))):
+                save(here(done))
+    return here(stop)

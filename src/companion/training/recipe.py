@@ -1,0 +1,235 @@
+"""What a training run is, as values: recipe, noise, fork. Their JSON is the run's identity.
+
+Source: Frankle et al. 2020, Algorithm 1 and Table 1; our chapter 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from companion import models
+from companion.data import Augmentation
+from companion.errors import BadParameter, one_of
+from companion.seeds import Key
+
+SEMANTICS = 1
+"""Raised by hand when the same recipe would train to other weights: old runs then no longer count."""
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "step", "cosine", "onecycle")
+PRECISIONS = ("float32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train one network, except for its randomness. Checked when it is made.
+
+    Arguments:
+        net: a name with options of :func:`companion.models.build`, e.g. ``"resnet20:width=8"``.
+        data: a name of :func:`companion.data.load`.
+        steps: T, the exact number of optimiser steps.
+        batch: examples a step. An epoch is ``floor(N / batch)`` full batches of a fresh permutation.
+        optimizer: ``sgd`` (with ``momentum``, ``nesterov``), ``adam`` or ``adamw`` (with ``betas``).
+        lr: peak learning rate.
+        weight_decay: as the optimiser defines it (L2 in the gradient for sgd and adam).
+        schedule: ``constant``; ``step``: times ``gamma`` at each of ``milestones`` (fractions of T, or
+            steps if above 1); ``cosine``: to 0 at T; ``onecycle``: PyTorch's OneCycleLR with cosine
+            annealing, whose rising part is ``warmup``.
+        warmup: steps of linear warm-up from 0 (for ``onecycle``: of its rising part).
+        div, final_div: ``onecycle`` starts at ``lr/div`` and ends at ``lr/div/final_div``.
+        augment: ``none``, or ``flip``, ``crop4``, ``flip+crop4`` … (:class:`companion.data.Augmentation`).
+        precision: ``float32``, or ``bf16`` (autocast; weights stay float32).
+    """
+
+    net: str
+    data: str
+    steps: int
+    batch: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    warmup: int = 0
+    div: float = 25.0
+    final_div: float = 1e4
+    augment: str = "none"
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "net", models.canonical(self.net))
+        object.__setattr__(self, "augment", str(Augmentation.parse(self.augment)))
+        object.__setattr__(self, "milestones", tuple(float(m) for m in self.milestones))
+        object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        for field in ("lr", "momentum", "weight_decay", "gamma", "div", "final_div"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise BadParameter(
+                    f"{field}: a number is needed, got {value!r} ({type(value).__name__}). "
+                    "In YAML write 1.0e-3 or 0.001; 1e-3 is read as text."
+                )
+            object.__setattr__(self, field, float(value))
+            if not math.isfinite(value) or value < 0:
+                raise BadParameter(f"{field}: {value!r} must be finite and not negative.")
+        for field, least in (("steps", 1), ("batch", 1), ("warmup", 0)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise BadParameter(f"{field}: {value!r} must be a whole number of {least} or more.")
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("precision", self.precision, PRECISIONS)
+        if self.schedule == "step" and not self.milestones:
+            raise BadParameter("schedule: 'step' needs milestones, e.g. (0.5, 0.75).")
+        if self.schedule != "step" and self.milestones:
+            raise BadParameter(f"milestones: only schedule 'step' has them, not {self.schedule!r}.")
+        if self.warmup >= self.steps:
+            raise BadParameter(f"warmup: {self.warmup} steps of warm-up in a run of {self.steps}.")
+        if not (0 <= self.momentum < 1):
+            raise BadParameter(f"momentum: {self.momentum} must be in [0, 1).")
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, so a new field keeps old hashes."""
+        out = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                out[field.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step ``step`` (0-based). Closed form, so a fork needs no replay."""
+        t, total = step, self.steps
+        if self.schedule == "onecycle":
+            low, end = self.lr / self.div, self.lr / self.div / self.final_div
+            rise = max(self.warmup - 1, 0)
+            if t <= rise:
+                start, stop, done = low, self.lr, t / rise if rise else 1.0
+            else:
+                start, stop, done = self.lr, end, (t - rise) / max(total - 1 - rise, 1)
+            return stop + (start - stop) / 2 * (1 + math.cos(math.pi * done))
+        if t < self.warmup:
+            return self.lr * (t + 1) / self.warmup
+        if self.schedule == "step":
+            marks = [m if m > 1 else m * total for m in self.milestones]
+            return self.lr * self.gamma ** sum(t >= m for m in marks)
+        if self.schedule == "cosine":
+            done = (t - self.warmup) / max(total - self.warmup, 1)
+            return self.lr / 2 * (1 + math.cos(math.pi * done))
+        return self.lr
+
+
+def recipe_from(values: Mapping[str, Any]) -> Recipe:
+    """A :class:`Recipe` from untyped values (JSON, YAML), with a message for unknown names."""
+    known = [f.name for f in dataclasses.fields(Recipe)]
+    for name in values:
+        one_of("recipe field", name, known)
+    typed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Recipe(**typed)
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Where a copy leaves its parent.
+
+    Arguments:
+        parent: the run whose state at ``step`` the copy starts from.
+        step: k.
+        optimizer: ``reset`` starts momentum at zero (Algorithm 1 acts on weights; open_lth does so),
+            ``restore`` goes on with the parent's.
+        schedule: ``continue`` trains the T - k steps that are left, from position k of schedule and
+            data; ``restart`` trains all T steps again (the control of Frankle et al., Fig. 4).
+    """
+
+    parent: Run
+    step: int
+    optimizer: Literal["reset", "restore"] = "reset"
+    schedule: Literal["continue", "restart"] = "continue"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a recipe, the labels of its randomness, and where it forks from.
+
+    ``init``, ``order`` and ``augment`` name samples of three independent noise sources: same
+    labels, same bits; different labels, independent draws. A forked run inherits its init.
+    """
+
+    recipe: Recipe
+    init: int | str = 0
+    order: int | str = 0
+    augment: int | str = 0
+    fork: Fork | None = None
+
+    def __post_init__(self) -> None:
+        if self.fork is None:
+            return
+        parent, k = self.fork.parent, self.fork.step
+        one_of("fork optimizer", self.fork.optimizer, ("reset", "restore"))
+        one_of("fork schedule", self.fork.schedule, ("continue", "restart"))
+        if not 0 <= k <= parent.last_step:
+            raise BadParameter(
+                f"fork at k = {k}: the run it leaves has steps 0 to {parent.last_step}."
+            )
+        if self.fork.schedule == "continue" and k >= self.recipe.steps:
+            raise BadParameter(f"fork at k = {k}: no step is left of T = {self.recipe.steps}.")
+        if parent.recipe.net != self.recipe.net:
+            raise BadParameter(
+                f"fork: the copy's network {self.recipe.net!r} is not its parent's "
+                f"{parent.recipe.net!r}."
+            )
+        object.__setattr__(self, "init", parent.init)
+        if k == 0 and parent.fork is None:
+            # A fork at step 0 is a run from the same init: one identity, trained once.
+            object.__setattr__(self, "fork", None)
+
+    @property
+    def first_step(self) -> int:
+        """The step its first state has."""
+        return self.fork.step if self.fork and self.fork.schedule == "continue" else 0
+
+    @property
+    def last_step(self) -> int:
+        """T."""
+        return self.recipe.steps
+
+    def identity(self, fingerprint: str, device: str) -> dict[str, Any]:
+        """Everything that determines the bits of the run. ``device`` is ``cpu`` or ``cuda``."""
+        out: dict[str, Any] = {
+            "kind": "run",
+            "semantics": SEMANTICS,
+            "recipe": self.recipe.identity(),
+            "init": self.init,
+            "order": self.order,
+            "data": fingerprint,
+            "device": device,
+        }
+        if self.recipe.augment != "none":
+            out["augment"] = self.augment
+        if self.fork:
+            out["fork"] = {
+                "parent": self.fork.parent.identity(fingerprint, device),
+                "step": self.fork.step,
+                "optimizer": self.fork.optimizer,
+                "schedule": self.fork.schedule,
+            }
+        return out
+
+    def init_key(self) -> Key:
+        """Seeds the initial weights."""
+        return Key("init", self.init)
+
+    def order_key(self) -> Key:
+        """Folded with the epoch, gives that epoch's permutation."""
+        return Key("order", self.order)
+
+    def augment_key(self) -> Key:
+        """Folded with the epoch, gives every sample's flip and crop in that epoch."""
+        return Key("augment", self.augment)
