@@ -1,4 +1,4 @@
-"""Messages for the person who typed the command: what is wrong, where, what is allowed, what to do."""
+"""Messages for the person who typed the command: what is wrong, where, what is allowed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MissingData(CompanionError, FileNotFoundError):
 
 
 class CorruptData(CompanionError):
-    """A data file is there but is not what it should be (truncated, wrong checksum, wrong layout)."""
+    """A data file is not what it should be: truncated, wrong checksum, wrong layout."""
 
 
 class DeviceUnavailable(CompanionError):
@@ -35,11 +35,11 @@ class CorruptEntry(CompanionError):
 
 
 class StoreUnwritable(CompanionError, OSError):
-    """The run store cannot be written: the disk is full, or the folder is read-only."""
+    """The run store cannot be written: a full disk, or a read-only folder."""
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
-    """Return ``value`` if it is one of ``allowed``; else raise :class:`BadParameter` with a hint."""
+    """``value`` if it is one of ``allowed``; else :class:`BadParameter` with a hint."""
     choices = list(allowed)
     if value in choices:
         return value

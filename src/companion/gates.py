@@ -17,11 +17,13 @@ from companion.theta import Theta, affine, distance, shares_storage
 
 @dataclass(frozen=True)
 class Gate:
-    """The outcome of one gate: ``passed`` (None = does not apply here) and one line that says why."""
+    """The outcome of one gate: ``passed`` (None: does not apply) and one line that says why."""
 
     name: str
     passed: bool | None
     detail: str
+    value: float | None = None
+    """The number behind the outcome, where there is one (the barrier of the null control)."""
 
     def __str__(self) -> str:
         word = {True: "pass", False: "FAIL", None: "n/a"}[self.passed]
@@ -64,12 +66,13 @@ def distinct(a: Theta, b: Theta, names: Sequence[str], *, same_noise: bool = Fal
 
 
 def null_control(a: Theta, b: Theta, names: Sequence[str], barrier: float) -> Gate:
-    """G1: the same start and the same noise, trained twice, are the same network, barrier exactly 0."""
+    """G1: same start, same noise, trained twice: the same network, and a barrier of exactly 0."""
     gap = max(float((a[n].double() - b[n].double()).abs().max()) for n in names)
     return Gate(
         "G1 null control",
         gap == 0 and barrier == 0,
         f"largest weight difference {gap:g}, barrier {barrier:g}",
+        barrier,
     )
 
 
@@ -93,8 +96,8 @@ def noise_independence(permutations: Mapping[str, torch.Tensor]) -> Gate:
     """G3: no two (key, epoch) pairs share a data order, nor a shifted copy of one.
 
     Arguments:
-        permutations: name of a (key, epoch) -> its permutation of ``range(n)``, shape (n,). A cyclic
-            shift is undone by rotating every permutation so that it starts with 0.
+        permutations: name of a (key, epoch) -> its permutation of ``range(n)``, shape (n,). A
+            cyclic shift is undone by rotating every permutation so that it starts with 0.
     """
     seen: dict[bytes, str] = {}
     clashes = []
@@ -148,7 +151,7 @@ def masks(
 
 
 def batchnorm(headline: str, modes: Sequence[str]) -> Gate:
-    """G5: with BatchNorm the barrier is logged under all three modes and the headline one is named."""
+    """G5: with BatchNorm all three modes are logged, and the headline one is named."""
     if headline == "none":
         return Gate("G5 BatchNorm mode", None, "no running statistics in this network")
     missing = {"interpolate", "reestimate", "batch"} - set(modes)

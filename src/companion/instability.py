@@ -1,4 +1,4 @@
-"""Instability analysis: from which step on do two copies that see different SGD noise stay connected?
+"""Instability analysis: from which step on do copies under different SGD noise stay connected?
 
 Algorithm 1 of Frankle et al. 2020: train W_0 to W_k; train copies of W_k to the end under different
 SGD noise; measure the barrier between the copies. k is the fork step, T the last one. ::
@@ -250,8 +250,8 @@ def through_training(
         steps: where to look, each above k and at most T.
 
     Returns:
-        step -> (init, result) of every pair. Half-trained networks have high errors, so gate G0 asks
-        only that they are better than half-way to guessing; before that they count as INVALID.
+        step -> (init, result) of every pair. Half-trained networks have high errors, so gate G0
+        asks only that they are better than half-way to guessing; before that they count as INVALID.
     """
     for step in steps:
         if not k < step <= recipe.steps:

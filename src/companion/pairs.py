@@ -56,7 +56,7 @@ class Evaluation:
                 )
 
     def splits(self, data: Dataset) -> dict[str, Split]:
-        """What is measured on: the un-augmented train split and the test split, or parts of them."""
+        """The un-augmented train split and the test split, or the asked parts of them."""
         whole = len(data.train) + len(data.test)
         return {
             "train": data.train.head(self.train_examples or whole),
@@ -115,8 +115,9 @@ class PairResult:
 
     Arguments:
         barrier: with its gates.
-        distances: Euclidean, of the parameters: ``ab``; ``a_init``, ``b_init`` (from W_0); with a start
-            also ``a_start``, ``b_start`` (from W_k) and ``start_init``. ``cosine`` is 1 - cos(A, B).
+        distances: Euclidean, of the parameters: ``ab``; ``a_init``, ``b_init`` (from W_0); with a
+            start also ``a_start``, ``b_start`` (from W_k) and ``start_init``. ``cosine`` is
+            1 - cos(A, B).
         start: loss and error of W_k per split; empty without a start.
     """
 
@@ -210,7 +211,7 @@ def measure(
     """Train what is missing, then measure every pair, in that order.
 
     Arguments:
-        reference_error: percent, for gate G0. Default: the median error of all the ends of this call,
+        reference_error: percent, for gate G0. Default: the median error of all ends of this call,
             which is the recipe's own normal error unless most of its runs are dead.
         max_error: percent; an end at or below it passes gate G0 whatever the reference.
 
@@ -282,7 +283,7 @@ def check_null(
 
 
 def check_noise(runs: Sequence[Run], *, device: str = "cpu", most: int = 200) -> Gate:
-    """Gate G3 over the data orders that ``runs`` draw: the first epochs of each, ``most`` in all."""
+    """Gate G3 over the data orders of ``runs``: the first epochs of each, ``most`` in all."""
     data = datasets.load(runs[0].recipe.data, device)
     labels = sorted({str(run.order): run.order_key() for run in runs}.items())
     n = len(data.train)

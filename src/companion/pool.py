@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch computes with one thread, so sums round the same way on any number of workers."""
+    """Inside, torch computes with one thread, so sums round alike on any number of workers."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -5,7 +5,7 @@ content (recipe with defaults left out, noise labels, dataset fingerprint, a cod
 is raised by hand when semantics change). An entry is a folder::
 
     <root>/<2 hex>/<64 hex>/identity.json      what this is, readable
-                           /manifest.json      file -> {sha256, bytes}: a file not listed is not there
+                           /manifest.json      file -> {sha256, bytes}: not listed, not there
                            /step-….safetensors tensors
                            /….json             numbers
 

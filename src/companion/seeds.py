@@ -52,7 +52,7 @@ class Key:
         return torch.from_numpy(np.argsort(self.words(n), kind="stable"))
 
     def integers(self, n: int, high: int) -> torch.Tensor:
-        """``n`` integers in ``[0, high)``, int64, shape (n,). The bias is below ``high / 2**64``."""
+        """``n`` integers in ``[0, high)``, int64, shape (n,). Bias below ``high / 2**64``."""
         return torch.from_numpy((self.words(n) % np.uint64(high)).astype(np.int64))
 
     def seed(self) -> int:

@@ -1,9 +1,9 @@
 """State dicts as points of weight space: which entries count, their layers, sums and distances.
 
-A ``Theta`` is a state dict (name -> tensor). A :class:`Layout`, read off an ``nn.Module``, says which
-entries are trainable parameters, floating-point buffers (BatchNorm's running statistics) or integer
-buffers, which names are tied, and which layer each belongs to. Source: fact sheets of our chapters
-1 and 4 (a layer is all entries that share a module name; tied tensors are one layer).
+A ``Theta`` is a state dict (name -> tensor). A :class:`Layout`, read off an ``nn.Module``, says
+which entries are trainable parameters, floating-point buffers (BatchNorm's running statistics) or
+integer buffers, which names are tied, and which layer each belongs to: a layer is all entries that
+share a module name, and tied tensors are one layer (Adilova et al. 2024; our chapters 1 and 4).
 """
 
 from __future__ import annotations

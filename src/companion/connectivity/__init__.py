@@ -1,7 +1,7 @@
 """Is the straight line between two networks low? Points, segments, planes and barriers.
 
-Works on any ``nn.Module``, two state dicts of it and any data. Source: Frankle et al. 2020, Section 2;
-used in every chapter, explained in chapter 1.
+Works on any ``nn.Module``, two state dicts of it and any data. Source: Frankle et al. 2020,
+Section 2; used in every chapter, explained in chapter 1.
 """
 
 from companion.connectivity.barrier import Barrier, barrier

@@ -41,6 +41,13 @@ class Barrier:
         """True if no gate failed."""
         return all(g.passed is not False for g in self.gates)
 
+    def gate(self, name: str) -> Gate:
+        """The gate called ``name``, such as ``"G1"``. KeyError if it was not asked."""
+        for gate in self.gates:
+            if gate.name.split()[0] == name:
+                return gate
+        raise KeyError(f"{name} is not among the gates {[g.name for g in self.gates]}")
+
     @property
     def curve(self) -> Curve:
         """The curve under the headline mode."""

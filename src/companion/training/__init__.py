@@ -1,8 +1,8 @@
 """Training with controlled SGD noise, and forks at step k (Frankle et al. 2020, Algorithm 1).
 
-A :class:`Recipe` says how, a :class:`Run` which randomness, a :class:`Fork` from where, and a :class:`Job`
-which states are wanted; :func:`train` makes them exist in the run store, many at once, and
-:func:`load_weights` hands them out. Used in every chapter; explained in chapter 1.
+A :class:`Recipe` says how, a :class:`Run` which randomness, a :class:`Fork` from where, and a
+:class:`Job` which states are wanted; :func:`train` makes them exist in the run store, many at
+once, and :func:`load_weights` hands them out. Used in every chapter; explained in chapter 1.
 """
 
 from companion.training.engine import (

@@ -1,7 +1,7 @@
 """From wanted states to stored states: what exists is loaded, what is missing is trained once.
 
-Arguments that recur: ``store`` is a :class:`companion.runs.Store` (None = the default one), ``device``
-a torch device name, ``workers`` the number of processes (0 = one per core; CPU only).
+Arguments that recur: ``store`` is a :class:`companion.runs.Store` (None: the default one),
+``device`` a torch device name, ``workers`` the number of processes (0 = one per core; CPU only).
 """
 
 from __future__ import annotations

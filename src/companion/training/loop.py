@@ -1,4 +1,4 @@
-"""The training loop: a pure function of (state, run, data) -> state, with exact steps and resume."""
+"""The training loop: a pure function of (state, run, data) -> state, with exact steps."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def check_fit(recipe: Recipe, data: Dataset) -> None:
     """
     if recipe.batch > len(data.train):
         raise BadParameter(
-            f"batch: {recipe.batch} is more than the {len(data.train)} training images of {data.name}."
+            f"batch: {recipe.batch} is more than the {len(data.train)} training images "
+            f"of {data.name}."
         )
     augmentation = Augmentation.parse(recipe.augment)
     if 2 * augmentation.pad >= min(data.in_shape[1:]):
@@ -142,7 +143,7 @@ def advance(
         data: on the device to train on.
         module: a network of the right architecture to reuse; its weights are overwritten.
         checkpoints: steps at which ``save`` is called with a full state (a copy).
-        tick: asked every few steps with the step; True = ``save`` the state here too (resume point).
+        tick: asked after every step; True = ``save`` the state here too (a resume point).
 
     Raises:
         Diverged: the loss is not finite. Nothing of the broken state was handed to ``save``.

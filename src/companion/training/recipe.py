@@ -17,7 +17,7 @@ from companion.errors import BadParameter, one_of
 from companion.seeds import Key
 
 SEMANTICS = 1
-"""Raised by hand when the same recipe would train to other weights: old runs then no longer count."""
+"""Raised by hand when a recipe would train to other weights: old runs then no longer count."""
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "cosine", "onecycle")
@@ -32,16 +32,18 @@ class Recipe:
         net: a name with options of :func:`companion.models.build`, e.g. ``"resnet20:width=8"``.
         data: a name of :func:`companion.data.load`.
         steps: T, the exact number of optimiser steps.
-        batch: examples a step. An epoch is ``floor(N / batch)`` full batches of a fresh permutation.
-        optimizer: ``sgd`` (with ``momentum``, ``nesterov``), ``adam`` or ``adamw`` (with ``betas``).
+        batch: examples a step. An epoch is ``floor(N / batch)`` full batches of a new
+            permutation.
+        optimizer: ``sgd`` (with ``momentum``, ``nesterov``), ``adam``, ``adamw`` (``betas``).
         lr: peak learning rate.
         weight_decay: as the optimiser defines it (L2 in the gradient for sgd and adam).
-        schedule: ``constant``; ``step``: times ``gamma`` at each of ``milestones`` (fractions of T, or
-            steps if above 1); ``cosine``: to 0 at T; ``onecycle``: PyTorch's OneCycleLR with cosine
-            annealing, whose rising part is ``warmup``.
+        schedule: ``constant``; ``step``: times ``gamma`` at each of ``milestones`` (fractions of
+            T, or steps if above 1); ``cosine``: to 0 at T; ``onecycle``: PyTorch's OneCycleLR with
+            cosine annealing, whose rising part is ``warmup``.
         warmup: steps of linear warm-up from 0 (for ``onecycle``: of its rising part).
         div, final_div: ``onecycle`` starts at ``lr/div`` and ends at ``lr/div/final_div``.
-        augment: ``none``, or ``flip``, ``crop4``, ``flip+crop4`` … (:class:`companion.data.Augmentation`).
+        augment: ``none``, ``flip``, ``crop4``, ``flip+crop4`` …: see
+            :class:`companion.data.Augmentation`.
         precision: ``float32``, or ``bf16`` (autocast; weights stay float32).
     """
 
@@ -142,8 +144,8 @@ class Fork:
     Arguments:
         parent: the run whose state at ``step`` the copy starts from.
         step: k.
-        optimizer: ``reset`` starts momentum at zero (Algorithm 1 acts on weights; open_lth does so),
-            ``restore`` goes on with the parent's.
+        optimizer: ``reset`` starts momentum at zero (Algorithm 1 acts on weights; open_lth does
+            so), ``restore`` goes on with the parent's.
         schedule: ``continue`` trains the T - k steps that are left, from position k of schedule and
             data; ``restart`` trains all T steps again (the control of Frankle et al., Fig. 4).
     """

@@ -1,0 +1,448 @@
+"""Reported against reproduced: claims as data, one rule for every verdict, one table to show them.
+
+``data/claims.yaml`` holds what the papers claim. A chapter computes a statistic and hands it over::
+
+    from companion import claims
+
+    verdicts = [claims.judge("C01", barrier, n=9, interval=(0.2, 0.6))]
+    claims.show(verdicts, scale="digits, MLP 64-100x5-10, 3 inits x 3 pairs, CPU")
+
+:func:`judge` is the only place where a number becomes a word. The table's contents also travel in the
+metadata of the cell's output, from where the book collects the front page's scoreboard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from companion.errors import BadParameter, MissingData
+from companion.locations import checkout
+
+#: Where a reported value was read. The letters are the fact sheets'; the words go under the tables.
+EVIDENCE = {
+    "P": "the paper's own words",
+    "N": "reading notes of the whole paper",
+    "T": "a third party's transcription of the paper's tables",
+    "M22": "the summary by Maene et al.",
+    "C": "the authors' code",
+    "D": "derived by us",
+    "E": "measured by us beforehand",
+    "U": "unverified",
+}
+_OURS = ("D", "E")  # shown as ours, never as the paper's
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<": lambda value, limit: value < limit,
+    "<=": lambda value, limit: value <= limit,
+    ">": lambda value, limit: value > limit,
+    ">=": lambda value, limit: value >= limit,
+}
+
+#: Verdict -> the sign beside it. The word is always there: colour and sign only repeat it.
+SIGNS = {
+    "reproduced": "✓",
+    "not reproduced": "✗",
+    "undetermined": "≈",
+    "reported": "ⓘ",
+    "not testable at this scale": "○",
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its uncertainty: ``low <= estimate <= high``, from ``n`` samples."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and how this book decides whether it holds here.
+
+    ``reported`` with ``evidence`` U was never checked against the paper and is never printed.
+    """
+
+    id: str
+    paper: str  # a key of references.bib
+    chapter: str
+    text: str  # our wording
+    where: str  # the paper's section, figure or table
+    reported: str
+    statistic: str  # what we compute
+    rule: str  # the pass rule in words
+    test: Mapping[str, Any]  # the same for the machine: {"op": "<", "value": 2.0}
+    profiles: tuple[str, ...]  # those that can test it
+    evidence: str  # a key of EVIDENCE
+    unit: str = ""
+    format: str = "{:.3g}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome for one claim: a word of :data:`SIGNS`, and the number it rests on."""
+
+    claim: Claim
+    verdict: str
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    detail: str = ""
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; numbers that are not finite become text ("inf", "nan")."""
+        entry = asdict(self)
+        entry["claim"]["test"] = dict(self.claim.test)
+        entry["value"] = _plain(self.value)
+        entry["interval"] = self.interval and [_plain(x) for x in self.interval]
+        return entry
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Verdict:
+        """The inverse of :meth:`to_json`."""
+        fields = dict(entry)
+        claim = {**fields.pop("claim")}
+        claim["profiles"] = tuple(claim["profiles"])
+        value, interval = fields.pop("value"), fields.pop("interval")
+        return cls(
+            claim=Claim(**claim),
+            value=None if value is None else float(value),
+            interval=(float(interval[0]), float(interval[1])) if interval else None,
+            **fields,
+        )
+
+
+@dataclass(frozen=True)
+class _Registry:
+    papers: Mapping[str, str] = field(default_factory=dict)
+    claims: Mapping[str, Claim] = field(default_factory=dict)
+
+
+def registry(path: Path | None = None) -> dict[str, Claim]:
+    """All claims by id, in the file's order.
+
+    Args:
+        path: A claims file; by default ``data/claims.yaml`` of the checkout.
+
+    Raises:
+        MissingData: There is no such file (claims ship with the book, not with the package).
+        BadParameter: The file is malformed; the message names the entry and the field.
+    """
+    return dict(_load(_file(path)).claims)
+
+
+def papers(path: Path | None = None) -> dict[str, str]:
+    """Short names of the papers, by key of ``references.bib``: ``Frankle et al. 2020``."""
+    return dict(_load(_file(path)).papers)
+
+
+def judge(
+    id: str,
+    statistic: float | Interval | None,
+    *,
+    n: int | None = None,
+    interval: tuple[float, float] | None = None,
+    detail: str = "",
+    note: str = "",
+    testable: bool = True,
+) -> Verdict:
+    """Turn a statistic into a verdict by the claim's rule. Nothing else in the project does.
+
+    With an interval, the whole interval has to lie on one side of the threshold; where it straddles
+    it, the verdict is "undetermined". A statistic that is NaN is undetermined too: no valid number.
+
+    Args:
+        id: The claim, such as ``"C01"``.
+        statistic: What the claim's ``statistic`` describes, in its ``unit``; a truth value for
+            ``op: "true"``; None if it was not measured.
+        n: How many samples the statistic rests on.
+        interval: Low and high end of a confidence interval.
+        detail: Shown under the value, such as ``"all 3 initialisations"``.
+        note: Shown under the verdict: a caveat, or why it was not testable.
+        testable: False if this scale cannot answer the question, whatever came out.
+
+    Returns:
+        The verdict: reproduced, not reproduced, undetermined, reported (the rule is ``report``:
+        shown, not judged) or not testable at this scale.
+
+    Raises:
+        BadParameter: An unknown claim, or an interval that does not contain the statistic.
+    """
+    claims = registry()
+    if id not in claims:
+        raise BadParameter(f"claim {id!r} is not in data/claims.yaml. It has: {', '.join(claims)}.")
+    claim = claims[id]
+    if isinstance(statistic, Interval):
+        if interval is not None:
+            raise BadParameter(f"{id}: give the interval once, in the statistic or as interval=.")
+        interval, n = (statistic.low, statistic.high), statistic.n if n is None else n
+        statistic = statistic.estimate
+    value = None if statistic is None else float(statistic)
+    if interval is not None:
+        interval = (float(interval[0]), float(interval[1]))
+        if value is not None and not math.isnan(value) and not interval[0] <= value <= interval[1]:
+            raise BadParameter(f"{id}: the statistic {value} lies outside its interval {interval}.")
+    if value is None or not testable:
+        word = "not testable at this scale"
+    elif claim.test["op"] == "report":
+        word = "reported"
+    else:
+        word = _apply(claim.test, value, interval)
+    return Verdict(claim, word, value, interval, n, detail, note)
+
+
+def show(verdicts: Sequence[Verdict], *, scale: str) -> None:
+    """Display the table of reported against reproduced, and hand the verdicts to the book.
+
+    Args:
+        verdicts: What :func:`judge` returned, in the order of the table.
+        scale: What the numbers rest on: dataset, network, samples, hardware.
+
+    Raises:
+        BadParameter: No verdicts, no scale, or one claim twice.
+    """
+    if not verdicts or not scale.strip():
+        raise BadParameter("claims.show needs at least one verdict, and a scale in words.")
+    ids = [v.claim.id for v in verdicts]
+    if len(set(ids)) < len(ids):
+        raise BadParameter(f"claims.show: a claim is listed twice in {', '.join(ids)}.")
+    from IPython.display import display
+
+    lines = [f"{v.claim.id}: {v.verdict} ({_measured(v) or 'not measured'})" for v in verdicts]
+    display(  # type: ignore[no-untyped-call]  # IPython's display has no annotations
+        {"text/html": table(verdicts, caption=f"Scale: {scale}"), "text/plain": "\n".join(lines)},
+        metadata={"companion": {"claims": [{**v.to_json(), "scale": scale} for v in verdicts]}},
+        raw=True,
+    )
+
+
+def table(
+    verdicts: Iterable[Verdict], *, caption: str, links: Mapping[str, str] | None = None
+) -> str:
+    """The table as HTML: claim, reported (and where), reproduced here, verdict.
+
+    Args:
+        verdicts: The rows.
+        caption: Plain text above the table.
+        links: Claim id to address; the ids of the rows become links.
+    """
+    verdicts = list(verdicts)
+    names = papers()
+    heads = ["Claim", "Reported", "Reproduced here", "Verdict"]
+    rows, tags = [], set()
+    for v in verdicts:
+        claim = v.claim
+        name = escape(claim.id)
+        if links and claim.id in links:
+            name = f'<a href="{escape(links[claim.id])}">{name}</a>'
+        kind = "verdict-" + v.verdict.replace(" ", "-")
+        reported, tag = _reported(claim, names)
+        tags |= tag
+        here = escape(_measured(v) or "—") + _small(v.detail)
+        rows.append(
+            f'<tr><th scope="row">{name} <span class="claim-text">{escape(claim.text)}</span></th>'
+            f"<td>{reported}</td>"
+            f"<td>{here}{_small('rule: ' + claim.rule)}</td>"
+            f'<td class="verdict {kind}"><span aria-hidden="true">'
+            f"{SIGNS[v.verdict]}</span> {escape(v.verdict)}{_small(v.note)}</td></tr>"
+        )
+    key = "; ".join(f"[{t}] {words}" for t, words in EVIDENCE.items() if t in tags)
+    foot = (
+        f'<p class="claims-key">Where the reported values were read: {escape(key)}.</p>'
+        if key
+        else ""
+    )
+    head = "".join(f'<th scope="col">{h}</th>' for h in heads)
+    return (
+        f'<div class="companion-scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f'<table class="companion-claims"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{foot}"
+    )
+
+
+def tally(verdicts: Iterable[Verdict]) -> str:
+    """One sentence: ``13 claims: 8 reproduced, 1 not reproduced, 4 not testable at this scale.``"""
+    words = [v.verdict for v in verdicts]
+    parts = [f"{words.count(word)} {word}" for word in SIGNS if word in words]
+    return f"{len(words)} claim{'s' * (len(words) != 1)}: {', '.join(parts)}."
+
+
+def _apply(test: Mapping[str, Any], value: float, interval: tuple[float, float] | None) -> str:
+    """The verdict of a rule that can pass or fail."""
+    if math.isnan(value):
+        return "undetermined"
+    op = test["op"]
+    if op == "true":
+        return "reproduced" if value else "not reproduced"
+
+    def passes(x: float) -> bool:
+        if op == "between":
+            return bool(test["low"] <= x <= test["high"])
+        return _COMPARE[op](x, test["value"])
+
+    ends = [passes(x) for x in interval or (value, value)]
+    if op == "between" and interval and not any(ends):
+        # Both ends outside: the band may still lie inside the interval.
+        ends = [False, interval[0] < test["low"] and interval[1] > test["high"]]
+    if all(ends):
+        return "reproduced"
+    return "undetermined" if any(ends) else "not reproduced"
+
+
+def _measured(v: Verdict) -> str:
+    """``1.2 [0.8, 1.7] points, n = 9``; empty if nothing was measured."""
+    if v.value is None:
+        return ""
+    if v.claim.test["op"] == "true":
+        text = "no valid value" if math.isnan(v.value) else ("yes" if v.value else "no")
+    else:
+        text = _number(v.claim, v.value)
+        if v.interval is not None:
+            text += f" [{', '.join(_number(v.claim, x) for x in v.interval)}]"
+        if v.claim.unit:
+            text += f" {v.claim.unit}"
+    return text + (f", n\u00a0=\u00a0{v.n}" if v.n is not None else "")
+
+
+def _number(claim: Claim, x: float) -> str:
+    if math.isnan(x):
+        return "no valid value"
+    if math.isinf(x):
+        return "∞" if x > 0 else "−∞"
+    return claim.format.format(x).replace("-", "−")
+
+
+def _reported(claim: Claim, names: Mapping[str, str]) -> tuple[str, set[str]]:
+    """The cell of the reported value, and the evidence tags it uses."""
+    if claim.evidence == "U":
+        return "—" + _small("no value that we could verify"), set()
+    paper = "ours, not the paper's" if claim.evidence in _OURS else names[claim.paper]
+    source = ", ".join(part for part in (paper, claim.where) if part)
+    return escape(claim.reported) + _small(f"{source} [{claim.evidence}]"), {claim.evidence}
+
+
+def _small(text: str) -> str:
+    return f'<small class="claim-note">{escape(text)}</small>' if text else ""
+
+
+def _plain(x: float | None) -> float | str | None:
+    return x if x is None or math.isfinite(x) else str(x)
+
+
+def _file(path: Path | None) -> Path:
+    if path is not None:
+        return path
+    root = checkout()
+    if root is None:
+        raise MissingData(
+            "data/claims.yaml: the claims belong to the book, and this package is not installed from "
+            "its git checkout. Clone the repository and run `make book`."
+        )
+    return root / "data" / "claims.yaml"
+
+
+@lru_cache(maxsize=4)
+def _parse(path: Path, stamp: int) -> _Registry:
+    where = path.name
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise BadParameter(f"{where} is not valid YAML: {error}") from error
+    if not isinstance(document, dict) or set(document) != {"papers", "claims"}:
+        raise BadParameter(f"{where}: the top level needs exactly two keys, papers and claims.")
+    names = {str(key): str(name) for key, name in (document["papers"] or {}).items()}
+    claims: dict[str, Claim] = {}
+    for i, entry in enumerate(document["claims"] or []):
+        claim = _claim(entry, f"{where}, entry {i + 1}", names)
+        if claim.id in claims:
+            raise BadParameter(f"{where}: the id {claim.id} is used twice.")
+        claims[claim.id] = claim
+    return _Registry(names, claims)
+
+
+def _load(path: Path) -> _Registry:
+    if not path.is_file():
+        raise MissingData(f"{path.name}: there is no claims file at {path}.")
+    return _parse(path, path.stat().st_mtime_ns)
+
+
+_FIELDS = {name: f.default for name, f in Claim.__dataclass_fields__.items()}
+_TEXTS = set(_FIELDS) - {"test", "profiles"}
+
+
+def _claim(entry: Any, where: str, names: Mapping[str, str]) -> Claim:
+    """Check one entry of the file field by field."""
+    if not isinstance(entry, dict):
+        raise BadParameter(f"{where}: a claim is a mapping with the fields {', '.join(_FIELDS)}.")
+    if isinstance(entry.get("id"), str):
+        where = f"{where} ({entry['id']})"
+    unknown = sorted(set(entry) - set(_FIELDS))
+    if unknown:
+        raise BadParameter(
+            f"{where}: unknown field {', '.join(unknown)}. Allowed: {', '.join(_FIELDS)}."
+        )
+    optional = {"unit", "format"}
+    missing = [name for name in _FIELDS if name not in entry and name not in optional]
+    if missing:
+        raise BadParameter(f"{where}: missing field {', '.join(missing)}.")
+    for name in _TEXTS & set(entry):
+        if not isinstance(entry[name], str):
+            raise BadParameter(
+                f"{where}: {name} is {entry[name]!r}, not text. Put it in quotation marks."
+            )
+    for name in ("id", "text", "statistic", "rule"):
+        if not entry[name].strip():
+            raise BadParameter(f"{where}: {name} is empty.")
+    if entry["evidence"] not in EVIDENCE:
+        raise BadParameter(
+            f"{where}: evidence {entry['evidence']!r} is not known. Allowed: {', '.join(EVIDENCE)}."
+        )
+    if not entry["reported"].strip() and entry["evidence"] != "U":
+        raise BadParameter(f"{where}: reported is empty; only a claim tagged U may leave it so.")
+    if entry["paper"] not in names:
+        raise BadParameter(
+            f"{where}: paper {entry['paper']!r} has no short name. Known: {', '.join(names)}."
+        )
+    profiles = entry["profiles"]
+    if not isinstance(profiles, list) or not all(isinstance(p, str) for p in profiles):
+        raise BadParameter(f"{where}: profiles is a list of names, such as [quick, gpu, paper].")
+    form = entry.get("format", Claim.format)
+    try:
+        form.format(0.5)
+    except (ValueError, IndexError, KeyError) as error:
+        raise BadParameter(
+            f"{where}: format {form!r} does not format a number: {error}."
+        ) from error
+    _check_test(entry["test"], where)
+    return Claim(**{**entry, "profiles": tuple(profiles)})
+
+
+def _check_test(test: Any, where: str) -> None:
+    """The machine's rule: an operator, and exactly the numbers it needs."""
+    needs: dict[str, set[str]] = {op: {"value"} for op in _COMPARE}
+    needs |= {"between": {"low", "high"}, "report": set(), "true": set()}
+    op = test.get("op") if isinstance(test, dict) else None
+    # YAML 1.1 reads a bare `true` as a boolean.
+    hint = ' (write it in quotation marks: op: "true")' if op is True else ""
+    if not isinstance(op, str) or op not in needs:
+        raise BadParameter(
+            f"{where}: test needs an op out of {', '.join(needs)}; it has {op!r}{hint}."
+        )
+    if set(test) != needs[op] | {"op"}:
+        keys = ", ".join(sorted(needs[op])) or "nothing else"
+        raise BadParameter(f"{where}: test with op {op!r} takes {keys}; it has {dict(test)}.")
+    for name in needs[op]:
+        if isinstance(test[name], bool) or not isinstance(test[name], (int, float)):
+            raise BadParameter(f"{where}: test.{name} is {test[name]!r}, not a number.")
+    if op == "between" and not test["low"] <= test["high"]:
+        raise BadParameter(f"{where}: test.low is above test.high.")

@@ -1,0 +1,198 @@
+"""A dataset is two splits of tensors on one device: no loader, no workers, no transforms.
+
+All datasets of the book fit into memory, and a batch gathered from a tensor that is already on the
+device costs microseconds (the idea of airbench, Jordan 2024). Read top to bottom: pixels become
+normalised floats (:func:`standardise`), floats and labels a :class:`Split`, two splits a
+:class:`Dataset`. Source: our chapter 1 ("The data").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from companion.errors import BadParameter
+from companion.seeds import Key
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels on one device. Shared by all who loaded it: never written in place.
+
+    Args:
+        x: (N, C, H, W) float32, normalised per channel.
+        y: (N,) int64, classes ``0 … classes - 1``.
+
+    Raises:
+        BadParameter: shapes, types or devices of ``x`` and ``y`` do not fit together.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 4 or self.x.dtype != torch.float32:
+            raise BadParameter(
+                f"Split.x: (N, C, H, W) float32 expected, got {tuple(self.x.shape)} {self.x.dtype}."
+            )
+        if self.y.shape != self.x.shape[:1] or self.y.dtype != torch.int64:
+            raise BadParameter(
+                f"Split.y: ({len(self.x)},) int64 expected, "
+                f"got {tuple(self.y.shape)} {self.y.dtype}."
+            )
+        if self.x.device != self.y.device:
+            raise BadParameter(f"Split: x is on {self.x.device}, y on {self.y.device}.")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def to(self, device: str | torch.device) -> Split:
+        """The same split on ``device``; itself if it is there already."""
+        x, y = self.x.to(device), self.y.to(device)
+        return self if x is self.x and y is self.y else Split(x, y)
+
+    def head(self, n: int) -> Split:
+        """The first ``n`` samples of a fixed keyed shuffle, so classes are mixed in any file order.
+
+        Smaller heads are beginnings of larger ones, on every machine. ``n >= len(self)`` returns
+        the split itself, in its own order.
+
+        Raises:
+            BadParameter: ``n`` is not positive.
+        """
+        if n < 1:
+            raise BadParameter(f"head: n = {n}, at least 1 sample is needed.")
+        if n >= len(self):
+            return self
+        rows = Key("data", "head").permutation(len(self))[:n].to(self.x.device)
+        return Split(self.x[rows], self.y[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A named dataset on one device.
+
+    Args:
+        name: what :func:`companion.data.load` was asked for.
+        label: what it is, for figures and tables, never better than the truth: a lossy copy of
+            CIFAR-10 is called one.
+        train, test: the two :class:`Split` s.
+        classes: number of classes.
+        in_shape: (C, H, W) of one image.
+        mean, std: per channel, in units of white = 1: ``x = (pixel - mean) / std``.
+        fingerprint: SHA-256 (hex) of what was read and of how it was split, resized and normalised
+            (:func:`companion.data.sources.fingerprint`). Run keys contain it.
+        class_names: one per class, or empty if nobody named them.
+    """
+
+    name: str
+    label: str
+    train: Split
+    test: Split
+    classes: int
+    in_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def black(self) -> Tensor:
+        """(C, 1, 1) float32: the value of a black pixel after normalisation, on our device.
+
+        Crops are padded with it. That is what torchvision's RandomCrop before Normalize shows the
+        network; padding normalised images with 0 would show it the mean colour instead.
+        """
+        pixel = np.zeros((1, len(self.mean), 1, 1), dtype=np.uint8)
+        return standardise(pixel, 255, self.mean, self.std)[0].to(self.train.x.device)
+
+    def to(self, device: str | torch.device) -> Dataset:
+        """The same dataset on ``device``; itself if it is there already."""
+        train, test = self.train.to(device), self.test.to(device)
+        if train is self.train and test is self.test:
+            return self
+        return replace(self, train=train, test=test)
+
+
+def standardise(
+    pixels: NDArray[np.uint8], white: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
+    """``(pixels / white - mean) / std`` per channel, on the CPU.
+
+    The operations and their order are those of torchvision's ToTensor and Normalize: equal bits.
+    A GPU may round divisions differently, which is why datasets are normalised before they move.
+
+    Args:
+        pixels: (N, C, H, W) uint8, may be a read-only memory map.
+        white: the integer value of a white pixel (255; 16 in ``digits``).
+        mean, std: C numbers each, in units of white = 1.
+
+    Returns:
+        (N, C, H, W) float32.
+    """
+    x = torch.empty(pixels.shape, dtype=torch.float32)
+    np.copyto(x.numpy(), pixels)
+    shift = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+    return x.div_(white).sub_(shift).div_(scale)
+
+
+def channel_statistics(
+    pixels: NDArray[np.uint8], white: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (population) per channel over all pixels, white = 1.
+
+    Computed in exact integers up to the last division, so every machine gets the same numbers.
+    A channel that never changes gets std 1: there is nothing to scale.
+
+    Args:
+        pixels: (N, C, H, W) uint8.
+        white: the integer value of a white pixel.
+    """
+    counts = np.zeros((pixels.shape[1], 256), dtype=np.int64)
+    for start in range(0, len(pixels), 1024):  # bincount makes int64 copies: keep them small
+        for c in range(pixels.shape[1]):
+            counts[c] += np.bincount(pixels[start : start + 1024, c].ravel(), minlength=256)
+    # Python's integers: the sums of squares of a large dataset do not fit into 64 bits.
+    n = [int(row.sum()) for row in counts]
+    sums = [sum(int(k) * v for v, k in enumerate(row)) for row in counts]
+    squares = [sum(int(k) * v * v for v, k in enumerate(row)) for row in counts]
+    mean = tuple(s / (m * white) for m, s in zip(n, sums, strict=True))
+    variance = [m * q - s * s for m, s, q in zip(n, sums, squares, strict=True)]
+    std = tuple(math.sqrt(v) / (m * white) or 1.0 for m, v in zip(n, variance, strict=True))
+    return mean, std
+
+
+def stratified_split(
+    y: NDArray[np.int64], n_test: int, key: Key
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split rows into train and test with the same share of every class.
+
+    Class c gives ``n_c * n_test / N`` rows to the test split, rounded so that the sum is ``n_test``
+    (largest remainders are rounded up, ties to the lower class), but at least one row and not all.
+    Which rows: the first of the permutation of the class's rows by ``key.fold("class", c)``.
+
+    Args:
+        y: (N,) classes; each occurs at least twice.
+        n_test: size of the test split. Classes with fewer than ``N / n_test`` rows can add to it.
+        key: the split is a pure function of ``y``, ``n_test`` and this.
+
+    Returns:
+        Rows of train and of test, disjoint, each ascending, int64; together ``range(N)``.
+    """
+    classes, counts = np.unique(y, return_counts=True)
+    quota, remainder = np.divmod(counts * n_test, len(y))
+    largest = np.argsort(-remainder, kind="stable")[: n_test - int(quota.sum())]
+    quota[largest] += 1
+    quota = np.clip(quota, 1, counts - 1)
+    test = np.zeros(len(y), dtype=bool)
+    for c, n_c in zip(classes, quota, strict=True):
+        rows = np.flatnonzero(y == c)
+        order = key.fold("class", int(c)).permutation(len(rows)).numpy()
+        test[rows[order[:n_c]]] = True
+    return np.flatnonzero(~test), np.flatnonzero(test)

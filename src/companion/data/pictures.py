@@ -1,0 +1,393 @@
+"""Pictures as files: the user's own (``images:PATH``), and the JPEG copy of CIFAR-10.
+
+Understood are
+- an ImageFolder tree: ``PATH/train/<class>/*.png`` and ``PATH/test/<class>/`` (or val, valid,
+  validation), or ``PATH/<class>/*.png`` alone, split 80/20 by a fixed key, stratified by class;
+- Hugging Face's image layout: a folder with ``train*.parquet`` and ``test*.parquet`` (also in
+  ``data/``, or as ``train/*.parquet``), or one parquet file, split 80/20 in the same way.
+
+Options come after a question mark: ``images:PATH?size=32&label=fine_label``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from companion.data import decoding
+from companion.data.dataset import stratified_split
+from companion.data.sources import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    FileReport,
+    Raw,
+    Source,
+    fingerprint,
+    sha256_of,
+)
+from companion.errors import BadParameter, CorruptData, MissingData, one_of
+from companion.locations import runs_root
+from companion.seeds import Key
+
+TEST_NAMES = ("test", "val", "valid", "validation")
+LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"}
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the files are: train's, then test's; ``n_train`` None: one lot, still to be split."""
+
+    kind: str  # "tree" or "parquet"
+    root: Path
+    files: list[Path]
+    n_train: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """All images of a dataset, train's first, not decoded: row → bytes, and their labels."""
+
+    names: Sequence[str]
+    read: Callable[[int], bytes]
+    labels: Sequence[str | int]
+    n_train: int | None
+    class_names: tuple[str, ...] = ()  # if given, labels are indices into it
+    rule: str = ""
+    notes: tuple[str, ...] = ()
+
+
+# --- finding files
+
+
+def find(path: Path) -> Layout:
+    """Which layout ``path`` has, and its files in reading order: sorted by path within a split.
+
+    Raises:
+        MissingData: nothing there, or no image in it.
+        CorruptData: a layout that is none of ours: no test split, no class folders, one class only.
+    """
+    if not path.exists():
+        raise MissingData(f"images: {path} does not exist.")
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise BadParameter(f"images: {path} is a file, but not a parquet file or a folder.")
+        return Layout("parquet", path.parent, [path], None)
+    train = _shards(path, "train")
+    if train or any(_shards(path, name) for name in TEST_NAMES):
+        _, test = _test_split(path, bool(train), lambda name: _shards(path, name))
+        return Layout("parquet", path, train + test, len(train))
+    if any(path.glob("*.parquet")):
+        raise CorruptData(
+            f"images: {path} holds parquet files, but none is called train*.parquet. "
+            "Rename them, or name a single file: images:PATH/FILE.parquet."
+        )
+    return _find_tree(path)
+
+
+def _shards(path: Path, split: str) -> list[Path]:
+    patterns = (f"{split}*.parquet", f"data/{split}*.parquet", f"{split}/*.parquet")
+    return next((found for p in patterns if (found := sorted(path.glob(p)))), [])
+
+
+def _test_split(
+    path: Path, has_train: bool, files: Callable[[str], list[Path]]
+) -> tuple[str, list[Path]]:
+    """The first of the names a test split can have that has files."""
+    name, test = next(((n, found) for n in TEST_NAMES if (found := files(n))), ("", []))
+    if not has_train or not test:
+        raise CorruptData(
+            f"images: {path} holds a {'train' if has_train else name} split, but no "
+            f"{'test split (' + ', '.join(TEST_NAMES) + ')' if has_train else 'train split'}."
+        )
+    return name, test
+
+
+def _find_tree(path: Path) -> Layout:
+    splits = {d.name for d in _folders(path)}
+    if "train" not in splits and not splits.intersection(TEST_NAMES):
+        return Layout("tree", path, _images(path), None)
+    train = _images(path / "train") if "train" in splits else []
+    name, test = _test_split(path, bool(train), lambda n: _images(path / n) if n in splits else [])
+    kinds = [{f.relative_to(path).parts[1] for f in files} for files in (train, test)]
+    if odd := sorted(kinds[0] ^ kinds[1]):
+        raise CorruptData(
+            f"images: the class folders of {path}/train and {path}/{name} differ: "
+            f"{', '.join(odd)} in one of them only."
+        )
+    return Layout("tree", path, train + test, len(train))
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+
+def _images(path: Path) -> list[Path]:
+    """All images of ``path/<class>/``, at any depth, sorted by their path below ``path``."""
+    found = []
+    for folder in _folders(path):
+        images = [f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
+        images = [f for f in images if not f.name.startswith(".")]
+        if not images:
+            raise CorruptData(f"images: {folder} holds no image. Fill or remove it.")
+        found += images
+    if not found:
+        raise MissingData(
+            f"images: {path} holds no class folder with images. Expected: {path}/<class>/*.png "
+            f"(or another of {', '.join(sorted(SUFFIXES))})."
+        )
+    return sorted(found, key=lambda f: f.relative_to(path).as_posix())
+
+
+# --- listing them
+
+
+def _list_tree(layout: Layout) -> Listing:
+    relative = [f.relative_to(layout.root) for f in layout.files]
+    return Listing(
+        names=[str(f) for f in layout.files],
+        read=lambda i: layout.files[i].read_bytes(),
+        labels=[r.parts[0 if layout.n_train is None else 1] for r in relative],
+        n_train=layout.n_train,
+        rule="tree",
+    )
+
+
+def _list_parquet(layout: Layout, label: str | None) -> Listing:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        files = [pq.ParquetFile(f) for f in layout.files]
+        schema = files[0].schema_arrow
+        image_column, label_column, notes = _columns(layout.files[0], schema, label)
+        columns = [image_column, label_column]
+        tables = [f.read(columns=columns).select(columns) for f in files]
+        table = pa.concat_tables(tables, promote_options="permissive")
+        images = pc.struct_field(table[image_column], "bytes")
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise CorruptData(
+            f"images: the parquet files of {layout.root} ({layout.files[0].name}, …) cannot be "
+            f"read: {error}. All need the same columns."
+        ) from None
+    labels = table[label_column].to_pylist()
+    names = [
+        f"{f} row {i}" for f, t in zip(layout.files, tables, strict=True) for i in range(len(t))
+    ]
+    for column, values in ((image_column, images), (label_column, table[label_column])):
+        if values.null_count:
+            raise CorruptData(
+                f"images: {values.null_count} rows of {layout.root} have nothing in column "
+                f"{column!r} (pictures have to be stored inside the parquet file)."
+            )
+    n_train = None if layout.n_train is None else sum(map(len, tables[: layout.n_train]))
+    return Listing(
+        names=names,
+        read=lambda i: bytes(images[i].as_py()),
+        labels=labels,
+        n_train=n_train,
+        class_names=_class_names(schema, label_column),
+        rule=f"parquet {image_column}/{label_column}",
+        notes=notes,
+    )
+
+
+def _columns(path: Path, schema: Any, label: str | None) -> tuple[str, str, tuple[str, ...]]:
+    """Names of the image and the label column, and a note on what there was to choose."""
+    import pyarrow.types as types
+
+    def is_image(kind: Any) -> bool:
+        if not types.is_struct(kind) or (at := kind.get_field_index("bytes")) < 0:
+            return False
+        return bool(types.is_binary(kind[at].type) or types.is_large_binary(kind[at].type))
+
+    def is_label(kind: Any) -> bool:
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        return bool(types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind))
+
+    images = [f.name for f in schema if is_image(f.type)]
+    if not images:
+        raise CorruptData(
+            f"images: {path} has no image column, a struct of {{bytes, path}} as Hugging Face "
+            f"writes it. Its columns: {', '.join(schema.names)}."
+        )
+    labels = [f.name for f in schema if is_label(f.type)]
+    known = [name for name in LABEL_NAMES if name in labels]
+    if label is not None:
+        chosen = one_of("label", label, labels)
+    elif known or len(labels) == 1:
+        chosen = (known or labels)[0]
+    else:
+        raise BadParameter(
+            f"images: which column of {path} is the label? Say it with images:PATH?label=NAME. "
+            f"Integer or string columns: {', '.join(labels) or 'none'}."
+        )
+    others = [name for name in (*images[1:], *labels) if name != chosen]
+    note = f"columns: image {images[0]!r}, label {chosen!r}"
+    note += f"; not used: {', '.join(others)}" if others else ""
+    return images[0], chosen, (note,)
+
+
+def _class_names(schema: Any, column: str) -> tuple[str, ...]:
+    """Class names in Hugging Face's metadata, or ()."""
+    try:
+        metadata = json.loads((schema.metadata or {})[b"huggingface"])
+        return tuple(metadata["info"]["features"][column]["names"])
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+# --- reading all
+
+
+def _encode(listing: Listing, where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels as (N,) indices into the class names."""
+    n_train = len(listing.labels) if listing.n_train is None else listing.n_train
+    train, test = set(listing.labels[:n_train]), set(listing.labels[n_train:])
+    if listing.class_names:
+        values: list[Any] = list(range(len(listing.class_names)))
+        unknown = sorted((train | test).difference(values), key=str)
+        why = f"the metadata names {len(values)} classes"
+    else:
+        values = sorted(train)
+        unknown = sorted(test - train, key=str)
+        why = "train does not have it"
+    if not train or (listing.n_train is not None and not test):
+        raise CorruptData(f"images: {where}: a split without images.")
+    if unknown:
+        raise CorruptData(f"images: {where}: class {unknown[0]!r} in the data, but {why}.")
+    if len(train) < 2:
+        raise CorruptData(f"images: {where}: all images are of one class; at least 2 are needed.")
+    index = {value: i for i, value in enumerate(values)}
+    y = np.array([index[value] for value in listing.labels], dtype=np.int64)
+    return y, listing.class_names or tuple(str(value) for value in values)
+
+
+def read(
+    path: Path,
+    size: int | None,
+    label: str | None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Raw:
+    """Read the pictures under ``path``; ``mean`` and ``std`` None: computed on the train split.
+
+    Raises:
+        MissingData, CorruptData, BadParameter: see the module's parts; each names the file.
+    """
+    layout = find(path)
+    if layout.kind == "tree" and label is not None:
+        raise BadParameter(
+            f"images: {path}: label={label}, but folders of pictures have no columns."
+        )
+    listing = _list_tree(layout) if layout.kind == "tree" else _list_parquet(layout, label)
+    y, class_names = _encode(listing, str(path))
+    if listing.n_train is None:
+        counts = np.bincount(y, minlength=len(class_names))
+        if counts.min() < 2:
+            raise CorruptData(
+                f"images: {path}: class {class_names[int(counts.argmin())]!r} has "
+                f"{counts.min()} image(s); 2 are needed to split them into train and test."
+            )
+        train: Any
+        test: Any
+        train, test = stratified_split(y, round(len(y) / 5), Key("images", "split"))
+        # The rows are hashed too: a fingerprint that would not notice another split hides it.
+        rows = hashlib.sha256(test.astype("<i8").tobytes()).hexdigest()[:16]
+        split = f'stratified 80/20 by Key("images", "split"), rows {rows}'
+    else:
+        train, test = slice(listing.n_train), slice(listing.n_train, None)
+        split = f"as given, {listing.n_train} first"
+    rule = (
+        f"{decoding.RULE}: {listing.rule}; classes={json.dumps(class_names)}; split={split}; "
+        f"size={size or 'as it is'}; normalise={f'{mean}/{std}' if mean else 'train'}"
+    )
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(sha256_of, layout.files))
+    names = [f.relative_to(layout.root).as_posix() for f in layout.files]
+    digest = fingerprint(rule, zip(names, digests, strict=True))
+    images = decoding.cached(
+        runs_root() / "decoded" / digest,
+        len(y),
+        lambda: decoding.decode(listing.names, listing.read, size),
+    )
+    return Raw(
+        *(images[train], y[train], images[test], y[test]),
+        classes=len(class_names),
+        fingerprint=digest,
+        mean=mean,
+        std=std,
+        class_names=class_names,
+        files=tuple(FileReport(f, f.stat().st_size, "unknown") for f in layout.files),
+        notes=(*listing.notes, f"split: {split}"),
+    )
+
+
+def user_images(name: str) -> Source:
+    """The source that ``images:PATH?size=…&label=…`` stands for. PATH may start with ``~``.
+
+    Raises:
+        BadParameter: no path, or an option that does not exist or make sense.
+    """
+    text, _, options = name.removeprefix("images:").partition("?")
+    if not text:
+        raise BadParameter("dataset: images:PATH needs a path, as in images:~/pictures.")
+    size, label = None, None
+    for option in options.split("&") if options else ():
+        key, _, value = option.partition("=")
+        if one_of(f"{name}: option", key, ("size", "label")) == "label":
+            label = value
+        elif value.isdecimal() and int(value) > 0:
+            size = int(value)
+        else:
+            raise BadParameter(f"{name}: size is a number of pixels, not {value!r}.")
+    path = Path(text).expanduser().absolute()
+    return Source(
+        name=name,
+        label=f"images: {path.stem if path.is_file() else path.name}",
+        classes=None,
+        shape=None,
+        folder=str(path),
+        files=lambda root: (find(path).files, []),
+        read=lambda root: read(path, size, label),
+        how="your own pictures: class folders, or parquet in Hugging Face's image layout",
+    )
+
+
+def _jpeg_files(folder: str, root: Path) -> tuple[list[Path], list[str]]:
+    paths = [root / folder / "train.parquet", root / folder / "test.parquet"]
+    return [p for p in paths if p.is_file()], [p.name for p in paths if not p.is_file()]
+
+
+def _read_jpeg(folder: str, root: Path) -> Raw:
+    raw = read(root / folder, None, None, CIFAR10_MEAN, CIFAR10_STD)
+    if raw.classes != 10 or raw.train_x.shape[1:] != (3, 32, 32):
+        raise CorruptData(
+            f"{root / folder}: {raw.classes} classes of images {raw.train_x.shape[1:]} are no copy "
+            "of CIFAR-10. Load them as images:PATH."
+        )
+    return raw
+
+
+# Lossy, so never a stand-in for cifar10. Normalised with CIFAR-10's numbers; its own are near.
+CIFAR10_JPEG = Source(
+    name="cifar10-jpeg",
+    label="CIFAR-10 (JPEG copy)",
+    classes=10,
+    shape=(3, 32, 32),
+    folder="cifar10-jpeg",
+    files=partial(_jpeg_files, "cifar10-jpeg"),
+    read=partial(_read_jpeg, "cifar10-jpeg"),
+    how="your own copy: train.parquet and test.parquet in Hugging Face's image layout",
+)

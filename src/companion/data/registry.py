@@ -1,0 +1,231 @@
+"""Datasets by name: load, list, download, check. Only :func:`get` downloads anything.
+
+| name | what |
+|---|---|
+| ``digits`` | 1,797 real 8x8 digits, inside scikit-learn |
+| ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100`` | as published, in torchvision's layout |
+| ``cifar10-jpeg`` | a lossy copy of CIFAR-10 in two parquet files; labelled as such everywhere |
+| ``images:PATH`` | the user's own, see ``pictures.py`` |
+
+Source: our chapter 1 ("The data").
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from companion.data.dataset import Dataset, Split, channel_statistics, standardise
+from companion.data.device import resolve_device
+from companion.data.pictures import CIFAR10_JPEG, user_images
+from companion.data.sources import PUBLISHED, FileReport, Raw, Source
+from companion.errors import BadParameter, CorruptData, MissingData, one_of
+from companion.locations import data_root
+
+SOURCES = {source.name: source for source in (*PUBLISHED, CIFAR10_JPEG)}
+MOVE = "Set COMPANION_DATA to look in another data root."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of ``companion data list``. ``where`` None: embedded; classes, shape None: it depends.
+
+    ``present`` says that all files are there, not that they are right: :func:`check` reads them.
+    """
+
+    name: str
+    label: str
+    classes: int | None
+    shape: tuple[int, int, int] | None
+    where: Path | None
+    present: bool
+    how: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``companion data check`` found. If not present, only the first fields and ``how`` say
+    something; a checksum that is wrong is not reported but raised.
+
+    Args:
+        missing: names of the files that are not there.
+        files: those that were read, with sizes in bytes and checksums "ok" or "unknown".
+        train_shape, test_shape: (N, C, H, W).
+        train_counts, test_counts: images per class, in the order of ``class_names``.
+        notes: what a reader had to choose, such as the label column.
+    """
+
+    name: str
+    label: str
+    where: Path | None
+    present: bool
+    how: str
+    missing: tuple[str, ...] = ()
+    files: tuple[FileReport, ...] = ()
+    fingerprint: str | None = None
+    train_shape: tuple[int, ...] | None = None
+    test_shape: tuple[int, ...] | None = None
+    train_counts: tuple[int, ...] = ()
+    test_counts: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load(name: str, device: str | torch.device = "cpu") -> Dataset:
+    """Load a dataset onto a device. The last few are kept, so asking again costs nothing.
+
+    Args:
+        name: of the catalogue (see the module), e.g. ``"mnist"``; or ``"images:PATH"``,
+            ``"images:PATH?size=32&label=fine_label"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"auto"``.
+
+    Returns:
+        The dataset; the same object for the same files. Files that changed are read again.
+
+    Raises:
+        BadParameter: the name, an option or the device is not known.
+        DeviceUnavailable: there is no such GPU.
+        MissingData: files are missing; the message names them, the folder and the command.
+        CorruptData: files are damaged; the message names the file.
+    """
+    target = resolve_device(device)
+    source, root = _source(name), data_root()
+    files, missing = source.files(root)
+    if missing:
+        raise _missing(source, root, missing)
+    stats = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    stamp = hashlib.sha256(repr(stats).encode()).hexdigest()
+    return _load(name, root, str(target), stamp)
+
+
+@lru_cache(maxsize=2)  # 0.7 GB each for 60,000 images of 32x32: a chapter uses one or two
+def _load(name: str, root: Path, device: str, stamp: str) -> Dataset:
+    """``stamp`` (paths, sizes, times of the files) is there for the cache to see a change."""
+    source = _source(name)
+    raw = source.read(root)
+    mean, std = raw.mean, raw.std
+    if mean is None or std is None:
+        mean, std = channel_statistics(raw.train_x, raw.white)
+
+    def split(x: NDArray[np.uint8], y: NDArray[np.int64]) -> Split:
+        labels = torch.from_numpy(y.copy())  # not a view of the whole dataset's labels
+        return Split(standardise(x, raw.white, mean, std).to(device), labels.to(device))
+
+    _, channels, height, width = raw.train_x.shape
+    return Dataset(
+        name=name,
+        label=source.label,
+        train=split(raw.train_x, raw.train_y),
+        test=split(raw.test_x, raw.test_y),
+        classes=raw.classes,
+        in_shape=(channels, height, width),
+        mean=mean,
+        std=std,
+        fingerprint=raw.fingerprint,
+        class_names=raw.class_names,
+    )
+
+
+def catalogue() -> list[Entry]:
+    """All datasets that have a name, whether they are there, and how to get them. Reads no data."""
+    root = data_root()
+    entries = [
+        Entry(s.name, s.label, s.classes, s.shape, _where(s, root), not s.files(root)[1], s.how)
+        for s in SOURCES.values()
+    ]
+    how = "class folders of pictures, or parquet in Hugging Face's image layout"
+    return [*entries, Entry("images:PATH", "your pictures", None, None, None, False, how)]
+
+
+def get(name: str) -> Path:
+    """Download a dataset into the data root, with torchvision, unless it is there; then check it.
+
+    Returns:
+        The folder that holds its files.
+
+    Raises:
+        BadParameter: there is nothing to download under this name.
+        MissingData: the download failed (no network, say); the message says what to do by hand.
+        CorruptData: what is there, or what came, has a wrong checksum.
+    """
+    source, root = _source(name), data_root()
+    where = _where(source, root)
+    if source.torchvision is None or where is None:
+        raise BadParameter(f"{name}: nothing to download. How to get it: {source.how}.")
+    if source.files(root)[1]:
+        import torchvision.datasets
+
+        try:
+            getattr(torchvision.datasets, source.torchvision)(root, download=True)
+        except (OSError, RuntimeError) as error:
+            raise MissingData(
+                f"{source.label} could not be downloaded into {where}: {error}\n"
+                "Without a network, get the files elsewhere and copy them into that folder, in "
+                f"torchvision's layout ({', '.join(source.files(root)[1])})."
+            ) from error
+    report = check(name)
+    if report.missing:
+        raise CorruptData(
+            f"{source.label}: torchvision downloaded it, but {', '.join(report.missing)} is not in "
+            f"{where}. An old MNIST/processed folder beside it can cause this: remove that."
+        )
+    return where
+
+
+def check(name: str) -> Report:
+    """Read a dataset, compare checksums, and say what it holds.
+
+    Raises:
+        BadParameter, CorruptData: as :func:`load`. What is missing is reported, not raised, except
+            under ``images:PATH``.
+    """
+    source, root = _source(name), data_root()
+    missing = tuple(source.files(root)[1])
+    where = _where(source, root)
+    if missing:
+        return Report(name, source.label, where, False, source.how, missing)
+    raw: Raw = source.read(root)
+    return Report(
+        name=name,
+        label=source.label,
+        where=where,
+        present=True,
+        how=source.how,
+        files=raw.files,
+        fingerprint=raw.fingerprint,
+        train_shape=raw.train_x.shape,
+        test_shape=raw.test_x.shape,
+        train_counts=tuple(np.bincount(raw.train_y, minlength=raw.classes).tolist()),
+        test_counts=tuple(np.bincount(raw.test_y, minlength=raw.classes).tolist()),
+        class_names=raw.class_names,
+        notes=raw.notes,
+    )
+
+
+def _source(name: str) -> Source:
+    if name.startswith("images:"):
+        return user_images(name)
+    return SOURCES[one_of("dataset", name, [*SOURCES, "images:PATH"])]
+
+
+def _where(source: Source, root: Path) -> Path | None:
+    return None if source.folder is None else root / source.folder
+
+
+def _missing(source: Source, root: Path, missing: list[str]) -> MissingData:
+    message = f"{source.label} is not in {_where(source, root)}: {', '.join(missing)} missing."
+    message += (
+        f" Get it with: {source.how}." if source.torchvision else f" How to get it: {source.how}."
+    )
+    if source.name == "cifar10" and not CIFAR10_JPEG.files(root)[1]:
+        message += (
+            f" There is a {CIFAR10_JPEG.label} in {_where(CIFAR10_JPEG, root)}: lossy, so never "
+            f"taken for CIFAR-10, but you can ask for it by its name, {CIFAR10_JPEG.name}."
+        )
+    return MissingData(f"{message} {MOVE}")
