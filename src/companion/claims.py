@@ -7,36 +7,27 @@
     verdicts = [claims.judge("C01", barrier, n=9, interval=(0.2, 0.6))]
     claims.show(verdicts, scale="digits, MLP 64-100x5-10, 3 inits x 3 pairs, CPU")
 
-:func:`judge` is the only place where a number becomes a word. The table's contents also travel in the
-metadata of the cell's output, from where the book collects the front page's scoreboard.
+:func:`judge` is the only place where a number becomes a word. The table's contents also travel in
+the metadata of the cell's output, from where the book collects the front page's scoreboard.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 from html import escape
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+from companion.claims_file import EVIDENCE, Claim, papers, registry
+from companion.errors import BadParameter
 
-from companion.errors import BadParameter, MissingData
-from companion.locations import checkout
+if TYPE_CHECKING:
+    from companion.stats import Interval  # not imported: it takes torch along
 
-#: Where a reported value was read. The letters are the fact sheets'; the words go under the tables.
-EVIDENCE = {
-    "P": "the paper's own words",
-    "N": "reading notes of the whole paper",
-    "T": "a third party's transcription of the paper's tables",
-    "M22": "the summary by Maene et al.",
-    "C": "the authors' code",
-    "D": "derived by us",
-    "E": "measured by us beforehand",
-    "U": "unverified",
-}
+__all__ = ["Claim", "Verdict", "judge", "papers", "registry", "show", "table", "tally"]
+
+
 _OURS = ("D", "E")  # shown as ours, never as the paper's
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<": lambda value, limit: value < limit,
@@ -53,38 +44,6 @@ SIGNS = {
     "reported": "ⓘ",
     "not testable at this scale": "○",
 }
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its uncertainty: ``low <= estimate <= high``, from ``n`` samples."""
-
-    estimate: float
-    low: float
-    high: float
-    n: int | None = None
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a paper says, and how this book decides whether it holds here.
-
-    ``reported`` with ``evidence`` U was never checked against the paper and is never printed.
-    """
-
-    id: str
-    paper: str  # a key of references.bib
-    chapter: str
-    text: str  # our wording
-    where: str  # the paper's section, figure or table
-    reported: str
-    statistic: str  # what we compute
-    rule: str  # the pass rule in words
-    test: Mapping[str, Any]  # the same for the machine: {"op": "<", "value": 2.0}
-    profiles: tuple[str, ...]  # those that can test it
-    evidence: str  # a key of EVIDENCE
-    unit: str = ""
-    format: str = "{:.3g}"
 
 
 @dataclass(frozen=True)
@@ -122,30 +81,6 @@ class Verdict:
         )
 
 
-@dataclass(frozen=True)
-class _Registry:
-    papers: Mapping[str, str] = field(default_factory=dict)
-    claims: Mapping[str, Claim] = field(default_factory=dict)
-
-
-def registry(path: Path | None = None) -> dict[str, Claim]:
-    """All claims by id, in the file's order.
-
-    Args:
-        path: A claims file; by default ``data/claims.yaml`` of the checkout.
-
-    Raises:
-        MissingData: There is no such file (claims ship with the book, not with the package).
-        BadParameter: The file is malformed; the message names the entry and the field.
-    """
-    return dict(_load(_file(path)).claims)
-
-
-def papers(path: Path | None = None) -> dict[str, str]:
-    """Short names of the papers, by key of ``references.bib``: ``Frankle et al. 2020``."""
-    return dict(_load(_file(path)).papers)
-
-
 def judge(
     id: str,
     statistic: float | Interval | None,
@@ -163,9 +98,9 @@ def judge(
 
     Args:
         id: The claim, such as ``"C01"``.
-        statistic: What the claim's ``statistic`` describes, in its ``unit``; a truth value for
-            ``op: "true"``; None if it was not measured.
-        n: How many samples the statistic rests on.
+        statistic: What the claim's ``statistic`` describes, in its ``unit``, alone or with its
+            interval; a truth value for ``op: "true"``; None if it was not measured.
+        n: How many samples the statistic rests on; by default the interval's own n.
         interval: Low and high end of a confidence interval.
         detail: Shown under the value, such as ``"all 3 initialisations"``.
         note: Shown under the verdict: a caveat, or why it was not testable.
@@ -182,12 +117,13 @@ def judge(
     if id not in claims:
         raise BadParameter(f"claim {id!r} is not in data/claims.yaml. It has: {', '.join(claims)}.")
     claim = claims[id]
-    if isinstance(statistic, Interval):
+    given: Any = statistic  # a number of any library, or an interval
+    if hasattr(given, "low"):
         if interval is not None:
             raise BadParameter(f"{id}: give the interval once, in the statistic or as interval=.")
-        interval, n = (statistic.low, statistic.high), statistic.n if n is None else n
-        statistic = statistic.estimate
-    value = None if statistic is None else float(statistic)
+        interval, n = (given.low, given.high), given.n if n is None else n
+        given = given.value
+    value = None if given is None else float(given)
     if interval is not None:
         interval = (float(interval[0]), float(interval[1]))
         if value is not None and not math.isnan(value) and not interval[0] <= value <= interval[1]:
@@ -219,7 +155,7 @@ def show(verdicts: Sequence[Verdict], *, scale: str) -> None:
     from IPython.display import display
 
     lines = [f"{v.claim.id}: {v.verdict} ({_measured(v) or 'not measured'})" for v in verdicts]
-    display(  # type: ignore[no-untyped-call]  # IPython's display has no annotations
+    display(
         {"text/html": table(verdicts, caption=f"Scale: {scale}"), "text/plain": "\n".join(lines)},
         metadata={"companion": {"claims": [{**v.to_json(), "scale": scale} for v in verdicts]}},
         raw=True,
@@ -337,112 +273,3 @@ def _small(text: str) -> str:
 
 def _plain(x: float | None) -> float | str | None:
     return x if x is None or math.isfinite(x) else str(x)
-
-
-def _file(path: Path | None) -> Path:
-    if path is not None:
-        return path
-    root = checkout()
-    if root is None:
-        raise MissingData(
-            "data/claims.yaml: the claims belong to the book, and this package is not installed from "
-            "its git checkout. Clone the repository and run `make book`."
-        )
-    return root / "data" / "claims.yaml"
-
-
-@lru_cache(maxsize=4)
-def _parse(path: Path, stamp: int) -> _Registry:
-    where = path.name
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise BadParameter(f"{where} is not valid YAML: {error}") from error
-    if not isinstance(document, dict) or set(document) != {"papers", "claims"}:
-        raise BadParameter(f"{where}: the top level needs exactly two keys, papers and claims.")
-    names = {str(key): str(name) for key, name in (document["papers"] or {}).items()}
-    claims: dict[str, Claim] = {}
-    for i, entry in enumerate(document["claims"] or []):
-        claim = _claim(entry, f"{where}, entry {i + 1}", names)
-        if claim.id in claims:
-            raise BadParameter(f"{where}: the id {claim.id} is used twice.")
-        claims[claim.id] = claim
-    return _Registry(names, claims)
-
-
-def _load(path: Path) -> _Registry:
-    if not path.is_file():
-        raise MissingData(f"{path.name}: there is no claims file at {path}.")
-    return _parse(path, path.stat().st_mtime_ns)
-
-
-_FIELDS = {name: f.default for name, f in Claim.__dataclass_fields__.items()}
-_TEXTS = set(_FIELDS) - {"test", "profiles"}
-
-
-def _claim(entry: Any, where: str, names: Mapping[str, str]) -> Claim:
-    """Check one entry of the file field by field."""
-    if not isinstance(entry, dict):
-        raise BadParameter(f"{where}: a claim is a mapping with the fields {', '.join(_FIELDS)}.")
-    if isinstance(entry.get("id"), str):
-        where = f"{where} ({entry['id']})"
-    unknown = sorted(set(entry) - set(_FIELDS))
-    if unknown:
-        raise BadParameter(
-            f"{where}: unknown field {', '.join(unknown)}. Allowed: {', '.join(_FIELDS)}."
-        )
-    optional = {"unit", "format"}
-    missing = [name for name in _FIELDS if name not in entry and name not in optional]
-    if missing:
-        raise BadParameter(f"{where}: missing field {', '.join(missing)}.")
-    for name in _TEXTS & set(entry):
-        if not isinstance(entry[name], str):
-            raise BadParameter(
-                f"{where}: {name} is {entry[name]!r}, not text. Put it in quotation marks."
-            )
-    for name in ("id", "text", "statistic", "rule"):
-        if not entry[name].strip():
-            raise BadParameter(f"{where}: {name} is empty.")
-    if entry["evidence"] not in EVIDENCE:
-        raise BadParameter(
-            f"{where}: evidence {entry['evidence']!r} is not known. Allowed: {', '.join(EVIDENCE)}."
-        )
-    if not entry["reported"].strip() and entry["evidence"] != "U":
-        raise BadParameter(f"{where}: reported is empty; only a claim tagged U may leave it so.")
-    if entry["paper"] not in names:
-        raise BadParameter(
-            f"{where}: paper {entry['paper']!r} has no short name. Known: {', '.join(names)}."
-        )
-    profiles = entry["profiles"]
-    if not isinstance(profiles, list) or not all(isinstance(p, str) for p in profiles):
-        raise BadParameter(f"{where}: profiles is a list of names, such as [quick, gpu, paper].")
-    form = entry.get("format", Claim.format)
-    try:
-        form.format(0.5)
-    except (ValueError, IndexError, KeyError) as error:
-        raise BadParameter(
-            f"{where}: format {form!r} does not format a number: {error}."
-        ) from error
-    _check_test(entry["test"], where)
-    return Claim(**{**entry, "profiles": tuple(profiles)})
-
-
-def _check_test(test: Any, where: str) -> None:
-    """The machine's rule: an operator, and exactly the numbers it needs."""
-    needs: dict[str, set[str]] = {op: {"value"} for op in _COMPARE}
-    needs |= {"between": {"low", "high"}, "report": set(), "true": set()}
-    op = test.get("op") if isinstance(test, dict) else None
-    # YAML 1.1 reads a bare `true` as a boolean.
-    hint = ' (write it in quotation marks: op: "true")' if op is True else ""
-    if not isinstance(op, str) or op not in needs:
-        raise BadParameter(
-            f"{where}: test needs an op out of {', '.join(needs)}; it has {op!r}{hint}."
-        )
-    if set(test) != needs[op] | {"op"}:
-        keys = ", ".join(sorted(needs[op])) or "nothing else"
-        raise BadParameter(f"{where}: test with op {op!r} takes {keys}; it has {dict(test)}.")
-    for name in needs[op]:
-        if isinstance(test[name], bool) or not isinstance(test[name], (int, float)):
-            raise BadParameter(f"{where}: test.{name} is {test[name]!r}, not a number.")
-    if op == "between" and not test["low"] <= test["high"]:
-        raise BadParameter(f"{where}: test.low is above test.high.")

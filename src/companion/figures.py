@@ -7,12 +7,17 @@ A chapter calls :func:`use_style` once and :func:`publish` for every figure::
     figures.use_style()
     fig, ax = plt.subplots()
     ...
-    figures.publish(fig, "barrier-by-k", caption=f"The barrier falls below 2 points at k = {k}.",
-                    alt="Line falling from 30 points at k = 0 to 0.3 at k = 100.", data={"k": ks, "barrier": b})
+    figures.publish(
+        fig,
+        "barrier-by-k",
+        caption=f"The barrier falls below 2 points at $k = {k}$.",
+        alt=f"A line that falls from {b[0]:.0f} points at k = 0 to {b[-1]:.1f} at k = {ks[-1]}.",
+        data={"k": ks, "barrier": b},
+    )
 
 What was published travels in the metadata of the cell's output, so it survives papermill; the book
 turns it into a captioned figure with a label (``fig-barrier-by-k``) and two download links.
-Source: our chapters 1 to 5; the palette is Okabe & Ito's, legible with every common colour blindness.
+The palette is Okabe and Ito's, legible with every common colour blindness.
 """
 
 from __future__ import annotations
@@ -28,9 +33,9 @@ from companion.errors import BadParameter
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-#: Okabe and Ito's eight colours, darkest first where lines are thin; yellow is last (weak on white).
+#: Okabe and Ito's eight colours in the order lines take them; yellow, weak on white, is last.
 OKABE_ITO = {
     "blue": "#0072B2",
     "vermillion": "#D55E00",
@@ -43,7 +48,7 @@ OKABE_ITO = {
 }
 
 # Equal input gives equal bytes: matplotlib salts the ids inside an SVG, by default at random.
-_DETERMINISTIC = {"svg.hashsalt": "companion", "svg.fonttype": "path"}
+_DETERMINISTIC: Any = {"svg.hashsalt": "companion", "svg.fonttype": "path"}
 
 # Name -> (cell, execution count) that published it, so that two cells cannot claim one label.
 # Process-wide on purpose: a kernel runs one notebook.
@@ -53,7 +58,7 @@ _published: dict[str, tuple[str, int]] = {}
 def use_style() -> None:
     """Set matplotlib's defaults for the book: Okabe-Ito colours, readable sizes, reproducible SVG.
 
-    Call it once per chapter, before the first figure. Changes ``matplotlib.rcParams`` and nothing else.
+    Call it once per chapter, before the first figure. It changes ``matplotlib.rcParams`` only.
     """
     import matplotlib as mpl
     from cycler import cycler
@@ -114,7 +119,8 @@ def publish(
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
         raise BadParameter(
-            f"figure name {name!r}: use lower-case letters, digits and single hyphens, such as 'barrier-by-k'."
+            f"figure name {name!r}: use lower-case letters, digits and single hyphens, "
+            "such as 'barrier-by-k'."
         )
     for what, text in (("caption", caption), ("alt", alt)):
         if not text.strip():
@@ -133,7 +139,7 @@ def publish(
     from IPython.display import display
 
     entry = {"name": name, "caption": " ".join(caption.split()), "alt": " ".join(alt.split())}
-    display(  # type: ignore[no-untyped-call]  # IPython's display has no annotations
+    display(
         {"image/svg+xml": picture, "text/plain": f"Figure {name}: {entry['alt']}"},
         metadata={"companion": {"figure": {**entry, "data": values}}},
         raw=True,
@@ -189,7 +195,7 @@ def _claim_name(name: str) -> None:
     """Refuse a name that another cell published; let the same cell run again."""
     from IPython.core.getipython import get_ipython
 
-    shell = get_ipython()  # type: ignore[no-untyped-call]  # IPython is not annotated here
+    shell = get_ipython()
     cell, count = "", 0  # a plain script is one cell that runs once
     if shell is not None:
         # JupyterLab says which cell runs; papermill does not, and then the cell's text has to do.
@@ -199,7 +205,7 @@ def _claim_name(name: str) -> None:
     before = _published.get(name)
     if before is not None and (before[0] != cell or before[1] == count):
         raise BadParameter(
-            f"figure name {name!r} is taken: another figure of this chapter was published under it. "
-            "Each figure needs a name of its own."
+            f"figure name {name!r} is taken: another figure of this chapter was published under "
+            "it. Each figure needs a name of its own."
         )
     _published[name] = (cell, count)

@@ -8,8 +8,9 @@ barrier between them (forks, independent inits, checkpoints along training) goes
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,9 +21,18 @@ from companion.data import Dataset, Split
 from companion.errors import BadParameter, CorruptEntry, one_of
 from companion.gates import Gate, noise_independence, null_control
 from companion.pool import run_all
-from companion.runs import Store
+from companion.runs import Entry, Store
 from companion.theta import cosine_distance, distance, layout
-from companion.training import Job, Run, build, entry_of, load_weights, train, train_one
+from companion.training import (
+    Job,
+    Run,
+    build,
+    entry_of,
+    load_state,
+    load_weights,
+    train,
+    train_one,
+)
 
 log = logging.getLogger("companion")
 
@@ -186,15 +196,20 @@ def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
         }
     )
     with entry.lock():
-        try:
-            if "pair.json" in entry:
-                return entry.read_json("pair.json")  # type: ignore[no-any-return]
-        except CorruptEntry as e:
-            log.warning("%s; it is discarded and measured again", e)
-            entry.discard()
-        value = _measure(item)
-        entry.write_json("pair.json", value)
+        value = _known(entry, "pair.json")
+        if value is None:
+            value = _measure(item)
+            entry.write_json("pair.json", value)
         return value
+
+
+def _known(entry: Entry, name: str) -> dict[str, Any] | None:
+    try:
+        return entry.read_json(name) if name in entry else None
+    except CorruptEntry as e:
+        log.warning("%s; it is discarded and measured again", e)
+        entry.discard()
+        return None
 
 
 def measure(
@@ -212,7 +227,8 @@ def measure(
 
     Arguments:
         reference_error: percent, for gate G0. Default: the median error of all ends of this call,
-            which is the recipe's own normal error unless most of its runs are dead.
+            which is the recipe's own normal error. Ends above half the error of guessing fail all
+            the same, or a call whose runs are all dead would pass.
         max_error: percent; an end at or below it passes gate G0 whatever the reference.
 
     Raises:
@@ -226,9 +242,11 @@ def measure(
     items = [(pair, evaluation, store, where) for pair in pairs]
     raw = run_all(_stored, items, workers=workers, device=where, label=label)
     found = [Barrier.from_json(r["barrier"]) for r in raw]
-    ends = sorted(e for f in found for e in f.curve.ends("test"))
+    ends = sorted(e for f in found for e in f.errors)
     if reference_error is None and ends:
-        reference_error = ends[len(ends) // 2]
+        # If most runs are dead, so is their median: G0 then asks for half the error of guessing.
+        guessing = 100 * (1 - 1 / found[0].classes)
+        reference_error = min(ends[len(ends) // 2], guessing / 2 / 1.5)
     return [
         PairResult(
             f.judged(reference_error=reference_error, max_error=max_error),
@@ -249,20 +267,31 @@ def check_null(
     """Gate G1: train ``run`` once more from its start, with the same noise, and compare.
 
     The stored copy may come from another process; both must agree in every bit, and the barrier
-    between them must be exactly 0.
+    between them must be exactly 0. A control that passed is kept in the store and not run again.
     """
-    import tempfile
-
     store, evaluation = store or Store(), evaluation or Evaluation()
+    device = str(datasets.resolve_device(device))
     data = datasets.load(run.recipe.data, device)
+    key = entry_of(run, data, device, store).key
+    entry = store.entry({"kind": "null", "evaluation": evaluation.identity(), "run": key})
+    with entry.lock():
+        if known := _known(entry, "gate.json"):
+            return Gate(**known)
+        gate = _null(run, evaluation, data, store, device)
+        if gate.passed:
+            entry.write_json("gate.json", asdict(gate))
+        return gate
+
+
+def _null(run: Run, evaluation: Evaluation, data: Dataset, store: Store, device: str) -> Gate:
     first = load_weights(run, store=store, device=device)
     with tempfile.TemporaryDirectory() as folder:
         fresh = Store(folder)
         if run.fork:  # the start is shared: copy W_k, do not train it again
-            state = entry_of(run.fork.parent, data, device, store)
-            name = f"state-{run.fork.step:08d}.safetensors"
-            entry_of(run.fork.parent, data, device, fresh).write_tensors(
-                name, state.read_tensors(name)
+            parent, step = run.fork.parent, run.fork.step
+            state = load_state(parent, step, store=store, device=device)
+            entry_of(parent, data, device, fresh).write_tensors(
+                f"state-{step:08d}.safetensors", state.tensors()
             )
         train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device)
         second = load_weights(run, store=fresh, device=device)

@@ -6,6 +6,8 @@ annotates its parameters cell (``steps: int | None = None``) and calls :func:`ch
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import types
 import typing
 from collections.abc import Mapping
@@ -43,6 +45,29 @@ def check(namespace: Mapping[str, Any]) -> dict[str, Any]:
             )
         values[name] = float(value) if hint is float else value
     return values
+
+
+def changed(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters whose values are not the chapter's own: what a command has to set again.
+
+    The defaults are read from the source of the parameters cell, which IPython keeps in ``In``.
+    """
+    declared: Mapping[str, Any] = namespace.get("__annotations__", {})
+    defaults: dict[str, Any] = {}
+    for source in namespace.get("In", []):
+        try:
+            statements = ast.parse(source).body
+        except SyntaxError:  # magics
+            continue
+        for node in statements:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+                with contextlib.suppress(ValueError):  # computed: no default to compare with
+                    defaults.setdefault(node.target.id, ast.literal_eval(node.value))
+    return {
+        name: namespace[name]
+        for name in declared
+        if name not in defaults or namespace[name] != defaults[name]
+    }
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -1,7 +1,7 @@
 """Where a number comes from: the code, the versions, the machine, and the command that reruns it.
 
-Nothing here names a user, a host, a folder or a time of day, so two runs of one commit on one machine
-print the same record. Source: our chapters, last section ("Rerun it").
+Nothing here names a user, a host, a folder or a time of day, so two runs of one commit on one
+machine print the same record. Every chapter ends with it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +28,7 @@ def record(**extra: Any) -> dict[str, Any]:
     """What a reader needs to judge or repeat a run.
 
     Args:
-        extra: Anything else that JSON can hold, such as ``dataset={"name": "digits", "sha256": ...}``.
+        extra: Anything else that JSON can hold, such as ``dataset={"name": "digits", ...}``.
 
     Returns:
         ``code`` (commit and whether files were changed since; None outside a checkout), ``python``,
@@ -63,7 +62,8 @@ def show(entry: Mapping[str, Any]) -> None:
         for name, value in _rows(entry)
     )
     html = (
-        '<details class="companion-provenance"><summary>Provenance of the numbers on this page</summary>'
+        '<details class="companion-provenance">'
+        "<summary>Provenance of the numbers on this page</summary>"
         f'<div class="companion-scroll"><table><tbody>{rows}</tbody></table></div></details>'
     )
     text = "\n".join(f"{name}: {value}" for name, value in _rows(entry))
@@ -78,7 +78,8 @@ def rerun(
     Args:
         chapter: The chapter's name, such as ``"01_instability"``.
         parameters: The values to run with.
-        defaults: The chapter's own values; parameters that equal them are left out. None: all are given.
+        defaults: The chapter's own values; parameters that equal them are left out. Without
+            them, all are given.
 
     Returns:
         One papermill command. papermill reads the values back with the same type and content.
@@ -89,7 +90,7 @@ def rerun(
 def show_rerun(
     chapter: str, parameters: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Display :func:`rerun`'s command, one option a line, after the lines that make the notebook."""
+    """Display :func:`rerun`'s command, one option a line, after what makes the notebook."""
     command = " \\\n    ".join(_command(chapter, parameters, defaults))
     text = f"make notebooks\nsource .venv/bin/activate\n{command}"
     html = f'<pre class="companion-rerun"><code>{escape(text)}</code></pre>'
@@ -161,9 +162,7 @@ def _rows(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _display(html: str, text: str, entry: Mapping[str, Any]) -> None:
     from IPython.display import display
 
-    display(  # type: ignore[no-untyped-call]  # IPython's display has no annotations
-        {"text/html": html, "text/plain": text}, metadata={"companion": dict(entry)}, raw=True
-    )
+    display({"text/html": html, "text/plain": text}, metadata={"companion": dict(entry)}, raw=True)
 
 
 def _commit() -> dict[str, Any] | None:
@@ -192,9 +191,8 @@ def _version(name: str) -> str | None:
 
 
 def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _cpu() -> str:

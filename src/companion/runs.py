@@ -6,6 +6,7 @@ is raised by hand when semantics change). An entry is a folder::
 
     <root>/<2 hex>/<64 hex>/identity.json      what this is, readable
                            /manifest.json      file -> {sha256, bytes}: not listed, not there
+                                               (and "file", its name on disk, once it was replaced)
                            /step-….safetensors tensors
                            /….json             numbers
 
@@ -24,7 +25,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +65,24 @@ def _write_atomically(path: Path, content: bytes) -> None:
             os.fsync(f.fileno())
         temporary.replace(path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):  # a read-only file system refuses even to look for it
+            temporary.unlink()
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
             raise StoreUnwritable(
                 f"run store: no space left to write {len(content) / 1e6:.1f} MB to {path.parent} "
-                f"({free / 1e6:.1f} MB free). Nothing half-written was left. Free some space "
-                "(`companion runs gc` removes what no longer counts) or point COMPANION_RUNS at "
-                "another disk, and run the same command again: it continues where it stopped."
+                f"({e.strerror}; {free / 1e6:.1f} MB free). Nothing half-written was left. Free some "
+                "space (`companion runs gc` removes what no longer counts) or point COMPANION_RUNS "
+                "at another disk, and run the same command again: it continues where it stopped."
             ) from e
-        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise StoreUnwritable(
-                f"run store: {path.parent} cannot be written ({e.strerror}). "
-                "Point COMPANION_RUNS at a folder of your own."
-            ) from e
-        raise
+        raise _unwritable(path.parent, e) from e
+
+
+def _unwritable(folder: Path, e: OSError) -> StoreUnwritable:
+    return StoreUnwritable(
+        f"run store: {folder} cannot be written ({e.strerror or e}). "
+        "Point COMPANION_RUNS at a folder of your own."
+    )
 
 
 @dataclass(frozen=True)
@@ -97,26 +101,31 @@ class Entry:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Exclusive across processes (and hosts, as far as the file system locks)."""
-        folder = self.store.root / ".locks"
+        lock = FileLock(self.store.root / ".locks" / f"{self.key}.lock")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
         except OSError as e:
-            raise StoreUnwritable(
-                f"run store: {self.store.root} cannot be written ({e.strerror}). "
-                "Point COMPANION_RUNS at a folder of your own."
-            ) from e
-        with FileLock(folder / f"{self.key}.lock"):
+            raise _unwritable(self.store.root, e) from e
+        try:
             yield
+        finally:
+            lock.release()
 
     def files(self) -> dict[str, dict[str, Any]]:
         """The manifest: file name -> {"sha256": hex, "bytes": int}. Empty if nothing is stored."""
+        path = self.path / "manifest.json"
         try:
-            manifest = json.loads((self.path / "manifest.json").read_bytes())
+            files = dict(json.loads(path.read_bytes())["files"])
+            for name, record in files.items():
+                str(record["sha256"]), int(record["bytes"])
+                if Path(record.get("file", name)).name != record.get("file", name):
+                    raise ValueError(name)
         except FileNotFoundError:
             return {}
-        except (ValueError, UnicodeDecodeError) as e:
-            raise CorruptEntry(f"run store: the manifest of {self.key[:12]} is unreadable") from e
-        return dict(manifest["files"])
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise CorruptEntry(f"run store: {path} is unreadable") from e
+        return files
 
     def __contains__(self, name: str) -> bool:
         return name in self.files()
@@ -125,28 +134,44 @@ class Entry:
         if not (self.path / "identity.json").exists():
             pretty = json.dumps(self.identity, indent=1, sort_keys=True, allow_nan=False)
             _write_atomically(self.path / "identity.json", pretty.encode())
-        _write_atomically(self.path / name, content)
-        record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        self._publish({**self.files(), name: record})
+        files = self.files()
+        old = files.get(name)
+        record: dict[str, Any] = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+        }
+        if old:  # its bytes stay as they are until the manifest names the new ones
+            record["file"] = f"{record['sha256'][:16]}-{name}"
+        _write_atomically(self._place(name, record), content)
+        self._publish({**files, name: record})
+        if old and self._place(name, old) != self._place(name, record):
+            self._place(name, old).unlink(missing_ok=True)
+
+    def _place(self, name: str, record: Mapping[str, Any]) -> Path:
+        return self.path / str(record.get("file", name))
 
     def _publish(self, files: Mapping[str, Any]) -> None:
         text = json.dumps({"key": self.key, "files": files}, indent=1, sort_keys=True)
         _write_atomically(self.path / "manifest.json", text.encode())
 
     def _read(self, name: str) -> bytes:
-        record = self.files().get(name)
-        if record is None:
-            raise KeyError(f"{name} is not in entry {self.key[:12]}")
-        try:
-            content = (self.path / name).read_bytes()
-        except FileNotFoundError:
-            content = b""
-        if hashlib.sha256(content).hexdigest() != record["sha256"]:
-            raise CorruptEntry(
-                f"run store: {self.path / name} does not match its checksum "
-                f"({len(content)} bytes on disk, {record['bytes']} written)"
-            )
-        return content
+        last: Mapping[str, Any] | None = None
+        while True:
+            record = self.files().get(name)
+            if record is None:
+                raise KeyError(f"{name} is not in entry {self.key[:12]}")
+            try:
+                content = self._place(name, record).read_bytes()
+            except FileNotFoundError:
+                content = b""
+            if hashlib.sha256(content).hexdigest() == record["sha256"]:
+                return content
+            if record == last:
+                raise CorruptEntry(
+                    f"run store: {self._place(name, record)} does not match its checksum "
+                    f"({len(content)} bytes on disk, {record['bytes']} written)"
+                )
+            last = record  # perhaps a writer replaced it just now: look again
 
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Store tensors as ``name`` (``….safetensors``). Shared storage is stored apart.
@@ -182,7 +207,7 @@ class Entry:
         files = self.files()
         if name in files:
             self._publish({k: v for k, v in files.items() if k != name})
-            (self.path / name).unlink(missing_ok=True)
+            self._place(name, files[name]).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the whole entry, manifest first, so that no reader meets half of it."""
@@ -201,6 +226,8 @@ class Entry:
                 self._read(name)
             except CorruptEntry as e:
                 problems.append(str(e))
+            except KeyError:
+                pass  # taken out while we read
         try:
             written = json.loads((self.path / "identity.json").read_bytes())
             if digest(written) != self.key:
@@ -259,8 +286,15 @@ class Store:
         """
         found: list[tuple[Path, str]] = []
         horizon = time.time() - min_age_s
+
+        def is_old(path: Path) -> bool:
+            try:
+                return path.stat().st_mtime < horizon
+            except FileNotFoundError:  # a writer renamed it just now
+                return False
+
         for path in sorted(self.root.glob(f"*/*/{_TEMPORARY}*")):
-            if path.stat().st_mtime < horizon:
+            if is_old(path):
                 found.append((path, "left by a killed write"))
         for entry in self.entries():
             if not is_current(entry.identity):
@@ -268,12 +302,12 @@ class Store:
             elif entry.verify():
                 found.append((entry.path, "corrupt"))
             else:
-                listed = {"identity.json", "manifest.json", *entry.files()}
+                files = entry.files()
+                listed = {entry._place(n, r).name for n, r in files.items()}
+                listed |= {"identity.json", "manifest.json"}
                 found += [
                     (p, "not listed in the manifest")
                     for p in sorted(entry.path.iterdir())
-                    if p.name not in listed
-                    and not p.name.startswith(_TEMPORARY)
-                    and p.stat().st_mtime < horizon
+                    if p.name not in listed and not p.name.startswith(_TEMPORARY) and is_old(p)
                 ]
         return found

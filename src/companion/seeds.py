@@ -56,14 +56,15 @@ class Key:
         return torch.from_numpy((self.words(n) % np.uint64(high)).astype(np.int64))
 
     def seed(self) -> int:
-        """A 63-bit seed for generators that are not ours (``torch.manual_seed``)."""
+        """A 63-bit seed for generators that are not ours (torch's CPU one uses 32 bits of it)."""
         return int.from_bytes(self.digest()[16:24], "little") >> 1
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
         """Inside, torch's CPU generator starts from this key; outside, it is as it was before."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed())
+            # Not torch.manual_seed: that seeds every GPU too, and nobody would set those back.
+            torch.default_generator.manual_seed(self.seed())
             yield
 
     def generator(self) -> torch.Generator:

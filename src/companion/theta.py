@@ -124,19 +124,22 @@ def check(module: nn.Module, theta: Theta, name: str) -> None:
 def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[str]) -> Theta:
     """``sum_i weights[i] * thetas[i]`` over ``names``, in float64, rounded to the entries' dtype.
 
-    Float64 with separate products makes two promises that float32 does not keep: swapping networks
-    and weights together changes no bit, and a combination of equal float32 networks with weights
-    that sum to one is that network, so a null control is exactly 0 (gates G1 and G2).
+    Float64 with separate products makes two promises that float32 does not keep: swapping two
+    networks and their weights together changes no bit, and a combination of equal float32 networks
+    with weights that sum to one is that network, so a null control is exactly 0 (gates G1 and G2).
+    Networks that are float64 themselves have no bits to spare: there, entries that are equal in all
+    networks are taken as they are.
     """
     out = {}
+    unit = abs(sum(weights) - 1) < 1e-12
     for name in names:
-        first = thetas[0][name]
-        if all(t[name] is first for t in thetas[1:]) and abs(sum(weights) - 1) < 1e-12:
-            out[name] = first
-            continue
+        first, *others = (t[name] for t in thetas)
         total = first.double() * weights[0]
-        for theta, weight in zip(thetas[1:], weights[1:], strict=True):
-            total = total + theta[name].double() * weight
+        for other, weight in zip(others, weights[1:], strict=True):
+            total = total + other.double() * weight
+        if unit and first.dtype == torch.float64:
+            equal = torch.stack([other == first for other in others]).all(0)
+            total = torch.where(equal, first, total)
         out[name] = total.to(first.dtype)
     return out
 

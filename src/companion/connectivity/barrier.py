@@ -28,13 +28,16 @@ class Barrier:
         gates: outcomes of G0, G0b, G2, G5 and of the controls that were handed in (G1, G3).
         distance: Euclidean distance of the two networks' parameters.
         classes: number of classes, for gate G0's default.
+        errors: of the two networks themselves, in percent, as gate G0 saw them. Where only some
+            layers move, the ends of the curve are other networks.
     """
 
     curves: Mapping[str, Curve]
     bn: str
     gates: tuple[Gate, ...]
     distance: float
-    classes: int = 10
+    classes: int
+    errors: tuple[float, float]
 
     @property
     def valid(self) -> bool:
@@ -77,9 +80,9 @@ class Barrier:
 
         An experiment knows what error is normal for its recipe only after all ends are measured.
         """
-        splits = list(self.curve.values)
-        ends = self.curve.ends("test" if "test" in splits else splits[-1])
-        first = gates.quality(ends, self.classes, reference=reference_error, max_error=max_error)
+        first = gates.quality(
+            self.errors, self.classes, reference=reference_error, max_error=max_error
+        )
         return replace(self, gates=(first, *self.gates[1:]))
 
     def recorded(self, controls: Sequence[Gate]) -> Barrier:
@@ -102,6 +105,7 @@ class Barrier:
             "gates": [asdict(g) for g in self.gates],
             "distance": self.distance,
             "classes": self.classes,
+            "errors": list(self.errors),
         }
 
     @classmethod
@@ -109,7 +113,8 @@ class Barrier:
         """The inverse of :meth:`to_json`."""
         curves = {m: Curve.from_json(c) for m, c in value["curves"].items()}
         found = tuple(Gate(**g) for g in value["gates"])
-        return cls(curves, value["bn"], found, value["distance"], value["classes"])
+        a, b = value["errors"]
+        return cls(curves, value["bn"], found, value["distance"], value["classes"], (a, b))
 
 
 def barrier(
@@ -151,6 +156,7 @@ def barrier(
     classes = classes or (data.classes if isinstance(data, Dataset) else 10)
     modes = [bn, *(m for m in BN_MODES if m != bn)] if has_batchnorm(module) else [bn]
     curves: dict[str, Curve] = {}
+    held_out = "test" if "test" in splits else list(splits)[-1]
     self_gap = 0.0
     walker = None
     for mode in modes:
@@ -158,22 +164,18 @@ def barrier(
         curve = segment(module, a, b, data, points=points, groups=groups, rest=rest, walker=walker)
         curves[curve.bn] = curve
         if mode == bn:
-            at_a, mixed = walker.walk((a, a), [(1.0, 0.0), grid(points)[points // 3]])
+            at_a, at_b = walker.walk((a, b), [(1.0, 0.0), (0.0, 1.0)])
+            mixed = walker.walk((a, a), [grid(points)[points // 3]])[0]
             self_gap = max(abs(mixed[s].loss - at_a[s].loss) for s in splits)
+            errors = (at_a[held_out].error, at_b[held_out].error)
     assert walker is not None
     headline = bn if bn in curves else "none"
-    held_out = "test" if "test" in splits else list(splits)[-1]
     names = walker.layout.parameters
     found = (
-        gates.quality(
-            curves[headline].ends(held_out),
-            classes,
-            reference=reference_error,
-            max_error=max_error,
-        ),
+        gates.quality(errors, classes, reference=reference_error, max_error=max_error),
         gates.distinct(a, b, names, same_noise=same_noise),
         gates.symmetry(a, b, walker.layout.floating, self_gap),
         gates.batchnorm(headline, list(curves)),
         *controls,
     )
-    return Barrier(curves, headline, found, distance(a, b, names), classes)
+    return Barrier(curves, headline, found, distance(a, b, names), classes, errors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from companion.connectivity.walk import Walker
 from companion.data import Dataset, Split
 from companion.errors import BadParameter, one_of
-from companion.theta import Theta, flatten
+from companion.theta import Theta, check, flatten
 
 DEFINITIONS = ("mean", "linear")
 """``mean``: above the mean of the two ends (Frankle et al. 2020, Section 2). ``linear``: above the
@@ -63,7 +62,8 @@ class Curve:
         """At each alpha, the value minus what the ends lead to expect there."""
         one_of("definition", definition, DEFINITIONS)
         a, b = self.ends(split, metric)
-        base = [(a + b) / 2 if definition == "mean" else (1 - t) * a + t * b for t in self.alphas]
+        flat = definition == "mean" or a == b  # between equal ends exactly flat, not up to rounding
+        base = [(a + b) / 2 if flat else (1 - t) * a + t * b for t in self.alphas]
         return [v - e for v, e in zip(self.values[split][metric], base, strict=True)]
 
     def height(
@@ -206,18 +206,21 @@ def plane(
         margin: how far the grid reaches beyond the three networks, as a share of their extent.
 
     Raises:
-        BadParameter: the three networks lie on one line, so they span no plane.
+        BadParameter: the three networks lie on one line, so they span no plane; or one of them is
+            no finite point of this network's weight space.
 
     Source: the construction of Garipov et al. 2018; our chapter 1.
     """
     walker = Walker(module, splits_of(data), bn=bn)
     names = walker.layout.parameters
+    for theta, name in ((origin, "origin"), (a, "A"), (b, "B")):
+        check(walker.module, theta, name)
     o, u, v = (flatten(t, names) for t in (origin, a, b))
     u, v = u - o, v - o
     ax = float(u.norm())
     bx = float(u @ v) / ax if ax else 0.0
-    by = math.sqrt(max(float(v @ v) - bx * bx, 0.0))
-    if ax == 0 or by < 1e-9 * ax:
+    by = float((v - (bx / ax) * u).norm()) if ax else 0.0
+    if by <= 1e-6 * max(ax, float(v.norm())):  # float32 weights cannot tell them from a line
         raise BadParameter("plane: the three networks lie on one line; they span no plane.")
     corners = ((0.0, 0.0), (ax, 0.0), (bx, by))
 

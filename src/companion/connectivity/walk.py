@@ -7,6 +7,7 @@ anchor networks over a subset of entries; they differ only in anchors, weights a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ class Walker:
         splits: name -> data, e.g. ``{"train": …, "test": …}``, on the device to compute on.
         bn: one of :data:`BN_MODES`; ``none`` is what a network without running statistics has.
         bn_data: what ``reestimate`` averages over; default ``splits["train"]``.
-        batch: images a forward pass. ``batch`` mode statistics are of this many images.
+        batch: images a forward pass, at most. ``batch`` mode statistics are of as many: a split is
+            cut into the fewest batches of equal size.
         score: how outputs become loss and error; default :func:`classification`.
     """
 
@@ -95,7 +97,9 @@ class Walker:
             self._entries[name].copy_(value)
 
     def _batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return zip(split.x.split(self.batch), split.y.split(self.batch), strict=True)
+        # Of equal size, give or take one: BatchNorm averages batches, and refuses a batch of one.
+        parts = -(-len(split) // self.batch)
+        return zip(split.x.tensor_split(parts), split.y.tensor_split(parts), strict=True)
 
     def _norms(self) -> list[_BatchNorm]:
         return [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
@@ -131,7 +135,9 @@ class Walker:
                 loss += part
                 wrong += errors
                 count += n
-            out[name] = Measure(float(loss) / count, 100 * float(wrong) / count)
+            mean = float(loss) / count
+            # A loss that overflowed is no number; as NaN, max() would quietly pass over it.
+            out[name] = Measure(math.inf if math.isnan(mean) else mean, 100 * float(wrong) / count)
         return out
 
     def at(self, theta: Theta) -> dict[str, Measure]:
@@ -166,5 +172,8 @@ class Walker:
         out = []
         for row in weights:
             self.load(affine(on_device, row, moving))
+            for m in self._norms():
+                if m.running_var is not None:  # beyond the anchors of a plane it can fall below 0
+                    m.running_var.clamp_(min=0)
             out.append(self.here())
         return out

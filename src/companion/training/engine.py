@@ -207,9 +207,9 @@ def train(
     while wave:
         generations.append(wave)
         wave = merge(p for job in wave if (p := job.parents()))
+    for recipe in {job.run.recipe for wave in generations for job in wave}:
+        loop.check_fit(recipe, datasets.load(recipe.data, where))
     for wave in reversed(generations):
-        for recipe in {job.run.recipe for job in wave}:
-            loop.check_fit(recipe, datasets.load(recipe.data, where))
         todo = [
             job
             for job in wave
@@ -242,11 +242,15 @@ def load_weights(
 def _load(
     run: Run, step: int, job: Job, kinds: tuple[int, ...], store: Store | None, device: str
 ) -> State:
-    store = store or Store()
-    entry = entry_of(run, datasets.load(run.recipe.data, device), device, store)
-    while True:
+    store, where = store or Store(), datasets.resolve_device(device)
+    entry = entry_of(run, datasets.load(run.recipe.data, where), where, store)
+    for _ in range(3):
         train_one(job, store=store, device=device)
         for kind in kinds:
             name = _names(step)[kind]
             if name in _files(entry) and (state := _read(entry, name)):
                 return state
+    raise CorruptEntry(
+        f"run store: {entry.path} was written three times and never read back as written. "
+        "The disk may be failing; point COMPANION_RUNS at another one."
+    )

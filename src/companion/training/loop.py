@@ -14,6 +14,7 @@ from companion import models
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.errors import BadParameter, Diverged
 from companion.pool import one_thread
+from companion.seeds import Key
 from companion.theta import snapshot
 from companion.training.recipe import Recipe, Run
 
@@ -93,7 +94,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.T
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         index, _, slot = name.partition(".")
-        state.setdefault(int(index), {})[slot] = value
+        state.setdefault(int(index), {})[slot] = value.clone()  # the optimiser writes in place
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -116,8 +117,20 @@ def check_fit(recipe: Recipe, data: Dataset) -> None:
             f"augment: {recipe.augment!r} shifts images of {data.name} "
             f"({data.in_shape[1]}×{data.in_shape[2]}) by half their size or more."
         )
-    with torch.device("meta"):
-        models.build(recipe.net, data.in_shape, data.classes)
+    module = models.build(recipe.net, data.in_shape, data.classes, Key("fit")).eval()
+    few = data.train.x[:2].cpu()
+    try:
+        with torch.no_grad():
+            shape = tuple(module(few).shape)
+    except (RuntimeError, AttributeError) as e:  # a network of the user's own
+        raise BadParameter(
+            f"net: {recipe.net} does not take images of shape {data.in_shape} ({data.name}): {e}"
+        ) from e
+    if shape != (len(few), data.classes):
+        raise BadParameter(
+            f"net: {recipe.net} makes {shape} of {len(few)} images of {data.name}; "
+            f"logits of shape ({len(few)}, {data.classes}) are needed."
+        )
 
 
 def advance(
@@ -170,24 +183,29 @@ def advance(
     )
     epoch, looked = -1, state.step
 
+    def diverged(what: str, step: int) -> Diverged:
+        return Diverged(
+            f"training diverged: {what} not finite at step {step} of {recipe.steps} "
+            f"(init {run.init!r}, order {run.order!r}, {recipe.optimizer}, lr {recipe.lr:g}). "
+            "Nothing of it was stored. Lower lr, or add warmup."
+        )
+
     def look(step: int) -> None:
         nonlocal looked
         bad = ~torch.isfinite(trace[looked - first : step - first])
         if bool(bad.any()):
             at = looked + int(bad.nonzero()[0, 0])
-            raise Diverged(
-                f"training diverged: the loss of {recipe.net} on {data.name} is not finite at step "
-                f"{at} of {recipe.steps} (init {run.init!r}, order {run.order!r}, "
-                f"{recipe.optimizer}, lr {recipe.lr:g}). Nothing of it was stored. "
-                "Lower lr, or add warmup."
-            )
+            raise diverged(f"the loss of {recipe.net} on {data.name} is", at)
         looked = step
 
     def here(step: int) -> State:
         look(step)
-        return State(
-            step, snapshot(module), _optimizer_tensors(optimizer), trace[: step - first].clone()
-        )
+        theta = snapshot(module)
+        for name, value in theta.items():
+            # A loss that was finite can still have a gradient that is not.
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise diverged(f"{name} of {recipe.net} on {data.name} is", step)
+        return State(step, theta, _optimizer_tensors(optimizer), trace[: step - first].clone())
 
     with one_thread() if device.type == "cpu" else contextlib.nullcontext():
         for step in range(state.step, stop):

@@ -67,10 +67,17 @@ class Recipe:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
+        for field in ("net", "data", "augment"):
+            if not isinstance(value := getattr(self, field), str):
+                raise BadParameter(f"{field}: text is needed, got {value!r}.")
         object.__setattr__(self, "net", models.canonical(self.net))
         object.__setattr__(self, "augment", str(Augmentation.parse(self.augment)))
-        object.__setattr__(self, "milestones", tuple(float(m) for m in self.milestones))
-        object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        for field in ("milestones", "betas"):
+            value = getattr(self, field)
+            numbers = value if isinstance(value, tuple | list) else (None,)
+            if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
+                raise BadParameter(f"{field}: a list of numbers is needed, got {value!r}.")
+            object.__setattr__(self, field, tuple(float(v) for v in value))
         for field in ("lr", "momentum", "weight_decay", "gamma", "div", "final_div"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -92,10 +99,21 @@ class Recipe:
             raise BadParameter("schedule: 'step' needs milestones, e.g. (0.5, 0.75).")
         if self.schedule != "step" and self.milestones:
             raise BadParameter(f"milestones: only schedule 'step' has them, not {self.schedule!r}.")
+        if any(not 0 < m < self.steps for m in self.milestones):
+            raise BadParameter(
+                f"milestones: {self.milestones} must lie between 0 and T = {self.steps} "
+                "(up to 1 they are fractions of T)."
+            )
         if self.warmup >= self.steps:
             raise BadParameter(f"warmup: {self.warmup} steps of warm-up in a run of {self.steps}.")
         if not (0 <= self.momentum < 1):
             raise BadParameter(f"momentum: {self.momentum} must be in [0, 1).")
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
+            raise BadParameter("nesterov: needs optimizer 'sgd' and a momentum above 0.")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise BadParameter(f"betas: {self.betas} must be two numbers in [0, 1).")
+        if not (self.div > 0 and self.final_div > 0):
+            raise BadParameter(f"div, final_div: {self.div}, {self.final_div} must be above 0.")
 
     def identity(self) -> dict[str, Any]:
         """The fields that differ from their defaults, so a new field keeps old hashes."""
@@ -120,7 +138,8 @@ class Recipe:
         if t < self.warmup:
             return self.lr * (t + 1) / self.warmup
         if self.schedule == "step":
-            marks = [m if m > 1 else m * total for m in self.milestones]
+            # The margin is for fractions: 0.55 * 100 is a little more than 55 in floating point.
+            marks = [m if m > 1 else m * total - 1e-6 for m in self.milestones]
             return self.lr * self.gamma ** sum(t >= m for m in marks)
         if self.schedule == "cosine":
             done = (t - self.warmup) / max(total - self.warmup, 1)
@@ -133,6 +152,8 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     known = [f.name for f in dataclasses.fields(Recipe)]
     for name in values:
         one_of("recipe field", name, known)
+    if absent := [name for name in ("net", "data", "steps") if name not in values]:
+        raise BadParameter(f"recipe: {', '.join(absent)} must be given.")
     typed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return Recipe(**typed)
 
@@ -171,14 +192,21 @@ class Run:
     fork: Fork | None = None
 
     def __post_init__(self) -> None:
+        for name in ("init", "order", "augment"):
+            label = getattr(self, name)
+            if isinstance(label, bool) or not isinstance(label, int | str):
+                raise BadParameter(f"{name}: a whole number or text is needed, got {label!r}.")
         if self.fork is None:
             return
         parent, k = self.fork.parent, self.fork.step
         one_of("fork optimizer", self.fork.optimizer, ("reset", "restore"))
         one_of("fork schedule", self.fork.schedule, ("continue", "restart"))
-        if not 0 <= k <= parent.last_step:
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise BadParameter(f"fork at k = {k!r}: a whole number is needed.")
+        if not parent.first_step <= k <= parent.last_step:
             raise BadParameter(
-                f"fork at k = {k}: the run it leaves has steps 0 to {parent.last_step}."
+                f"fork at k = {k}: the run it leaves has steps {parent.first_step} "
+                f"to {parent.last_step}."
             )
         if self.fork.schedule == "continue" and k >= self.recipe.steps:
             raise BadParameter(f"fork at k = {k}: no step is left of T = {self.recipe.steps}.")

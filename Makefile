@@ -1,0 +1,91 @@
+# `make help` lists what there is to do. Everything that a target needs, `make` sets up itself, in .venv and
+# build/; a second call does nothing.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.SECONDEXPANSION:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+# What you may set:  make book PROFILE=gpu  ·  make test ARGS="-k barrier"  ·  make PYTHON=python3.12
+PROFILE ?= quick
+ARGS ?=
+PORT ?= 8000
+VENV ?= .venv
+# Any Python from 3.11 to 3.13; the first that is found.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; print("yes" * ((3, 11) <= sys.version_info < (3, 14)))' 2>/dev/null),$(p))))
+
+BIN := $(VENV)/bin
+BOOK := $(BIN)/python -m companion.book
+OUT := build/$(PROFILE)
+SITE := $(OUT)/book/_build/html/index.html
+# Touched at the end of a step that writes many files.
+READY := $(VENV)/.ready
+BUILT := $(OUT)/.built
+
+CHAPTERS := $(patsubst chapters/%.md,%,$(wildcard chapters/*.md))
+NOTEBOOKS := $(CHAPTERS:%=build/notebooks/%.ipynb)
+EXECUTED := $(CHAPTERS:%=$(OUT)/executed/%.ipynb)
+# What a chapter's numbers can depend on: all of the package but the book's own steps and the command line.
+PACKAGE := $(shell find src/companion -name '*.py' -not -path '*/book/*' -not -path '*/cli/*' -not -name 'cli.py') \
+	$(shell find data/recorded -name '*.json' 2>/dev/null) $(wildcard data/claims.yaml)
+PAGES := $(wildcard *.md) _config.yml _toc.yml references.bib $(wildcard book/*) $(wildcard src/companion/book/*.py)
+
+.PHONY: book notebooks test lint format serve clean distclean help
+
+book: $(BUILT) ## the site: PROFILE=quick (default: minutes on a CPU), gpu or paper
+	@printf 'The book is ready:\n  %s\n  file://%s\n' '$(SITE)' '$(abspath $(SITE))'
+
+notebooks: $(NOTEBOOKS) ## build/notebooks/*.ipynb, for papermill or Jupyter
+
+test: $(READY) ## all tests; ARGS="-m 'not slow'" for the quick ones
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) $(NOTEBOOKS) ## ruff, formatting and types, of the package and of the chapters' cells
+	$(BIN)/ruff check . $(NOTEBOOKS)
+	$(BIN)/ruff format --check . $(NOTEBOOKS)
+	$(BIN)/mypy
+
+format: $(READY) ## format the package and the chapters' cells, and mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BOOK) format
+
+serve: $(BUILT) ## the site at http://localhost:8000 (PORT=...); it also opens from the disk
+	$(BIN)/python -m http.server --bind localhost --directory '$(dir $(SITE))' $(PORT)
+
+clean: ## remove what was built; training runs (runs/) and .venv stay
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean ## remove .venv too; training runs (runs/) stay
+	rm -rf $(VENV)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The environment. One resolution for the lock and the package, so that torch and torchvision fit each other.
+$(READY): requirements.lock pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'error: no Python from 3.11 to 3.13 on the path; set PYTHON=...' >&2; exit 1; }
+	@test -x $(BIN)/python || { echo 'Setting up $(VENV) with $(PYTHON) (once; torch is large)'; \
+	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo 'error: $(PYTHON) cannot make a virtual environment (Debian: install python3-venv)' >&2; exit 1; }; }
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock -e '.[book,dev]'
+	@touch $@
+
+# Chapter -> notebook -> executed notebook -> site. Each step writes under another name and moves it.
+build/notebooks/%.ipynb: chapters/%.md src/companion/book/notebooks.py src/companion/book/parameters.py | $(READY)
+	@$(BOOK) notebooks $*
+
+# One after the other unless you say -j: a chapter uses every core. The profile's folder is listed for the
+# sake of a file that appears or goes.
+$(OUT)/executed/%.ipynb: build/notebooks/%.ipynb $(PACKAGE) $$(wildcard chapters/profiles/$(PROFILE) chapters/profiles/$(PROFILE)/$$*.yaml) | $(READY)
+	@$(BOOK) execute --profile $(PROFILE) $*
+
+$(BUILT): $(EXECUTED) $(PAGES) data/claims.yaml | $(READY)
+	@$(BOOK) stage --profile $(PROFILE)
+	@$(BOOK) html --profile $(PROFILE)
+	@touch $@
+
+# Keep them: they are dear.
+.SECONDARY: $(NOTEBOOKS) $(EXECUTED)

@@ -1,0 +1,131 @@
+"""Write the tables of benchmarks/README.md from the results. No number there is typed by hand.
+
+python benchmarks/report.py            rewrite what stands between the markers
+python benchmarks/report.py --check    exit code 1 if that would change anything
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def rows(header: list[str], body: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are set to the right."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *body])
+
+
+def times(ratio: dict[str, float]) -> str:
+    """``2.31× (2.20–2.45)``."""
+    return f"{ratio['median']:.2f}× ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def where(found: dict[str, Any], n: int) -> str:
+    """Hardware, versions, date and repeats, in one sentence."""
+    machine = found["machine"]
+    packages = ", ".join(f"{p} {machine['packages'][p]}" for p in ("torch", "numpy"))
+    return (
+        f"Measured on {machine['date']}: {machine['cpu']['cores']} cores of "
+        f"{machine['cpu']['name']} ({machine['os']}), Python {machine['python']}, {packages}; {n} repeats; "
+        f"{disturbed(found)}. Ratios: median (lowest–highest) over the repeats."
+    )
+
+
+def disturbed(found: dict[str, Any]) -> str:
+    """How many turns were thrown away, and how many count although others were at work."""
+    contenders = [c for case in found.get("cases", [found]) for c in case["contenders"]]
+    away, kept = (
+        sum(c[what] for c in contenders) for what in ("turns_discarded", "turns_disturbed")
+    )
+    turns = sum(len(c["seconds"]) for c in contenders)
+    return f"of {turns} turns {kept} were disturbed by other programs, {away} more thrown away"
+
+
+def pool(found: dict[str, Any]) -> str:
+    """Steps a second of each contender, and how much faster ours is, without and with start-up."""
+    settings, agreement = found["settings"], found["agreement"]
+    body = []
+    for contender in found["contenders"]:
+        name = contender["name"]
+        faster = [times(r[name]) if name in r else "" for r in found["ratios"].values()]
+        body.append([name, f"{contender['per_second']:,.0f}", *faster])
+    table = rows(["", "steps / s", *(f"ours, {how}" for how in found["ratios"])], body)
+    start = statistics.median(found["starting"]["seconds"])
+    recipe = settings["recipe"]
+    return "\n\n".join(
+        [
+            table,
+            f"{settings['runs']} runs of {recipe['steps']:,} steps, `{recipe['net']}` on "
+            f"{recipe['data']}, batch {recipe['batch']}. Starting the worker processes costs "
+            f"{start:.1f} s, once per session. With the same noise, the losses of the plain loop "
+            f"and of ours differ by at most {agreement['largest_loss_difference']:.0e} nats in the "
+            f"first {agreement['steps']} steps.",
+            where(found, settings["repeats"]),
+        ]
+    )
+
+
+def barrier(found: dict[str, Any]) -> str:
+    """Seconds for a curve, ours and theirs, case by case."""
+    body = []
+    for case in found["cases"]:
+        per_curve = [case["points"] / c["per_second"] for c in case["contenders"]]
+        images = " + ".join(f"{n:,}" for n in case["images"].values())
+        body.append(
+            [
+                f"`{case['net']}` on {case['data']} ({images} images)",
+                *(f"{s:.2f}" for s in per_curve),
+                *(times(r) for r in case["ratios"].values()),
+                f"{case['largest_difference']:.0e}",
+            ]
+        )
+    header = ["", "ours, s", "DataLoader, s", "slices, s", "against DataLoader", "against slices"]
+    settings = found["settings"]
+    return "\n\n".join(
+        [
+            rows([*header, "largest difference"], body),
+            f"{settings['points']} points, loss and error on train and test, {settings['batch']} "
+            "images a batch for everybody.",
+            where(found, settings["repeats"]),
+        ]
+    )
+
+
+def render(text: str, results: Path) -> str:
+    """The README with everything between its markers made anew."""
+    for name, table in (("pool", pool), ("barrier", barrier)):
+        found = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
+        body = f"\n{table(found)}\n\n"
+        text, count = re.subn(
+            pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL
+        )
+        if count != 1:
+            sys.exit(f"README.md: the markers of {name} are missing or doubled")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    options = parser.parse_args(arguments)
+    old = options.readme.read_text(encoding="utf-8")
+    new = render(old, options.results)
+    if options.check and new != old:
+        sys.exit("benchmarks/README.md is not what its results say: run benchmarks/report.py")
+    options.readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

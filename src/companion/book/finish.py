@@ -1,0 +1,201 @@
+"""What an executed notebook needs to become a page.
+
+papermill leaves two parameter cells, timestamps and paths; the figures' captions, alt texts and
+data sit in the metadata of outputs, where Jupyter Book does not look. One pass over the cells puts
+that right.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from companion.book.layout import Book, BookError
+from companion.book.parameters import declared, substituted
+from companion.figures import label
+from companion.locations import data_root, runs_root
+
+#: Keys that papermill and nbclient put into metadata: times, paths, durations.
+_NOISE = ("papermill", "execution")
+
+
+@dataclass
+class Page:
+    """A chapter, ready to be staged."""
+
+    chapter: str
+    notebook: Any
+    files: dict[str, bytes] = field(default_factory=dict)  # beside the chapter: files/<chapter>/...
+    parameters: dict[str, Any] = field(default_factory=dict)  # name -> value used, where literal
+    claims: list[dict[str, Any]] = field(default_factory=list)
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    provenance: dict[str, Any] | None = None
+
+
+def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
+    """Turn papermill's output into a page.
+
+    Args:
+        book: The book; its root is cut out of every path that a cell printed.
+        profile: The profile the notebook ran with.
+        chapter: The chapter's name.
+        notebook: The executed notebook, of nbformat 4. It is changed in place.
+
+    Returns:
+        The page: one parameters cell with the values used; figures with caption, label, alt text
+        and download links; no timestamps, no paths of this machine.
+
+    Raises:
+        BookError: Two figures of the chapter have the same name.
+    """
+    page = Page(chapter, notebook)
+    values = dict(notebook.metadata.get("papermill", {}).get("parameters", {}))
+    for noise in (*_NOISE, "jupytext", "widgets"):
+        notebook.metadata.pop(noise, None)
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in _tags(c)]
+    for cell in notebook.cells:
+        for noise in _NOISE:
+            cell.metadata.pop(noise, None)
+        if "parameters" in _tags(cell):
+            _parameters(page, cell, values, profile)
+        if cell.cell_type == "code":
+            cell.outputs = list(_tidy(cell.outputs, book))
+    notebook.cells = [part for cell in notebook.cells for part in _figures(page, cell)]
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{i}"
+    _add_data(page, profile)
+    return page
+
+
+def _tags(cell: Any) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def _parameters(page: Page, cell: Any, values: dict[str, Any], profile: str) -> None:
+    """One cell with the values that were used; it still runs, and papermill can still set them."""
+    where = f"chapters/{page.chapter}.md"
+    cell.source = substituted(cell.source, values, where)
+    page.parameters = {
+        name: p.default
+        for name, p in declared(cell.source, where).items()
+        if isinstance(p.default, (type(None), bool, int, float, str, list, tuple, dict))
+    }
+    if "hide-input" not in _tags(cell):
+        cell.metadata["tags"] = [*_tags(cell), "hide-input"]
+    prompt = f"Parameters of this page (profile {profile})"
+    cell.metadata["mystnb"] = {
+        "code_prompt_show": prompt,
+        "code_prompt_hide": prompt,
+        **cell.metadata.get("mystnb", {}),
+    }
+
+
+def _tidy(outputs: Iterable[Any], book: Book) -> Iterator[Any]:
+    """Outputs without paths of this machine; a stream that came in pieces is one again."""
+    last = None
+    for output in outputs:
+        if output.output_type == "stream":
+            if last is not None and last.name == output.name:
+                last.text = _scrub(last.text + output.text, book)
+                continue
+            output.text = _scrub(output.text, book)
+            last = output
+        else:
+            last = None
+            for mime, content in output.get("data", {}).items():
+                if mime.startswith("text/") and isinstance(content, str):
+                    output.data[mime] = _scrub(content, book)
+        yield output
+
+
+def _scrub(text: str, book: Book) -> str:
+    """Replace folders of this machine by what they mean; number no kernel."""
+    text = re.sub(r"\S*[/\\]ipykernel_\d+[/\\]\d+\.py", "<cell>", text)
+    root = book.root.resolve()
+    names = {str(root): ".", sys.prefix: "<python>", str(Path.home()): "~"}
+    for folder, variable in ((data_root(), "COMPANION_DATA"), (runs_root(), "COMPANION_RUNS")):
+        if not folder.is_relative_to(root):
+            names[str(folder)] = f"${variable}"
+    for path in sorted(names, key=len, reverse=True):
+        if len(path) > 1:  # a home folder of "/" is in every path
+            text = re.sub(re.escape(path) + r"(?![\w.-])", names[path], text)
+    return text
+
+
+def _figures(page: Page, cell: Any) -> Iterator[Any]:
+    """The cell, and after each figure its download links; what it published goes to the page.
+
+    Jupyter Book takes a caption from the cell's metadata, so a cell with several figures is split.
+    """
+    import nbformat
+
+    if cell.cell_type != "code":
+        yield cell
+        return
+    groups: list[tuple[list[Any], dict[str, Any] | None]] = [([], None)]
+    for output in cell.outputs:
+        found = output.get("metadata", {}).pop("companion", {})
+        page.claims += found.get("claims", [])
+        page.provenance = found.get("provenance", page.provenance)
+        figure = found.get("figure")
+        if figure and groups[-1][1]:
+            groups.append(([], None))
+        outputs, known = groups[-1]
+        outputs.append(output)
+        groups[-1] = (outputs, figure or known)
+    for i, (outputs, figure) in enumerate(groups):
+        part = cell
+        if i:
+            # Not empty: Jupyter Book drops a code cell without code, outputs and all.
+            note = "# one more figure of the cell above"
+            part = nbformat.v4.new_code_cell(note, metadata={"tags": ["remove-input"]})
+        part.outputs = outputs
+        if figure is None:
+            yield part
+            continue
+        part.metadata["mystnb"] = {
+            **part.metadata.get("mystnb", {}),
+            "figure": {"caption": figure["caption"], "name": label(figure["name"])},
+            "image": {**part.metadata.get("mystnb", {}).get("image", {}), "alt": figure["alt"]},
+        }
+        yield part
+        yield _downloads(page, figure, outputs)
+
+
+def _downloads(page: Page, figure: dict[str, Any], outputs: list[Any]) -> Any:
+    """Keep the figure and its data as files, and link them in one line."""
+    import nbformat
+
+    name = figure["name"]
+    if any(name == other["name"] for other in page.figures):
+        raise BookError(f"{page.chapter}: two figures are called {name!r}.")
+    page.figures.append(figure)
+    svg = next(o.data["image/svg+xml"] for o in outputs if "image/svg+xml" in o.get("data", {}))
+    page.files[f"{name}.svg"] = svg.encode()
+    links = [f"{{download}}`figure (SVG) <files/{page.chapter}/{name}.svg>`"]
+    if figure.get("data") is not None:
+        links.insert(0, f"{{download}}`data (JSON) <files/{page.chapter}/{name}.json>`")
+    line = f":::{{div}} companion-downloads\n{' · '.join(links)}\n:::"
+    return nbformat.v4.new_markdown_cell(line)
+
+
+def _add_data(page: Page, profile: str) -> None:
+    """The numbers behind each figure, with what a reader needs to place them."""
+    for figure in page.figures:
+        if figure.get("data") is not None:
+            document = {
+                "chapter": page.chapter,
+                "profile": profile,
+                "figure": figure["name"],
+                "caption": figure["caption"],
+                "parameters": page.parameters,
+                "provenance": page.provenance,
+                "data": figure["data"],
+            }
+            text = json.dumps(document, indent=1, ensure_ascii=False, default=str)
+            page.files[f"{figure['name']}.json"] = (text + "\n").encode()

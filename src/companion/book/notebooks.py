@@ -1,0 +1,185 @@
+"""Text to notebook to executed notebook."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from companion.book import parameters
+from companion.book.layout import Book, BookError
+from companion.errors import BadParameter
+
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
+
+def build(book: Book, chapter: str) -> Path:
+    """Write ``build/notebooks/<chapter>.ipynb``, which plain papermill can run.
+
+    Args:
+        book: The book.
+        chapter: The chapter's name.
+
+    Returns:
+        The notebook's path.
+
+    Raises:
+        BadParameter: The chapter does not have exactly one cell tagged ``parameters``, or that cell
+            holds more than assignments.
+    """
+    import jupytext
+
+    notebook = jupytext.read(book.source(chapter), fmt="md:myst")
+    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise BadParameter(
+            f"chapters/{chapter}.md has {len(tagged)} cells tagged `parameters`; "
+            "it needs exactly one."
+        )
+    parameters.declared(tagged[0].source, f"chapters/{chapter}.md")
+    notebook.metadata["kernelspec"] = KERNEL
+    notebook.metadata["language_info"] = {"name": "python"}
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{i}"  # jupytext draws them at random
+    path = book.notebook(chapter)
+    _write(notebook, path)
+    return path
+
+
+def format_cells(book: Book, chapter: str) -> bool:
+    """Format the code cells of a chapter with ruff. Text and cell options stay byte for byte.
+
+    (``jupytext --pipe`` would write its version into every chapter's header.)
+
+    Args:
+        book: The book.
+        chapter: The chapter's name.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        BookError: ruff cannot read the code; its message says where.
+    """
+    import jupytext
+
+    source = book.source(chapter)
+    notebook = jupytext.read(source, fmt="md:myst")
+    before = [cell.source for cell in notebook.cells]
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / f"{chapter}.ipynb"
+        _write(notebook, copy)
+        command = [sys.executable, "-m", "ruff", "format", "--quiet", str(copy)]
+        config = book.root / "pyproject.toml"
+        if config.is_file():
+            command += ["--config", str(config)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BookError(f"chapters/{chapter}.md: {done.stderr.strip()}")
+        after = [cell.source for cell in read(copy).cells]
+    text, position = source.read_text(encoding="utf-8"), 0
+    for old, new in zip(before, after, strict=True):
+        position = text.index(old, position)
+        text = text[:position] + new + text[position + len(old) :]
+        position += len(new)
+    if before != after:
+        source.write_text(text, encoding="utf-8")
+    return before != after
+
+
+def execute(book: Book, profile: str, chapter: str) -> Path:
+    """Run a chapter's notebook with a profile's parameters.
+
+    Args:
+        book: The book.
+        profile: The profile's name.
+        chapter: The chapter's name; :func:`build` has to have run.
+
+    Returns:
+        The executed notebook's path. It appears only if every cell ran.
+
+    Raises:
+        BadParameter: See :func:`companion.book.parameters.profile_values`.
+        BookError: A cell failed. An older executed notebook is removed; the failed one is kept
+            beside it, in ``failed/``.
+    """
+    import matplotlib.font_manager  # noqa: F401 - fills its cache, which else warns inside a page
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    source, target = book.notebook(chapter), book.executed(profile, chapter)
+    if not source.is_file():
+        raise BookError(f"{source.relative_to(book.root)} is missing: run `make notebooks` first.")
+    values = profile_parameters(book, profile, chapter)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failed = target.parent.parent / "failed" / target.name
+    working = target.with_suffix(".part.ipynb")
+    # The kernel of this environment, even if the user has another one called python3.
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    started = time.monotonic()
+    _say(f"{chapter} ({profile}): running " + (f"with {values}" if values else "with its defaults"))
+    target.unlink(missing_ok=True)  # from here on, an old result would be a wrong one
+    failed.unlink(missing_ok=True)
+    try:
+        papermill.execute_notebook(
+            source,
+            working,
+            parameters=values,
+            kernel_name=KERNEL["name"],
+            cwd=str(book.root),
+            progress_bar=sys.stderr.isatty(),
+        )
+    except PapermillExecutionError as error:
+        failed.parent.mkdir(parents=True, exist_ok=True)
+        working.replace(failed)
+        raise BookError(
+            f"{chapter} ({profile}): a cell failed.\n\n{_end(error.traceback)}\n\n"
+            f"The notebook up to there: {failed.relative_to(book.root)}"
+        ) from error
+    except DeadKernelError as error:
+        raise BookError(
+            f"{chapter} ({profile}): the kernel died; most often the machine ran out of memory."
+        ) from error
+    working.replace(target)
+    _say(f"{chapter} ({profile}): done in {time.monotonic() - started:.0f} s")
+    return target
+
+
+def profile_parameters(book: Book, profile: str, chapter: str) -> dict[str, Any]:
+    """What ``profile`` sets for ``chapter``, checked against the built notebook."""
+    notebook = read(book.notebook(chapter))
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    return parameters.profile_values(book, profile, chapter, cell.source)
+
+
+def read(path: Path) -> Any:
+    """A notebook of format 4 as nbformat reads it."""
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def _write(notebook: Any, path: Path) -> None:
+    """Write under another name first, so that an interrupted run leaves nothing half done."""
+    import nbformat
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    working = path.with_suffix(".part")
+    nbformat.write(notebook, working)
+    working.replace(path)
+
+
+def _end(traceback: list[str], lines: int = 20) -> str:
+    """The end of a kernel's coloured traceback, as plain text."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
+    return "\n".join(text.rstrip().splitlines()[-lines:])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,199 @@
+"""A chapter's parameters: the cell that declares them, and the profiles that set them.
+
+papermill takes unknown names with a log line, YAML 1.1 reads ``1e-3`` as text, and a value computed
+in the parameters cell is computed from the defaults. All three end in a page with wrong numbers, so
+they are errors here, before the first cell runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from companion.book.layout import Book
+from companion.errors import BadParameter
+
+_FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+_COMPUTED = object()  # a default that is not a literal: nothing to compare a type with
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One assignment of the parameters cell."""
+
+    name: str
+    default: Any
+    optional: bool  # annotated with None
+    start: int  # byte offsets of the value in the cell's source
+    end: int
+
+
+def declared(source: str, where: str) -> dict[str, Parameter]:
+    """Read the parameters cell.
+
+    Args:
+        source: The cell's text.
+        where: The chapter, for messages.
+
+    Raises:
+        BadParameter: Something other than ``name = value``, a name twice, or a value that is
+            computed from another parameter.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise BadParameter(
+            f"{where}: the parameters cell does not parse: {error.msg} (line {error.lineno})."
+        ) from error
+    starts = [0]
+    for line in source.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    found: dict[str, Parameter] = {}
+    for statement in tree.body:
+        name, value, annotation = _assignment(statement)
+        if name is None or value is None:
+            raise BadParameter(
+                f"{where}: line {statement.lineno} of the parameters cell is "
+                f"`{ast.get_source_segment(source, statement)}`. Only assignments `name = value` "
+                "can be set from outside; move everything else to the next cell."
+            )
+        if name in found:
+            raise BadParameter(f"{where}: the parameters cell assigns {name!r} twice.")
+        used = {node.id for node in ast.walk(value) if isinstance(node, ast.Name)} & set(found)
+        if used:
+            raise BadParameter(
+                f"{where}: parameter {name!r} is computed from {', '.join(sorted(used))}. It would "
+                "keep the default's value when a profile sets the other: compute it in the next "
+                "cell."
+            )
+        try:
+            default = ast.literal_eval(value)
+        except ValueError:
+            default = _COMPUTED
+        start = starts[value.lineno - 1] + value.col_offset
+        assert value.end_lineno is not None and value.end_col_offset is not None  # parsed from text
+        end = starts[value.end_lineno - 1] + value.end_col_offset
+        optional = default is None or (annotation is not None and "None" in ast.unparse(annotation))
+        found[name] = Parameter(name, default, optional, start, end)
+    return found
+
+
+def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[str, Any]:
+    """What a profile sets for a chapter; empty if it has no file for it.
+
+    Args:
+        book: The book.
+        profile: The profile's name.
+        chapter: The chapter's name.
+        source: The text of its parameters cell.
+
+    Raises:
+        BadParameter: An unknown profile, a file that is not YAML or belongs to no chapter, an
+            unknown parameter, or a value of the wrong type.
+    """
+    folder = book.profile_folder(profile)
+    for path in sorted(folder.glob("*")):
+        if path.suffix != ".yaml" or path.stem not in book.chapters():
+            raise BadParameter(
+                f"chapters/profiles/{profile}/{path.name} belongs to no chapter. "
+                f"Name it after one: {', '.join(c + '.yaml' for c in book.chapters())}."
+            )
+    path = folder / f"{chapter}.yaml"
+    if not path.is_file():
+        return {}
+    where = f"chapters/profiles/{profile}/{path.name}"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise BadParameter(f"{where} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise BadParameter(f"{where}: it has to be lines of `name: value`.")
+    parameters = declared(source, f"chapters/{chapter}.md")
+    for name, value in values.items():
+        if name not in parameters:
+            close = difflib.get_close_matches(str(name), parameters, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise BadParameter(
+                f"{where}: {name!r} is not a parameter of the chapter.{hint} "
+                f"Its parameters: {', '.join(parameters)}."
+            )
+        _check(value, parameters[name], f"{where}: {name}")
+    return values
+
+
+def substituted(source: str, values: Mapping[str, Any], where: str) -> str:
+    """The parameters cell with other values in place of its defaults; comments stay.
+
+    Args:
+        source: The cell's text.
+        values: Name to value; every name has to be declared.
+        where: The chapter, for messages.
+    """
+    text = source.encode()
+    parameters = declared(source, where)
+    for parameter in sorted((parameters[name] for name in values), key=lambda p: -p.start):
+        new = repr(values[parameter.name]).encode()
+        text = text[: parameter.start] + new + text[parameter.end :]
+    return text.decode()
+
+
+def _assignment(node: ast.stmt) -> tuple[str | None, ast.expr | None, ast.expr | None]:
+    """Name, value and annotation of a plain assignment; None for anything else."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        target, value, annotation = node.targets[0], node.value, None
+    elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        target, value, annotation = node.target, node.value, node.annotation
+    else:
+        return None, None, None
+    return (target.id if isinstance(target, ast.Name) else None), value, annotation
+
+
+def _check(value: Any, parameter: Parameter, where: str) -> None:
+    """Refuse a value whose type cannot be meant."""
+    _no_text_floats(value, where)
+    default = parameter.default
+    if default is _COMPUTED or default is None or (value is None and parameter.optional):
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: isinstance(value, int) and not isinstance(value, bool),
+        float: number,
+        list: isinstance(value, list),
+        tuple: isinstance(value, list),
+    }.get(type(default), isinstance(value, type(default)))
+    if not fits:
+        raise BadParameter(
+            f"{where}: {value!r} is of type {type(value).__name__}; "
+            f"the chapter's own value {default!r} is of type {type(default).__name__}."
+        )
+
+
+def _no_text_floats(value: Any, where: str) -> None:
+    """YAML 1.1 reads 1e-3 as text: it wants a point in the mantissa and a sign in the exponent."""
+    if isinstance(value, str) and _FLOAT.fullmatch(value):
+        plain = repr(float(value))
+        forms = [_yaml_float(value)] + ([] if "e" in plain else [plain])
+        raise BadParameter(
+            f"{where}: YAML reads {value} as text, not as a number. Write {' or '.join(forms)}."
+        )
+    if isinstance(value, list):
+        for item in value:
+            _no_text_floats(item, where)
+    if isinstance(value, dict):
+        for item in value.values():
+            _no_text_floats(item, where)
+
+
+def _yaml_float(text: str) -> str:
+    mantissa, exponent = text.lower().split("e")
+    mantissa += "" if "." in mantissa else ".0"
+    return f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"

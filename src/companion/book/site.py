@@ -1,0 +1,134 @@
+"""Build the site with Jupyter Book, and check what came out as a reader would meet it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from companion.book.layout import Book, BookError
+
+
+def build(book: Book, profile: str) -> Path:
+    """Run Jupyter Book on the staged tree. A warning is an error; then check the site.
+
+    Args:
+        book: The book; :func:`companion.book.stage.stage` has to have run.
+        profile: The profile.
+
+    Returns:
+        The front page.
+
+    Raises:
+        BookError: Sphinx warned or failed, or :func:`check` found something.
+    """
+    staged, html = book.staged(profile), book.html(profile)
+    if not staged.is_dir():
+        raise BookError(f"{staged.relative_to(book.root)} is missing: run the stage step first.")
+    # Sphinx writes what is missing and removes nothing: a page that left the book would stay.
+    shutil.rmtree(html, ignore_errors=True)
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    command += ["build", str(staged), "-n", "-W", "--keep-going", "-q"]
+    print(f"building the site: {len(book.pages())} pages", file=sys.stderr, flush=True)
+    # Warnings go to stderr as they come; the rest is only worth reading if it failed.
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        # A page that is not read again does not warn again: without this, a second try would pass.
+        shutil.rmtree(html.parent / ".doctrees", ignore_errors=True)
+        raise BookError("Jupyter Book failed, or Sphinx warned: see above.")
+    check(book, profile)
+    return html / "index.html"
+
+
+def check(book: Book, profile: str) -> None:
+    """Read every page of the site and refuse what a reader would stumble over.
+
+    Checks: each page of ``_toc.yml`` and ``index.html`` is there; no page loads anything from the
+    network; every link and resource inside the site exists, with its anchor; every picture has an
+    alt text; no path of this machine is printed.
+
+    Args:
+        book: The book.
+        profile: The profile whose site to check.
+
+    Raises:
+        BookError: What was found, one line each.
+    """
+    html = book.html(profile).resolve()
+    problems = []
+    for name in sorted({"index", *book.pages()}):
+        if not (html / f"{name}.html").is_file():
+            problems.append(f"{name}.html: the page is missing from the site")
+    found = (p for p in sorted(html.rglob("*.html")) if p.relative_to(html).parts[0] != "_static")
+    pages = {path: _read(path) for path in found}
+    for path, page in pages.items():
+        where = path.relative_to(html)
+        problems += [f"{where}: {text}" for text in page.problems]
+        problems += [f"{where}: {text}" for text in _broken_links(path, page, html, pages)]
+        for folder in {str(book.root.resolve()), str(Path.home())} - {"/"}:
+            if re.search(re.escape(folder) + r"(?![\w.-])", page.text):
+                problems.append(f"{where}: prints a folder of this machine, {folder}")
+    if problems:
+        raise BookError("The site is not fit to be read:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+@dataclass
+class _Page(HTMLParser):
+    """What of a page can be checked: its anchors, its links, and what is wrong in itself."""
+
+    text: str = ""
+    anchors: set[str] = field(default_factory=lambda: {""})  # "": the page's top
+    links: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        for name in ("id", "name"):
+            if name in values:
+                self.anchors.add(values[name])
+        if tag == "img" and not values.get("alt", "").strip():
+            self.problems.append(
+                f"the picture {values.get('src', '?')[:60]} has no alt text "
+                "(figures.publish asks for one)"
+            )
+        loads = [values[name] for name in ("src", "poster", "data") if name in values]
+        if tag == "link" and values.get("rel", "") not in ("canonical", "alternate"):
+            loads.append(values.get("href", ""))
+        for address in loads:
+            if urlsplit(address).netloc:
+                self.problems.append(f"<{tag}> loads {address} from the network")
+        if tag == "a" and "href" in values:
+            loads.append(values["href"])
+        self.links += loads
+
+
+def _read(path: Path) -> _Page:
+    page = _Page(path.read_text(encoding="utf-8"))
+    page.feed(page.text)
+    return page
+
+
+def _broken_links(path: Path, page: _Page, html: Path, pages: dict[Path, _Page]) -> list[str]:
+    """Links of a page that lead nowhere inside the site."""
+    broken = []
+    for address in dict.fromkeys(page.links):
+        parts = urlsplit(address)
+        if parts.scheme or parts.netloc:
+            continue
+        target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+        if target.is_dir():
+            target /= "index.html"
+        if not target.is_file() or not target.is_relative_to(html):
+            broken.append(f"the link {address} leads nowhere")
+        elif target in pages and unquote(parts.fragment) not in pages[target].anchors:
+            broken.append(f"the link {address} leads to a page without that anchor")
+    return broken

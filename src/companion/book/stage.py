@@ -1,0 +1,170 @@
+"""Put a complete Jupyter Book source tree together: pages, figures, results, styles, MathJax.
+
+MathJax: the site has to read from a disk without network, so the CDN is out; its 2 MB do not belong
+in git. The package sphinx-mathjax-offline ships MathJax 3.2.2 byte for byte as npm does, so it is a
+dependency of the book like any other, and what a page can ask for is copied from it: 2 MB of 24,
+and not below ``_static/``, where Jupyter Book 1 makes a script tag of every .js. (MathML at build
+time would need no script at all, but its layout depends on the reader's fonts, and the converters
+know less LaTeX.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import nbformat
+
+from companion import claims
+from companion.book.finish import Page, finish
+from companion.book.layout import Book, BookError
+from companion.book.notebooks import read
+
+#: Where the front page takes the scoreboard.
+MARKER = "<!-- scoreboard -->"
+
+
+def stage(book: Book, profile: str) -> Path:
+    """Write ``build/<profile>/book``, the tree that Jupyter Book builds.
+
+    Files that did not change keep their time stamps, so that Sphinx does not read them again; what
+    no longer belongs to the book is removed.
+
+    Args:
+        book: The book.
+        profile: The profile whose executed notebooks to take.
+
+    Returns:
+        The tree's folder.
+
+    Raises:
+        BookError: A page of ``_toc.yml`` does not exist or was not executed, a chapter is not in
+            ``_toc.yml``, one claim is judged in two chapters, or the front page lacks the marker.
+    """
+    pages = [_page(book, profile, chapter) for chapter in _chapters(book)]
+    files: dict[str, bytes] = {}
+    for page in pages:
+        files[f"chapters/{page.chapter}.ipynb"] = (nbformat.writes(page.notebook) + "\n").encode()
+        for name, content in page.files.items():
+            files[f"chapters/files/{page.chapter}/{name}"] = content
+    for name in book.pages():
+        if not name.startswith("chapters/"):
+            files[f"{name}.md"] = _text(book, name)
+    front = f"{book.pages()[0]}.md"
+    files[front] = _with_scoreboard(files[front].decode(), pages, profile).encode()
+    for name in ("_config.yml", "_toc.yml", "references.bib"):
+        path = book.root / name
+        if not path.is_file():
+            raise BookError(f"{name} is missing from the root of the book.")
+        files[name] = path.read_bytes()
+    for path in sorted((book.root / "book").glob("*")):
+        files[f"_static/{path.name}"] = path.read_bytes()
+    files["extra/results.json"] = _results(pages, profile)
+    files |= {f"extra/mathjax/{name}": path.read_bytes() for name, path in _mathjax()}
+    _write(book.staged(profile), files)
+    return book.staged(profile)
+
+
+def _chapters(book: Book) -> list[str]:
+    """The chapters in the order of the table of contents, which has to have all of them."""
+    listed = [p.removeprefix("chapters/") for p in book.pages() if p.startswith("chapters/")]
+    for chapter in listed:
+        if chapter not in book.chapters():
+            raise BookError(f"_toc.yml lists chapters/{chapter}, but there is no such chapter.")
+    if missing := sorted(set(book.chapters()) - set(listed)):
+        raise BookError(f"_toc.yml does not list {', '.join('chapters/' + c for c in missing)}.")
+    return listed
+
+
+def _page(book: Book, profile: str, chapter: str) -> Page:
+    path = book.executed(profile, chapter)
+    if not path.is_file():
+        raise BookError(
+            f"{path.relative_to(book.root)} is missing: the chapter was not executed, or it failed."
+        )
+    return finish(book, profile, chapter, read(path))
+
+
+def _text(book: Book, name: str) -> bytes:
+    path = book.root / f"{name}.md"
+    if not path.is_file():
+        raise BookError(f"_toc.yml lists {name}, but there is no {name}.md.")
+    return path.read_bytes()
+
+
+def _with_scoreboard(text: str, pages: list[Page], profile: str) -> str:
+    """The front page with the chapters' verdicts in place of the marker."""
+    verdicts: list[claims.Verdict] = []
+    links: dict[str, str] = {}
+    scales: dict[str, str] = {}  # chapter -> what its numbers rest on
+    for page in pages:
+        for entry in page.claims:
+            verdict = claims.Verdict.from_json({k: v for k, v in entry.items() if k != "scale"})
+            if verdict.claim.id in links:
+                raise BookError(
+                    f"{page.chapter}: {verdict.claim.id} is judged in another chapter too."
+                )
+            verdicts.append(verdict)
+            links[verdict.claim.id] = f"chapters/{page.chapter}.html"
+            scales[page.chapter] = entry["scale"]
+    if not verdicts:
+        return text.replace(MARKER, "")
+    if MARKER not in text:
+        raise BookError(f"the front page has no line {MARKER}, where the scoreboard goes.")
+    scale = "; ".join(dict.fromkeys(scales.values()))
+    board = claims.table(verdicts, caption=f"Profile {profile}: {scale}", links=links)
+    line = (
+        f"**{claims.tally(verdicts)}** All of it as data: "
+        '<a href="results.json" download>results.json</a>.'
+    )
+    return text.replace(MARKER, f"{line}\n\n{board}\n")
+
+
+def _results(pages: list[Page], profile: str) -> bytes:
+    """What the chapters found, for programs: parameters, verdicts, provenance."""
+    document = {
+        "profile": profile,
+        "chapters": {
+            page.chapter: {
+                "parameters": page.parameters,
+                "claims": page.claims,
+                "figures": [figure["name"] for figure in page.figures],
+                "provenance": page.provenance,
+            }
+            for page in pages
+        },
+    }
+    return (json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _mathjax() -> Iterator[tuple[str, Path]]:
+    """The files of MathJax that a page can ask for, by their name below ``mathjax/``."""
+    spec = find_spec("sphinx-mathjax-offline")
+    if spec is None or not spec.submodule_search_locations:
+        raise BookError("sphinx-mathjax-offline is not installed: pip install -r requirements.lock")
+    root = Path(spec.submodule_search_locations[0]) / "static" / "mathjax"
+    yield "tex-chtml.js", root / "tex-chtml.js"
+    for pattern in ("output/chtml/fonts/**/*", "input/tex/extensions/*.js"):
+        for path in sorted(root.glob(pattern)):
+            if path.is_file():
+                yield path.relative_to(root).as_posix(), path
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Make ``folder`` hold exactly ``files``, apart from Jupyter Book's own ``_build``."""
+    if folder.is_dir():
+        for path in sorted(folder.rglob("*"), reverse=True):
+            name = path.relative_to(folder).as_posix()
+            if name.split("/")[0] == "_build":
+                continue
+            if path.is_file() and name not in files:
+                path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+    for name, content in files.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)

@@ -1,0 +1,95 @@
+"""The command line: the instruments on the user's own networks, and the two stores behind them.
+
+    companion data | models | runs       what there is
+    companion barrier                    is the line between two checkpoints low?
+    companion instability                from which step on do two copies stay connected?
+
+Exit codes: 0 done (also when a gate failed and the barrier is INVALID: that was measured, and
+said); 2 the input is wrong; 1 anything else that we know can go wrong (a run that diverged, a full
+disk, a check that found something); 130 interrupted. Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from companion import __version__
+from companion.cli import barrier, data, instability, models, runs
+from companion.cli.console import error, warning
+from companion.errors import (
+    BadParameter,
+    CompanionError,
+    CorruptData,
+    DeviceUnavailable,
+    MissingData,
+)
+
+_BAD_INPUT = (BadParameter, MissingData, CorruptData, DeviceUnavailable)
+
+
+class _Commands(TyperGroup):
+    """One clear message for each error raised on purpose; the others keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CompanionError as e:
+            error(str(e))
+            raise typer.Exit(2 if isinstance(e, _BAD_INPUT) else 1) from None
+        except KeyboardInterrupt:
+            error("Interrupted. What is finished is stored; the same command continues from there.")
+            raise typer.Exit(130) from None
+
+
+class _Warnings(logging.Handler):
+    """The package's warnings, on the error stream as it is when they come."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning(record.getMessage())
+
+
+app = typer.Typer(
+    name="companion",
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Linear mode connectivity: barriers and instability, of your own networks too.",
+    epilog="Example: companion instability --net mlp --data digits --steps 500 --ks 0,50",
+)
+app.add_typer(data.app, name="data")
+app.add_typer(models.app, name="models")
+app.add_typer(runs.app, name="runs")
+app.command("barrier", epilog=barrier.EXAMPLE)(barrier.command)
+app.command("instability", epilog=instability.EXAMPLE)(instability.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"companion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    ctx: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and stop.", callback=_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    handler = _Warnings(logging.WARNING)
+    logger = logging.getLogger("companion")
+    logger.addHandler(handler)
+    ctx.call_on_close(lambda: logger.removeHandler(handler))
+
+
+def main() -> None:
+    """The console script ``companion``."""
+    app()

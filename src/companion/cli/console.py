@@ -1,0 +1,104 @@
+"""What the commands write: tables on stdout, notes and errors on stderr, results as files.
+
+Consoles are made when something is printed, so they follow a redirected stream. Markup is off:
+names of networks and datasets may hold brackets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from companion.errors import BadParameter
+
+_PIPED = 200  # columns, where no terminal says how many: a key must not be cut in a log file
+
+
+def out() -> Console:
+    """The console of results."""
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _PIPED
+    return console
+
+
+def say(text: str = "") -> None:
+    """A line of the result, not wrapped: terminals do that, and files should not have it."""
+    out().print(text, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Something done to the input that the user should know."""
+    typer.echo(f"note: {text}", err=True)
+
+
+def warning(text: str) -> None:
+    """A warning of the package."""
+    typer.echo(f"warning: {text}", err=True)
+
+
+def error(text: str) -> None:
+    """The one message of a command that failed."""
+    typer.echo(f"Error: {text}" if not text.startswith("Interrupted") else text, err=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Print a table. Columns whose name starts with ``>`` are set to the right."""
+    if title:
+        say(title)  # not the table's own title: that is wrapped to the table's width
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        right = name.startswith(">")
+        grid.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    out().print(grid)
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of ten: ``1.2 MB``."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.3g} {units[0]}"
+
+
+def output(path: Path | None, option: str, suffixes: Sequence[str] = ()) -> None:
+    """Refuse, before any work, a file that could not be written at the end.
+
+    Raises:
+        BadParameter: no folder to put it in, a folder itself, or none of the ``suffixes``.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise BadParameter(f"{option}: there is no folder {path.parent} to write {path.name} to.")
+    if path.is_dir():
+        raise BadParameter(f"{option}: {path} is a folder; the name of a file is needed.")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise BadParameter(
+            f"{option}: {path.name!r} must end in {', '.join(suffixes)}: that says the format."
+        )
+
+
+def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
+    """Write a result with where it comes from; NaN and infinities become null. None: nothing."""
+    if path is None:
+        return
+    from companion import provenance
+    from companion.figures import to_json
+
+    whole = {**value, "provenance": provenance.record()}
+    try:
+        text = json.dumps(to_json(whole, path.name), indent=1, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as e:
+        raise BadParameter(f"--json: {path} cannot be written ({e.strerror}).") from e
+    say(f"numbers written to {path}")

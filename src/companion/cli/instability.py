@@ -1,0 +1,294 @@
+"""``companion instability``: from which step on do copies of one network stay connected?"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from companion.cli.barrier import PICTURES, UNITS, summary
+from companion.cli.console import output, say, table, write_json
+from companion.cli.models import reachable
+from companion.errors import BadParameter, CorruptEntry
+
+if TYPE_CHECKING:
+    from companion.data import Dataset
+    from companion.instability import Instability
+    from companion.runs import Store
+    from companion.training import Job, Recipe
+
+EXAMPLE = (
+    "Example: companion instability --net mlp:widths=100x5 --data digits --steps 2000 --batch 60 "
+    "--lr 0.08 --ks 0,50,200 --json found.json --plot found.svg"
+)
+
+
+def numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    """The numbers of ``"0,50,200"``.
+
+    Raises:
+        BadParameter: one of them is none.
+    """
+    try:
+        return [kind(part) for part in re.split(r"[,\s]+", text.strip(", ")) if part]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise BadParameter(f"{option}: {text!r} must be {what} with commas between them.") from None
+
+
+def command(
+    net: Annotated[
+        str, typer.Option(help="A network of `companion models list`, or package.module:factory.")
+    ],
+    data: Annotated[str, typer.Option(help="A dataset of `companion data list`.")],
+    steps: Annotated[int, typer.Option(help="T, the optimiser steps of the whole training.")],
+    ks: Annotated[str, typer.Option(help="Fork steps, each below T, such as 0,50,200.")],
+    inits: Annotated[int, typer.Option(help="Independent initialisations.")] = 3,
+    copies: Annotated[int, typer.Option(help="Copies of each fork; 3 make 3 pairs.")] = 3,
+    noise: Annotated[
+        str, typer.Option(help="What differs between copies: both, order or augment.")
+    ] = "both",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Copies train all T steps again (the control).")
+    ] = False,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Copies go on with the optimiser's momentum at k.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 128,
+    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
+    momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
+    nesterov: Annotated[bool, typer.Option("--nesterov", help="For sgd.")] = False,
+    betas: Annotated[str, typer.Option(help="Of adam and adamw.")] = "0.9,0.999",
+    weight_decay: Annotated[float, typer.Option(help="As the optimiser defines it.")] = 0.0,
+    schedule: Annotated[
+        str, typer.Option(help="constant, step (with milestones), cosine or onecycle.")
+    ] = "constant",
+    milestones: Annotated[
+        str, typer.Option(help="Where step lowers the rate: fractions of T, or steps above 1.")
+    ] = "",
+    gamma: Annotated[float, typer.Option(help="What step multiplies the rate by.")] = 0.1,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
+    div: Annotated[float, typer.Option(help="onecycle starts at lr / div.")] = 25.0,
+    final_div: Annotated[float, typer.Option(help="onecycle ends at lr / div / final_div.")] = 1e4,
+    augment: Annotated[str, typer.Option(help="none, flip, crop4, flip+crop4, ….")] = "none",
+    precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
+    points: Annotated[int, typer.Option(help="Points of each path, odd.")] = 31,
+    bn: Annotated[
+        str, typer.Option(help="BatchNorm on the path: interpolate, reestimate or batch.")
+    ] = "interpolate",
+    train_examples: Annotated[
+        int | None, typer.Option(help="Measure on this many training images instead of all.")
+    ] = None,
+    test_examples: Annotated[
+        int | None, typer.Option(help="Measure on this many test images instead of all.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate G0: a test error, in percent, that counts as trained "
+            "(default: 1.5 times the median of all copies)."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="Points of error below which a network is called stable.")
+    ] = 2.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[int, typer.Option(help="Processes; 0 is one per core (CPU only).")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw barrier against k into this file (.svg, .png, .pdf).")
+    ] = None,
+) -> None:
+    """Train copies of one network from step k on under different SGD noise, and measure barriers.
+
+    Algorithm 1 of Frankle et al. 2020, on any network and dataset. Trained networks go to the run
+    store, so the same command continues after an interruption, and a finer grid of k trains only
+    what is new.
+    """
+    output(json, "--json")
+    output(plot, "--plot", PICTURES)
+
+    from companion import data as datasets
+    from companion.instability import analyse
+    from companion.pairs import Evaluation
+    from companion.runs import Store
+    from companion.training import check_fit, recipe_from
+
+    grid = numbers("--ks", ks, int)
+    recipe = recipe_from(
+        {
+            "net": reachable(net),
+            "data": data,
+            "steps": steps,
+            "batch": batch,
+            "optimizer": optimizer,
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "betas": numbers("--betas", betas, float),
+            "weight_decay": weight_decay,
+            "schedule": schedule,
+            "milestones": numbers("--milestones", milestones, float),
+            "gamma": gamma,
+            "warmup": warmup,
+            "div": div,
+            "final_div": final_div,
+            "augment": augment,
+            "precision": precision,
+        }
+    )
+    evaluation = Evaluation(points, bn, train_examples, test_examples)
+    keep: Literal["reset", "restore"] = "restore" if restore else "reset"
+    again: Literal["continue", "restart"] = "restart" if restart else "continue"
+    where = str(datasets.resolve_device(device))
+    dataset = datasets.load(recipe.data, where)
+    check_fit(recipe, dataset)
+    store = Store()
+    # What is out of range is refused by analyse(), in its own words.
+    if grid and all(0 <= k < recipe.steps for k in grid):
+        jobs = _jobs(recipe, grid, inits, copies, noise, keep, again)
+        _announce(jobs, dataset, where, store)
+    found = analyse(
+        recipe,
+        grid,
+        inits=inits,
+        copies=copies,
+        noise=noise,
+        optimizer=keep,
+        schedule=again,
+        evaluation=evaluation,
+        max_error=max_error,
+        store=store,
+        device=where,
+        workers=workers,
+    )
+    _show(found, dataset.label, threshold)
+    write_json(
+        json,
+        {
+            "command": "instability",
+            "recipe": {**recipe.identity(), "net": recipe.net},
+            "data": {"name": data, "label": dataset.label, "fingerprint": dataset.fingerprint},
+            "inits": inits,
+            "copies": copies,
+            "noise": noise,
+            "optimizer_at_k": keep,
+            "schedule_at_k": again,
+            "evaluation": evaluation.identity(),
+            "device": where,
+            "threshold": threshold,
+            "onset": {split: found.onset(split, threshold) for split in ("test", "train")},
+            "ks": [_row(found, k, threshold) for k in found.ks],
+            "pairs": [
+                {
+                    "k": sample.k,
+                    "init": sample.init,
+                    "copies": sample.copies,
+                    "distances": sample.result.distances,
+                    **summary(sample.result.barrier),
+                }
+                for sample in found.samples
+            ],
+        },
+    )
+    if plot:
+        from companion.cli.plots import by_k
+
+        by_k(found, plot, threshold)
+        say(f"figure drawn in {plot}")
+
+
+def _jobs(
+    recipe: Recipe,
+    ks: list[int],
+    inits: int,
+    copies: int,
+    noise: str,
+    optimizer: Literal["reset", "restore"],
+    schedule: Literal["continue", "restart"],
+) -> list[Job]:
+    """Every run that takes part and has something to train, with the states wanted of it."""
+    from companion.instability import copy, trunk
+    from companion.training import Job, merge
+
+    jobs = []
+    for init, k in itertools.product(range(inits), ks):
+        if k:
+            jobs.append(Job(trunk(recipe, init), states=(k,)))
+        for number in range(1, copies + 1):
+            run = copy(recipe, init, k, number, noise=noise, optimizer=optimizer, schedule=schedule)
+            jobs.append(Job(run, weights=(run.last_step,)))
+    return merge(jobs)
+
+
+def _announce(jobs: list[Job], dataset: Dataset, device: str, store: Store) -> None:
+    """Say how much there is to train before any of it starts."""
+    from companion.cli.runs import stored_steps
+    from companion.training import entry_of
+
+    todo = steps = 0
+    for job in jobs:
+        try:
+            stored = stored_steps(entry_of(job.run, dataset, device, store))
+        except CorruptEntry:  # train() will say so, and make it again
+            stored = {}
+        whole = {step for step, names in stored.items() if any("state" in n for n in names)}
+        missing = {s for s in job.weights if s not in stored} | (set(job.states) - whole)
+        if missing:
+            start = max((s for s in whole if s <= min(missing)), default=job.run.first_step)
+            todo, steps = todo + 1, steps + max(missing) - start
+    say(
+        f"{len(jobs)} runs: {len(jobs) - todo} in the store {store.root}, "
+        f"{todo} to train ({steps:,} steps) on {device}"
+    )
+
+
+def _row(found: Instability, k: int, threshold: float) -> dict[str, Any]:
+    """The statistics at k, for JSON: split -> metric -> interval (null without a valid pair)."""
+    from dataclasses import asdict
+
+    row: dict[str, Any] = {"k": k, "verdict": found.verdict(k, "test", threshold)}
+    for split in ("test", "train"):
+        intervals = {metric: found.interval(k, split, metric) for metric in UNITS}
+        row[split] = {metric: asdict(i) if i else None for metric, i in intervals.items()}
+    return row
+
+
+def _show(found: Instability, label: str, threshold: float) -> None:
+    """The table, the gates that failed, and the onset."""
+    rows = []
+    for k in found.ks:
+        pairs = found.at(k)
+        valid = sum(s.result.barrier.valid for s in pairs)
+        rows.append(
+            (
+                str(k),
+                *(str(found.interval(k, split) or "INVALID") for split in ("test", "train")),
+                f"{valid}/{len(pairs)}",
+                found.verdict(k, "test", threshold),
+            )
+        )
+    say()
+    table(
+        [">k", ">barrier test", ">barrier train", ">valid pairs", "verdict"],
+        rows,
+        title=f"{found.recipe.net} on {label}: error barrier in points, mean [95 % interval]; "
+        f"stable = below {threshold:g}",
+    )
+    say()
+    # G1 and G3 are asked once for the whole experiment and stand behind every pair.
+    for gate in dict.fromkeys(g for s in found.samples for g in s.result.barrier.gates):
+        if gate.name[:3] in ("G1 ", "G3 "):
+            say(f"  {gate}")
+    for sample in found.invalid():
+        failed = "; ".join(str(g) for g in sample.result.barrier.gates if g.passed is False)
+        say(f"  INVALID k={sample.k}, init {sample.init}, copies {sample.copies}: {failed}")
+    onset = found.onset("test", threshold)
+    if onset is None:
+        say(f"onset: at no k of this grid the mean test barrier stays below {threshold:g} points")
+    else:
+        say(f"onset: from k = {onset} on the mean test barrier stays below {threshold:g} points")

@@ -1,0 +1,99 @@
+"""``companion models``: the networks by name, their options and sizes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from companion.cli.console import say, table
+
+app = typer.Typer(no_args_is_help=True, help="Networks: names, options, sizes.")
+
+_SHAPE_OF = "cifar10"  # the papers' own, and every network here takes its images
+
+
+def reachable(spec: str) -> str:
+    """``spec``; a factory of the user's own may lie in the current folder."""
+    from companion.models.own import is_own
+
+    here = str(Path.cwd())
+    if is_own(spec) and here not in sys.path:
+        sys.path.insert(0, here)
+    return spec
+
+
+def _shape(data: str) -> tuple[tuple[int, int, int], int]:
+    """Image shape and classes of a dataset; of the published ones without having their files."""
+    from companion.data import catalogue, load
+
+    for entry in catalogue():
+        if entry.name == data and entry.shape and entry.classes:
+            return entry.shape, entry.classes
+    found = load(data)
+    return found.in_shape, found.classes
+
+
+@app.command("list", epilog="Example: companion models list")
+def list_() -> None:
+    """Show every network that has a name, with its options and their defaults."""
+    from companion.models import names
+
+    rows = [
+        (
+            listed.name,
+            ",".join(
+                f"{option}={text.partition(':')[0]}" for option, text in listed.options.items()
+            ),
+            listed.summary,
+        )
+        for listed in names()
+    ]
+    table(["name", "options and their defaults", "what"], rows)
+    say("resnet<6n+2> of any depth exists. `companion models show NAME` explains the options.")
+    say("Your own: package.module:factory?option=value, called with in_shape=(C, H, W), classes=K.")
+
+
+@app.command(epilog="Example: companion models show resnet20:width=8,norm=group --data cifar10")
+def show(
+    spec: Annotated[str, typer.Argument(help="A network, e.g. mlp:widths=100x5.")],
+    data: Annotated[
+        str, typer.Option(help="The dataset whose image shape and classes it is built for.")
+    ] = _SHAPE_OF,
+) -> None:
+    """Show one network: canonical name, options, number of parameters, layers."""
+    from companion import models
+    from companion.models.own import is_own
+    from companion.seeds import Key
+    from companion.theta import layout
+
+    reachable(spec)
+    in_shape, classes = _shape(data)
+    module = models.build(spec, in_shape, classes, Key("init", 0))
+    found = layout(module)
+    state = module.state_dict()
+    name = models.canonical(spec)
+    say(name)
+    meanings = {listed.name: listed.options for listed in models.names()}
+    # Depths that are not listed have the options of those that are.
+    known = {} if is_own(spec) else meanings.get(name.partition(":")[0], meanings["resnet20"])
+    rows = []
+    for option, value in models.describe(spec).items():
+        text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+        rows.append((option, text, known.get(option, "").partition(": ")[2]))
+    if rows:
+        table(["option", "value", "meaning (allowed)"], rows)
+    say(f"built for {'×'.join(map(str, in_shape))} images, {classes} classes ({data})")
+    trainable = models.parameter_count(module)
+    say(f"parameters: {trainable:,}")
+    if found.buffers:
+        with_buffers = models.parameter_count(module, buffers=True)
+        say(f"with BatchNorm's running statistics: {with_buffers:,}")
+    say()
+    rows = [
+        (group, f"{sum(state[n].numel() for n in entries):,}", ", ".join(entries))
+        for group, entries in found.groups.items()
+    ]
+    table(["layer", ">numbers", "entries"], rows)

@@ -1,0 +1,98 @@
+"""The two pictures the command line draws. No window, no pyplot: figures that go to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from companion import figures
+from companion.errors import BadParameter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from companion.connectivity import Barrier
+    from companion.instability import Instability
+
+_COLOURS = {"test": figures.OKABE_ITO["blue"], "train": figures.OKABE_ITO["vermillion"]}
+_STYLES = {"test": "-", "train": "--"}
+
+
+def _save(fig: Figure, path: Path, title: str) -> None:
+    fixed = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+    kind = path.suffix.lower().removeprefix(".")
+    try:
+        fig.savefig(path, format=kind, dpi=160, metadata={"Title": title, **fixed[kind]})
+    except OSError as e:
+        raise BadParameter(f"--plot: {path} cannot be written ({e.strerror}).") from e
+
+
+def curve(found: Barrier, path: Path) -> None:
+    """Loss and error along the path, train and test, under the headline BatchNorm mode."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context():
+        figures.use_style()
+        fig = Figure(figsize=(8.6, 3.4))
+        axes = fig.subplots(1, 2)
+        for ax, metric, label in zip(
+            axes, ("error", "loss"), ("error (%)", "loss (nats)"), strict=True
+        ):
+            for split, values in found.curve.values.items():
+                n = found.curve.sizes[split]
+                ax.plot(
+                    found.curve.alphas,
+                    values[metric],
+                    _STYLES.get(split, ":"),
+                    color=_COLOURS.get(split),
+                    label=f"{split} (n = {n:,})",
+                )
+            ax.set_xlabel("position on the line (0 = A, 1 = B)")
+            ax.set_ylabel(label)
+            ax.set_ylim(bottom=0)
+        axes[0].legend()
+        fig.suptitle(str(found), x=0.01, ha="left", fontsize=9, wrap=True)
+        _save(fig, path, "Error and loss on the line between two networks")
+
+
+def by_k(found: Instability, path: Path, threshold: float) -> None:
+    """The error barrier against the fork step, with intervals; the steps are evenly spaced."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context():
+        figures.use_style()
+        fig = Figure()
+        ax = fig.subplots()
+        for shift, split in ((-0.04, "test"), (0.04, "train")):
+            points = [(i, v) for i, k in enumerate(found.ks) if (v := found.interval(k, split))]
+            means = [v.value for _, v in points]
+            ax.errorbar(
+                [i + shift for i, _ in points],
+                means,
+                yerr=[
+                    [m - v.low for m, (_, v) in zip(means, points, strict=True)],
+                    [v.high - m for m, (_, v) in zip(means, points, strict=True)],
+                ],
+                fmt="o" + _STYLES[split],
+                color=_COLOURS[split],
+                label=split,
+            )
+        grey = figures.OKABE_ITO["black"]
+        ax.axhline(
+            threshold, color=grey, linewidth=0.8, linestyle=":", label=f"{threshold:g} points"
+        )
+        ax.set_xticks(range(len(found.ks)), [str(k) for k in found.ks])
+        ax.set_xlabel(f"fork step k (of {found.recipe.steps:,})")
+        ax.set_ylabel("error barrier (points)")
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+        ax.set_xlim(-0.5, len(found.ks) - 0.5)
+        ax.legend(frameon=True)
+        counts = sorted({len(found.values(k)) for k in found.ks})
+        pairs = "–".join(str(c) for c in dict.fromkeys((counts[0], counts[-1])))
+        ax.set_title(
+            f"{found.recipe.net} on {found.recipe.data}: mean of {pairs} pairs, 95 % interval",
+            fontsize=10,
+        )
+        _save(fig, path, "Error barrier by fork step")

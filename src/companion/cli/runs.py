@@ -1,0 +1,192 @@
+"""``companion runs``: what the run store holds, whether it is whole, and what may go."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from companion.cli.console import say, size, table
+from companion.errors import CorruptEntry, one_of
+
+if TYPE_CHECKING:
+    from companion.runs import Entry, Store
+
+app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, clean up.")
+
+KINDS = ("run", "pair", "null")
+_STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
+
+
+def stored_steps(entry: Entry) -> dict[int, list[str]]:
+    """Step -> the files of ``entry`` that hold the network at that step, in order of steps."""
+    found: dict[int, list[str]] = {}
+    for name in sorted(entry.files()):
+        if match := _STEP.fullmatch(name):
+            found.setdefault(int(match[1]), []).append(name)
+    return dict(sorted(found.items()))
+
+
+def describe(identity: Mapping[str, Any]) -> str:
+    """One line on what an entry is."""
+    try:
+        return _describe(identity, identity.get("kind"))
+    except (KeyError, TypeError):  # its own checksum is wrong too: `companion runs verify` says so
+        return "unreadable"
+
+
+def _describe(identity: Mapping[str, Any], kind: object) -> str:
+    if kind == "run":
+        recipe = identity["recipe"]
+        words = [recipe["net"], f"on {recipe['data']}", f"T={recipe['steps']}"]
+        words += [
+            f"{name} {identity[name]}" for name in ("init", "order", "augment") if name in identity
+        ]
+        if fork := identity.get("fork"):
+            words.append(f"fork k={fork['step']}")
+        return ", ".join(words) + ("" if identity["device"] == "cpu" else f", {identity['device']}")
+    if kind == "pair":
+        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
+        return f"{ends}, {identity['evaluation']['points']} points"
+    if kind == "null":
+        return f"null control (gate G1) of {identity['run'][:12]}"
+    return "unreadable" if not identity else f"{kind}"
+
+
+def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
+    """A predicate on identities: would this version of the code still ask for that entry?
+
+    A run counts while its own semantics and those of all runs it forks from are today's; a pair or
+    a null control while its own are. Whatever refers by key to a run that is in the store, and is
+    old, is old too. Other kinds are kept: whoever wrote them knows better.
+    """
+    from companion import pairs, training
+
+    def run_current(identity: Mapping[str, Any]) -> bool:
+        fork = identity.get("fork")
+        own: bool = identity.get("semantics") == training.SEMANTICS
+        return own and (fork is None or run_current(fork["parent"]))
+
+    old = {
+        entry.key
+        for entry in store.entries()
+        if entry.identity.get("kind") == "run" and not run_current(entry.identity)
+    }
+
+    def current(identity: Mapping[str, Any]) -> bool:
+        kind = identity.get("kind")
+        if kind == "run":
+            return run_current(identity)
+        fields = [field if isinstance(field, list) else [field] for field in identity.values()]
+        if not old.isdisjoint(v for field in fields for v in field if isinstance(v, str)):
+            return False
+        measured = identity.get("evaluation", {}) if kind in ("pair", "null") else None
+        return measured is None or measured.get("semantics") == pairs.SEMANTICS
+
+    return current
+
+
+@app.command("list", epilog="Example: companion runs list --kind run")
+def list_(
+    kind: Annotated[str | None, typer.Option(help="Only this kind: run, pair or null.")] = None,
+) -> None:
+    """Show what is in the run store: key, kind, what it is, which steps are stored, size."""
+    from companion.runs import Store
+
+    store = Store()
+    entries = sorted(
+        store.entries(),
+        key=lambda e: (str(e.identity.get("kind")) != "run", describe(e.identity)),
+    )
+    if kind is not None:
+        known = {str(e.identity.get("kind")) for e in entries if e.identity}
+        one_of("kind", kind, [*KINDS, *sorted(known - set(KINDS))])
+        entries = [e for e in entries if e.identity.get("kind") == kind]
+    rows, total = [], 0
+    for entry in entries:
+        try:
+            count, steps = entry.bytes(), stored_steps(entry)
+            shown = ", ".join(map(str, steps)) if len(steps) < 6 else f"{len(steps)} steps"
+        except CorruptEntry:
+            count, shown = 0, "corrupt"
+        total += count
+        name = str(entry.identity.get("kind", "?"))
+        rows.append((entry.key[:12], name, describe(entry.identity), shown, size(count)))
+    if rows:
+        table(["key", "kind", "what", "steps stored", ">size"], rows)
+    say(f"{len(rows)} entries, {size(total)}, in {store.root}")
+
+
+@app.command(epilog="Example: companion runs show 3fa9c1")
+def show(
+    key: Annotated[str, typer.Argument(help="The first 4 or more digits of a key.")],
+) -> None:
+    """Show one entry: its identity, its files, and a pair's barrier."""
+    from companion.connectivity import Barrier
+    from companion.runs import Store
+
+    entry = Store().find(key)
+    say(entry.key)
+    say(describe(entry.identity))
+    say(json.dumps(entry.identity, indent=1, sort_keys=True, ensure_ascii=False))
+    files = [(n, size(f["bytes"]), f["sha256"][:12]) for n, f in sorted(entry.files().items())]
+    table(["file", ">size", "sha256"], files)
+    if entry.identity.get("kind") == "pair" and "pair.json" in entry:
+        found = Barrier.from_json(entry.read_json("pair.json")["barrier"])
+        say(str(found))
+    say(f"in {entry.path}")
+
+
+@app.command(epilog="Example: companion runs verify")
+def verify(
+    key: Annotated[str | None, typer.Argument(help="One entry; without it, all of them.")] = None,
+) -> None:
+    """Read every stored byte and compare it with its checksum. Exit code 1 if anything is wrong."""
+    from companion.runs import Store
+
+    store = Store()
+    entries = [store.find(key)] if key else list(store.entries())
+    problems = [line for entry in entries for line in entry.verify()]
+    for line in problems:
+        say(line)
+    say(f"{len(entries)} entries read, {len(problems)} problems, in {store.root}")
+    if problems:
+        say("A command that needs such an entry makes it again; `companion runs gc` removes it.")
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: companion runs gc --dry-run")
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
+) -> None:
+    """Remove what no longer counts: made by older code, corrupt, left by killed writes."""
+    from companion.runs import Entry, Store
+
+    store = Store()
+    found = store.garbage(is_current(store))
+    rows, total = [], 0
+    for path, why in found:
+        count = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
+        total += count
+        rows.append((str(path.relative_to(store.root)), why, size(count)))
+    if not rows:
+        say(f"nothing to remove in {store.root}")
+        return
+    table(["what", "why", ">size"], rows)
+    say(f"{len(rows)} to remove, {size(total)}, in {store.root}")
+    if dry_run:
+        return
+    if not yes:
+        typer.confirm("Delete them?", abort=True)
+    for path, _ in found:
+        entry = Entry(store, {}, path.name if path.is_dir() else path.parent.name)
+        with entry.lock():  # a run at work on it finishes first
+            if path.is_dir():
+                entry.discard()
+            else:
+                path.unlink(missing_ok=True)
+    say(f"removed {len(rows)}, {size(total)}")

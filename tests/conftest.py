@@ -1,0 +1,71 @@
+"""What every test may rely on: a run store of its own, one torch thread, and maybe a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from companion.runs import Store
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` need a CUDA device; elsewhere they are skipped, and say so."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Sums round alike on every machine, and two test sessions on two cores do not fight."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def runs_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default run store of this test: a folder of its own, not made yet."""
+    root = tmp_path / "runs"
+    monkeypatch.setenv("COMPANION_RUNS", str(root))
+    return root
+
+
+@pytest.fixture
+def store(runs_root: Path) -> Store:
+    """The default run store, empty."""
+    return Store()
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store that lives as long as the session: what one test trained there, others find."""
+    return Store(tmp_path_factory.mktemp("shared-runs"))
+
+
+@pytest.fixture(scope="session")
+def in_processes(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., tuple[dict[str, Any], Path]]:
+    """Runs scenarios of ``tests/processes.py``: their answers, and the folder they worked in."""
+
+    def run(*scenarios: str) -> tuple[dict[str, Any], Path]:
+        folder = tmp_path_factory.mktemp("processes")
+        script = Path(__file__).with_name("processes.py")
+        done = subprocess.run(
+            [sys.executable, "-W", "error", str(script), *scenarios, str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), folder
+
+    return run

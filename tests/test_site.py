@@ -1,0 +1,224 @@
+"""The built site as a browser shows it, opened from the disk with no server and no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toybook
+
+from companion.book.layout import Book
+
+pytestmark = pytest.mark.site
+CHROMIUM, DRIVER = (shutil.which(n) for n in ("chromium", "chromedriver"))
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",  # tests run as root in CI
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-default-apps",
+    "--disable-sync",
+    "--no-first-run",
+    "--proxy-server=127.0.0.1:9",  # what a page asks of the network fails at once
+    "--window-size=1300,1000",
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("no chromium with its chromedriver on the path")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = Service(DRIVER, log_output=subprocess.DEVNULL, env={**os.environ, "no_proxy": "*"})
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module", params=["toy", "quick"])
+def site(request: pytest.FixtureRequest) -> Path:
+    """The toy site, and the real one where `make book` has built it."""
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("no chromium with its chromedriver on the path")
+    if request.param == "toy":
+        return Book(toybook.built()).html("other")
+    real = Book(toybook.ROOT).html("quick")
+    if not (real / "index.html").is_file():
+        pytest.skip("the real book is not built: `make book` builds it")
+    return real
+
+
+def pages(site: Path) -> list[Path]:
+    found = [p for p in sorted(site.rglob("*.html")) if p.relative_to(site).parts[0] != "_static"]
+    return [p for p in found if p.name not in ("genindex.html", "search.html")]
+
+
+def wait(condition: Callable[[], Any], seconds: float = 15) -> Any:
+    """The condition's value once it is true; the test fails if it never is."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("the page did not get there in time")
+
+
+def visit(browser: Any, page: Path) -> None:
+    """Open a page and wait until MathJax has typeset it."""
+    browser.get(page.resolve().as_uri())
+    wait(lambda: browser.execute_script("return document.readyState") == "complete")
+    script = "return !document.querySelector('.math') || !!document.querySelector('mjx-container')"
+    wait(lambda: browser.execute_script(script))
+
+
+def loaded(browser: Any) -> list[str]:
+    """Every address that was asked for since the last call."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [
+        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+    ]
+    return [url for url in sent if not url.startswith(("data:", "blob:"))]
+
+
+def test_pages_load_nothing_from_the_network_and_log_no_error(browser, site):
+    loaded(browser)
+    for page in pages(site):
+        visit(browser, page)
+        addresses = loaded(browser)
+        assert any(url.endswith(page.name) for url in addresses), "the log is not working"
+        assert [url for url in addresses if not url.startswith("file:")] == [], page.name
+        errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+        assert errors == [], page.name
+
+
+def test_math_is_typeset(browser, site):
+    visit(browser, site / "notation.html")
+    count = "return document.querySelectorAll(arguments[0]).length"
+    assert browser.execute_script(count, "mjx-container") > 10
+    assert browser.execute_script(count, "mjx-merror") == 0
+    size = "return document.querySelector('mjx-container').getBoundingClientRect().width"
+    assert browser.execute_script(size) > 0
+    # Numbered, and the reference leads to the equation.
+    assert browser.execute_script(count, "span.eqno") >= 2
+    target = (
+        "return document.querySelector(\"a.reference[href^='#equation']\").getAttribute('href')"
+    )
+    assert browser.execute_script(count, browser.execute_script(target)) == 1
+
+
+def test_math_that_needs_an_extension_finds_it_on_the_disk(browser, site):
+    if site.is_relative_to(toybook.ROOT):
+        pytest.skip("the toy chapter has the formula for this")
+    visit(browser, site / "chapters" / "01_toy.html")
+    # A \\boldsymbol is not part of MathJax's core: a bold glyph says that its file was found.
+    bold = "return document.querySelector('mjx-container .TEX-BI') !== null"
+    wait(lambda: browser.execute_script(bold))
+
+
+def test_every_picture_is_there_and_has_an_alt_text(browser, site):
+    for page in pages(site):
+        visit(browser, page)
+        broken = browser.execute_script(
+            "return [...document.images].filter(i => !i.closest('dialog'))"
+            ".filter(i => !i.alt.trim() || !i.complete || !i.naturalWidth).map(i => i.src)"
+        )
+        assert broken == [], page.name
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_no_page_is_wider_than_its_window(browser, site, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        for page in pages(site):
+            visit(browser, page)
+            inner, wide = browser.execute_script(
+                "return [innerWidth, Math.max(document.documentElement.scrollWidth, "
+                "document.body.scrollWidth)]"
+            )
+            assert inner == width and wide <= width, page.name
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_search_works_from_the_disk(browser, site):
+    browser.get((site / "search.html").resolve().as_uri() + "?q=cross-entropy")
+    links = "return [...document.querySelectorAll('#search-results li a')].map(a => a.href)"
+    found = wait(lambda: browser.execute_script(links))
+    assert any("notation.html" in url for url in found)
+
+
+def test_the_theme_button_turns_the_page_dark(browser, site):
+    visit(browser, site / "index.html")
+    theme = "return document.documentElement.dataset.theme"
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    seen = {}
+    for _ in range(3):  # auto, light, dark in some order
+        browser.execute_script("document.querySelector('button.theme-switch-button').click()")
+        seen[browser.execute_script(theme)] = browser.execute_script(ground)
+    assert set(seen) == {"light", "dark"}
+    assert seen["light"] != seen["dark"]
+
+
+def test_verdicts_can_be_read_in_the_dark(browser, site):
+    """At least 4.5 to 1 between each verdict and its ground, in both themes."""
+    visit(browser, next(p for p in pages(site) if "companion-claims" in p.read_text()))
+    for theme in ("light", "dark"):
+        ratios = browser.execute_script(CONTRAST, theme)
+        assert ratios and min(ratios) >= 4.5, (theme, ratios)
+
+
+CONTRAST = """
+document.documentElement.dataset.theme = arguments[0];
+const parse = c => c.match(/[\\d.]+/g).map(Number);
+const light = c => {
+  const [r, g, b] = parse(c).slice(0, 3)
+    .map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const ground = element => {
+  for (let e = element; e; e = e.parentElement) {
+    const c = getComputedStyle(e).backgroundColor;
+    if ((parse(c)[3] ?? 1) > 0) return c;
+  }
+  return "rgb(255, 255, 255)";
+};
+return [...document.querySelectorAll(".companion-claims td, .companion-claims small")].map(cell => {
+  const a = light(getComputedStyle(cell).color), b = light(ground(cell));
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+});
+"""
+
+
+def test_a_figure_opens_at_full_size_and_closes(browser, site):
+    from selenium.webdriver.common.keys import Keys
+
+    page = next((p for p in pages(site) if "<figure" in p.read_text()), None)
+    if page is None:
+        pytest.skip("the site has no figure")
+    visit(browser, page)
+    button = browser.find_element("css selector", ".zoom-open")
+    browser.execute_script("arguments[0].focus()", button)
+    button.send_keys(Keys.ENTER)
+    is_open = "return document.querySelector('dialog.zoom').open"
+    wait(lambda: browser.execute_script(is_open))
+    assert browser.execute_script("return document.querySelector('dialog.zoom img').alt.trim()")
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    wait(lambda: not browser.execute_script(is_open))
+    assert browser.switch_to.active_element == button

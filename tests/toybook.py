@@ -1,0 +1,142 @@
+"""A book of one tiny chapter, with the real book's configuration, styles and pages around it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTER = """\
+---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+
+# A toy chapter
+
+The definition is {eq}`eq-toy`, the curve {numref}`fig-toy-curve`; it is {cite:t}`frankle2020lmc`.
+
+$$
+B = \\max_\\alpha \\norm{\\boldsymbol{\\theta}_\\alpha}
+$$ (eq-toy)
+
+```{code-cell} python
+:tags: [parameters]
+
+n = 3  # how many points
+slope = 0.5  # of the line
+ks = [0, 25, 100]
+```
+
+```{code-cell} python
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from companion import claims, figures, provenance
+
+figures.use_style()
+parameters = {"n": n, "slope": slope, "ks": ks}
+print("here:", Path.cwd())
+warnings.warn("a warning with a place", stacklevel=1)
+y = [slope * i for i in range(n)]
+for name in ("toy-curve", "toy-twin"):
+    fig, ax = plt.subplots()
+    ax.plot(y)
+    ax.set_xlabel("step k")
+    ax.set_ylabel("barrier (points)")
+    figures.publish(
+        fig,
+        name,
+        caption=f"The line ends at {y[-1]:.3f} points, $\\\\alpha = 1$.",
+        alt=f"A straight line from 0 to {y[-1]:.3f}.",
+        data={"y": y, "broken": float("nan")},
+    )
+```
+
+```{code-cell} python
+claims.show(
+    [
+        claims.judge("C01", 0.3, n=9, interval=(0.1, 0.6)),
+        claims.judge("C02", 4.0, n=9, interval=(2.0, 6.0), detail="3 of 3 <inits>"),
+        claims.judge("C05", None, note="not run in the toy"),
+    ],
+    scale="toy data, no network",
+)
+```
+
+```{code-cell} python
+entry = provenance.record(dataset="toy")
+provenance.show({**entry, "code": None})  # the checkout may change between two runs of a test
+provenance.show_rerun("01_toy", parameters, {"n": 3})
+```
+"""
+TOC = """\
+format: jb-book
+root: index
+chapters:
+  - file: chapters/01_toy
+  - file: using
+  - file: notation
+  - file: bibliography
+"""
+
+
+def make(root: Path, chapter: str = CHAPTER) -> Path:
+    """Write a book of one chapter to the empty folder ``root`` and return it."""
+    (root / "chapters" / "profiles" / "other").mkdir(parents=True)
+    (root / "chapters" / "01_toy.md").write_text(chapter, encoding="utf-8")
+    (root / "chapters" / "profiles" / "other" / "01_toy.yaml").write_text("n: 5\nslope: 0.25\n")
+    (root / "_toc.yml").write_text(TOC)
+    for name in (
+        "_config.yml",
+        "references.bib",
+        "index.md",
+        "using.md",
+        "notation.md",
+        "bibliography.md",
+    ):
+        shutil.copy(ROOT / name, root / name)
+    shutil.copytree(ROOT / "book", root / "book")
+    return root
+
+
+@lru_cache(maxsize=1)
+def _folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="toybook-")  # held here, removed when Python ends
+
+
+@lru_cache(maxsize=1)
+def built() -> Path:
+    """The root of a toy book whose site is built with the profile ``other``, once per session."""
+    root = make(Path(_folder().name) / "book")
+    for words in (
+        ["notebooks"],
+        *([w, "--profile", "other"] for w in ("execute", "stage", "html")),
+    ):
+        done = run(root, *words)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    return root
+
+
+def run(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """One command of companion.book in that book, as the Makefile calls it."""
+    return subprocess.run(
+        [sys.executable, "-m", "companion.book", *words],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
