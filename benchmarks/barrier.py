@@ -163,7 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
     result = {
         "benchmark": "barrier",
         "unit": "points of the path",
-        "settings": {"points": options.points, "repeats": options.repeats, "batch": BATCH},
+        "settings": {
+            "points": options.points,
+            "repeats": options.repeats,
+            "batch": BATCH,
+            "patience_s": options.patience,
+        },
         "cases": cases,
         "machine": before,
     }

@@ -1,10 +1,10 @@
 """What the benchmarks share: contenders take turns, every time is kept, and where it was measured.
 
 A time belongs to a machine that also does other things. So contenders take turns, the first place
-rotates, a turn that other programs disturbed is thrown away and taken again, ratios are taken within
-a repeat, and the table shows their median, lowest and highest. (Disturbed turns do not only blur the
-result. Two threads that wait for each other at every small matrix product become many times slower
-when one of them has to share its core, and that would flatter whoever uses one thread.)
+rotates, a turn that other programs disturbed is thrown away and taken again, ratios are taken
+within a repeat, and the table shows their median, lowest and highest. (Disturbed turns do not only
+blur the result. Two threads that wait for each other at every small matrix product become many
+times slower when one of them has to share its core: that would flatter whoever uses one thread.)
 """
 
 from __future__ import annotations

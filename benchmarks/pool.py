@@ -207,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
             "plain_runs": options.plain_runs,
             "repeats": options.repeats,
             "workers": options.workers,
+            "patience_s": options.patience,
         },
         "agreement": {"steps": compared, "largest_loss_difference": gap},
         "contenders": [c.to_json() for c in (ours, *opponents)],

@@ -34,13 +34,15 @@ def where(found: dict[str, Any], n: int) -> str:
     packages = ", ".join(f"{p} {machine['packages'][p]}" for p in ("torch", "numpy"))
     return (
         f"Measured on {machine['date']}: {machine['cpu']['cores']} cores of "
-        f"{machine['cpu']['name']} ({machine['os']}), Python {machine['python']}, {packages}; {n} repeats; "
-        f"{disturbed(found)}. Ratios: median (lowest–highest) over the repeats."
+        f"{machine['cpu']['name']} ({machine['os']}), Python {machine['python']}, {packages}; "
+        f"{n} repeats; {disturbed(found)}. Ratios: median (lowest–highest) over the repeats."
     )
 
 
 def disturbed(found: dict[str, Any]) -> str:
     """How many turns were thrown away, and how many count although others were at work."""
+    if not found["settings"]["patience_s"]:
+        return "nobody looked whether other programs disturbed"
     contenders = [c for case in found.get("cases", [found]) for c in case["contenders"]]
     away, kept = (
         sum(c[what] for c in contenders) for what in ("turns_discarded", "turns_disturbed")

@@ -125,7 +125,14 @@ def test_the_table_tells_what_was_reported_where_and_found(judged):
     found = judged({"op": "<", "value": 2}, 1.0, interval=(0.5, 1.5), n=9, detail="<b>", note="so")
     html = claims.table([found], caption="a caption", links={"X1": "chapters/01_x.html"})
     text = re.sub(r"<[^>]+>", " ", html)
-    for words in ("less than 1 point", "Fig. 1", "1.00 [0.50, 1.50] points", "✓", "reproduced", "so"):
+    for words in (
+        "less than 1 point",
+        "Fig. 1",
+        "1.00 [0.50, 1.50] points",
+        "✓",
+        "reproduced",
+        "so",
+    ):
         assert words in text
     assert "&lt;b&gt;" in html
     assert 'href="chapters/01_x.html"' in html

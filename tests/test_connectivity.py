@@ -531,7 +531,7 @@ def test_networks_on_one_line_span_no_plane(make: Callable[..., Any]) -> None:
 
 
 def test_a_variance_below_0_beyond_the_networks_is_0() -> None:
-    """Running variances of 1 at the init and 0.01 later: a quarter beyond they would be negative."""
+    """Variances of 1 at the init and 0.01 later: a quarter beyond, they would be negative."""
     module, o, a, b = net(0, NORMED), *(theta(i, NORMED) for i in (1, 2, 3))
     for t in (a, b):
         t["layer1.norm.running_var"] = o["layer1.norm.running_var"] / 100

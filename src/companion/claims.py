@@ -41,7 +41,7 @@ SIGNS = {
     "reproduced": "✓",
     "not reproduced": "✗",
     "undetermined": "≈",
-    "reported": "ⓘ",
+    "reported": "•",
     "not testable at this scale": "○",
 }
 

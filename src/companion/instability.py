@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from companion import data as datasets
 from companion.errors import BadParameter, one_of
 from companion.gates import Gate
 from companion.pairs import Evaluation, Pair, PairResult, check_noise, check_null, measure
 from companion.runs import Store
 from companion.stats import Interval, clustered
-from companion.training import Fork, Recipe, Run
+from companion.training import Fork, Recipe, Run, check_fit
 
 NOISE = ("both", "order", "augment")
 """Which sources of SGD noise differ between copies: data order, augmentation, or both."""
@@ -121,6 +122,40 @@ class Instability:
         return None
 
 
+def check(
+    recipe: Recipe,
+    ks: Sequence[int],
+    *,
+    inits: int = 3,
+    copies: int = 3,
+    noise: str = "both",
+    device: str = "cpu",
+) -> tuple[int, ...]:
+    """Refuse, before anything trains, a design that cannot be run; return its k, sorted.
+
+    Raises:
+        BadParameter: a k outside 0 … T - 1, no init, fewer than two copies, noise that is unknown
+            or that the recipe does not have, a network or batch that does not fit the data.
+        MissingData, DeviceUnavailable: as they say.
+    """
+    grid = tuple(sorted(set(ks)))
+    if not grid:
+        raise BadParameter("ks: give at least one fork step.")
+    for k in grid:
+        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < recipe.steps:
+            raise BadParameter(
+                f"ks: {k!r} must be a step from 0 to {recipe.steps - 1} (T = {recipe.steps})."
+            )
+    for name, value, least in (("inits", inits, 1), ("copies", copies, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more.")
+    one_of("noise", noise, NOISE)
+    if noise == "augment" and recipe.augment == "none":
+        raise BadParameter("noise: 'augment' needs a recipe with augmentation.")
+    check_fit(recipe, datasets.load(recipe.data, str(datasets.resolve_device(device))))
+    return grid
+
+
 def analyse(
     recipe: Recipe,
     ks: Sequence[int],
@@ -159,20 +194,7 @@ def analyse(
     Returns:
         an :class:`Instability`; pairs that fail a gate are in it, and count nowhere.
     """
-    grid = tuple(sorted(set(ks)))
-    if not grid:
-        raise BadParameter("ks: give at least one fork step.")
-    for k in grid:
-        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < recipe.steps:
-            raise BadParameter(
-                f"ks: {k!r} must be a step from 0 to {recipe.steps - 1} (T = {recipe.steps})."
-            )
-    for name, value, least in (("inits", inits, 1), ("copies", copies, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more.")
-    if noise == "augment" and recipe.augment == "none":
-        raise BadParameter("noise: 'augment' needs a recipe with augmentation.")
-    one_of("noise", noise, NOISE)
+    grid = check(recipe, ks, inits=inits, copies=copies, noise=noise, device=device)
 
     def one(init: int, k: int, number: int) -> Run:
         return copy(recipe, init, k, number, noise=noise, optimizer=optimizer, schedule=schedule)

@@ -71,9 +71,10 @@ def _write_atomically(path: Path, content: bytes) -> None:
             free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
             raise StoreUnwritable(
                 f"run store: no space left to write {len(content) / 1e6:.1f} MB to {path.parent} "
-                f"({e.strerror}; {free / 1e6:.1f} MB free). Nothing half-written was left. Free some "
-                "space (`companion runs gc` removes what no longer counts) or point COMPANION_RUNS "
-                "at another disk, and run the same command again: it continues where it stopped."
+                f"({e.strerror}; {free / 1e6:.1f} MB free). Nothing half-written was left. Free "
+                "some space (`companion runs gc` removes what no longer counts) or point "
+                "COMPANION_RUNS at another disk, and run the same command again: it continues "
+                "where it stopped."
             ) from e
         raise _unwritable(path.parent, e) from e
 

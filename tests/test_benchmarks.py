@@ -1,0 +1,127 @@
+"""The benchmarks run, their contenders compute the same, and the README says what the results say.
+
+No time is asserted: a test machine may be busy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark as a user does."""
+    command = [sys.executable, str(BENCHMARKS / name), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def check_contenders(
+    contenders: list[dict[str, Any]], ratios: dict[str, Any], repeats: int
+) -> None:
+    ours, *others = contenders
+    assert ours["name"] == "companion"
+    for contender in contenders:
+        assert len(contender["seconds"]) == repeats
+        assert contender["per_second"] > 0
+        assert contender["units"] > 0
+        assert contender["what"]
+    assert list(ratios) == [c["name"] for c in others]
+    for ratio in ratios.values():
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+
+
+def check_machine(machine: dict[str, Any]) -> None:
+    assert machine["packages"]["torch"]
+    assert machine["cpu"]["cores"] >= 1
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", machine["date"])
+    assert "/" not in json.dumps(machine)  # no folder of this machine
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A folder with the results of both benchmarks at a tiny size."""
+    folder = tmp_path_factory.mktemp("results")
+    script(
+        *("pool.py", "--runs", "2", "--steps", "10", "--repeats", "2", "--workers", "1"),
+        *("--patience", "0", "--json", folder / "pool.json"),
+    )
+    script(
+        *("barrier.py", "--points", "3", "--repeats", "1", "--data", "digits", "--images", "60"),
+        *("--patience", "0", "--json", folder / "barrier.json"),
+    )
+    return folder
+
+
+def test_pool(results):
+    found = json.loads((results / "pool.json").read_text())
+    assert found["benchmark"] == "pool"
+    # The plain loop and the engine, with the same noise: the same losses, step by step.
+    assert 0 <= found["agreement"]["largest_loss_difference"] < 1e-5
+    assert list(found["ratios"]) == ["workers warm", "with start-up"]
+    for ratios in found["ratios"].values():
+        check_contenders(found["contenders"], ratios, 2)
+    assert len(found["starting"]["seconds"]) == 2
+    assert found["contenders"][0]["units"] == 20
+    check_machine(found["machine"])
+
+
+def test_barrier(results):
+    found = json.loads((results / "barrier.json").read_text())
+    assert found["benchmark"] == "barrier"
+    assert [case["net"] for case in found["cases"]] == [
+        "mlp:widths=100x5",
+        "resnet8:norm=group,width=8",
+    ]
+    for case in found["cases"]:
+        assert case["largest_difference"] < 1e-5
+        assert case["images"] == {"train": 60, "test": 60}
+        check_contenders(case["contenders"], case["ratios"], 1)
+    check_machine(found["machine"])
+
+
+def test_barrier_without_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path))
+    done = script("barrier.py", "--data", "mnist", "--json", tmp_path / "x.json")
+    assert "left out: MNIST is not in" in done.stdout
+    assert json.loads((tmp_path / "x.json").read_text())["cases"] == []
+
+
+def test_report(results, tmp_path):
+    readme = tmp_path / "README.md"
+    shutil.copy(BENCHMARKS / "README.md", readme)
+    words = ("--readme", readme, "--results", results)
+    script("report.py", *words, "--check", code=1)  # it shows the committed results
+    script("report.py", *words)
+    script("report.py", *words, "--check")
+    text = readme.read_text()
+    for name in ("pool", "barrier"):
+        for contender in contenders(json.loads((results / f"{name}.json").read_text())):
+            if name == "pool":
+                assert f"| {contender['name']} | {contender['per_second']:,.0f} |" in text
+    readme.write_text(text.replace("<!-- pool: begin -->", ""))
+    assert "markers of pool" in script("report.py", *words, code=1).stderr
+
+
+def contenders(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """All contenders of a result."""
+    return [c for case in found.get("cases", [found]) for c in case["contenders"]]
+
+
+def test_the_committed_tables_are_those_of_the_committed_results():
+    script("report.py", "--check")
+    for path in sorted((BENCHMARKS / "results").glob("*.json")):
+        found = json.loads(path.read_text())
+        check_machine(found["machine"])
+        assert found["settings"]["repeats"] >= 5
+        assert path.stat().st_size < 20_000
