@@ -19,7 +19,7 @@ def notebook(**injected: Any) -> dict[str, Any]:
         "%matplotlib inline",
     ]
     namespace: dict[str, Any] = {}
-    exec(compile(cells[1], 'cell', 'exec', dont_inherit=True), namespace)
+    exec(compile(cells[1], "cell", "exec", dont_inherit=True), namespace)
     return {
         **namespace,
         "In": cells,
