@@ -160,13 +160,17 @@ def _begin(job: Job, data: Dataset, where: torch.device, store: Store) -> _Work 
 
 
 def _clock() -> Callable[[int], bool]:
-    last = time.monotonic()
+    """When to keep a resume point: where one takes c > 1 seconds to write, every 20 c seconds."""
+    last, cost, saved = time.monotonic(), 0.0, False
 
     def tick(_: int) -> bool:
-        nonlocal last
-        if time.monotonic() - last < RESUME_EVERY_S:
+        nonlocal last, cost, saved
+        now = time.monotonic()
+        if saved:
+            last, cost, saved = now, now - last, False
+        if now - last < RESUME_EVERY_S * max(1.0, cost):
             return False
-        last = time.monotonic()
+        last, saved = now, True
         return True
 
     return tick

@@ -116,7 +116,8 @@ def most_replicas(recipe: Recipe, data: Dataset, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return MOST
-    module = loop.build(Run(recipe), data, device)
+    # On the CPU: cuBLAS must not start before reproducible() has set its environment.
+    module = loop.build(Run(recipe), data, torch.device("cpu"))
     total = torch.cuda.get_device_properties(device).total_memory
     return max(1, min(MOST, int(total // 2 // replica_bytes(module, recipe, data))))
 
@@ -144,6 +145,7 @@ def reproducible(device: torch.device, on: bool = True) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have a deterministic impl.*")
+            warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores.*")  # inductor
             torch.use_deterministic_algorithms(on, warn_only=True)
             # Else every new tensor is first filled with NaN: a kernel for each.
             memory.fill_uninitialized_memory = False
@@ -205,8 +207,8 @@ def advance_many(
     engine = choose(module, device, engine)
     if engine == "vmap" and recipe.precision == "bf16" and not _batches_well(module):
         raise BadParameter(
-            "engine: 'vmap' does not train convolutions or BatchNorm in bf16 (autocast does not see "
-            "them under torch.vmap). Use 'graphs', or precision float32."
+            "engine: 'vmap' does not train convolutions or BatchNorm in bf16 (autocast does not "
+            "see them under torch.vmap). Use 'graphs', or precision float32."
         )
     wanted = set(checkpoints)
     with reproducible(device, deterministic):

@@ -65,6 +65,16 @@ def places(module: nn.Module, channels_last: bool) -> tuple[tuple[Place, ...], i
     return tuple(found), at
 
 
+def _rows(values: Sequence[Tensor]) -> Tensor:
+    """As ``torch.stack``, but every row starts at an aligned address."""
+    size = values[0].numel()
+    room = values[0].new_zeros(len(values), max(-(-size // _ALIGN), 1) * _ALIGN)
+    out = room[:, :size].view(len(values), *values[0].shape)
+    for row, value in zip(out, values, strict=True):
+        row.copy_(value)
+    return out
+
+
 class Stack:
     """The states of M replicas on a device.
 
@@ -72,9 +82,12 @@ class Stack:
         module: the architecture, on the device to train on.
         recipe: its optimiser says which tensors there are beside the weights.
         states: M states at one step.
+        dense: buffers without gaps between replicas, for ``vmap``.
     """
 
-    def __init__(self, module: nn.Module, recipe: Recipe, states: Sequence[State]):
+    def __init__(
+        self, module: nn.Module, recipe: Recipe, states: Sequence[State], *, dense: bool = False
+    ):
         self.first = states[0].step
         self.layout = weights.layout(module)
         self.names = [k for k, v in module.state_dict().items() if isinstance(v, Tensor)]
@@ -105,9 +118,11 @@ class Stack:
                 for slot, flat in self.state.items():
                     if (value := state.optimizer.get(f"{index}.{slot}")) is not None:
                         place.view(flat[m]).copy_(value)
+        # Under vmap BatchNorm writes through a reshape, which of padded rows would be a copy.
+        rows = torch.stack if dense else _rows
         trained = {place.name for place in self.places}
         self.buffers = {
-            name: torch.stack([s.theta[name].to(self.device) for s in states])
+            name: rows([s.theta[name].to(self.device) for s in states])
             for name in self.names
             if name not in trained and name not in self.layout.ties
         }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -51,6 +52,19 @@ def loss_of(template: nn.Module, recipe: Recipe, device: torch.device) -> Loss:
     return loss
 
 
+_COMPILED: dict[Any, Loss] = {}
+"""What torch.compile made, by everything it depends on: a minute's work, done once a process."""
+
+
+def _compiled(key: Any, loss: Loss, backend: str) -> Loss:
+    if key not in _COMPILED:
+        # Code of its own: torch gives up on code that was compiled for eight different networks.
+        code = loss.__code__.replace(co_name=f"loss_{len(_COMPILED)}")
+        own = FunctionType(code, loss.__globals__, code.co_name, None, loss.__closure__)
+        _COMPILED[key] = torch.compile(own, backend=backend, dynamic=False)
+    return _COMPILED[key]
+
+
 def template_of(module: nn.Module) -> nn.Module:
     """A copy in training mode whose BatchNorms do not count batches (the host does)."""
     template = copy.deepcopy(module).train()
@@ -86,7 +100,8 @@ class Stepper:
         backend: str = "inductor",
     ):
         self.recipe, self.data = recipe, data
-        self.stack = stack = Stack(module, recipe, states)
+        self._stacked = engine == "vmap"
+        self.stack = stack = Stack(module, recipe, states, dense=self._stacked)
         self.device, count = stack.device, len(stack)
         self.capture = self.device.type == "cuda" if capture is None else capture
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -95,8 +110,10 @@ class Stepper:
         )
         self._loss = loss_of(template_of(module), recipe, self.device)
         if engine == "compile":
-            self._loss = torch.compile(self._loss, backend=backend, dynamic=False)
-        self._stacked = engine == "vmap"
+            key = (recipe.net, recipe.precision, data.in_shape, data.classes, recipe.batch)
+            self._loss = _compiled(
+                (*key, str(self.device), stack.theta.dtype, backend), self._loss, backend
+            )
         self._streams: list[torch.cuda.Stream] = []
         if self.device.type == "cuda" and not self._stacked:
             self._streams = [torch.cuda.Stream(self.device) for _ in range(count)]
@@ -172,8 +189,9 @@ class Stepper:
             self._keep(stack.grad, grads, losses, self._losses)
             return
         # x and y stay alive in our caller until all streams are joined: no stream reuses them.
+        ready = torch.cuda.current_stream(self.device).record_event() if self._streams else None
         for m, leaves in enumerate(self._leaves):
-            with self._beside(m):
+            with self._beside(m, ready):
                 own = {name: value[m] for name, value in buffers.items()}
                 loss = self._loss(leaves, own, x[m], y[m])
                 grads = torch.autograd.grad(loss, list(leaves.values()))
@@ -187,13 +205,14 @@ class Stepper:
         torch._foreach_copy_([p.view(flat) for p in self.stack.places], list(grads))
 
     @contextlib.contextmanager
-    def _beside(self, m: int) -> Iterator[None]:
-        """Inside, work goes to replica m's own stream, after everything before it."""
-        if not self._streams:
+    def _beside(self, m: int, ready: torch.cuda.Event | None) -> Iterator[None]:
+        """Inside, work goes to replica m's own stream, after ``ready``."""
+        if ready is None:
             yield
             return
+        # An event, not the stream: torch has 32 streams, and ours may be among the replicas'.
         stream = self._streams[m]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream.wait_event(ready)
         with torch.cuda.stream(stream):
             yield
 
