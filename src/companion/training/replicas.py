@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from companion.data import Dataset
@@ -57,14 +56,18 @@ def unfit(module: nn.Module) -> str | None:
 
 def _batches_well(module: nn.Module) -> bool:
     """True if a leading replica axis turns every layer into a batched one, in every precision."""
-    return not any(isinstance(layer, _ConvNd | _BatchNorm) for layer in module.modules())
+    return all(
+        isinstance(layer, nn.Linear | nn.LayerNorm)
+        for layer in module.modules()
+        if [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    )
 
 
 def choose(module: nn.Module, device: torch.device, engine: str = "auto") -> str:
     """The engine that ``engine`` stands for.
 
     ``auto``: ``loop`` on a CPU and for networks that :func:`unfit` names; on a GPU ``vmap`` for
-    networks without convolutions and BatchNorm, ``graphs`` for the others. Not measured yet:
+    networks of linear maps and LayerNorm alone, ``graphs`` for the others. Not measured yet:
     benchmarks/README.md, "Engine".
 
     Raises:
@@ -145,7 +148,8 @@ def reproducible(device: torch.device, on: bool = True) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have a deterministic impl.*")
-            warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores.*")  # inductor
+            warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores.*")
+            warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")  # speed advice
             torch.use_deterministic_algorithms(on, warn_only=True)
             # Else every new tensor is first filled with NaN: a kernel for each.
             memory.fill_uninitialized_memory = False
