@@ -48,6 +48,54 @@ def check_machine(machine: dict[str, Any]) -> None:
     assert "/" not in json.dumps(machine)  # no folder of this machine
 
 
+def test_the_engines_are_measured_and_one_is_chosen(tmp_path: Path) -> None:
+    """The tiny version: every engine that runs without a compiler, the floor, the checks."""
+    done = script(
+        *("engine.py", "--device", "cpu", "--copies", "1", "2", "--seconds", "0.05"),
+        *("--nets", "resnet20", "lenet", "--engines", "loop", "vmap", "graphs"),
+        *("--json", tmp_path / "engine.json"),
+    )
+    found = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
+    check_machine(found["machine"])
+    assert {(r["net"], r["engine"]) for r in found["rows"]} >= {
+        (net, engine) for net in ("resnet20", "lenet") for engine in ("loop", "vmap", "graphs")
+    }
+    assert not [r for r in found["rows"] if "error" in r] and found["left_out"] == []
+    for check in found["checks"].values():
+        assert check == dict.fromkeys(
+            ("replay_minus_eager", "twice", "other_number_of_replicas"), 0.0
+        )
+    for net, bound in found["floor"].items():
+        assert bound["seconds_per_run"] > 0
+        best = found["choice"][net]["seconds_per_copy"]
+        rows = [r for r in found["rows"] if r["net"] == net and r["deterministic"]]
+        assert best == min(r["seconds_per_copy"] for r in rows)
+        assert found["whole"][net]["steps"] >= 4
+    assert "choice resnet20" in done.stdout
+
+
+def test_the_floor_counts_what_the_paper_counts() -> None:
+    """Multiply-adds of the fact sheet: 40.8M for ResNet-20, 0.266M for LeNet, 313M for VGG-16."""
+    code = (
+        "import engine, torch\n"
+        "for c in engine.cases(False):\n"
+        "    import dataclasses\n"
+        "    c = dataclasses.replace(c, images=256)\n"
+        "    f = engine.floor(c, engine.images(c, torch.device('cpu')))\n"
+        "    print(f['multiply_adds_per_image'], f['flop_per_step'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
+    for (adds, flop), (paper, gflop) in zip(
+        found, ((40.8e6, 31.3), (0.266e6, 0.096), (313e6, 241)), strict=True
+    ):
+        assert adds == pytest.approx(paper, rel=0.01)
+        assert flop / 1e9 == pytest.approx(gflop, rel=0.01)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
     """A folder with the results of both benchmarks at a tiny size."""

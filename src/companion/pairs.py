@@ -31,6 +31,7 @@ from companion.training import (
     entry_of,
     load_state,
     load_weights,
+    made_by,
     train,
     train_one,
 )
@@ -296,7 +297,9 @@ def _null(run: Run, evaluation: Evaluation, data: Dataset, store: Store, device:
             entry_of(parent, data, device, fresh).write_tensors(
                 f"state-{step:08d}.safetensors", state.tensors()
             )
-        train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device)
+        # On a GPU kernels may depend on the engine and on how many replicas there are at once.
+        how = made_by(run, store=store, device=device)
+        train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device, like=how)
         second = load_weights(run, store=fresh, device=device)
     module = build(run, data, torch.device(device))
     found = barrier(

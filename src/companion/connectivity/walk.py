@@ -50,6 +50,15 @@ def has_batchnorm(module: nn.Module) -> bool:
     return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in module.modules())
 
 
+def default_batch(device: torch.device, bn: str) -> int:
+    """Images a forward pass: 500, and 2,500 on a GPU, which 500 small images do not fill.
+
+    Where BatchNorm takes statistics of the batches themselves it is 500 on every device: with
+    another size the numbers would mean something else.
+    """
+    return 2500 if device.type == "cuda" and bn in ("none", "interpolate") else 500
+
+
 class Walker:
     """Evaluates points of weight space on data that stays on the device.
 
@@ -58,8 +67,8 @@ class Walker:
         splits: name -> data, e.g. ``{"train": …, "test": …}``, on the device to compute on.
         bn: one of :data:`BN_MODES`; ``none`` is what a network without running statistics has.
         bn_data: what ``reestimate`` averages over; default ``splits["train"]``.
-        batch: images a forward pass, at most. ``batch`` mode statistics are of as many: a split is
-            cut into the fewest batches of equal size.
+        batch: images a forward pass, at most; default :func:`default_batch`. ``batch`` mode
+            statistics are of as many: a split is cut into the fewest batches of equal size.
         score: how outputs become loss and error; default :func:`classification`.
     """
 
@@ -70,7 +79,7 @@ class Walker:
         *,
         bn: str = "interpolate",
         bn_data: Split | None = None,
-        batch: int = 500,
+        batch: int | None = None,
         score: Score = classification,
     ):
         one_of("bn", bn, BN_MODES)
@@ -84,7 +93,7 @@ class Walker:
         self.bn_data = bn_data if bn_data is not None else self.splits.get("train")
         if self.bn == "reestimate" and self.bn_data is None:
             raise BadParameter("bn: 'reestimate' needs bn_data, or a split called train.")
-        self.batch = batch
+        self.batch = batch or default_batch(device, self.bn)
         self.score = score
         self.device = device
         self._entries = {
@@ -117,27 +126,40 @@ class Walker:
             m.momentum = momentum
             m.eval()
 
-    @torch.inference_mode()
     def here(self) -> dict[str, Measure]:
         """Loss and error of the network as loaded, on every split."""
+        return self._read([self._sums()])[0]
+
+    @torch.inference_mode()
+    def _sums(self) -> torch.Tensor:
+        """Summed loss, errors and predictions of each split, (splits, 3) float64 on the device.
+
+        Nothing here waits for the device: a path is queued as a whole and read once.
+        """
         if self.bn == "reestimate":
             self._reestimate()
         if self.bn == "batch":
             for m in self._norms():
                 m.train()
-        out = {}
-        for name, split in self.splits.items():
-            loss = torch.zeros((), dtype=torch.float64, device=self.device)
-            wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-            count = 0
+        out = torch.zeros(len(self.splits), 3, dtype=torch.float64, device=self.device)
+        for row, split in zip(out, self.splits.values(), strict=True):
             for x, y in self._batches(split):
                 part, errors, n = self.score(self.module(x), y)
-                loss += part
-                wrong += errors
-                count += n
-            mean = float(loss) / count
-            # A loss that overflowed is no number; as NaN, max() would quietly pass over it.
-            out[name] = Measure(math.inf if math.isnan(mean) else mean, 100 * float(wrong) / count)
+                row[0] += part
+                row[1] += errors
+                row[2] += n
+        return out
+
+    def _read(self, sums: Sequence[torch.Tensor]) -> list[dict[str, Measure]]:
+        """Means of what :meth:`_sums` found, in one transfer."""
+        out = []
+        for point in torch.stack(list(sums)).tolist() if sums else []:
+            found = {}
+            for name, (loss, wrong, count) in zip(self.splits, point, strict=True):
+                mean = loss / count
+                # A loss that overflowed is no number; as NaN, max() would quietly pass over it.
+                found[name] = Measure(math.inf if math.isnan(mean) else mean, 100 * wrong / count)
+            out.append(found)
         return out
 
     def at(self, theta: Theta) -> dict[str, Measure]:
@@ -169,11 +191,11 @@ class Walker:
         on_device = [{k: v.to(self.device) for k, v in t.items()} for t in anchors]
         moving = tuple(names) if names is not None else self.layout.floating
         self.load(rest if rest is not None else on_device[0])
-        out = []
+        sums = []
         for row in weights:
             self.load(affine(on_device, row, moving))
             for m in self._norms():
                 if m.running_var is not None:  # beyond the anchors of a plane it can fall below 0
                     m.running_var.clamp_(min=0)
-            out.append(self.here())
-        return out
+            sums.append(self._sums())
+        return self._read(sums)

@@ -81,6 +81,33 @@ class Draws:
     top: Tensor | None = None
     left: Tensor | None = None
 
+    def of(self, rows: Tensor) -> Draws:
+        """Those of the samples ``rows``, in that order and shape."""
+        flip, top, left = (None if t is None else t[rows] for t in (self.flip, self.top, self.left))
+        return Draws(flip, top, left)
+
+
+def draw(augmentation: Augmentation, key: Key, epoch: int, n: int) -> Draws:
+    """The flips and crops of ``n`` samples in one epoch, on the CPU, out of ``(key, epoch)``.
+
+    Flips and the two offsets have their own keys: adding crops leaves the flips as they were.
+
+    Args:
+        augmentation: what to draw.
+        key: the run's augmentation key.
+        epoch: counts from 0.
+        n: number of samples.
+    """
+    flip = top = left = None
+    if augmentation.flip:
+        top_bits = (key.fold("flip", epoch).words(n) >> np.uint64(63)).astype(bool)
+        flip = torch.from_numpy(top_bits)
+    if augmentation.pad:
+        places = 2 * augmentation.pad + 1
+        top = key.fold("top", epoch).integers(n, places)
+        left = key.fold("left", epoch).integers(n, places)
+    return Draws(flip, top, left)
+
 
 class Augmenter:
     """Batches of augmented images, gathered on the device of the split.
@@ -114,22 +141,17 @@ class Augmenter:
     def draw(self, key: Key, epoch: int) -> Draws:
         """The flips and crops of all samples in one epoch: a pure function of ``(key, epoch)``.
 
-        Made on the CPU and moved to the device, once an epoch, so no step waits for it. Flips and
-        the two offsets have their own keys: adding crops leaves the flips as they were.
+        :func:`draw`, moved to the device, once an epoch, so no step waits for it.
 
         Args:
             key: the run's augmentation key.
             epoch: counts from 0.
         """
-        n, device = len(self._x), self._x.device
-        flip = top = left = None
-        if self.augmentation.flip:
-            top_bits = (key.fold("flip", epoch).words(n) >> np.uint64(63)).astype(bool)
-            flip = torch.from_numpy(top_bits).to(device)
-        if self.augmentation.pad:
-            places = 2 * self.augmentation.pad + 1
-            top = key.fold("top", epoch).integers(n, places).to(device)
-            left = key.fold("left", epoch).integers(n, places).to(device)
+        device = self._x.device
+        made = draw(self.augmentation, key, epoch, len(self._x))
+        flip, top, left = (
+            None if t is None else t.to(device) for t in (made.flip, made.top, made.left)
+        )
         return Draws(flip, top, left)
 
     def batch(self, rows: Tensor, draws: Draws) -> Tensor:
@@ -139,11 +161,15 @@ class Augmenter:
             rows: (B,) int64 sample indices, on the split's device.
             draws: this epoch's, from :meth:`draw`.
         """
+        return self.pick(rows, draws.of(rows))
+
+    def pick(self, rows: Tensor, draws: Draws) -> Tensor:
+        """As :meth:`batch`, but ``draws`` are of the rows: entry i belongs to ``rows[i]``."""
         if draws.top is not None and draws.left is not None:
-            x = self._crops[rows, :, draws.top[rows], draws.left[rows]]
+            x = self._crops[rows, :, draws.top, draws.left]
         else:
             x = self._x[rows]
         if draws.flip is not None:
             # where, not a masked assignment: that would wait for the device to count the rows.
-            x = torch.where(draws.flip[rows][:, None, None, None], x.flip(3), x)
+            x = torch.where(draws.flip[:, None, None, None], x.flip(3), x)
         return x

@@ -10,12 +10,14 @@ from companion.training.engine import (
     entry_of,
     load_state,
     load_weights,
+    made_by,
     merge,
     train,
     train_one,
 )
 from companion.training.loop import State, advance, build, check_fit, make_optimizer
 from companion.training.recipe import SEMANTICS, Fork, Recipe, Run, recipe_from
+from companion.training.replicas import advance_many
 
 __all__ = [
     "SEMANTICS",
@@ -25,11 +27,13 @@ __all__ = [
     "Run",
     "State",
     "advance",
+    "advance_many",
     "build",
     "check_fit",
     "entry_of",
     "load_state",
     "load_weights",
+    "made_by",
     "make_optimizer",
     "merge",
     "recipe_from",

@@ -6,10 +6,13 @@ Arguments that recur: ``store`` is a :class:`companion.runs.Store` (None: the de
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,9 +22,9 @@ from companion.errors import BadParameter, CorruptEntry
 from companion.pool import run_all
 from companion.runs import Entry, Store
 from companion.theta import snapshot
-from companion.training import loop
+from companion.training import loop, replicas
 from companion.training.loop import State
-from companion.training.recipe import Run
+from companion.training.recipe import Recipe, Run
 
 log = logging.getLogger("companion")
 
@@ -29,6 +32,7 @@ RESUME_EVERY_S = 20.0
 """A kill loses at most this many seconds of training (and never a stored checkpoint)."""
 
 _RESUME = "resume.safetensors"
+_MADE_BY = "made-by.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Job:
         """The job that must be done before this one."""
         fork = self.run.fork
         return Job(fork.parent, states=(fork.step,)) if fork else None
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def entry_of(run: Run, data: Dataset, device: str | torch.device, store: Store) -> Entry:
@@ -117,8 +125,68 @@ def _latest(entry: Entry, before: int) -> State | None:
     return state
 
 
-def train_one(job: Job, *, store: Store | None = None, device: str = "cpu") -> None:
+@dataclass
+class _Work:
+    """A job that holds its entry's lock: what is missing of it, and where its training starts."""
+
+    job: Job
+    entry: Entry
+    missing: set[int]
+    state: State
+
+    def save(self, reached: State) -> None:
+        """Store a wanted state, or one to resume from."""
+        if reached.step not in self.missing:
+            self.entry.write_tensors(_RESUME, reached.tensors())
+            return
+        state_name, weights_name = _names(reached.step)
+        if reached.step in self.job.states:
+            self.entry.write_tensors(state_name, reached.tensors())
+        else:
+            self.entry.write_tensors(weights_name, reached.tensors(full=False))
+
+
+def _begin(job: Job, data: Dataset, where: torch.device, store: Store) -> _Work | None:
+    """The work that ``job`` needs; None if all its states exist. Its entry must be locked."""
+    entry = entry_of(job.run, data, where, store)
+    missing = _missing(entry, job)
+    if not missing:
+        return None
+    state = _latest(entry, min(missing)) or _origin(job.run, data, where, store)
+    work = _Work(job, entry, missing, state)
+    if state.step in missing:
+        work.save(state)
+    return work
+
+
+def _clock() -> Callable[[int], bool]:
+    """When to keep a resume point: where one takes c > 1 seconds to write, every 20 c seconds."""
+    last, cost, saved = time.monotonic(), 0.0, False
+
+    def tick(_: int) -> bool:
+        nonlocal last, cost, saved
+        now = time.monotonic()
+        if saved:
+            last, cost, saved = now, now - last, False
+        if now - last < RESUME_EVERY_S * max(1.0, cost):
+            return False
+        last, saved = now, True
+        return True
+
+    return tick
+
+
+def train_one(
+    job: Job,
+    *,
+    store: Store | None = None,
+    device: str = "cpu",
+    like: Mapping[str, Any] | None = None,
+) -> None:
     """Make every state of ``job`` exist in the store. Returns at once if they do.
+
+    Arguments:
+        like: on a GPU, train as this record of :func:`made_by` says, to get the same bits.
 
     Raises:
         BadParameter: the recipe does not fit its dataset (checked before the first step).
@@ -126,51 +194,117 @@ def train_one(job: Job, *, store: Store | None = None, device: str = "cpu") -> N
         StoreUnwritable: no space, or no permission.
     """
     store, where = store or Store(), datasets.resolve_device(device)
+    if _on_gpu(where):
+        _train_together(([job], store, str(where), like or {}))
+        return
     data = datasets.load(job.run.recipe.data, str(where))
     entry = entry_of(job.run, data, where, store)
     if not _missing(entry, job):
         return
     loop.check_fit(job.run.recipe, data)
     with entry.lock():
-        missing = _missing(entry, job)
-        if not missing:
+        work = _begin(job, data, where, store)
+        if work is None:
             return
-        state = _latest(entry, min(missing)) or _origin(job.run, data, where, store)
-        full = set(job.states)
-
-        def save(reached: State) -> None:
-            if reached.step in missing:
-                state_name, weights_name = _names(reached.step)
-                if reached.step in full:
-                    entry.write_tensors(state_name, reached.tensors())
-                else:
-                    entry.write_tensors(weights_name, reached.tensors(full=False))
-            else:
-                entry.write_tensors(_RESUME, reached.tensors())
-
-        if state.step in missing:
-            save(state)
-        last = time.monotonic()
-
-        def tick(_: int) -> bool:
-            nonlocal last
-            if time.monotonic() - last < RESUME_EVERY_S:
-                return False
-            last = time.monotonic()
-            return True
-
-        stop = max(missing)
-        if stop > state.step:
+        stop = max(work.missing)
+        if stop > work.state.step:
             reached = loop.advance(
-                job.run, state, stop, data, checkpoints=missing - {stop}, save=save, tick=tick
+                *(job.run, work.state, stop, data),
+                checkpoints=work.missing - {stop},
+                save=work.save,
+                tick=_clock(),
             )
-            save(reached)
+            work.save(reached)
         entry.remove(_RESUME)
+
+
+def made_by(run: Run, *, store: Store | None = None, device: str = "cpu") -> dict[str, Any]:
+    """How the stored ``run`` was trained on a GPU: engine, replicas at once, GPU; else {}."""
+    store, where = store or Store(), datasets.resolve_device(device)
+    entry = entry_of(run, datasets.load(run.recipe.data, where), where, store)
+    try:
+        return dict(entry.read_json(_MADE_BY)) if _MADE_BY in _files(entry) else {}
+    except CorruptEntry as e:
+        log.warning("%s; it is discarded", e)
+        entry.remove(_MADE_BY)
+        return {}
+
+
+def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -> None:
+    """:func:`train_one` for jobs of one recipe, as replicas on one device."""
+    jobs, store, device, like = item
+    where, recipe = datasets.resolve_device(device), jobs[0].run.recipe
+    data = datasets.load(recipe.data, str(where))
+    todo = {entry_of(job.run, data, where, store).key: job for job in jobs}
+    todo = {k: j for k, j in todo.items() if _missing(entry_of(j.run, data, where, store), j)}
+    if not todo:
+        return
+    loop.check_fit(recipe, data)
+    module = loop.build(jobs[0].run, data, where)
+    engine = replicas.choose(module, where, str(like.get("engine", "auto")))
+    # Batched matrix products may round otherwise in another batch: always the same number of them.
+    most = replicas.most_replicas(recipe, data, where) if engine == "vmap" else 0
+    with contextlib.ExitStack() as locks:
+        groups: dict[tuple[int, int, int], list[_Work]] = {}
+        for key in sorted(todo):  # in one order everywhere: nobody waits in a circle
+            locks.enter_context(entry_of(todo[key].run, data, where, store).lock())
+        for job in todo.values():
+            if work := _begin(job, data, where, store):
+                at = (work.state.step, len(work.state.trace), max(work.missing))
+                groups.setdefault(at, []).append(work)
+        for (step, _, stop), group in groups.items():
+            width = int(like.get("replicas", 0)) or most or len(group)
+            if stop > step:
+                done = replicas.advance_many(
+                    [w.job.run for w in group],
+                    [w.state for w in group],
+                    *(stop, data),
+                    engine=engine,
+                    module=module,
+                    checkpoints={s for w in group for s in w.missing} - {stop},
+                    # A state that only another run of the group wants is not this one's.
+                    save=functools.partial(_save_of, group),
+                    tick=_clock(),
+                    width=width,
+                )
+                for work, reached in zip(group, done, strict=True):
+                    work.save(reached)
+            record = {
+                "engine": engine,
+                "replicas": max(width, len(group)),
+                "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+                "torch": torch.__version__,
+            }
+            for work in group:
+                work.entry.write_json(_MADE_BY, record)
+                work.entry.remove(_RESUME)
+
+
+def _save_of(group: Sequence[_Work], m: int, reached: State) -> None:
+    wanted = any(reached.step in work.missing for work in group)
+    if reached.step in group[m].missing or not wanted:
+        group[m].save(reached)
 
 
 def _train(item: tuple[Job, Store, str]) -> None:
     job, store, device = item
     train_one(job, store=store, device=device)
+
+
+def _chunks(jobs: Sequence[Job], where: str, at_once: int) -> list[list[Job]]:
+    """Jobs that train alike (recipe, first and last step), at most so many together."""
+    alike: dict[tuple[Recipe, int, int], list[Job]] = {}
+    for job in jobs:
+        last = max((*job.weights, *job.states), default=0)
+        alike.setdefault((job.run.recipe, job.run.first_step, last), []).append(job)
+    out = []
+    for (recipe, _, _), group in alike.items():
+        data, device = datasets.load(recipe.data, where), datasets.resolve_device(where)
+        most = at_once or replicas.most_replicas(recipe, data, device)
+        parts = -(-len(group) // most)
+        size = -(-len(group) // parts)  # 28 at most 27 at once: 14 and 14
+        out += [group[i : i + size] for i in range(0, len(group), size)]
+    return out
 
 
 def merge(jobs: Iterable[Job]) -> list[Job]:
@@ -193,8 +327,13 @@ def train(
     device: str = "cpu",
     workers: int = 0,
     label: str = "training",
+    at_once: int = 0,
 ) -> None:
     """Make every state of every job exist, many runs at once; parents before the copies they fork.
+
+    On a CPU every run has a process (:mod:`companion.pool`); on a GPU jobs of one recipe are
+    trained as replicas (:mod:`companion.training.replicas`), at most ``at_once`` (0: as many as
+    fit, see :func:`companion.training.replicas.most_replicas`).
 
     The longest runs start first. Ctrl-C or a kill loses at most :data:`RESUME_EVERY_S` seconds of
     each run at work; the same call then goes on from there with the same bits. Raises as
@@ -218,6 +357,11 @@ def train(
             )
         ]
         todo.sort(key=lambda j: j.run.first_step - max((*j.weights, *j.states), default=0))
+        if _on_gpu(torch.device(where)):
+            alike: Mapping[str, Any] = {}
+            items = [(chunk, store, where, alike) for chunk in _chunks(todo, where, at_once)]
+            run_all(_train_together, items, workers=1, device=where, label=label)
+            continue
         run_all(
             _train, [(j, store, where) for j in todo], workers=workers, device=where, label=label
         )

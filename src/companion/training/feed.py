@@ -1,0 +1,94 @@
+"""Data orders and augmentation draws of many replicas, an epoch ahead, made by background threads.
+
+They are functions of (key, epoch), made on the CPU as for one run, so the same keys give the same
+batches on every engine. While the device trains an epoch, threads make the next (sorting and
+hashing release Python's lock); it reaches the device in one transfer that no step waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from companion.data import Augmentation, Dataset
+from companion.data.augmentation import Draws, draw
+from companion.training.recipe import Run
+
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch's batches: (steps an epoch, M, batch) each; draws are of the row at their place."""
+
+    rows: Tensor
+    draws: Draws
+
+    def tensors(self) -> list[Tensor]:
+        """Those there are: rows, then flips and the crop's corner."""
+        found = (self.rows, self.draws.flip, self.draws.top, self.draws.left)
+        return [t for t in found if t is not None]
+
+
+class Feed:
+    """``with Feed(runs, data) as feed: feed.epoch(e)`` for e, e + 1, …; CPU tensors.
+
+    Arguments:
+        runs: M runs of one recipe; the same run may stand there several times.
+        data: its training split's size is N.
+    """
+
+    def __init__(self, runs: Sequence[Run], data: Dataset):
+        self.runs = list(runs)
+        self.recipe = runs[0].recipe
+        self.augmentation = Augmentation.parse(self.recipe.augment)
+        self.n = len(data.train)
+        self.per_epoch = self.n // self.recipe.batch
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="feed")
+        self._coming: tuple[int, list[Future[Epoch]]] | None = None
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _one(self, run: Run, epoch: int) -> Epoch:
+        used, batch = self.per_epoch * self.recipe.batch, self.recipe.batch
+        rows = run.order_key().fold("epoch", epoch).permutation(self.n)[:used].view(-1, batch)
+        return Epoch(rows, draw(self.augmentation, run.augment_key(), epoch, self.n).of(rows))
+
+    def _start(self, epoch: int) -> list[Future[Epoch]]:
+        made: dict[Run, Future[Epoch]] = {}
+        for run in self.runs:
+            if run not in made:
+                made[run] = self._pool.submit(self._one, run, epoch)
+        return [made[run] for run in self.runs]
+
+    def epoch(self, epoch: int, *, ahead: bool = True) -> Epoch:
+        """The batches of ``epoch``; those of the next are begun, unless ``ahead`` is False."""
+        if self._coming is None or self._coming[0] != epoch:
+            self._coming = (epoch, self._start(epoch))
+        parts = [future.result() for future in self._coming[1]]
+        self._coming = (epoch + 1, self._start(epoch + 1)) if ahead else None
+
+        def together(tensors: Sequence[Tensor | None]) -> Tensor | None:
+            there = [t for t in tensors if t is not None]
+            return torch.stack(there, dim=1) if there else None
+
+        rows = together([p.rows for p in parts])
+        assert rows is not None
+        flip, top, left = (
+            together([getattr(p.draws, name) for p in parts]) for name in ("flip", "top", "left")
+        )
+        return Epoch(rows, Draws(flip, top, left))

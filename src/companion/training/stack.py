@@ -1,0 +1,178 @@
+"""M networks of one architecture as a few tensors: what many replicas on one device are made of.
+
+The trainable weights of replica m are row m of one tensor ``theta`` (M, P), its gradients row m of
+another, and the network sees views into them. So the optimiser is a few kernels for all replicas
+(:mod:`companion.training.update`), the bfloat16 copy of all weights is one, and a checkpoint of all
+replicas is one transfer. Buffers (BatchNorm's statistics) are one (M, ...) tensor a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from companion import theta as weights
+from companion.training.loop import State
+from companion.training.recipe import Recipe
+from companion.training.update import slots
+
+_ALIGN = 64  # elements: every tensor starts at a multiple of 128 bytes or more, in bfloat16 too
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one trainable tensor lies in a row: ``start``, its shape, and its memory format.
+
+    ``cast``: bf16 training reads it in bfloat16 (weights and biases of linear maps and
+    convolutions, as autocast does).
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    channels_last: bool
+    cast: bool
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The tensor inside ``flat`` (..., P): a view of shape (..., *shape)."""
+        part = flat.narrow(-1, self.start, prod(self.shape))
+        if self.channels_last:
+            out, channels, height, width = self.shape
+            return part.unflatten(-1, (out, height, width, channels)).movedim(-1, -3)  # type: ignore[no-any-return]
+        return part.view(*part.shape[:-1], *self.shape)
+
+
+def places(module: nn.Module, channels_last: bool) -> tuple[tuple[Place, ...], int]:
+    """Where each trainable tensor lies in a row, in ``torch.optim``'s order, and P."""
+    linear = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+    found, at = [], 0
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            last = channels_last and p.ndim == 4
+            found.append(Place(name, at, tuple(p.shape), last, name in linear))
+            at += -(-p.numel() // _ALIGN) * _ALIGN
+    return tuple(found), at
+
+
+def _rows(values: Sequence[Tensor]) -> Tensor:
+    """As ``torch.stack``, but every row starts at an aligned address."""
+    size = values[0].numel()
+    room = values[0].new_zeros(len(values), max(-(-size // _ALIGN), 1) * _ALIGN)
+    out = room[:, :size].view(len(values), *values[0].shape)
+    for row, value in zip(out, values, strict=True):
+        row.copy_(value)
+    return out
+
+
+class Stack:
+    """The states of M replicas on a device.
+
+    Arguments:
+        module: the architecture, on the device to train on.
+        recipe: its optimiser says which tensors there are beside the weights.
+        states: M states at one step.
+        dense: buffers without gaps between replicas, for ``vmap``.
+    """
+
+    def __init__(
+        self, module: nn.Module, recipe: Recipe, states: Sequence[State], *, dense: bool = False
+    ):
+        self.first = states[0].step
+        self.layout = weights.layout(module)
+        self.names = [k for k, v in module.state_dict().items() if isinstance(v, Tensor)]
+        example = next(module.parameters())
+        self.device, dtype = example.device, example.dtype
+        self.places, size = places(module, self.device.type == "cuda")
+        # A BatchNorm with a fixed momentum never reads how many batches it saw: we count on the
+        # host, and save a kernel a layer and step.
+        self.counters = {
+            f"{prefix}.{_COUNTER}" if prefix else _COUNTER
+            for prefix, layer in module.named_modules()
+            if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None
+        }
+
+        def blank() -> Tensor:
+            return torch.zeros(len(states), size, dtype=dtype, device=self.device)
+
+        self.theta, self.grad = blank(), blank()
+        self.half: Tensor | None = None
+        if recipe.precision == "bf16":
+            self.half = torch.zeros_like(self.theta, dtype=torch.bfloat16)
+        self.state = {slot: blank() for slot in slots(recipe)}
+        self.adaptive = recipe.optimizer != "sgd"
+        self.taken = [int(s.optimizer["0.step"]) if "0.step" in s.optimizer else 0 for s in states]
+        for m, state in enumerate(states):
+            for index, place in enumerate(self.places):
+                place.view(self.theta[m]).copy_(state.theta[place.name])
+                for slot, flat in self.state.items():
+                    if (value := state.optimizer.get(f"{index}.{slot}")) is not None:
+                        place.view(flat[m]).copy_(value)
+        # Under vmap BatchNorm writes through a reshape, which of padded rows would be a copy.
+        rows = torch.stack if dense else _rows
+        trained = {place.name for place in self.places}
+        self.buffers = {
+            name: rows([s.theta[name].to(self.device) for s in states])
+            for name in self.names
+            if name not in trained and name not in self.layout.ties
+        }
+
+    def __len__(self) -> int:
+        return len(self.theta)
+
+    def source(self, place: Place) -> Tensor:
+        """What the network reads: the weights, or their bfloat16 copy."""
+        return self.half if self.half is not None and place.cast else self.theta
+
+    def mutable(self) -> list[Tensor]:
+        """Every tensor that a training step changes and the next one reads."""
+        return [self.theta, *self.state.values(), *self.buffers.values()]
+
+    def moving(self) -> dict[str, Tensor]:
+        """The buffers the network gets, (M, ...) each."""
+        return {k: v for k, v in self.buffers.items() if k not in self.counters}
+
+    def states(self, step: int, traces: Sequence[Tensor]) -> list[State]:
+        """Copies on the CPU, as :func:`companion.training.advance` makes them.
+
+        Arguments:
+            step: the step reached. traces: the losses so far, of as many replicas
+                (the first ones) as are wanted.
+        """
+        theta = self.theta.cpu()
+        slot_values = {slot: value.cpu() for slot, value in self.state.items()}
+        buffers = {name: value.cpu() for name, value in self.buffers.items()}
+        by_name = {place.name: place for place in self.places}
+        done = step - self.first
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.clone(memory_format=torch.contiguous_format)
+
+        out = []
+        for m in range(len(traces)):
+            values: dict[str, Tensor] = {}
+            for name in self.names:
+                first = self.layout.ties.get(name, name)
+                if first in by_name:
+                    values[name] = own(by_name[first].view(theta[m]))
+                else:
+                    extra = done if first in self.counters else 0
+                    values[name] = buffers[first][m] + extra if extra else own(buffers[first][m])
+            optimizer: dict[str, Tensor] = {}
+            for index, place in enumerate(self.places):
+                if self.adaptive:
+                    optimizer[f"{index}.step"] = torch.tensor(float(self.taken[m] + done))
+                for slot, value in slot_values.items():
+                    optimizer[f"{index}.{slot}"] = own(place.view(value[m]))
+            out.append(State(step, values, optimizer, traces[m].clone()))
+        return out
