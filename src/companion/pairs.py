@@ -8,8 +8,7 @@ barrier between them (forks, independent inits, checkpoints along training) goes
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -178,14 +177,14 @@ def _measure(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
     return {"barrier": found.to_json(), "distances": distances, "start": start}
 
 
-def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
-    pair, evaluation, store, device = item
+def entry_of_pair(pair: Pair, evaluation: Evaluation, store: Store, device: str) -> Entry:
+    """The store's entry of what was measured of a pair."""
     data = datasets.load(pair.a.recipe.data, device)
 
     def key(run: Run) -> str:
         return entry_of(run, data, device, store).key
 
-    entry = store.entry(
+    return store.entry(
         {
             "kind": "pair",
             "evaluation": evaluation.identity(),
@@ -195,6 +194,10 @@ def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
             "start": [key(pair.start[0]), pair.start[1]] if pair.start else None,
         }
     )
+
+
+def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
+    entry = entry_of_pair(*item)
     with entry.lock():
         value = _known(entry, "pair.json")
         if value is None:
@@ -283,18 +286,29 @@ def check_null(
         return gate
 
 
+class _Again(Store):
+    """The same store under other keys: nothing that was trained before is found in it."""
+
+    def entry(self, identity: Mapping[str, Any]) -> Entry:
+        return super().entry({**identity, "again": True})
+
+
 def _null(run: Run, evaluation: Evaluation, data: Dataset, store: Store, device: str) -> Gate:
     first = load_weights(run, store=store, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = Store(folder)
-        if run.fork:  # the start is shared: copy W_k, do not train it again
-            parent, step = run.fork.parent, run.fork.step
+    # Entries of their own in the same store: a second copy that was stopped goes on, too.
+    fresh = _Again(store.root)
+    used = [entry_of(run, data, device, fresh)]
+    if run.fork:  # the start is shared: copy W_k, do not train it again
+        parent, step = run.fork.parent, run.fork.step
+        name = f"state-{step:08d}.safetensors"
+        used.append(entry_of(parent, data, device, fresh))
+        if name not in used[1]:
             state = load_state(parent, step, store=store, device=device)
-            entry_of(parent, data, device, fresh).write_tensors(
-                f"state-{step:08d}.safetensors", state.tensors()
-            )
-        train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device)
-        second = load_weights(run, store=fresh, device=device)
+            used[1].write_tensors(name, state.tensors())
+    train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device)
+    second = load_weights(run, store=fresh, device=device)
+    for entry in used:  # the next control trains anew
+        entry.discard()
     module = build(run, data, torch.device(device))
     found = barrier(
         module,

@@ -18,7 +18,7 @@ import torch
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
 
-from companion import locations
+from companion import deadline, locations
 from companion.errors import BadParameter
 
 T = TypeVar("T")
@@ -47,10 +47,11 @@ def resolve_workers(workers: int) -> int:
     return workers or int(cpu_count())
 
 
-def _call(work: Callable[[T], R], item: T, roots: dict[str, str]) -> R:
+def _call(work: Callable[[T], R], item: T, roots: dict[str, str], end: float | None) -> R:
     # loky keeps its workers, and with them the environment of the call that started them.
     os.environ.update(roots)
-    with one_thread():
+    with one_thread(), deadline.until(end):
+        deadline.check()
         return work(item)
 
 
@@ -72,6 +73,7 @@ def run_all(
 
     Raises:
         the first error of any job; jobs not yet started are dropped, what was stored stays.
+        OutOfTime: see :mod:`companion.deadline`; the jobs at work store where they are.
     """
     count = min(resolve_workers(workers), len(items))
     bar: Any = tqdm(total=len(items), desc=label, disable=not sys.stderr.isatty() or not items)
@@ -79,10 +81,12 @@ def run_all(
         "COMPANION_DATA": str(locations.data_root()),
         "COMPANION_RUNS": str(locations.runs_root()),
     }
+    end = deadline.current()
     out: list[R] = []
     with bar:
         if count <= 1 or torch.device(device).type != "cpu":
             for item in items:
+                deadline.check()
                 with one_thread():
                     out.append(work(item))
                 bar.update()
@@ -90,7 +94,7 @@ def run_all(
         with Parallel(
             count, backend="loky", inner_max_num_threads=1, return_as="generator"
         ) as pool:
-            for result in pool(delayed(_call)(work, item, roots) for item in items):
+            for result in pool(delayed(_call)(work, item, roots, end) for item in items):
                 out.append(result)
                 bar.update()
     return out

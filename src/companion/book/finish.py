@@ -19,6 +19,7 @@ from companion.book.layout import Book, BookError
 from companion.book.parameters import declared, substituted
 from companion.figures import label
 from companion.locations import data_root, runs_root
+from companion.recorded import Record
 
 #: Keys that papermill and nbclient put into metadata: times, paths, durations.
 _NOISE = ("papermill", "execution")
@@ -35,6 +36,7 @@ class Page:
     claims: list[dict[str, Any]] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] | None = None
+    recorded: list[Record] = field(default_factory=list)  # what ships beside the run
 
 
 def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from companion import data as datasets
+from companion import deadline
 from companion.data import Dataset
 from companion.errors import BadParameter, CorruptEntry
 from companion.pool import run_all
@@ -124,6 +125,7 @@ def train_one(job: Job, *, store: Store | None = None, device: str = "cpu") -> N
         BadParameter: the recipe does not fit its dataset (checked before the first step).
         Diverged: the loss is not finite.
         StoreUnwritable: no space, or no permission.
+        OutOfTime: see :mod:`companion.deadline`; the next call goes on from here.
     """
     store, where = store or Store(), datasets.resolve_device(device)
     data = datasets.load(job.run.recipe.data, str(where))
@@ -147,6 +149,7 @@ def train_one(job: Job, *, store: Store | None = None, device: str = "cpu") -> N
                     entry.write_tensors(weights_name, reached.tensors(full=False))
             else:
                 entry.write_tensors(_RESUME, reached.tensors())
+                deadline.check()
 
         if state.step in missing:
             save(state)
@@ -154,7 +157,7 @@ def train_one(job: Job, *, store: Store | None = None, device: str = "cpu") -> N
 
         def tick(_: int) -> bool:
             nonlocal last
-            if time.monotonic() - last < RESUME_EVERY_S:
+            if time.monotonic() - last < RESUME_EVERY_S and not deadline.passed():
                 return False
             last = time.monotonic()
             return True
