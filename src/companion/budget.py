@@ -16,7 +16,7 @@ import torch
 
 from companion import data as datasets
 from companion.connectivity import BN_MODES, Walker
-from companion.pairs import Evaluation, Pair, entry_of_pair
+from companion.pairs import Evaluation, Pair, entry_of_null, entry_of_pair
 from companion.pool import one_thread, resolve_workers
 from companion.runs import Store
 from companion.theta import layout, snapshot
@@ -71,35 +71,54 @@ def count(
         one :class:`Cost` a recipe, in the order of the plans.
     """
     store, where = store or Store(), str(datasets.resolve_device(device))
-    pairs = list(dict.fromkeys(pair for plan in plans for pair in plan.pairs))
-    again = {run for plan in plans for run in plan.again}
-    jobs: list[Job] = [job for pair in pairs for job in pair.jobs()]
-    wave = jobs
-    while wave := [parent for job in wave if (parent := job.parents())]:
-        jobs = jobs + wave
+    # Two ways to ask for one measurement (step T, or the end) are one entry.
+    pairs = {
+        (entry := entry_of_pair(pair, evaluation, store, where)).key: (pair, entry)
+        for plan in plans
+        for pair in plan.pairs
+    }
+    missing = [pair for pair, entry in pairs.values() if "pair.json" not in entry]
+    again = {
+        run: "gate.json" not in entry_of_null(run, evaluation, store, where)
+        for plan in plans
+        for run in plan.again
+    }
+    needed = {job.run: job for job in _jobs(missing)}
     totals: dict[Recipe, list[int]] = {}
-    for job in merge(jobs):
-        run = job.run
-        stop = max((*job.weights, *job.states), default=run.first_step)
-        steps = stop - run.first_step
+    for job in _jobs([pair for pair, _ in pairs.values()]):
+        steps = _stop(job) - job.run.first_step
         if not steps:  # an init: built, not trained
             continue
-        data = datasets.load(run.recipe.data, where)
-        files = entry_of(run, data, where, store).files()
-        reached = max((int(n[8:16]) for n in files if n.startswith("weights-")), default=0)
-        reached = max(reached, *(int(n[6:14]) for n in files if n.startswith("state-")), 0)
-        left = 0 if reached >= stop else steps  # a resume point in between is not looked into
-        row = totals.setdefault(run.recipe, [0] * 6)
-        twice = 1 + (run in again)
-        row[0] += twice
-        row[1] += twice * steps
-        row[3] += twice if left else 0
-        row[4] += twice * left
-    for pair in pairs:
+        row = totals.setdefault(job.run.recipe, [0] * 6)
+        left = job.run in needed and not _is_trained(needed[job.run], store, where)
+        row[0] += 1 + (job.run in again)
+        row[1] += steps * (1 + (job.run in again))
+        row[3] += left + again.get(job.run, False)
+        row[4] += steps * (left + again.get(job.run, False))
+    for pair, entry in pairs.values():
         row = totals.setdefault(pair.a.recipe, [0] * 6)
         row[2] += 1
-        row[5] += "pair.json" not in entry_of_pair(pair, evaluation, store, where)
+        row[5] += "pair.json" not in entry
     return [Cost(recipe, *row) for recipe, row in totals.items()]
+
+
+def _jobs(pairs: Sequence[Pair]) -> list[Job]:
+    """What the pairs need, with the trunks that copies leave; one job a run."""
+    wave = jobs = [job for pair in pairs for job in pair.jobs()]
+    while wave := [parent for job in wave if (parent := job.parents())]:
+        jobs = jobs + wave
+    return merge(jobs)
+
+
+def _stop(job: Job) -> int:
+    return max((*job.weights, *job.states), default=job.run.first_step)
+
+
+def _is_trained(job: Job, store: Store, device: str) -> bool:
+    """Whether the store has the job's last state; resume points in between are not looked into."""
+    data = datasets.load(job.run.recipe.data, device)
+    files = entry_of(job.run, data, device, store).files()
+    return any(f"{kind}-{_stop(job):08d}.safetensors" in files for kind in ("weights", "state"))
 
 
 def probe(recipe: Recipe, evaluation: Evaluation, device: str) -> Speed:

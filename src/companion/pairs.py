@@ -206,6 +206,13 @@ def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
         return value
 
 
+def _is_measured(entry: Entry) -> bool:
+    try:
+        return "pair.json" in entry
+    except CorruptEntry:  # whoever reads it says so
+        return False
+
+
 def _known(entry: Entry, name: str) -> dict[str, Any] | None:
     try:
         return entry.read_json(name) if name in entry else None
@@ -239,8 +246,10 @@ def measure(
     """
     store, evaluation = store or Store(), evaluation or Evaluation()
     where = str(datasets.resolve_device(device))
+    # What was measured needs no weights: a store may hold the numbers alone.
+    missing = [p for p in pairs if not _is_measured(entry_of_pair(p, evaluation, store, where))]
     train(
-        [job for pair in pairs for job in pair.jobs()], store=store, device=where, workers=workers
+        [job for pair in missing for job in pair.jobs()], store=store, device=where, workers=workers
     )
     items = [(pair, evaluation, store, where) for pair in pairs]
     raw = run_all(_stored, items, workers=workers, device=where, label=label)
@@ -260,6 +269,12 @@ def measure(
     ]
 
 
+def entry_of_null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Entry:
+    """The store's entry of the null control of a run."""
+    key = entry_of(run, datasets.load(run.recipe.data, device), device, store).key
+    return store.entry({"kind": "null", "evaluation": evaluation.identity(), "run": key})
+
+
 def check_null(
     run: Run,
     evaluation: Evaluation | None = None,
@@ -275,8 +290,7 @@ def check_null(
     store, evaluation = store or Store(), evaluation or Evaluation()
     device = str(datasets.resolve_device(device))
     data = datasets.load(run.recipe.data, device)
-    key = entry_of(run, data, device, store).key
-    entry = store.entry({"kind": "null", "evaluation": evaluation.identity(), "run": key})
+    entry = entry_of_null(run, evaluation, store, device)
     with entry.lock():
         if known := _known(entry, "gate.json"):
             return Gate(**known)

@@ -138,12 +138,12 @@ def sentence(chapter: str, records: Sequence[Record]) -> str:
     """What is recorded, or that nothing is and which command changes that; Markdown."""
     if not records:
         return (
-            "Nothing is recorded for this chapter yet: every number on this page is of its own run. "
-            f"`companion record {chapter} --profile gpu` makes such a file on a machine with a GPU."
+            "Nothing is recorded for this chapter yet: all numbers here are of this page's run. "
+            f"`companion record {chapter} --profile gpu` makes such a file, on a GPU."
         )
     lines = [
-        f"- `{r.profile}`: {r.data['scale']}; {r.data['hardware']}, {r.data['date']}, "
-        f"{r.data['seconds'] / 60:.0f} min of computation"
+        f"- `{r.name}`: {r.data['scale']}; {r.data['date']}, {r.data['hardware']}, "
+        f"{r.data['seconds'] / 60:.1f} minutes of computation"
         for r in records
     ]
     return "Recorded:\n\n" + "\n".join(lines)
@@ -184,8 +184,7 @@ def extremes(record: Record, figure: str) -> str:
     words = []
     for _, series in curves([record], figure).values():
         for label, points in series.items():
-            (first, a), (last, b) = list(points.items())[0], list(points.items())[-1]
-            words.append(
-                f"{label} {a.value:.1f} points at k = {first}, {b.value:.1f} at k = {last}"
-            )
+            first, last = min(points), max(points)
+            a, b = points[first].value, points[last].value
+            words.append(f"{label} {a:.1f} points at k = {first}, {b:.1f} at k = {last}")
     return ", ".join(words) or "no curve"

@@ -3,8 +3,8 @@
     companion record 01_instability --profile gpu -p dataset=mnist --time-limit 540
 
 The chapter is the only definition of its experiments. Its code cells run here one after the other,
-without Jupyter; what they put on the page (:mod:`companion.page`) is kept instead of shown. Runs and
-pairs go to the run store as always, so a recording that was stopped goes on where it was, also
+without Jupyter; what they put on the page (:mod:`companion.page`) is kept instead of shown. Runs
+and pairs go to the run store as always, so a recording that was stopped goes on where it was, also
 from a store that was carried to another machine (``companion runs export``). The result is
 ``data/recorded/<chapter>/<name>.json``, and nothing else is written outside the store.
 
@@ -26,15 +26,18 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
-from companion import budget, chapter, deadline, page
+from companion import deadline, page
 from companion.book import parameters
 from companion.book.layout import Book
+from companion.budget import Cost, Probe, count, estimate, probe
+from companion.chapter import Cell, cells
 from companion.errors import BadParameter, CompanionError, OutOfTime
 from companion.figures import to_json
 from companion.recorded import FORMAT, LIMIT, folder, hardware
@@ -60,6 +63,7 @@ class Recording:
         book: the book; name: the file's name, without ``.json``.
         chapter, profile: by name; overrides: parameters that differ from the profile's.
         cells: the chapter's code; values: what profile and overrides set.
+        problems: pictures that failed while it ran; their numbers are not in the result.
     """
 
     book: Book
@@ -67,8 +71,9 @@ class Recording:
     profile: str
     overrides: Mapping[str, Any]
     name: str
-    cells: Sequence[chapter.Cell]
+    cells: Sequence[Cell]
     values: Mapping[str, Any]
+    problems: list[str] = field(default_factory=list)
 
     @property
     def target(self) -> Path:
@@ -103,8 +108,8 @@ def prepare(
             is no file name, a folder that cannot be written.
     """
     where = f"chapters/{chapter_name}.md"
-    cells = chapter.cells(book.source(chapter_name).read_text(encoding="utf-8"), where)
-    tagged = [c for c in cells if "parameters" in c.tags]
+    code = cells(book.source(chapter_name).read_text(encoding="utf-8"), where)
+    tagged = [c for c in code if "parameters" in c.tags]
     if len(tagged) != 1:
         raise BadParameter(f"{where} has {len(tagged)} cells tagged `parameters`; it needs one.")
     source = tagged[0].source
@@ -117,7 +122,7 @@ def prepare(
             f"--name: {name!r} is needed as a file name: up to 80 lower-case letters, digits, "
             "points, hyphens and underscores."
         )
-    found = Recording(book, chapter_name, profile, overrides, name, cells, values)
+    found = Recording(book, chapter_name, profile, overrides, name, code, values)
     _check_folder(found.target.parent)
     return found
 
@@ -152,7 +157,6 @@ class _Piece:
     dry_run: bool
     say: Callable[[str], None]
     budget: page.Budget | None = None
-    problems: list[str] = field(default_factory=list)
 
     def on_budget(self, declared: page.Budget) -> None:
         """Print what is to be done and how long it may take; stop here if that was all."""
@@ -162,10 +166,10 @@ class _Piece:
         if self.dry_run:
             raise _Planned
 
-    def costs(self) -> list[budget.Cost]:
+    def costs(self) -> list[Cost]:
         assert self.budget is not None
         b = self.budget
-        return budget.count(b.plans, b.evaluation, device=b.device)
+        return count(b.plans, b.evaluation, device=b.device)
 
     def announce(self) -> None:
         assert self.budget is not None
@@ -176,10 +180,11 @@ class _Piece:
                 f"{cost.missing_runs} of {cost.runs} runs to train ({cost.missing_steps:,} of "
                 f"{cost.steps:,} steps), {cost.missing_pairs} of {cost.pairs} pairs to measure"
             )
+        speed: Probe = partial(probe, evaluation=b.evaluation, device=b.device)
         seconds = sum(
-            budget.estimate(
+            estimate(
                 costs,
-                lambda recipe: budget.probe(recipe, b.evaluation, b.device),
+                speed,
                 device=b.device,
                 workers=b.workers,
             )
@@ -198,8 +203,8 @@ class _Piece:
         runs, pairs = sum(c.runs for c in costs), sum(c.pairs for c in costs)
         return (
             f"Stored: {runs - sum(c.missing_runs for c in costs)} of {runs} runs, "
-            f"{pairs - sum(c.missing_pairs for c in costs)} of {pairs} pairs, and the states of the "
-            "runs at work."
+            f"{pairs - sum(c.missing_pairs for c in costs)} of {pairs} pairs, and the states of "
+            "the runs at work."
         )
 
 
@@ -253,7 +258,7 @@ def record(
         say("the chapter declares no budget (page.budget): nothing to estimate")
         return None
     pieces = [entry.read_json(name)["seconds"] for name in sorted(entry.files())]
-    document = _document(recording, found, commit, piece.problems)
+    document = _document(recording, found, commit)
     document |= {"seconds": round(sum(pieces), 1), "pieces": len(pieces)}
     return _write(recording.target, document)
 
@@ -281,7 +286,7 @@ def _execute(source: str, line: int, path: str, namespace: dict[str, Any], piece
     try:
         tree = ast.parse(source, path)
         ast.increment_lineno(tree, line - 1)
-        exec(compile(tree, path, "exec"), namespace)
+        exec(compile(tree, path, "exec", dont_inherit=True), namespace)
     except (CompanionError, _Planned):
         raise
     except Exception as error:
@@ -289,7 +294,7 @@ def _execute(source: str, line: int, path: str, namespace: dict[str, Any], piece
         at = f"{where}, line {lines[-1] if lines else line}: {type(error).__name__}: {error}"
         last = traceback.extract_tb(error.__traceback__)[-1].filename
         if f"{os.sep}matplotlib{os.sep}" in last:  # a picture: the numbers are worth more
-            piece.problems.append(at)
+            piece.recording.problems.append(at)
             return
         shown = "".join(traceback.format_exception(error)).rstrip().splitlines()[-16:]
         raise RecordingFailed(
@@ -301,16 +306,14 @@ def _execute(source: str, line: int, path: str, namespace: dict[str, Any], piece
         plt.close("all")
 
 
-def _document(
-    r: Recording, found: page.Captured, commit: str | None, problems: list[str]
-) -> dict[str, Any]:
+def _document(r: Recording, found: page.Captured, commit: str | None) -> dict[str, Any]:
     """The result as plain JSON types."""
     provenance = next(iter(found.all("provenance")), None)
     claims = [entry for group in found.all("claims") for entry in group]
     if provenance is None or not {"dataset", "device"} <= set(provenance) or not claims:
         raise RecordingFailed(
-            f"chapters/{r.chapter}.md: a recording needs verdicts (claims.show) and provenance with "
-            "`dataset` and `device` (provenance.show); the chapter shows no such thing."
+            f"chapters/{r.chapter}.md: a recording needs verdicts (claims.show), and provenance "
+            "with `dataset` and `device` (provenance.show); the chapter shows no such thing."
         )
     if provenance.get("code") is None and commit:
         provenance = {**provenance, "code": {"commit": commit, "changed": None}}
@@ -329,7 +332,7 @@ def _document(
         "figures": {f["name"]: f for f in found.all("figure")},
         "tables": found.all("table"),
         "numbers": {k: v for entry in found.all("number") for k, v in entry.items()},
-        "problems": problems,
+        "problems": list(r.problems),
         "provenance": provenance,
         "source": _source(r),
     }
@@ -360,8 +363,8 @@ def _write(path: Path, document: Mapping[str, Any]) -> Path:
         largest = max(document["figures"].values(), key=lambda f: len(compact(f)), default=None)
         hint = f" The largest figure's data is that of {largest['name']!r}." if largest else ""
         raise RecordingFailed(
-            f"{path} would have {len(content) / 1e6:.2f} MB; recorded files have {LIMIT / 1e6:g} MB "
-            f"at most. Nothing was written; what is computed is stored.{hint}"
+            f"{path} would have {len(content) / 1e6:.2f} MB; recorded files have "
+            f"{LIMIT / 1e6:g} MB at most. Nothing was written; what is computed is stored.{hint}"
         )
     working = path.with_name(f".tmp-{uuid4().hex}-{path.name}")
     try:

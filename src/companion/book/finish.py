@@ -132,7 +132,7 @@ def _scrub(text: str, book: Book) -> str:
 def _figures(page: Page, cell: Any) -> Iterator[Any]:
     """The cell, and after each figure its download links; what it published goes to the page.
 
-    Jupyter Book takes a caption from the cell's metadata, so a cell with several figures is split.
+    Jupyter Book takes a caption from the cell's metadata, so a cell that shows more is split.
     """
     import nbformat
 
@@ -145,7 +145,9 @@ def _figures(page: Page, cell: Any) -> Iterator[Any]:
         page.claims += found.get("claims", [])
         page.provenance = found.get("provenance", page.provenance)
         figure = found.get("figure")
-        if figure and groups[-1][1]:
+        # The caption would go to every picture and every Markdown text of the cell.
+        shown = [o for o in groups[-1][0] if o.output_type != "stream"]
+        if shown and output.output_type != "stream" and (figure or groups[-1][1]):
             groups.append(([], None))
         outputs, known = groups[-1]
         outputs.append(output)
@@ -154,7 +156,7 @@ def _figures(page: Page, cell: Any) -> Iterator[Any]:
         part = cell
         if i:
             # Not empty: Jupyter Book drops a code cell without code, outputs and all.
-            note = "# one more figure of the cell above"
+            note = "# one more output of the cell above"
             part = nbformat.v4.new_code_cell(note, metadata={"tags": ["remove-input"]})
         part.outputs = outputs
         if figure is None:
