@@ -63,13 +63,13 @@ class Record:
 
     @property
     def title(self) -> str:
-        """Profile, scale with hardware, and date, in words."""
-        return f"{self.profile}: {self.data['scale']} ({self.data['date']})"
+        """Name, scale with hardware, and date, in words."""
+        return f"{self.name}: {self.data['scale']} ({self.data['date']})"
 
     @property
     def short(self) -> str:
-        """Dataset, hardware and date: what a number in a table has to say."""
-        return f"{self.dataset}, {self.data['hardware']}, {self.data['date']}"
+        """Name, dataset, hardware and date: what a number in a table has to say."""
+        return f"{self.name}: {self.dataset}, {self.data['hardware']}, {self.data['date']}"
 
 
 def folder(root: Path) -> Path:
@@ -173,7 +173,7 @@ def curves(
             if isinstance(s, dict) and label.endswith(", test")
         }
         if series:
-            title = f"{record.profile}: {record.dataset}, T = {data['T']}\n"
+            title = f"{record.name}: {record.dataset}, T = {data['T']}\n"
             title += f"{record.data['hardware']}, {record.data['date']}"
             found[title] = (int(data["T"]), series)
     return found

@@ -126,7 +126,7 @@ def _with_scoreboard(text: str, pages: list[Page], profile: str) -> str:
     )
     if records:
         line += "\n\nRecorded on larger machines, by profile:\n\n" + "\n".join(
-            f"- `{r.profile}`, {r.title.partition(': ')[2]}: {claims.tally(r.verdicts.values())}"
+            f"- `{r.profile}`, {r.title}: {claims.tally(r.verdicts.values())}"
             for r in records
         )
     else:
