@@ -137,11 +137,15 @@ def probe(recipe: Recipe, evaluation: Evaluation, device: str) -> Speed:
         state = State(0, snapshot(module))
         most = min(10, recipe.steps)
         advance(run, state, most, data, module=module)  # warm-up: kernels, caches
-        start, steps = wait(), 0
-        while (spent := wait() - start) < _PROBE_S and (steps < 200 or spent < _PROBE_S / 4):
+        spent = 0.0
+        while not spent or (
+            spent < _PROBE_S / 4 and most < recipe.steps
+        ):  # what a call costs fades
+            most = min(4 * most, recipe.steps) if spent else most
+            start = wait()
             advance(run, state, most, data, module=module)
-            steps += most
-        step = spent / max(steps, 1)
+            spent = wait() - start
+        step = spent / most
         splits = evaluation.splits(data)
         walker = Walker(module, splits, bn=evaluation.bn, bn_data=data.train)
         walker.at(state.theta)

@@ -191,11 +191,12 @@ def table(
         verdicts: The rows.
         caption: Plain text above the table.
         links: Claim id to address; the ids of the rows become links.
-        recorded: Records of any chapters; each profile among them becomes a column.
+        recorded: Records of any chapters; each profile among them becomes a column (``paper`` and
+            ``paper-mnist`` share one, and each value says its dataset).
     """
     verdicts = list(verdicts)
     names = papers()
-    profiles = list(dict.fromkeys(r.profile for r in recorded))
+    profiles = list(dict.fromkeys(r.family for r in recorded))
     heads = ["Claim", "Reported", "Reproduced here", "Verdict"]
     heads += [f"Recorded, profile {escape(p)}" for p in profiles]
     rows, tags = [], set()
@@ -286,10 +287,10 @@ def _number(claim: Claim, x: float) -> str:
 
 
 def _recorded(id: str, records: Sequence[Record], profile: str) -> str:
-    """One cell: verdict, value and scale of each record of a profile that judged the claim."""
+    """One cell: verdict, value and scale of each record of a family that judged the claim."""
     parts = []
     for record in records:
-        if record.profile == profile and (v := record.verdicts.get(id)):
+        if record.family == profile and (v := record.verdicts.get(id)):
             parts.append(
                 f'<div class="verdict verdict-{v.verdict.replace(" ", "-")}">'
                 f'<span aria-hidden="true">{SIGNS[v.verdict]}</span> {escape(v.verdict)}</div>'

@@ -57,6 +57,11 @@ class Record:
     data: Mapping[str, Any]
 
     @property
+    def family(self) -> str:
+        """The profile without its variant: ``paper-mnist`` is of the family ``paper``."""
+        return self.profile.partition("-")[0]
+
+    @property
     def dataset(self) -> str:
         """The dataset's label."""
         return str(self.data["dataset"]["name"])

@@ -115,7 +115,10 @@ def prepare(
     source = tagged[0].source
     overrides = dict(_setting(text) for text in settings)
     parameters.check(overrides, parameters.declared(source, where), "-p")
-    values = parameters.profile_values(book, profile, chapter_name, source) | overrides
+    values = parameters.profile_values(book, profile, chapter_name, source)
+    if not values and profile != "quick":  # the result would be called what it is not
+        raise BadParameter(f"profile {profile}: it sets nothing for {chapter_name}.")
+    values |= overrides
     name = name or "-".join([profile, *(_slug(n, v) for n, v in overrides.items())])
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,79}", name):
         raise BadParameter(

@@ -126,8 +126,7 @@ def _with_scoreboard(text: str, pages: list[Page], profile: str) -> str:
     )
     if records:
         line += "\n\nRecorded on larger machines, by profile:\n\n" + "\n".join(
-            f"- `{r.profile}`, {r.title}: {claims.tally(r.verdicts.values())}"
-            for r in records
+            f"- `{r.profile}`, {r.title}: {claims.tally(r.verdicts.values())}" for r in records
         )
     else:
         line += "\n\nNothing is recorded at a larger scale yet: every verdict below is of this run."
