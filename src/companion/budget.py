@@ -22,7 +22,7 @@ from companion.runs import Store
 from companion.theta import layout, snapshot
 from companion.training import Job, Recipe, Run, State, advance, build, entry_of, merge
 
-_PROBE_S = 2.0  # seconds a recipe, warm-up not counted
+_PROBE_S = 0.5  # seconds of the last call of a recipe, at least
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,8 @@ def probe(recipe: Recipe, evaluation: Evaluation, device: str) -> Speed:
         most = min(10, recipe.steps)
         advance(run, state, most, data, module=module)  # warm-up: kernels, caches
         spent = 0.0
-        while not spent or (
-            spent < _PROBE_S / 4 and most < recipe.steps
-        ):  # what a call costs fades
+        # Longer and longer calls, until what a call costs by itself no longer counts.
+        while not spent or (spent < _PROBE_S and most < recipe.steps):
             most = min(4 * most, recipe.steps) if spent else most
             start = wait()
             advance(run, state, most, data, module=module)

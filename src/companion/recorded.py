@@ -173,6 +173,7 @@ def curves(
                 for k, mean, low, high, n in zip(
                     *(s[name] for name in ("k", "mean", "low", "high", "pairs")), strict=True
                 )
+                if mean is not None
             }
             for label, s in data.items()
             if isinstance(s, dict) and label.endswith(", test")

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from uuid import uuid4
 
 import yaml
@@ -159,12 +159,13 @@ class _Piece:
     recording: Recording
     dry_run: bool
     say: Callable[[str], None]
+    stdout: TextIO
     budget: page.Budget | None = None
 
     def on_budget(self, declared: page.Budget) -> None:
         """Print what is to be done and how long it may take; stop here if that was all."""
         self.budget = declared
-        with contextlib.redirect_stdout(sys.__stdout__ or sys.stdout):
+        with contextlib.redirect_stdout(self.stdout):  # the cells' own output goes nowhere
             self.announce()
         if self.dry_run:
             raise _Planned
@@ -244,7 +245,7 @@ def record(
             raise BadParameter(f"--time-limit: {time_limit:g} must be above 0 seconds.")
         start = began if started is None else started
         end = start + time_limit - min(MARGIN_S, time_limit / 10)
-    piece = _Piece(recording, dry_run, say)
+    piece = _Piece(recording, dry_run, say, sys.stdout)
     entry = Store().entry(recording.identity())
     try:
         with page.captured(piece.on_budget) as found, deadline.until(end):

@@ -1,4 +1,4 @@
-"""``companion runs``: what the run store holds, whether it is whole, and what may go."""
+"""``companion runs``: what the run store holds, whether it is whole, what may go or travel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from companion.errors import CorruptEntry, one_of
 if TYPE_CHECKING:
     from companion.runs import Entry, Store
 
-app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, clean up.")
+app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
 KINDS = ("run", "pair", "null", "recording")
 _STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
