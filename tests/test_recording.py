@@ -486,7 +486,7 @@ def test_a_page_draws_what_is_recorded(root):
     front = (book.html("quick") / "index.html").read_text(encoding="utf-8")
     assert "Recorded, profile other" in front
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", front))
-    assert "Recorded on larger machines" in words and "2 claims: 1 " in words
+    assert "Recorded before, at other scales" in words and "2 claims: 1 " in words
     results = content(book.html("quick") / "results.json")
     assert results["chapters"]["01_toy"]["recorded"][0]["name"] == "far"
 

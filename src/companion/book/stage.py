@@ -125,7 +125,7 @@ def _with_scoreboard(text: str, pages: list[Page], profile: str) -> str:
         '<a href="results.json" download>results.json</a>.'
     )
     if records:
-        line += "\n\nRecorded on larger machines, by profile:\n\n" + "\n".join(
+        line += "\n\nRecorded before, at other scales:\n\n" + "\n".join(
             f"- `{r.profile}`, {r.title}: {claims.tally(r.verdicts.values())}" for r in records
         )
     else:
