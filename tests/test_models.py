@@ -769,3 +769,8 @@ def test_own_factories_that_are_refused(own, spec, says):
 def test_errors_inside_an_own_factory_keep_their_traceback(own):
     with pytest.raises(RuntimeError, match="a bug of the user's"):
         build("my_lab.nets:make_mistake", DIGITS, 10)
+
+
+def test_a_question_mark_before_the_colon_is_no_factory() -> None:
+    with pytest.raises(BadParameter):
+        canonical("?.:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,20 @@ def test_an_error_of_a_worker_arrives_as_what_it_was() -> None:
     with pytest.raises(StoreUnwritable, match=r"^the disk is full$"):
         run_all(full_disk, [1, 2, 3], workers=2)
     assert len(run_all(look, [0, 1, 2], workers=2)) == 3, "the pool is of use afterwards"
+
+
+def test_a_worker_that_grows_is_kept() -> None:
+    """loky ends workers that grew by 300 MB, with a warning that kills its manager thread here."""
+    sizes = [0, 0, 130_000_000, 0, 0, 0]  # float32: 520 MB from the second job of a worker on
+    pids = run_all(_grow, sizes, workers=2)
+    assert len(set(pids)) == 2
+
+
+_kept: list[torch.Tensor] = []
+
+
+def _grow(size: int) -> int:
+    if size:
+        _kept.append(torch.zeros(size))
+    time.sleep(1.2)  # loky looks once a second
+    return os.getpid()

@@ -874,8 +874,21 @@ def test_a_resume_point_is_used(store: Store, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(engine.loop, "advance", counted)
     assert same_state(load_state(run, 40, store=store), expected)
     assert first == [30] and list(entry.files()) == ["state-00000040.safetensors"]
-    # A resume point beyond the wanted step is of no use, and must not be taken for it.
-    assert same(load_weights(run, 5, store=store), advance(run, start(run), 5, DIGITS).theta)
+
+
+def test_what_lies_beyond_a_wanted_step_is_not_taken_for_it(store: Store) -> None:
+    run = Run(recipe())
+    at_5, at_10 = (advance(run, start(run), step, DIGITS) for step in (5, 10))
+    load_state(run, 20, store=store)
+    train_one(Job(run, weights=(10, 40)), store=store)
+    entry = entry_of(run, DIGITS, "cpu", store)
+    assert {"weights-00000010.safetensors", "weights-00000040.safetensors"} <= set(entry.files())
+    assert same(load_weights(run, 10, store=store), at_10.theta)
+    entry.write_tensors("resume.safetensors", advance(run, start(run), 30, DIGITS).tensors())
+    train_one(Job(run, weights=(5,)), store=store)
+    assert "weights-00000005.safetensors" in entry.files()
+    assert same(load_weights(run, 5, store=store), at_5.theta)
+    assert same_state(load_state(run, 5, store=store), at_5)
 
 
 def spoil(path: Path) -> None:

@@ -103,10 +103,13 @@ class Instability:
 
     def verdict(self, k: int, split: str = "test", threshold: float = THRESHOLD) -> str:
         """``stable`` if the whole interval is below the threshold, ``unstable`` if it is not below
-        anywhere, ``undetermined`` if it straddles it, ``invalid`` without a valid pair."""
+        anywhere, ``undetermined`` if it straddles it or rests on one init only, whose interval has
+        no width; ``invalid`` without a valid pair."""
         interval = self.interval(k, split)
         if interval is None:
             return "invalid"
+        if interval.clusters < 2:
+            return "undetermined"
         if interval.high < threshold:
             return "stable"
         return "unstable" if interval.low >= threshold else "undetermined"

@@ -16,6 +16,7 @@ import torch
 
 from companion import data as datasets
 from companion.connectivity import BN_MODES, Barrier, Measure, Walker, barrier, grid
+from companion.connectivity.paths import plain
 from companion.data import Dataset, Split
 from companion.errors import BadParameter, CorruptEntry, one_of
 from companion.gates import Gate, noise_independence, null_control
@@ -173,7 +174,7 @@ def _measure(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
             "start_init": distance(w_k, init, names),
         }
         at = Walker(module, splits, bn=evaluation.bn, bn_data=data.train).at(w_k)
-        start = {s: {"loss": m.loss, "error": m.error} for s, m in at.items()}
+        start = {s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()}
     return {"barrier": found.to_json(), "distances": distances, "start": start}
 
 
@@ -198,6 +199,8 @@ def entry_of_pair(pair: Pair, evaluation: Evaluation, store: Store, device: str)
 
 def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
     entry = entry_of_pair(*item)
+    if known := _known(entry, "pair.json"):
+        return known  # without a lock, so that a read-only store serves what it has
     with entry.lock():
         value = _known(entry, "pair.json")
         if value is None:
@@ -263,7 +266,7 @@ def measure(
         PairResult(
             f.judged(reference_error=reference_error, max_error=max_error),
             r["distances"],
-            {s: Measure(**m) for s, m in r["start"].items()},
+            {s: Measure(float(m["loss"]), float(m["error"])) for s, m in r["start"].items()},
         )
         for f, r in zip(found, raw, strict=True)
     ]

@@ -77,6 +77,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is list:
         (inner,) = typing.get_args(hint)
         return isinstance(value, list) and all(_fits(item, inner) for item in value)
+    if isinstance(hint, str):  # annotations under `from __future__ import annotations`
+        raise TypeError(f"annotation {hint!r} is text; the parameters cell needs real types")
     if hint is None or hint is type(None):
         return value is None
     if hint in (int, float):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from joblib import Parallel, cpu_count, delayed
+from joblib.externals.loky import process_executor
 from tqdm import tqdm
 
 from companion import deadline, locations
@@ -50,6 +51,9 @@ def resolve_workers(workers: int) -> int:
 def _call(work: Callable[[T], R], item: T, roots: dict[str, str], end: float | None) -> R:
     # loky keeps its workers, and with them the environment of the call that started them.
     os.environ.update(roots)
+    # It also ends a worker that has grown by 300 MB since its first job, as leaking: here that is a
+    # second dataset, kept on purpose, and the next worker would only have to load it again.
+    process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
     with one_thread(), deadline.until(end):
         deadline.check()
         return work(item)

@@ -110,6 +110,7 @@ def command(
     """
     output(json, "--json")
     output(plot, "--plot", PICTURES)
+    layers = layers or None
 
     from companion import data as datasets
     from companion import models
@@ -161,7 +162,7 @@ def command(
             "b": {"source": b, "sha256": second.sha256, "notes": second.notes},
             "model": models.canonical(net),
             "data": {"name": name, "label": dataset.label, "fingerprint": dataset.fingerprint},
-            "layers": layers or None,
+            "layers": layers,
             "rest": rest,
             "valid": found.valid,
             "heights": heights(found),

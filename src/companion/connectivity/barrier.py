@@ -140,7 +140,8 @@ def barrier(
         module: the architecture; a, b: state dicts of it; data, points, groups, rest: as
             :func:`segment`.
         bn: the headline BatchNorm mode; all three are measured where the network has BatchNorm.
-        classes: number of classes, for the default of gate G0 (default: the dataset's own).
+        classes: number of classes, for the default of gate G0 (default: the dataset's own,
+            or one more than the largest label).
         reference_error, max_error: percent, for gate G0 (:func:`companion.gates.quality`), on the
             split ``test`` (or the last one).
         same_noise: the two are a null control and may be equal.
@@ -153,7 +154,9 @@ def barrier(
     """
     one_of("bn", bn, BN_MODES)
     splits = splits_of(data)
-    classes = classes or (data.classes if isinstance(data, Dataset) else 10)
+    if classes is None:
+        largest = max(int(s.y.max()) for s in splits.values())
+        classes = data.classes if isinstance(data, Dataset) else largest + 1
     modes = [bn, *(m for m in BN_MODES if m != bn)] if has_batchnorm(module) else [bn]
     curves: dict[str, Curve] = {}
     held_out = "test" if "test" in splits else list(splits)[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,11 @@ def grid(points: int) -> list[tuple[float, float]]:
         raise BadParameter(f"points: {points} must be odd and 3 or more, so that ½ is on the grid.")
     last = points - 1
     return [((last - i) / last, i / last) for i in range(points)]
+
+
+def plain(value: float) -> float | str:
+    """A number for JSON, which has no infinity: ``float`` reads the text ``"inf"`` back."""
+    return value if math.isfinite(value) else str(value)
 
 
 def splits_of(data: Dataset | Mapping[str, Split]) -> Mapping[str, Split]:
@@ -91,7 +97,9 @@ class Curve:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-able values; :meth:`from_json` is the inverse."""
-        values = {s: {m: list(v) for m, v in ms.items()} for s, ms in self.values.items()}
+        values = {
+            s: {m: [plain(x) for x in v] for m, v in ms.items()} for s, ms in self.values.items()
+        }
         return {
             "alphas": list(self.alphas),
             "values": values,
@@ -102,7 +110,10 @@ class Curve:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Curve:
         """The inverse of :meth:`to_json`."""
-        values = {s: {m: tuple(v) for m, v in ms.items()} for s, ms in value["values"].items()}
+        values = {
+            s: {m: tuple(float(x) for x in v) for m, v in ms.items()}
+            for s, ms in value["values"].items()
+        }
         return cls(tuple(value["alphas"]), values, value["bn"], dict(value["sizes"]))
 
 
@@ -170,7 +181,8 @@ class Plane:
             "x": list(self.x),
             "y": list(self.y),
             "values": {
-                s: {m: [list(r) for r in v] for m, v in ms.items()} for s, ms in self.values.items()
+                s: {m: [[plain(x) for x in row] for row in v] for m, v in ms.items()}
+                for s, ms in self.values.items()
             },
             "points": [list(p) for p in self.points],
             "bn": self.bn,
@@ -180,7 +192,7 @@ class Plane:
     def from_json(cls, value: Mapping[str, Any]) -> Plane:
         """The inverse of :meth:`to_json`."""
         values = {
-            s: {m: tuple(tuple(r) for r in v) for m, v in ms.items()}
+            s: {m: tuple(tuple(float(x) for x in r) for r in v) for m, v in ms.items()}
             for s, ms in value["values"].items()
         }
         o, a, b = (tuple(p) for p in value["points"])

@@ -19,7 +19,7 @@ _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 def is_own(spec: str) -> bool:
     """Whether ``spec`` names an importable factory: there is a dot before its first colon."""
-    head, colon, _ = spec.partition(":")
+    head, colon, _ = spec.partition("?")[0].partition(":")
     return bool(colon) and "." in head
 
 

@@ -1,0 +1,224 @@
+"""Chapter 1 end to end: plain papermill with tiny parameters, and the phenomena it stands on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from companion import data
+from companion.book import notebooks
+from companion.book.layout import Book
+from companion.instability import Instability, analyse
+from companion.pairs import Evaluation
+from companion.runs import Store
+from companion.training import Recipe
+
+CHAPTER = "01_instability"
+ROOT = Path(__file__).parents[1]
+TINY: dict[str, Any] = {
+    "unstable": "mlp:widths=16x2",
+    "stable": "mlp:widths=16",
+    "steps": 40,
+    "batch": 32,
+    "ks": [0, 10],
+    "inits": 1,
+    "copies": 2,
+    "train_examples": 100,
+    "device": "cpu",
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chapter as `make notebooks` writes it, in a folder of the test."""
+    folder = tmp_path_factory.mktemp("book")
+    for name in ("chapters", "_toc.yml", "_config.yml"):
+        (folder / name).symlink_to(ROOT / name)
+    return notebooks.build(Book(folder), CHAPTER)
+
+
+def run(source: Path, folder: Path, **parameters: Any) -> Any:
+    """The executed notebook."""
+    out = folder / "out.ipynb"
+    papermill.execute_notebook(
+        source, out, parameters=parameters, kernel_name="python3", progress_bar=False
+    )
+    return nbformat.read(out, as_version=4)
+
+
+def entries(notebook: Any, kind: str) -> list[Any]:
+    """What the chapter handed to the book."""
+    found = [
+        output["metadata"]["companion"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "companion" in output.get("metadata", {})
+    ]
+    return [entry[kind] for entry in found if kind in entry]
+
+
+def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
+    notebook = run(source, tmp_path, **TINY)
+    names = [figure["name"] for figure in entries(notebook, "figure")]
+    names = [name for name in names if name != "recorded"]  # there if something is recorded
+    assert names == [
+        "plane",
+        "line",
+        "instability",
+        "controls",
+        "distance",
+        "through",
+        "ablation",
+    ]
+    (verdicts,) = entries(notebook, "claims")
+    numbers = [*range(1, 9), 17, 23, 24, 27, 28]
+    wanted = [f"C{number:02d}" for number in numbers]
+    assert [v["claim"]["id"] for v in verdicts] == wanted
+    by_id = {v["claim"]["id"]: v["verdict"] for v in verdicts}
+    assert by_id["C17"] == "not testable at this scale"
+    (command,) = entries(notebook, "rerun")
+    assert "-p steps 40" in command and "dataset" not in command  # only what was changed
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load("digits").fingerprint
+    assert record["noisy"]["net"] == TINY["unstable"]
+
+
+def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Path) -> None:
+    digits = load_digits()
+    for i in range(120):
+        folder = tmp_path / "pictures" / f"class{digits.target[i] % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = (digits.images[i] * 15).astype("uint8")
+        Image.fromarray(grey).convert("RGB").save(folder / f"{i}.png")
+    name = f"images:{tmp_path / 'pictures'}"
+    notebook = run(source, tmp_path, **{**TINY, "dataset": name})
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load(name).fingerprint
+    assert record["noisy"].get("augment", "none") == "none"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"datset": "mnist"}, ["datset", "Did you mean 'dataset'"]),
+        ({"inits": 1.5}, ["inits", "1.5"]),
+        ({"ks": [0, 40]}, ["ks", "40", "from 0 to 39"]),
+        ({"batch": 5000}, ["batch", "5000", "1437"]),
+        ({"dataset": "cifar100"}, ["cifar100", "companion data get cifar100"]),
+    ],
+)
+def test_bad_parameters_end_before_anything_trains(
+    source: Path,
+    tmp_path: Path,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    parameters: dict[str, Any],
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "no-data"))
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        run(source, tmp_path, **{**TINY, **parameters})
+    for word in words:
+        assert word in caught.value.evalue
+    assert list(store.entries()) == []
+
+
+# The recipes of the chapter. Two copies and the ends of the grid are enough for the phenomenon.
+PERCEPTRON: dict[str, Any] = {
+    "net": "mlp:widths=100x5",
+    "steps": 2000,
+    "batch": 60,
+    "schedule": "step",
+    "milestones": (0.6, 0.85),
+}
+LENET: dict[str, Any] = {
+    "net": "lenet-300-100",
+    "steps": 2000,
+    "batch": 60,
+    "optimizer": "adam",
+    "lr": 1.2e-3,
+}
+FEW = Evaluation(train_examples=1000)
+
+
+def per_init(found: Instability, k: int) -> list[float]:
+    values = found.values(k)
+    return [sum(v for i, v in values if i == init) for init in sorted({i for i, _ in values})]
+
+
+def null(found: Instability) -> float | None:
+    (value,) = {s.result.barrier.gate("G1").value for s in found.samples}
+    return value
+
+
+@pytest.mark.slow
+def test_digits_has_a_stable_and_an_unstable_network(store: Store) -> None:
+    noisy = Recipe(data="digits", lr=0.08, augment="crop1", **PERCEPTRON)
+    found = analyse(noisy, [0, 200], copies=2, evaluation=FEW, max_error=5.0)
+    assert len(per_init(found, 0)) == 3
+    assert min(per_init(found, 0)) > 5
+    assert max(per_init(found, 200)) < 2  # 10 % of training
+    assert null(found) == 0
+    gentle = Recipe(data="digits", augment="crop1", **LENET)
+    calm = analyse(gentle, [0], copies=2, evaluation=FEW, max_error=5.0, controls=False)
+    assert len(per_init(calm, 0)) == 3
+    assert max(per_init(calm, 0)) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("COMPANION_DATA"), reason="MNIST: COMPANION_DATA names no data root"
+)
+def test_mnist_has_a_stable_and_an_unstable_network(store: Store) -> None:
+    found = analyse(
+        Recipe(data="mnist", lr=0.05, **PERCEPTRON),
+        [0, 100],
+        copies=2,
+        evaluation=FEW,
+        max_error=5.0,
+    )
+    assert min(per_init(found, 0)) > 5
+    assert max(per_init(found, 100)) < 2  # 5 % of training
+    assert null(found) == 0
+    calm = analyse(
+        Recipe(data="mnist", **LENET),
+        [0],
+        copies=2,
+        evaluation=FEW,
+        max_error=5.0,
+        controls=False,
+    )
+    assert max(per_init(calm, 0)) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("COMPANION_DATA"), reason="CIFAR-10: COMPANION_DATA names no data root"
+)
+def test_a_convolutional_network_with_batchnorm_on_cifar(store: Store) -> None:
+    """The BatchNorm path on real images: three modes logged, the headline one named."""
+    recipe = Recipe(
+        net="resnet8:width=4",
+        data="cifar10-jpeg",
+        steps=6,
+        batch=16,
+        augment="flip+crop4",
+        weight_decay=1e-4,
+    )
+    few = Evaluation(points=3, train_examples=64, test_examples=64)
+    found = analyse(recipe, [2], inits=1, copies=2, evaluation=few, max_error=100.0, workers=1)
+    (sample,) = found.samples
+    barrier = sample.result.barrier
+    assert set(barrier.curves) == {"interpolate", "reestimate", "batch"}
+    assert barrier.bn == "interpolate" and barrier.gate("G5").passed
+    assert "BatchNorm interpolate" in str(barrier)
+    assert torch.isfinite(torch.tensor(barrier.height("test", "loss")))
