@@ -29,7 +29,7 @@ NOTEBOOKS := $(CHAPTERS:%=build/notebooks/%.ipynb)
 EXECUTED := $(CHAPTERS:%=$(OUT)/executed/%.ipynb)
 # What a chapter's numbers can depend on: all of the package but the book's own steps and the command line.
 PACKAGE := $(shell find src/companion -name '*.py' -not -path '*/book/*' -not -path '*/cli/*' -not -name 'cli.py') \
-	$(shell find data/recorded -name '*.json' 2>/dev/null) $(wildcard data/claims.yaml)
+	$(shell find data/recorded -name '*.json' -o -type d 2>/dev/null) $(wildcard data/claims.yaml)
 PAGES := $(wildcard *.md) _config.yml _toc.yml references.bib $(wildcard book/*) $(wildcard src/companion/book/*.py)
 
 .PHONY: book notebooks test lint format serve clean distclean help

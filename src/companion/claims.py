@@ -19,13 +19,15 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from companion import page
 from companion.claims_file import EVIDENCE, Claim, papers, registry
 from companion.errors import BadParameter
 
 if TYPE_CHECKING:
+    from companion.recorded import Record
     from companion.stats import Interval  # not imported: it takes torch along
 
-__all__ = ["Claim", "Verdict", "judge", "papers", "registry", "show", "table", "tally"]
+__all__ = ["Claim", "Verdict", "again", "judge", "papers", "registry", "show", "table", "tally"]
 
 
 _OURS = ("D", "E")  # shown as ours, never as the paper's
@@ -36,13 +38,15 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": lambda value, limit: value >= limit,
 }
 
+NOT_TESTABLE = "not testable at this scale"
+
 #: Verdict -> the sign beside it. The word is always there: colour and sign only repeat it.
 SIGNS = {
     "reproduced": "✓",
     "not reproduced": "✗",
     "undetermined": "≈",
     "reported": "•",
-    "not testable at this scale": "○",
+    NOT_TESTABLE: "○",
 }
 
 
@@ -129,7 +133,7 @@ def judge(
         if value is not None and not math.isnan(value) and not interval[0] <= value <= interval[1]:
             raise BadParameter(f"{id}: the statistic {value} lies outside its interval {interval}.")
     if value is None or not testable:
-        word = "not testable at this scale"
+        word = NOT_TESTABLE
     elif claim.test["op"] == "report":
         word = "reported"
     else:
@@ -137,12 +141,26 @@ def judge(
     return Verdict(claim, word, value, interval, n, detail, note)
 
 
-def show(verdicts: Sequence[Verdict], *, scale: str) -> None:
+def again(verdict: Verdict) -> Verdict:
+    """A verdict of another time, from its statistic and by the rule as it is now."""
+    return judge(
+        verdict.claim.id,
+        verdict.value,
+        n=verdict.n,
+        interval=verdict.interval,
+        detail=verdict.detail,
+        note=verdict.note,
+        testable=verdict.verdict != NOT_TESTABLE,
+    )
+
+
+def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Record] = ()) -> None:
     """Display the table of reported against reproduced, and hand the verdicts to the book.
 
     Args:
         verdicts: What :func:`judge` returned, in the order of the table.
         scale: What the numbers rest on: dataset, network, samples, hardware.
+        recorded: What :func:`companion.recorded.load` returned; each profile becomes a column.
 
     Raises:
         BadParameter: No verdicts, no scale, or one claim twice.
@@ -152,29 +170,35 @@ def show(verdicts: Sequence[Verdict], *, scale: str) -> None:
     ids = [v.claim.id for v in verdicts]
     if len(set(ids)) < len(ids):
         raise BadParameter(f"claims.show: a claim is listed twice in {', '.join(ids)}.")
-    from IPython.display import display
-
     lines = [f"{v.claim.id}: {v.verdict} ({_measured(v) or 'not measured'})" for v in verdicts]
-    display(
-        {"text/html": table(verdicts, caption=f"Scale: {scale}"), "text/plain": "\n".join(lines)},
-        metadata={"companion": {"claims": [{**v.to_json(), "scale": scale} for v in verdicts]}},
-        raw=True,
+    html = table(verdicts, caption=f"Scale: {scale}", recorded=recorded)
+    page.emit(
+        {"text/html": html, "text/plain": "\n".join(lines)},
+        {"claims": [{**v.to_json(), "scale": scale} for v in verdicts]},
     )
 
 
 def table(
-    verdicts: Iterable[Verdict], *, caption: str, links: Mapping[str, str] | None = None
+    verdicts: Iterable[Verdict],
+    *,
+    caption: str,
+    links: Mapping[str, str] | None = None,
+    recorded: Sequence[Record] = (),
 ) -> str:
-    """The table as HTML: claim, reported (and where), reproduced here, verdict.
+    """The table as HTML: claim, reported (and where), reproduced here, verdict, recorded.
 
     Args:
         verdicts: The rows.
         caption: Plain text above the table.
         links: Claim id to address; the ids of the rows become links.
+        recorded: Records of any chapters; each profile among them becomes a column (``paper`` and
+            ``paper-mnist`` share one, and each value says its dataset).
     """
     verdicts = list(verdicts)
     names = papers()
+    profiles = list(dict.fromkeys(r.family for r in recorded))
     heads = ["Claim", "Reported", "Reproduced here", "Verdict"]
+    heads += [f"Recorded, profile {escape(p)}" for p in profiles]
     rows, tags = [], set()
     for v in verdicts:
         claim = v.claim
@@ -190,7 +214,11 @@ def table(
             f"<td>{reported}</td>"
             f"<td>{here}{_small('rule: ' + claim.rule)}</td>"
             f'<td class="verdict {kind}"><span aria-hidden="true">'
-            f"{SIGNS[v.verdict]}</span> {escape(v.verdict)}{_small(v.note)}</td></tr>"
+            f"{SIGNS[v.verdict]}</span> {escape(v.verdict)}{_small(v.note)}</td>"
+            + "".join(
+                f'<td class="recorded">{_recorded(claim.id, recorded, p)}</td>' for p in profiles
+            )
+            + "</tr>"
         )
     key = "; ".join(f"[{t}] {words}" for t, words in EVIDENCE.items() if t in tags)
     foot = (
@@ -256,6 +284,20 @@ def _number(claim: Claim, x: float) -> str:
     if math.isinf(x):
         return "∞" if x > 0 else "−∞"
     return claim.format.format(x).replace("-", "−")
+
+
+def _recorded(id: str, records: Sequence[Record], profile: str) -> str:
+    """One cell: verdict, value and scale of each record of a family that judged the claim."""
+    parts = []
+    for record in records:
+        if record.family == profile and (v := record.verdicts.get(id)):
+            parts.append(
+                f'<div class="verdict verdict-{v.verdict.replace(" ", "-")}">'
+                f'<span aria-hidden="true">{SIGNS[v.verdict]}</span> {escape(v.verdict)}</div>'
+                + escape(_measured(v) or "—")
+                + _small(record.short)
+            )
+    return "".join(parts) or "—"
 
 
 def _reported(claim: Claim, names: Mapping[str, str]) -> tuple[str, set[str]]:

@@ -38,6 +38,10 @@ class StoreUnwritable(CompanionError, OSError):
     """The run store cannot be written: a full disk, or a read-only folder."""
 
 
+class OutOfTime(CompanionError):
+    """A time limit was reached. What was finished is stored; the same call goes on from there."""
+
+
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     """``value`` if it is one of ``allowed``; else :class:`BadParameter` with a hint."""
     choices = list(allowed)

@@ -28,6 +28,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from companion import page
 from companion.errors import BadParameter
 
 if TYPE_CHECKING:
@@ -130,19 +131,16 @@ def publish(
             )
     values = None if data is None else to_json(data, f"figure {name!r}, data")
     _claim_name(name)
-    picture = _svg(fig, name)
+    # A recording keeps the numbers, and the page draws them: no font or backend can lose them.
+    picture = "" if page.recorder() else _svg(fig, name)
 
     import matplotlib.pyplot as plt
 
     plt.close(fig)
-
-    from IPython.display import display
-
     entry = {"name": name, "caption": " ".join(caption.split()), "alt": " ".join(alt.split())}
-    display(
+    page.emit(
         {"image/svg+xml": picture, "text/plain": f"Figure {name}: {entry['alt']}"},
-        metadata={"companion": {"figure": {**entry, "data": values}}},
-        raw=True,
+        {"figure": {**entry, "data": values}},
     )
 
 
@@ -193,9 +191,20 @@ def _svg(fig: Figure, title: str) -> str:
 
 def _claim_name(name: str) -> None:
     """Refuse a name that another cell published; let the same cell run again."""
-    from IPython.core.getipython import get_ipython
-
-    shell = get_ipython()
+    taken = BadParameter(
+        f"figure name {name!r} is taken: another figure of this chapter was published under "
+        "it. Each figure needs a name of its own."
+    )
+    if (recorder := page.recorder()) is not None:
+        if any(figure["name"] == name for figure in recorder.all("figure")):
+            raise taken
+        return
+    try:
+        from IPython.core.getipython import get_ipython
+    except ModuleNotFoundError:
+        shell = None
+    else:
+        shell = get_ipython()
     cell, count = "", 0  # a plain script is one cell that runs once
     if shell is not None:
         # JupyterLab says which cell runs; papermill does not, and then the cell's text has to do.
@@ -204,8 +213,5 @@ def _claim_name(name: str) -> None:
         count = shell.execution_count
     before = _published.get(name)
     if before is not None and (before[0] != cell or before[1] == count):
-        raise BadParameter(
-            f"figure name {name!r} is taken: another figure of this chapter was published under "
-            "it. Each figure needs a name of its own."
-        )
+        raise taken
     _published[name] = (cell, count)

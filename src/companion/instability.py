@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from companion import data as datasets
+from companion.budget import Plan
 from companion.errors import BadParameter, one_of
 from companion.gates import Gate
 from companion.pairs import Evaluation, Pair, PairResult, check_noise, check_null, measure
@@ -159,6 +160,75 @@ def check(
     return grid
 
 
+def _copies(
+    recipe: Recipe,
+    grid: Sequence[int],
+    inits: int,
+    copies: int,
+    noise: str = "both",
+    optimizer: Literal["reset", "restore"] = "reset",
+    schedule: Literal["continue", "restart"] = "continue",
+) -> dict[tuple[int, int, tuple[int, int]], Pair]:
+    """(init, k, numbers of the copies) -> the pair: what :func:`analyse` trains and measures."""
+
+    def one(init: int, k: int, number: int) -> Run:
+        return copy(recipe, init, k, number, noise=noise, optimizer=optimizer, schedule=schedule)
+
+    return {
+        (init, k, (p, q)): Pair(one(init, k, p), one(init, k, q), start=(trunk(recipe, init), k))
+        for k in grid
+        for init in range(inits)
+        for p, q in itertools.combinations(range(1, copies + 1), 2)
+    }
+
+
+def _strangers(recipe: Recipe, inits: int) -> list[Pair]:
+    return [
+        Pair(copy(recipe, i, 0, 1), copy(recipe, j, 0, 1))
+        for i, j in itertools.combinations(range(inits), 2)
+    ]
+
+
+def _along(
+    recipe: Recipe, k: int, steps: Sequence[int], inits: int, copies: int
+) -> dict[tuple[int, int, tuple[int, int]], Pair]:
+    return {
+        (step, i, (p, q)): Pair(
+            copy(recipe, i, k, p), copy(recipe, i, k, q), step=step, start=(trunk(recipe, i), k)
+        )
+        for step in steps
+        for i in range(inits)
+        for p, q in itertools.combinations(range(1, copies + 1), 2)
+    }
+
+
+def plan(
+    recipe: Recipe,
+    ks: Sequence[int],
+    *,
+    inits: int = 3,
+    copies: int = 3,
+    noise: str = "both",
+    schedule: Literal["continue", "restart"] = "continue",
+    controls: bool = True,
+) -> Plan:
+    """What :func:`analyse` would train and measure with the same arguments, for a budget."""
+    pairs = list(_copies(recipe, sorted(set(ks)), inits, copies, noise, "reset", schedule).values())
+    return Plan(tuple(pairs), again=(pairs[0].a,) if controls else ())
+
+
+def plan_independent(recipe: Recipe, *, inits: int = 3) -> Plan:
+    """The same for :func:`independent`."""
+    return Plan(tuple(_strangers(recipe, inits)))
+
+
+def plan_through_training(
+    recipe: Recipe, k: int, steps: Sequence[int], *, inits: int = 3, copies: int = 2
+) -> Plan:
+    """The same for :func:`through_training`."""
+    return Plan(tuple(_along(recipe, k, steps, inits, copies).values()))
+
+
 def analyse(
     recipe: Recipe,
     ks: Sequence[int],
@@ -198,19 +268,8 @@ def analyse(
         an :class:`Instability`; pairs that fail a gate are in it, and count nowhere.
     """
     grid = check(recipe, ks, inits=inits, copies=copies, noise=noise, device=device)
-
-    def one(init: int, k: int, number: int) -> Run:
-        return copy(recipe, init, k, number, noise=noise, optimizer=optimizer, schedule=schedule)
-
-    where = [
-        (init, k, numbers)
-        for k in grid
-        for init in range(inits)
-        for numbers in itertools.combinations(range(1, copies + 1), 2)
-    ]
-    pairs = [
-        Pair(one(i, k, p), one(i, k, q), start=(trunk(recipe, i), k)) for i, k, (p, q) in where
-    ]
+    design = _copies(recipe, grid, inits, copies, noise, optimizer, schedule)
+    where, pairs = list(design), list(design.values())
     results = measure(
         pairs,
         evaluation,
@@ -242,12 +301,8 @@ def independent(
     workers: int = 0,
 ) -> list[PairResult]:
     """Control: barriers between copies of different inits, every pair of ``inits`` (claim C08)."""
-    pairs = [
-        Pair(copy(recipe, i, 0, 1), copy(recipe, j, 0, 1))
-        for i, j in itertools.combinations(range(inits), 2)
-    ]
     return measure(
-        pairs,
+        _strangers(recipe, inits),
         evaluation,
         max_error=max_error,
         store=store,
@@ -283,18 +338,9 @@ def through_training(
             raise BadParameter(
                 f"steps: {step} must lie above k = {k} and at most at T = {recipe.steps}."
             )
-    where = [
-        (step, init, pair)
-        for step in steps
-        for init in range(inits)
-        for pair in itertools.combinations(range(1, copies + 1), 2)
-    ]
-    pairs = [
-        Pair(copy(recipe, i, k, p), copy(recipe, i, k, q), step=s, start=(trunk(recipe, i), k))
-        for s, i, (p, q) in where
-    ]
+    design = _along(recipe, k, steps, inits, copies)
     results = measure(
-        pairs,
+        list(design.values()),
         evaluation,
         max_error=50.0,
         store=store,
@@ -303,6 +349,6 @@ def through_training(
         label="through training",
     )
     out: dict[int, list[tuple[int, PairResult]]] = {s: [] for s in steps}
-    for (step, init, _), result in zip(where, results, strict=True):
+    for (step, init, _), result in zip(design, results, strict=True):
         out[step].append((init, result))
     return out

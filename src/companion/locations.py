@@ -17,7 +17,17 @@ from pathlib import Path
 def checkout() -> Path | None:
     """The root of the git checkout this package is installed from, or None (a normal install)."""
     root = Path(__file__).resolve().parents[2]
-    return root if (root / "_toc.yml").is_file() and (root / "chapters").is_dir() else None
+    return root if _is_book(root) else None
+
+
+def book_root() -> Path | None:
+    """The root of the book at hand: this folder if it is one, else the checkout, else None."""
+    here = Path.cwd()
+    return here if _is_book(here) else checkout()
+
+
+def _is_book(folder: Path) -> bool:
+    return (folder / "_toc.yml").is_file() and (folder / "chapters").is_dir()
 
 
 def _resolve(variable: str, folder: str) -> Path:

@@ -8,8 +8,7 @@ barrier between them (forks, independent inits, checkpoints along training) goes
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -180,14 +179,14 @@ def _measure(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
     return {"barrier": found.to_json(), "distances": distances, "start": start}
 
 
-def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
-    pair, evaluation, store, device = item
+def entry_of_pair(pair: Pair, evaluation: Evaluation, store: Store, device: str) -> Entry:
+    """The store's entry of what was measured of a pair."""
     data = datasets.load(pair.a.recipe.data, device)
 
     def key(run: Run) -> str:
         return entry_of(run, data, device, store).key
 
-    entry = store.entry(
+    return store.entry(
         {
             "kind": "pair",
             "evaluation": evaluation.identity(),
@@ -197,6 +196,10 @@ def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
             "start": [key(pair.start[0]), pair.start[1]] if pair.start else None,
         }
     )
+
+
+def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
+    entry = entry_of_pair(*item)
     if known := _known(entry, "pair.json"):
         return known  # without a lock, so that a read-only store serves what it has
     with entry.lock():
@@ -205,6 +208,13 @@ def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
             value = _measure(item)
             entry.write_json("pair.json", value)
         return value
+
+
+def _is_measured(entry: Entry) -> bool:
+    try:
+        return "pair.json" in entry
+    except CorruptEntry:  # whoever reads it says so
+        return False
 
 
 def _known(entry: Entry, name: str) -> dict[str, Any] | None:
@@ -240,8 +250,10 @@ def measure(
     """
     store, evaluation = store or Store(), evaluation or Evaluation()
     where = str(datasets.resolve_device(device))
+    # What was measured needs no weights: a store may hold the numbers alone.
+    missing = [p for p in pairs if not _is_measured(entry_of_pair(p, evaluation, store, where))]
     train(
-        [job for pair in pairs for job in pair.jobs()], store=store, device=where, workers=workers
+        [job for pair in missing for job in pair.jobs()], store=store, device=where, workers=workers
     )
     items = [(pair, evaluation, store, where) for pair in pairs]
     raw = run_all(_stored, items, workers=workers, device=where, label=label)
@@ -261,6 +273,12 @@ def measure(
     ]
 
 
+def entry_of_null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Entry:
+    """The store's entry of the null control of a run."""
+    key = entry_of(run, datasets.load(run.recipe.data, device), device, store).key
+    return store.entry({"kind": "null", "evaluation": evaluation.identity(), "run": key})
+
+
 def check_null(
     run: Run,
     evaluation: Evaluation | None = None,
@@ -276,8 +294,7 @@ def check_null(
     store, evaluation = store or Store(), evaluation or Evaluation()
     device = str(datasets.resolve_device(device))
     data = datasets.load(run.recipe.data, device)
-    key = entry_of(run, data, device, store).key
-    entry = store.entry({"kind": "null", "evaluation": evaluation.identity(), "run": key})
+    entry = entry_of_null(run, evaluation, store, device)
     with entry.lock():
         if known := _known(entry, "gate.json"):
             return Gate(**known)
@@ -287,20 +304,31 @@ def check_null(
         return gate
 
 
+class _Again(Store):
+    """The same store under other keys: nothing that was trained before is found in it."""
+
+    def entry(self, identity: Mapping[str, Any]) -> Entry:
+        return super().entry({**identity, "again": True})
+
+
 def _null(run: Run, evaluation: Evaluation, data: Dataset, store: Store, device: str) -> Gate:
     first = load_weights(run, store=store, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = Store(folder)
-        if run.fork:  # the start is shared: copy W_k, do not train it again
-            parent, step = run.fork.parent, run.fork.step
+    # Entries of their own in the same store: a second copy that was stopped goes on, too.
+    fresh = _Again(store.root)
+    used = [entry_of(run, data, device, fresh)]
+    if run.fork:  # the start is shared: copy W_k, do not train it again
+        parent, step = run.fork.parent, run.fork.step
+        name = f"state-{step:08d}.safetensors"
+        used.append(entry_of(parent, data, device, fresh))
+        if name not in used[1]:
             state = load_state(parent, step, store=store, device=device)
-            entry_of(parent, data, device, fresh).write_tensors(
-                f"state-{step:08d}.safetensors", state.tensors()
-            )
-        # On a GPU kernels may depend on the engine and on how many replicas there are at once.
-        how = made_by(run, store=store, device=device)
-        train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device, like=how)
-        second = load_weights(run, store=fresh, device=device)
+            used[1].write_tensors(name, state.tensors())
+    # On a GPU kernels may depend on the engine and on how many replicas there are at once.
+    how = made_by(run, store=store, device=device)
+    train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device, like=how)
+    second = load_weights(run, store=fresh, device=device)
+    for entry in used:  # the next control trains anew
+        entry.discard()
     module = build(run, data, torch.device(device))
     found = barrier(
         module,

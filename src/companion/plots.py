@@ -16,6 +16,7 @@ from companion.stats import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 UNITS = {"error": "error (%)", "loss": "cross-entropy (nats)"}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -103,6 +104,31 @@ def against_k(
     ax.set(xlabel="fork step k, and its share of training", ylabel=ylabel)
     ax.legend()
     return drawn
+
+
+def panels(
+    runs: Mapping[str, tuple[int, Mapping[str, Mapping[int, Interval]]]],
+) -> tuple[Figure, dict[str, Any]]:
+    """:func:`against_k` for several runs, a panel each, on one vertical scale.
+
+    Arguments:
+        runs: title -> (T, label -> k -> interval). The title says dataset, scale and hardware.
+
+    Returns:
+        the figure, and what was drawn, by title.
+    """
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(runs) // 2)
+    fig, axes = plt.subplots(rows, 2, figsize=(9.4, 3.9 * rows), sharey=True, squeeze=False)
+    drawn = {}
+    for ax, (title, (steps, series)) in zip(axes.flat, runs.items(), strict=False):
+        drawn[" ".join(title.split())] = against_k(ax, series, steps=steps)
+        ax.set_title(title, fontsize=10)
+        ax.legend(fontsize=8)
+    for ax in axes.flat[len(runs) :]:
+        ax.set_visible(False)
+    return fig, drawn
 
 
 def conditions(

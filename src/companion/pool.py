@@ -19,7 +19,7 @@ from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import process_executor
 from tqdm import tqdm
 
-from companion import locations
+from companion import deadline, locations
 from companion.errors import BadParameter
 
 T = TypeVar("T")
@@ -48,13 +48,14 @@ def resolve_workers(workers: int) -> int:
     return workers or int(cpu_count())
 
 
-def _call(work: Callable[[T], R], item: T, roots: dict[str, str]) -> R:
+def _call(work: Callable[[T], R], item: T, roots: dict[str, str], end: float | None) -> R:
     # loky keeps its workers, and with them the environment of the call that started them.
     os.environ.update(roots)
     # It also ends a worker that has grown by 300 MB since its first job, as leaking: here that is a
     # second dataset, kept on purpose, and the next worker would only have to load it again.
     process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
-    with one_thread():
+    with one_thread(), deadline.until(end):
+        deadline.check()
         return work(item)
 
 
@@ -76,6 +77,7 @@ def run_all(
 
     Raises:
         the first error of any job; jobs not yet started are dropped, what was stored stays.
+        OutOfTime: see :mod:`companion.deadline`; the jobs at work store where they are.
     """
     count = min(resolve_workers(workers), len(items))
     bar: Any = tqdm(total=len(items), desc=label, disable=not sys.stderr.isatty() or not items)
@@ -83,10 +85,12 @@ def run_all(
         "COMPANION_DATA": str(locations.data_root()),
         "COMPANION_RUNS": str(locations.runs_root()),
     }
+    end = deadline.current()
     out: list[R] = []
     with bar:
         if count <= 1 or torch.device(device).type != "cpu":
             for item in items:
+                deadline.check()
                 with one_thread():
                     out.append(work(item))
                 bar.update()
@@ -94,7 +98,7 @@ def run_all(
         with Parallel(
             count, backend="loky", inner_max_num_threads=1, return_as="generator"
         ) as pool:
-            for result in pool(delayed(_call)(work, item, roots) for item in items):
+            for result in pool(delayed(_call)(work, item, roots, end) for item in items):
                 out.append(result)
                 bar.update()
     return out

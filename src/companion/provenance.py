@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from companion import page
 from companion.errors import BadParameter
 from companion.figures import to_json
 from companion.locations import checkout
@@ -67,7 +68,10 @@ def show(entry: Mapping[str, Any]) -> None:
         f'<div class="companion-scroll"><table><tbody>{rows}</tbody></table></div></details>'
     )
     text = "\n".join(f"{name}: {value}" for name, value in _rows(entry))
-    _display(html, text, {"provenance": to_json(dict(entry), "provenance")})
+    page.emit(
+        {"text/html": html, "text/plain": text},
+        {"provenance": to_json(dict(entry), "provenance")},
+    )
 
 
 def rerun(
@@ -94,7 +98,7 @@ def show_rerun(
     command = " \\\n    ".join(_command(chapter, parameters, defaults))
     text = f"make notebooks\nsource .venv/bin/activate\n{command}"
     html = f'<pre class="companion-rerun"><code>{escape(text)}</code></pre>'
-    _display(html, text, {"rerun": text})
+    page.emit({"text/html": html, "text/plain": text}, {"rerun": text})
 
 
 def _command(
@@ -157,12 +161,6 @@ def _rows(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             known = value is None or isinstance(value, bool)
             rows.append((label, words[value] if known else str(value)))
     return rows
-
-
-def _display(html: str, text: str, entry: Mapping[str, Any]) -> None:
-    from IPython.display import display
-
-    display({"text/html": html, "text/plain": text}, metadata={"companion": dict(entry)}, raw=True)
 
 
 def _commit() -> dict[str, Any] | None:

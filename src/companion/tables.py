@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from companion import page
 from companion.errors import BadParameter
 
 
@@ -38,7 +39,5 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str)
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
     text = "\n".join("\t".join(map(str, row)) for row in [columns, *rows])
-
-    from IPython.display import display
-
-    display({"text/html": html, "text/plain": text}, raw=True)
+    entry = {"caption": caption, "columns": list(columns), "rows": [[*map(str, r)] for r in rows]}
+    page.emit({"text/html": html, "text/plain": text}, {"table": entry})

@@ -19,6 +19,7 @@ from companion.book.layout import Book, BookError
 from companion.book.parameters import declared, substituted
 from companion.figures import label
 from companion.locations import data_root, runs_root
+from companion.recorded import Record
 
 #: Keys that papermill and nbclient put into metadata: times, paths, durations.
 _NOISE = ("papermill", "execution")
@@ -35,6 +36,7 @@ class Page:
     claims: list[dict[str, Any]] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] | None = None
+    recorded: list[Record] = field(default_factory=list)  # what ships beside the run
 
 
 def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
@@ -130,7 +132,7 @@ def _scrub(text: str, book: Book) -> str:
 def _figures(page: Page, cell: Any) -> Iterator[Any]:
     """The cell, and after each figure its download links; what it published goes to the page.
 
-    Jupyter Book takes a caption from the cell's metadata, so a cell with several figures is split.
+    Jupyter Book takes a caption from the cell's metadata, so a cell that shows more is split.
     """
     import nbformat
 
@@ -143,7 +145,9 @@ def _figures(page: Page, cell: Any) -> Iterator[Any]:
         page.claims += found.get("claims", [])
         page.provenance = found.get("provenance", page.provenance)
         figure = found.get("figure")
-        if figure and groups[-1][1]:
+        # The caption would go to every picture and every Markdown text of the cell.
+        shown = [o for o in groups[-1][0] if o.output_type != "stream"]
+        if shown and output.output_type != "stream" and (figure or groups[-1][1]):
             groups.append(([], None))
         outputs, known = groups[-1]
         outputs.append(output)
@@ -152,7 +156,7 @@ def _figures(page: Page, cell: Any) -> Iterator[Any]:
         part = cell
         if i:
             # Not empty: Jupyter Book drops a code cell without code, outputs and all.
-            note = "# one more figure of the cell above"
+            note = "# one more output of the cell above"
             part = nbformat.v4.new_code_cell(note, metadata={"tags": ["remove-input"]})
         part.outputs = outputs
         if figure is None:

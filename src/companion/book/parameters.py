@@ -116,7 +116,18 @@ def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[
         return {}
     if not isinstance(values, dict):
         raise BadParameter(f"{where}: it has to be lines of `name: value`.")
-    parameters = declared(source, f"chapters/{chapter}.md")
+    check(values, declared(source, f"chapters/{chapter}.md"), where)
+    return values
+
+
+def check(values: Mapping[str, Any], parameters: Mapping[str, Parameter], where: str) -> None:
+    """Refuse values of unknown parameters, and values whose type cannot be meant.
+
+    Args:
+        values: Name to value.
+        parameters: What :func:`declared` read.
+        where: Who sets the values, for messages.
+    """
     for name, value in values.items():
         if name not in parameters:
             close = difflib.get_close_matches(str(name), parameters, n=1)
@@ -126,7 +137,6 @@ def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[
                 f"Its parameters: {', '.join(parameters)}."
             )
         _check(value, parameters[name], f"{where}: {name}")
-    return values
 
 
 def substituted(source: str, values: Mapping[str, Any], where: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 
-from companion import claims
+from companion import claims, recorded
 from companion.book.finish import Page, finish
 from companion.book.layout import Book, BookError
 from companion.book.notebooks import read
@@ -84,7 +84,9 @@ def _page(book: Book, profile: str, chapter: str) -> Page:
         raise BookError(
             f"{path.relative_to(book.root)} is missing: the chapter was not executed, or it failed."
         )
-    return finish(book, profile, chapter, read(path))
+    page = finish(book, profile, chapter, read(path))
+    page.recorded = recorded.load(chapter, book.root)
+    return page
 
 
 def _text(book: Book, name: str) -> bytes:
@@ -114,11 +116,20 @@ def _with_scoreboard(text: str, pages: list[Page], profile: str) -> str:
     if MARKER not in text:
         raise BookError(f"the front page has no line {MARKER}, where the scoreboard goes.")
     scale = "; ".join(dict.fromkeys(scales.values()))
-    board = claims.table(verdicts, caption=f"Profile {profile}: {scale}", links=links)
+    records = [record for page in pages for record in page.recorded]
+    board = claims.table(
+        verdicts, caption=f"Profile {profile}: {scale}", links=links, recorded=records
+    )
     line = (
         f"**{claims.tally(verdicts)}** All of it as data: "
         '<a href="results.json" download>results.json</a>.'
     )
+    if records:
+        line += "\n\nRecorded before, at other scales:\n\n" + "\n".join(
+            f"- `{r.profile}`, {r.title}: {claims.tally(r.verdicts.values())}" for r in records
+        )
+    else:
+        line += "\n\nNothing is recorded at a larger scale yet: every verdict below is of this run."
     return text.replace(MARKER, f"{line}\n\n{board}\n")
 
 
@@ -132,6 +143,10 @@ def _results(pages: list[Page], profile: str) -> bytes:
                 "claims": page.claims,
                 "figures": [figure["name"] for figure in page.figures],
                 "provenance": page.provenance,
+                "recorded": [
+                    {k: v for k, v in record.data.items() if k not in ("figures", "tables")}
+                    for record in page.recorded
+                ],
             }
             for page in pages
         },

@@ -3,10 +3,12 @@
     companion data | models | runs       what there is
     companion barrier                    is the line between two checkpoints low?
     companion instability                from which step on do two copies stay connected?
+    companion record                     a chapter's results on a larger machine, as a file
 
 Exit codes: 0 done (also when a gate failed and the barrier is INVALID: that was measured, and
-said); 2 the input is wrong; 1 anything else that we know can go wrong (a run that diverged, a full
-disk, a check that found something); 130 interrupted. Nothing heavy is imported before it is needed.
+said); 2 the input is wrong; 75 `record` stopped before its time limit; 1 anything else that we know
+can go wrong (a run that diverged, a full disk, a check that found something); 130 interrupted.
+Nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from companion import __version__
-from companion.cli import barrier, data, instability, models, runs
+from companion.cli import barrier, data, instability, models, record, runs
 from companion.cli.console import error, warning
 from companion.errors import (
     BadParameter,
@@ -66,6 +68,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
 app.command("barrier", epilog=barrier.EXAMPLE)(barrier.command)
 app.command("instability", epilog=instability.EXAMPLE)(instability.command)
+app.command("record", epilog=record.EXAMPLE)(record.command)
 
 
 def _version(asked: bool) -> None:

@@ -1,10 +1,11 @@
-"""``companion runs``: what the run store holds, whether it is whole, and what may go."""
+"""``companion runs``: what the run store holds, whether it is whole, what may go or travel."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,9 +16,9 @@ from companion.errors import CorruptEntry, one_of
 if TYPE_CHECKING:
     from companion.runs import Entry, Store
 
-app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, clean up.")
+app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
-KINDS = ("run", "pair", "null")
+KINDS = ("run", "pair", "null", "recording")
 _STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
 
 
@@ -53,6 +54,8 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
         return f"{ends}, {identity['evaluation']['points']} points"
     if kind == "null":
         return f"null control (gate G1) of {identity['run'][:12]}"
+    if kind == "recording":
+        return f"time spent on recording {identity['chapter']}"
     return "unreadable" if not identity else f"{kind}"
 
 
@@ -91,7 +94,7 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
 
 @app.command("list", epilog="Example: companion runs list --kind run")
 def list_(
-    kind: Annotated[str | None, typer.Option(help="Only this kind: run, pair or null.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only run, pair, null or recording.")] = None,
 ) -> None:
     """Show what is in the run store: key, kind, what it is, which steps are stored, size."""
     from companion.runs import Store
@@ -156,6 +159,46 @@ def verify(
     if problems:
         say("A command that needs such an entry makes it again; `companion runs gc` removes it.")
         raise typer.Exit(1)
+
+
+Archive = Annotated[Path, typer.Argument(help="A file; its name should end in .tar.")]
+
+
+@app.command(epilog="Example: companion runs export carried.tar")
+def export(
+    archive: Archive,
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="Only these entries; without them, all.")
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only this kind; may be given several times.")
+    ] = None,
+) -> None:
+    """Write entries to one file, to carry them to another machine's store.
+
+    Measured pairs need no networks: `--kind pair --kind null --kind recording` makes a small file.
+    """
+    from companion import archive as archives
+    from companion.runs import Store
+
+    for name in kind or []:
+        one_of("kind", name, KINDS)
+    moved = archives.export(archives.chosen(Store(), kind or (), keys or ()), archive)
+    say(f"{moved.entries} entries, {moved.files} files, {size(moved.bytes)}, in {archive}")
+
+
+@app.command("import", epilog="Example: companion runs import carried.tar")
+def import_(archive: Archive) -> None:
+    """Add the entries of an exported file to the store. What is here already stays as it is."""
+    from companion import archive as archives
+    from companion.runs import Store
+
+    store = Store()
+    moved = archives.import_(archive, store)
+    say(
+        f"{moved.entries} entries: {moved.files} files, {size(moved.bytes)} added, "
+        f"{moved.kept} were here, in {store.root}"
+    )
 
 
 @app.command(epilog="Example: companion runs gc --dry-run")

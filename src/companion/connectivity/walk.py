@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from companion import deadline
 from companion.data import Split
 from companion.errors import BadParameter, one_of
 from companion.theta import Theta, affine, check, layout
@@ -193,6 +194,7 @@ class Walker:
         self.load(rest if rest is not None else on_device[0])
         sums = []
         for row in weights:
+            deadline.check()
             self.load(affine(on_device, row, moving))
             for m in self._norms():
                 if m.running_var is not None:  # beyond the anchors of a plane it can fall below 0

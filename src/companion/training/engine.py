@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from companion import data as datasets
+from companion import deadline
 from companion.data import Dataset
 from companion.errors import BadParameter, CorruptEntry
 from companion.pool import run_all
@@ -160,15 +161,19 @@ def _begin(job: Job, data: Dataset, where: torch.device, store: Store) -> _Work 
 
 
 def _clock() -> Callable[[int], bool]:
-    """When to keep a resume point: where one takes c > 1 seconds to write, every 20 c seconds."""
+    """When to keep a resume point: where one takes c > 1 seconds to write, every 20 c seconds.
+
+    At the deadline, too; then the next step, once all of it is stored, ends in OutOfTime.
+    """
     last, cost, saved = time.monotonic(), 0.0, False
 
     def tick(_: int) -> bool:
         nonlocal last, cost, saved
         now = time.monotonic()
         if saved:
+            deadline.check()
             last, cost, saved = now, now - last, False
-        if now - last < RESUME_EVERY_S * max(1.0, cost):
+        if now - last < RESUME_EVERY_S * max(1.0, cost) and not deadline.passed():
             return False
         last, saved = now, True
         return True
@@ -192,6 +197,7 @@ def train_one(
         BadParameter: the recipe does not fit its dataset (checked before the first step).
         Diverged: the loss is not finite.
         StoreUnwritable: no space, or no permission.
+        OutOfTime: see :mod:`companion.deadline`; the next call goes on from here.
     """
     store, where = store or Store(), datasets.resolve_device(device)
     if _on_gpu(where):

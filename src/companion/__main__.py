@@ -1,0 +1,5 @@
+"""``python -m companion``: the command line, where the package is not installed but on the path."""
+
+from companion.cli import main
+
+main()

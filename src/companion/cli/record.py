@@ -1,0 +1,88 @@
+"""``companion record``: a chapter's results on this machine, in pieces, as one small file."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from companion.cli.console import note, say
+from companion.errors import BadParameter, OutOfTime
+
+EXAMPLE = (
+    "Example: companion record 01_instability --profile gpu -p dataset=mnist --time-limit 540. "
+    "Exit code 75: stopped before the limit; the same command goes on."
+)
+
+# Imported first and cheaply: a time limit counts from about here, not from after torch's import.
+_STARTED = time.monotonic()
+
+
+def command(
+    chapter: Annotated[str, typer.Argument(help="A chapter, such as 01_instability.")],
+    profile: Annotated[
+        str, typer.Option(help="A folder of chapters/profiles (gpu, paper), or quick.")
+    ],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p", "--parameter", metavar="NAME=VALUE", help="One more parameter, read as YAML."
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds before which to stop, with a margin of 20 s (or a tenth) to store where "
+            "it is; the exit code is then 75, and the same command goes on."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what there is to do, and how long it takes.")
+    ] = False,
+    name: Annotated[
+        str, typer.Option(help="Of the file; default: the profile and what -p changes.")
+    ] = "",
+    commit: Annotated[
+        str | None, typer.Option(help="Of this copy of the code, where git is not at hand.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="The root of the book; default: this folder, or ours.")
+    ] = None,
+) -> None:
+    """Run a chapter's experiments and write data/recorded/CHAPTER/NAME.json, and nothing else.
+
+    Exit codes: 0 written; 75 stopped before the time limit (run the same command again); 2 the
+    input is wrong; 1 anything else.
+    """
+    from companion.book.layout import Book
+    from companion.locations import book_root
+    from companion.recording import prepare, record
+
+    where = root or book_root()
+    if where is None or not (where / "chapters").is_dir():
+        raise BadParameter(
+            f"record: there is no book in {where or Path.cwd()}; give its folder with --root."
+        )
+    recording = prepare(Book(where.resolve()), chapter, profile, setting or [], name)
+    say(f"{chapter}, profile {profile}: {dict(recording.values) or 'its own parameters'}")
+    try:
+        path = record(
+            recording,
+            time_limit=time_limit,
+            started=_STARTED,
+            dry_run=dry_run,
+            commit=commit,
+            say=say,
+        )
+    except OutOfTime as e:
+        say(str(e))
+        say(f"To continue: companion {shlex.join(sys.argv[1:])}")
+        raise typer.Exit(75) from None
+    if path is not None:
+        for problem in recording.problems:
+            note(f"a picture failed, its numbers are not in the file: {problem}")
+        say(f"recorded in {path} ({path.stat().st_size / 1000:.0f} kB)")
