@@ -86,10 +86,19 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     by_id = {v["claim"]["id"]: v["verdict"] for v in verdicts}
     assert by_id["C17"] == "not testable at this scale"
     (command,) = entries(notebook, "rerun")
-    assert "-p steps 40" in command and "dataset" not in command  # only what was changed
+    # Only what was given, not what the chapter filled in itself.
+    assert "-p steps 40" in command and "ks" in command
+    assert "-p dataset" not in command and "-p lr" not in command
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load("digits").fingerprint
     assert record["noisy"]["net"] == TINY["unstable"]
+
+
+def test_the_command_leaves_out_what_the_chapter_fills_in(source: Path, tmp_path: Path) -> None:
+    tiny = {k: v for k, v in TINY.items() if k not in ("ks", "device")}
+    notebook = run(source, tmp_path, **tiny)
+    (command,) = entries(notebook, "rerun")
+    assert "-p steps 40" in command and "ks" not in command and "device" not in command
 
 
 def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Path) -> None:
