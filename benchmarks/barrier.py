@@ -4,9 +4,10 @@
 
 Loss and error at 31 points of a segment, on the train and the test split. The other way is how
 people write it: interpolate the state dicts, build the model again, load, loop over a DataLoader.
-A second opponent slices the tensors instead of using a DataLoader. All have the same number of
-images in a forward pass and the default number of threads; their numbers are compared. What is
-measured on digits is also measured on MNIST where COMPANION_DATA has it.
+A second opponent slices the tensors instead of using a DataLoader. All have the default number of
+threads; the opponents put 500 images through the network at a time, ours what its default says;
+their numbers are compared. What is measured on digits is also measured on MNIST where
+COMPANION_DATA has it.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def barrier(found: dict[str, Any]) -> str:
         [
             rows([*header, "largest difference"], body),
             f"{settings['points']} points, loss and error on train and test, {settings['batch']} "
-            "images a batch for everybody.",
+            "images a batch for the opponents; ours takes its default, which is 128 where a "
+            "network convolves on a CPU.",
             where(found, settings["repeats"]),
         ]
     )

@@ -87,18 +87,28 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     assert by_id["C17"] == "not testable at this scale"
     (command,) = entries(notebook, "rerun")
     # Only what was given, not what the chapter filled in itself.
-    assert "-p steps 40" in command and "ks" in command
+    assert "-p steps 40" in command and "ks:" in command
     assert "-p dataset" not in command and "-p lr" not in command
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load("digits").fingerprint
     assert record["noisy"]["net"] == TINY["unstable"]
 
 
+def test_a_claim_whose_premise_is_missing_is_not_judged(source: Path, tmp_path: Path) -> None:
+    """No k = 0, one init, two k, a last k right before the end: nothing to conclude from that."""
+    notebook = run(source, tmp_path, **{**TINY, "ks": [10, 39]})
+    (verdicts,) = entries(notebook, "claims")
+    by_id = {v["claim"]["id"]: v for v in verdicts}
+    for name in ("C01", "C02", "C04", "C05", "C08", "C17", "C28"):
+        assert by_id[name]["verdict"] == "not testable at this scale", name
+    assert "k = 0" in by_id["C05"]["note"] and "one init" in by_id["C01"]["note"]
+
+
 def test_the_command_leaves_out_what_the_chapter_fills_in(source: Path, tmp_path: Path) -> None:
     tiny = {k: v for k, v in TINY.items() if k not in ("ks", "device")}
     notebook = run(source, tmp_path, **tiny)
     (command,) = entries(notebook, "rerun")
-    assert "-p steps 40" in command and "ks" not in command and "device" not in command
+    assert "-p steps 40" in command and "ks:" not in command and "device" not in command
 
 
 def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Path) -> None:
@@ -121,6 +131,7 @@ def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Pat
         ({"datset": "mnist"}, ["datset", "Did you mean 'dataset'"]),
         ({"inits": 1.5}, ["inits", "1.5"]),
         ({"ks": [0, 40]}, ["ks", "40", "from 0 to 39"]),
+        ({"ks": [0]}, ["ks", "two fork steps"]),
         ({"batch": 5000}, ["batch", "5000", "1437"]),
         ({"dataset": "cifar100"}, ["cifar100", "companion data get cifar100"]),
     ],

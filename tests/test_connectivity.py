@@ -574,7 +574,7 @@ def test_options_that_do_not_exist_are_refused() -> None:
     for empty in ({}, {"test": Split(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))}):  # type: ignore[arg-type]
         with pytest.raises(BadParameter, match="no data to evaluate on"):
             Walker(module, empty)
-    with pytest.raises(BadParameter, match=r"'reestimate' needs bn_data, or a split called train"):
+    with pytest.raises(BadParameter, match=r"all three modes.*needs bn_data=, or a split"):
         Walker(net(0, NORMED), {"test": SPLITS["test"]}, bn="reestimate")
 
 

@@ -1021,3 +1021,27 @@ def test_the_gpu_gives_the_same_bits_twice(tmp_path: Path) -> None:
             load_weights(run, store=Store(tmp_path / f"{net[:3]}{i}"), device="cuda") for i in "ab"
         ]
         assert same(*found)
+
+
+def test_an_edited_factory_is_another_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
+    """Its name alone does not say what it builds: old runs of it must not count."""
+    package = tmp_path / "edited_net"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    source = package / "nets.py"
+    text = (
+        "from torch import nn\n"
+        "def make(in_shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes), nn.ReLU())\n"
+    )
+    source.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = Run(Recipe(net="edited_net.nets:make", data="digits", steps=2))
+    before = run.identity("f", "cpu")
+    assert before == run.identity("f", "cpu")
+    source.write_text(text.replace("ReLU", "Tanh"))
+    assert run.identity("f", "cpu") != before
+    source.write_text(text)
+    assert run.identity("f", "cpu") == before

@@ -16,9 +16,10 @@ import torch
 
 from companion import data as datasets
 from companion.connectivity import BN_MODES, Walker
+from companion.errors import CorruptEntry
 from companion.pairs import Evaluation, Pair, entry_of_null, entry_of_pair
 from companion.pool import one_thread, resolve_workers
-from companion.runs import Store
+from companion.runs import Entry, Store
 from companion.theta import layout, snapshot
 from companion.training import Job, Recipe, Run, State, advance, build, entry_of, merge
 
@@ -77,9 +78,9 @@ def count(
         for plan in plans
         for pair in plan.pairs
     }
-    missing = [pair for pair, entry in pairs.values() if "pair.json" not in entry]
+    missing = [pair for pair, entry in pairs.values() if "pair.json" not in _files(entry)]
     again = {
-        run: "gate.json" not in entry_of_null(run, evaluation, store, where)
+        run: "gate.json" not in _files(entry_of_null(run, evaluation, store, where))
         for plan in plans
         for run in plan.again
     }
@@ -98,7 +99,7 @@ def count(
     for pair, entry in pairs.values():
         row = totals.setdefault(pair.a.recipe, [0] * 6)
         row[2] += 1
-        row[5] += "pair.json" not in entry
+        row[5] += "pair.json" not in _files(entry)
     return [Cost(recipe, *row) for recipe, row in totals.items()]
 
 
@@ -114,10 +115,18 @@ def _stop(job: Job) -> int:
     return max((*job.weights, *job.states), default=job.run.first_step)
 
 
+def _files(entry: Entry) -> set[str]:
+    """What the entry holds; one that is corrupt will be made again, so it holds nothing."""
+    try:
+        return set(entry.files())
+    except CorruptEntry:
+        return set()
+
+
 def _is_trained(job: Job, store: Store, device: str) -> bool:
     """Whether the store has the job's last state; resume points in between are not looked into."""
     data = datasets.load(job.run.recipe.data, device)
-    files = entry_of(job.run, data, device, store).files()
+    files = _files(entry_of(job.run, data, device, store))
     return any(f"{kind}-{_stop(job):08d}.safetensors" in files for kind in ("weights", "state"))
 
 

@@ -155,7 +155,10 @@ def check(
             raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more.")
     one_of("noise", noise, NOISE)
     if noise == "augment" and recipe.augment == "none":
-        raise BadParameter("noise: 'augment' needs a recipe with augmentation.")
+        raise BadParameter(
+            "noise: 'augment' needs a recipe with augmentation: set augment, such as crop1 or "
+            "flip+crop4."
+        )
     check_fit(recipe, datasets.load(recipe.data, str(datasets.resolve_device(device))))
     return grid
 

@@ -38,7 +38,13 @@ from companion.book import parameters
 from companion.book.layout import Book
 from companion.budget import Cost, Probe, count, estimate, probe
 from companion.chapter import Cell, cells
-from companion.errors import BadParameter, CompanionError, OutOfTime
+from companion.errors import (
+    BadParameter,
+    CompanionError,
+    CorruptEntry,
+    OutOfTime,
+    StoreUnwritable,
+)
 from companion.figures import to_json
 from companion.recorded import FORMAT, LIMIT, folder, hardware
 from companion.runs import Store
@@ -257,11 +263,15 @@ def record(
     finally:
         if not dry_run:
             spent = {"seconds": round(time.monotonic() - began, 1)}
-            entry.write_json(f"piece-{time.time_ns()}.json", spent)
+            with contextlib.suppress(StoreUnwritable):  # only the time; do not hide what went wrong
+                entry.write_json(f"piece-{time.time_ns()}.json", spent)
     if dry_run:
         say("the chapter declares no budget (page.budget): nothing to estimate")
         return None
-    pieces = [entry.read_json(name)["seconds"] for name in sorted(entry.files())]
+    pieces = []
+    for name in sorted(entry.files()):
+        with contextlib.suppress(CorruptEntry):  # a lost time is no reason to lose the numbers
+            pieces.append(float(entry.read_json(name)["seconds"]))
     document = _document(recording, found, commit)
     document |= {"seconds": round(sum(pieces), 1), "pieces": len(pieces)}
     return _write(recording.target, document)

@@ -4,6 +4,7 @@
 """
 
 from companion.models.layers import ChannelLayerNorm, PadShortcut, parameter_count
+from companion.models.own import is_own, source_digest
 from companion.models.spec import build, canonical, describe, names
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "build",
     "canonical",
     "describe",
+    "is_own",
     "names",
     "parameter_count",
+    "source_digest",
 ]

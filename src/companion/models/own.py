@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -21,6 +23,22 @@ def is_own(spec: str) -> bool:
     """Whether ``spec`` names an importable factory: there is a dot before its first colon."""
     head, colon, _ = spec.partition("?")[0].partition(":")
     return bool(colon) and "." in head
+
+
+def source_digest(spec: str) -> str:
+    """SHA-256 of the source file that defines the factory of ``spec``, its imports not included.
+
+    Raises:
+        BadParameter: the factory cannot be imported.
+    """
+    name = spec.partition("?")[0]
+    module, factory = (part.strip() for part in name.split(":", 1))
+    found = inspect.unwrap(load(spec, module, factory))
+    try:
+        source = inspect.getsourcefile(found) or inspect.getsourcefile(type(found))
+    except TypeError:  # a built-in, or an instance of one
+        source = None
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
 
 
 def check_name(spec: str, module: str, factory: str) -> None:

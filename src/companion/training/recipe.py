@@ -243,6 +243,8 @@ class Run:
         }
         if self.recipe.augment != "none":
             out["augment"] = self.augment
+        if models.is_own(self.recipe.net):  # the name alone does not say what it builds
+            out["source"] = models.source_digest(self.recipe.net)
         if self.fork:
             out["fork"] = {
                 "parent": self.fork.parent.identity(fingerprint, device),
