@@ -6,15 +6,14 @@ once, and :func:`load_weights` hands them out. Used in every chapter; explained 
 """
 
 from companion.training.engine import (
-    Job,
     entry_of,
     load_state,
     load_weights,
     made_by,
-    merge,
     train,
     train_one,
 )
+from companion.training.jobs import Job, merge
 from companion.training.loop import State, advance, build, check_fit, make_optimizer
 from companion.training.recipe import SEMANTICS, Fork, Recipe, Run, recipe_from
 from companion.training.replicas import advance_many

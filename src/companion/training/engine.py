@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch
 from companion import data as datasets
 from companion import deadline
 from companion.data import Dataset
-from companion.errors import BadParameter, CorruptEntry
+from companion.errors import CorruptEntry
 from companion.pool import run_all
 from companion.runs import Entry, Store
 from companion.theta import snapshot
 from companion.training import loop, replicas
+from companion.training.jobs import Job, merge
 from companion.training.loop import State
 from companion.training.recipe import Recipe, Run
 
@@ -34,34 +35,6 @@ RESUME_EVERY_S = 20.0
 
 _RESUME = "resume.safetensors"
 _MADE_BY = "made-by.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """States wanted of a run.
-
-    Arguments:
-        run: which run.
-        weights: steps whose state dict is wanted; ``T`` is ``run.last_step``.
-        states: steps whose full state is wanted (optimiser included), to fork from.
-    """
-
-    run: Run
-    weights: tuple[int, ...] = ()
-    states: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for step in (*self.weights, *self.states):
-            if not self.run.first_step <= step <= self.run.last_step:
-                raise BadParameter(
-                    f"checkpoint at step {step}: the run has steps "
-                    f"{self.run.first_step} to {self.run.last_step}."
-                )
-
-    def parents(self) -> Job | None:
-        """The job that must be done before this one."""
-        fork = self.run.fork
-        return Job(fork.parent, states=(fork.step,)) if fork else None
 
 
 def _on_gpu(device: torch.device) -> bool:
@@ -311,19 +284,6 @@ def _chunks(jobs: Sequence[Job], where: str, at_once: int) -> list[list[Job]]:
         size = -(-len(group) // parts)  # 28 at most 27 at once: 14 and 14
         out += [group[i : i + size] for i in range(0, len(group), size)]
     return out
-
-
-def merge(jobs: Iterable[Job]) -> list[Job]:
-    """One job a run, with the union of the wanted states, in first-seen order."""
-    merged: dict[Run, Job] = {}
-    for job in jobs:
-        old = merged.get(job.run, Job(job.run))
-        merged[job.run] = Job(
-            job.run,
-            tuple(sorted({*old.weights, *job.weights})),
-            tuple(sorted({*old.states, *job.states})),
-        )
-    return list(merged.values())
 
 
 def train(
