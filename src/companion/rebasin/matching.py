@@ -1,0 +1,160 @@
+"""What matching finds, as a value: permutations, how good they are, and how to apply them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from companion.errors import BadParameter
+from companion.rebasin.proof import check_equal
+from companion.rebasin.spec import Permutations, Spec
+from companion.theta import Theta, check
+
+FORMAT = "companion.rebasin/1"
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The permutations that bring network B close to network A.
+
+    Arguments:
+        spec: of the architecture.
+        perms: for B: unit i of A is matched with unit p[i] of B.
+        method: ``weights``, ``activations``, ``ste``, ``greedy``, ….
+        objective: what the method maximised, at ``perms``; before: the same, nothing permuted;
+            bound: what it cannot exceed (``objective / bound`` is :attr:`share`).
+        passes: over all groups (weights), over the data (activations), optimiser steps (ste).
+        starts: how many starts the best was chosen from.
+        seconds: of wall-clock time.
+        details: what else the method has to say, JSON-able.
+    """
+
+    spec: Spec
+    perms: Permutations
+    method: str
+    objective: float
+    before: float
+    bound: float
+    passes: int
+    starts: int = 1
+    seconds: float = 0.0
+    details: Mapping[str, Any] | None = None
+
+    @property
+    def share(self) -> float:
+        """The objective as a share of its upper bound, at most 1."""
+        return self.objective / self.bound if self.bound else 1.0
+
+    @property
+    def share_before(self) -> float:
+        """The same with nothing permuted."""
+        return self.before / self.bound if self.bound else 1.0
+
+    @property
+    def moved(self) -> float:
+        """Share of the units that change their place. 0: the networks were aligned already."""
+        stay = self.spec.identity()
+        moved = sum(int((self.perms[n] != p).sum()) for n, p in stay.items())
+        return moved / max(1, sum(p.numel() for p in stay.values()))
+
+    def apply(self, module: nn.Module, theta: Theta, *, check_outputs: bool = True) -> Theta:
+        """B with its units in A's order.
+
+        Arguments:
+            module: the architecture; theta: B.
+            check_outputs: run B and the result on the spec's example (float64) and refuse if their
+                outputs differ by more than the spec's tolerance.
+
+        Returns:
+            a new state dict on ``theta``'s device; entries that do not move are the same tensors.
+
+        Raises:
+            BadParameter: ``theta`` is no state dict of ``module``, or outputs differ.
+        """
+        check(module, theta, "B")
+        out = self.spec.permute(theta, self.perms)
+        if check_outputs:
+            check_equal(module, theta, out, self.spec)
+        return out
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the permutations, JSON-able."""
+        return {
+            "method": self.method,
+            "objective": self.objective,
+            "before": self.before,
+            "bound": self.bound,
+            "share": self.share,
+            "share before": self.share_before,
+            "moved": self.moved,
+            "passes": self.passes,
+            "starts": self.starts,
+            "seconds": self.seconds,
+            "details": dict(self.details or {}),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write permutations, summary and spec as one safetensors file."""
+        meta = {
+            "format": FORMAT,
+            "summary": json.dumps(self.summary()),
+            "spec": json.dumps(self.spec.to_json()),
+        }
+        save_file({n: p.contiguous() for n, p in self.perms.items()}, str(path), metadata=meta)
+
+    @classmethod
+    def load(cls, path: str | Path, spec: Spec) -> Matching:
+        """Read what :meth:`save` wrote.
+
+        Arguments:
+            spec: derived again from the network the matching is for.
+
+        Raises:
+            BadParameter: no such file, not one of ours, or of another architecture.
+        """
+        try:
+            with safe_open(str(path), "pt") as f:
+                meta = f.metadata() or {}
+                perms = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise BadParameter(f"matching {path}: no such file.") from None
+        except SafetensorError as e:
+            raise BadParameter(f"matching {path}: not a safetensors file ({e}).") from e
+        if meta.get("format") != FORMAT:
+            raise BadParameter(f"matching {path}: not written by companion.rebasin ({FORMAT}).")
+        if json.loads(meta["spec"]) != spec.to_json():
+            raise BadParameter(
+                f"matching {path}: it belongs to a network with other layers or sizes."
+            )
+        perms = {name: perms[name] for name in spec.groups if name in perms}
+        spec.check(perms)
+        s = json.loads(meta["summary"])
+        return cls(
+            spec,
+            perms,
+            s["method"],
+            s["objective"],
+            s["before"],
+            s["bound"],
+            s["passes"],
+            s["starts"],
+            s["seconds"],
+            s["details"],
+        )
+
+
+def bound(theta_a: Theta, theta_b: Theta, spec: Spec) -> float:
+    """What <A, P(B)> cannot exceed for any P: the sum over tensors of |A| |B| (Cauchy-Schwarz)."""
+    return sum(
+        float(torch.linalg.vector_norm(theta_a[n], dtype=torch.float64))
+        * float(torch.linalg.vector_norm(theta_b[n], dtype=torch.float64))
+        for n in spec.objective
+    )

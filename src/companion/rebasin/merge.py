@@ -1,0 +1,216 @@
+"""MergeMany: bring any number of networks into one order of units, and average them.
+
+Each network in turn is matched with the mean of all others, until none moves. As every network has
+one permutation into the common frame, the permutations between any two of them agree with those by
+way of a third; matching pairs one by one gives no such guarantee. Source: Git Re-Basin (Ainsworth
+et al. 2023), Appendix A.10, Algorithm 3, Table 3 and Figure 13; our chapter 2.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from companion.errors import BadParameter
+from companion.rebasin.matching import bound
+from companion.rebasin.spec import Permutations, Spec
+from companion.rebasin.weights import norms, weight_matching
+from companion.seeds import Key
+from companion.theta import Theta, affine
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Networks in one order of units, and their mean.
+
+    Arguments:
+        spec: of the architecture.
+        perms: for each network, in the order they were given, into the common frame.
+        theta: the mean in that frame: floating-point entries averaged, others from the first.
+        history: the objective, the sum over all pairs of ``<P_i(theta_i), P_j(theta_j)>``, with
+            nothing permuted, then after every pass; it never falls. To raise it is to lower the
+            distances of the networks from their mean.
+        bound: what it cannot exceed.
+        passes: over all networks.
+        seconds: of wall-clock time.
+    """
+
+    spec: Spec
+    perms: tuple[dict[str, torch.Tensor], ...]
+    theta: Theta
+    history: tuple[float, ...]
+    bound: float
+    passes: int
+    seconds: float
+
+    @property
+    def objective(self) -> float:
+        """The objective at the end."""
+        return self.history[-1]
+
+    @property
+    def share(self) -> float:
+        """The objective as a share of its upper bound, at most 1."""
+        return self.objective / self.bound if self.bound else 1.0
+
+    def between(self, i: int, j: int) -> dict[str, torch.Tensor]:
+        """Permutations that bring network ``j`` into the order of network ``i``'s own units.
+
+        They lead through the common frame, so they are consistent: j to i to k is j to k.
+
+        Arguments:
+            i, j: positions in the list of networks.
+        """
+        return self.spec.compose(self.perms[j], self.spec.inverse(self.perms[i]))
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but permutations and weights, JSON-able."""
+        return {
+            "networks": len(self.perms),
+            "objective": self.objective,
+            "before": self.history[0],
+            "bound": self.bound,
+            "share": self.share,
+            "passes": self.passes,
+            "history": list(self.history),
+            "seconds": self.seconds,
+        }
+
+
+def merge_many(
+    spec: Spec,
+    thetas: Sequence[Theta],
+    *,
+    key: Key = Key("rebasin", "merge"),  # noqa: B008 - an immutable value
+    max_passes: int = 100,
+    rtol: float = 1e-9,
+) -> Merged:
+    """Algorithm 3: match each network with the mean of the others until no permutation changes.
+
+    In every pass the networks come in another random order; each match starts from where the
+    network is and moves it only if its inner product with the mean of the others rises by more than
+    ``rtol`` of its bound. So the objective rises with every change, and the loop ends.
+
+    Arguments:
+        thetas: at least two state dicts of one architecture; they are not changed.
+        key: of the orders.
+        max_passes: over all networks, at most.
+
+    Returns:
+        one set of permutations for each network, and the mean.
+
+    Raises:
+        BadParameter: fewer than two networks, or one does not fit the spec or the first network,
+            or holds NaN or infinite values.
+    """
+    clock = time.perf_counter()
+    count = len(thetas)
+    if count < 2:
+        raise BadParameter(f"merging takes at least two networks, got {count}.")
+    if max_passes < 1:
+        raise BadParameter(f"max_passes must be at least 1, got {max_passes}.")
+    for i, theta in enumerate(thetas):
+        _same(thetas[0], theta, i + 1)
+        norms(spec, theta, str(i + 1))
+    perms = [spec.identity() for _ in thetas]
+    total = _total(spec, thetas, perms)
+    squares = sum(_square({t: theta[t] for t in spec.objective}) for theta in thetas)
+    history = [(_square(total) - squares) / 2]
+    waiting = set(range(count))
+    passes = 0
+    while waiting and passes < max_passes:
+        for i in key.fold("pass", passes).permutation(count).tolist():
+            if i not in waiting:
+                continue
+            waiting.discard(i)
+            now = {t: spec.permute_tensor(thetas[i][t], t, perms[i]) for t in spec.objective}
+            others = {
+                t: (total[t] - x.to(total[t].device).double()) / (count - 1) for t, x in now.items()
+            }
+            found = weight_matching(
+                spec,
+                others,
+                thetas[i],
+                key=key.fold("match", passes, i),
+                start=perms[i],
+                max_passes=max_passes,
+                rtol=rtol,
+            )
+            if all(torch.equal(p, perms[i][g]) for g, p in found.perms.items()):
+                continue
+            perms[i] = dict(found.perms)
+            for t in spec.objective:
+                moved = spec.permute_tensor(thetas[i][t], t, perms[i])
+                total[t] += moved.to(total[t].device).double()
+                total[t] -= now[t].to(total[t].device).double()
+            waiting = set(range(count)) - {i}  # the mean of their others has changed
+        passes += 1
+        total = _total(spec, thetas, perms)  # anew, so that rounding does not add up over passes
+        history.append((_square(total) - squares) / 2)
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    return Merged(
+        spec,
+        tuple(perms),
+        _mean(spec, thetas, perms),
+        tuple(history),
+        sum(bound(thetas[i], thetas[j], spec) for i, j in pairs),
+        passes,
+        time.perf_counter() - clock,
+    )
+
+
+def _same(first: Theta, theta: Theta, number: int) -> None:
+    """Refuse a network with other entries or shapes than the first."""
+    missing, extra = [t for t in first if t not in theta], [t for t in theta if t not in first]
+    if missing or extra:
+        raise BadParameter(
+            f"network {number} differs from network 1: missing {missing[:5] or 'none'}, not in "
+            f"network 1 {extra[:5] or 'none'}. All must be the same architecture."
+        )
+    for t, x in theta.items():
+        if x.shape != first[t].shape:
+            raise BadParameter(
+                f"network {number}: {t} has shape {tuple(x.shape)}, in network 1 "
+                f"{tuple(first[t].shape)}."
+            )
+
+
+def _total(
+    spec: Spec, thetas: Sequence[Theta], perms: Sequence[Permutations]
+) -> dict[str, torch.Tensor]:
+    """The sum of all networks in the common frame, over the objective's entries, in float64."""
+    out = {}
+    for t in spec.objective:
+        out[t] = torch.zeros_like(thetas[0][t], dtype=torch.float64)
+        for theta, own in zip(thetas, perms, strict=True):
+            out[t] += spec.permute_tensor(theta[t].detach(), t, own).to(out[t].device)
+    return out
+
+
+def _square(theta: Mapping[str, torch.Tensor]) -> float:
+    return sum(
+        float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) ** 2
+        for x in theta.values()
+    )
+
+
+def _mean(
+    spec: Spec, thetas: Sequence[Theta], perms: Sequence[Permutations]
+) -> dict[str, torch.Tensor]:
+    """Floating-point entries averaged in the common frame, one entry at a time."""
+    out = {}
+    weights = [1 / len(thetas)] * len(thetas)
+    for name, like in thetas[0].items():
+        moved: list[Theta] = [
+            {name: spec.permute_tensor(t[name].detach(), name, own).to(like.device)}
+            for t, own in zip(thetas, perms, strict=True)
+        ]
+        if like.is_floating_point():
+            out[name] = affine(moved, weights, (name,))[name]
+        else:
+            out[name] = moved[0][name].clone()
+    return out

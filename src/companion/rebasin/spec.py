@@ -1,0 +1,317 @@
+"""The permutation symmetries of a network, as a value: which axes share which permutation.
+
+A :class:`Spec` is derived from a network (:func:`companion.rebasin.derive`), never typed in. It
+knows *groups*, each a set of units that may be reordered, and for every tensor of the state dict
+and each of its axes, what the positions of that axis are made of.
+
+An **axis** is a sequence of blocks, one behind the other (a concatenation has several). A **block**
+is a product of factors in row-major order; a factor is the name of a group or a whole number, a
+stretch of positions that stay in order. So, of a network with 64 channels ``c``::
+
+    (("c",),)                   the channels of a convolution
+    (("c", 49),)                a linear layer behind a flattened 7x7 map: channels move as blocks
+    (("c",), ("d",))            the concatenation of two layers' channels
+    (("heads", "heads.inner"),) a projection of an attention layer: units inside of heads
+
+A group may lie ``within`` another: every unit of the outer group (a head) then has a permutation of
+the inner units of its own. An inner group occurs only in blocks that hold its outer group as well.
+
+A permutation is an index vector p, ``new[i] = old[p[i]]``: unit i of network A is matched with unit
+p[i] of network B. Source: Git Re-Basin (Ainsworth et al. 2023), Sections 2 and 3.2; our chapter 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from companion.errors import BadParameter
+from companion.theta import Theta
+
+Factor = str | int
+Block = tuple[Factor, ...]
+Axis = tuple[Block, ...]
+
+Permutations = Mapping[str, torch.Tensor]
+"""Group -> index vector, int64 on the CPU: shape (size,), or (outer size, size) for a group within
+another, whose row i says which unit of the *old* outer unit goes where in the new outer unit i."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that may be reordered.
+
+    Arguments:
+        name: after the layer that makes them, such as ``"layer1.linear"``.
+        size: number of units (of an inner group: of each outer unit).
+        within: the group whose units hold a copy of this one each, or None.
+    """
+
+    name: str
+    size: int
+    within: str | None = None
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where a block with a certain group lies.
+
+    Arguments:
+        tensor: name in the state dict; dim: its axis; start: first position of the block there.
+        block: the block, of which the group is a factor.
+    """
+
+    tensor: str
+    dim: int
+    start: int
+    block: Block
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation whose units are those of a group: where activation matching looks.
+
+    Arguments:
+        module: path of the module that was running (``""``: the network itself).
+        op: name of the operation, such as ``"relu"``; nth: how many of that name came before it
+            in this module, in one forward pass.
+        dim: axis of the activation, counted from the end (negative); start: the block's position.
+        block: the block there.
+    """
+
+    module: str
+    op: str
+    nth: int
+    dim: int
+    start: int
+    block: Block
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Which axes of which tensors share a permutation. Made by :func:`companion.rebasin.derive`.
+
+    Arguments:
+        groups: name -> group, in the order in which the forward pass makes their units; an inner
+            group comes after its outer one.
+        axes: name in the state dict -> one :data:`Axis` for each of its dimensions. Holds every
+            entry that at least one permutation moves: parameters (tied ones under each of their
+            names) and buffers.
+        objective: entries whose inner products count in weight matching: parameters, each tied
+            tensor once. Buffers are permuted but do not count.
+        sites: group -> where its activations are. An inner group's is a block that holds its outer
+            group as well; an outer group is told apart by the sites of its inner ones.
+        held: axis of a parameter (``"conv.weight[0]"``) -> why its units stay in place.
+        tolerance: relative difference of outputs up to which the spec was proven: 1e-8 in float64,
+            more only where the forward pass itself computes in less.
+        example: the arguments of the forward pass that the spec was derived with.
+    """
+
+    groups: Mapping[str, Group]
+    axes: Mapping[str, tuple[Axis, ...]]
+    objective: tuple[str, ...]
+    sites: Mapping[str, Site] = field(default_factory=dict)
+    held: Mapping[str, str] = field(default_factory=dict)
+    tolerance: float = 1e-8
+    example: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+
+    @cached_property
+    def uses(self) -> Mapping[str, tuple[Use, ...]]:
+        """Group -> every place where it moves something, tied tensors and buffers included."""
+        found: dict[str, list[Use]] = {name: [] for name in self.groups}
+        for tensor, axes in self.axes.items():
+            for dim, axis in enumerate(axes):
+                start = 0
+                for block in axis:
+                    for factor in block:
+                        if isinstance(factor, str):
+                            found[factor].append(Use(tensor, dim, start, block))
+                    start += self.length(block)
+        return {name: tuple(uses) for name, uses in found.items()}
+
+    @cached_property
+    def families(self) -> tuple[tuple[str, ...], ...]:
+        """Groups that have to be matched together: each outer group with its inner ones."""
+        inner: dict[str, list[str]] = {n: [] for n, g in self.groups.items() if g.within is None}
+        for name, group in self.groups.items():
+            if group.within is not None:
+                inner[group.within].append(name)
+        return tuple((outer, *names) for outer, names in inner.items())
+
+    def length(self, block: Block) -> int:
+        """Positions of a block."""
+        return math.prod(f if isinstance(f, int) else self.groups[f].size for f in block)
+
+    def identity(self) -> dict[str, torch.Tensor]:
+        """The permutations that leave everything in place."""
+        out = {}
+        for name, group in self.groups.items():
+            stay = torch.arange(group.size)
+            outer = self.groups[group.within].size if group.within else None
+            out[name] = stay if outer is None else stay.repeat(outer, 1)
+        return out
+
+    def random(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Uniformly random permutations."""
+
+        def draw(size: int) -> torch.Tensor:
+            return torch.randperm(size, generator=generator)
+
+        out = {}
+        for name, group in self.groups.items():
+            if group.within is None:
+                out[name] = draw(group.size)
+            else:
+                rows = self.groups[group.within].size
+                out[name] = torch.stack([draw(group.size) for _ in range(rows)])
+        return out
+
+    def check(self, perms: Permutations) -> None:
+        """Refuse what is no set of permutations of this spec.
+
+        Raises:
+            BadParameter: a group is missing or unknown, of another shape or type, or repeats units.
+        """
+        if perms.keys() != self.groups.keys():
+            missing = [n for n in self.groups if n not in perms]
+            extra = [n for n in perms if n not in self.groups]
+            raise BadParameter(
+                f"permutations: missing {missing[:5] or 'none'}, not in the spec "
+                f"{extra[:5] or 'none'}."
+            )
+        for name, like in self.identity().items():
+            p = perms[name]
+            if p.shape != like.shape or p.dtype != torch.int64:
+                raise BadParameter(
+                    f"permutation {name!r}: int64 {tuple(like.shape)} expected, "
+                    f"got {p.dtype} {tuple(p.shape)}."
+                )
+            if not torch.equal(p.cpu().sort(-1).values, like):
+                raise BadParameter(f"permutation {name!r} repeats units: it is no permutation.")
+
+    def compose(self, first: Permutations, then: Permutations) -> dict[str, torch.Tensor]:
+        """``first``, then ``then``, as one set: permute(permute(x, first), then)."""
+        out = {}
+        for name, group in self.groups.items():
+            if group.within is None:
+                out[name] = first[name][then[name]]
+            else:
+                out[name] = first[name][then[group.within]].gather(1, then[name])
+        return out
+
+    def inverse(self, perms: Permutations) -> dict[str, torch.Tensor]:
+        """The set that undoes ``perms``."""
+        out = {}
+        for name, group in self.groups.items():
+            p = perms[name]
+            out[name] = p.argsort(-1)
+            if group.within is not None:
+                out[name] = out[name][perms[group.within].argsort()]
+        return out
+
+    def index(self, axis: Axis, perms: Permutations) -> torch.Tensor:
+        """The index vector of a whole axis, int64 (positions,): ``new[i] = old[index[i]]``."""
+        parts, start = [], 0
+        for block in axis:
+            parts.append(start + self.block_index(block, perms))
+            start += self.length(block)
+        return torch.cat(parts)
+
+    def block_index(self, block: Block, perms: Permutations) -> torch.Tensor:
+        """The index vector of one block, counted from its start."""
+        sizes = [f if isinstance(f, int) else self.groups[f].size for f in block]
+        new = torch.meshgrid(*(torch.arange(s) for s in sizes), indexing="ij")
+        out = torch.zeros(sizes, dtype=torch.int64)
+        for factor, size, at in zip(block, sizes, new, strict=True):
+            old = at
+            if isinstance(factor, str):
+                outer = self.groups[factor].within
+                p = perms[factor]
+                old = p[at] if outer is None else p[new[block.index(outer)], at]
+            out = out * size + old
+        return out.flatten()
+
+    def moves(self, axis: Axis) -> bool:
+        """True if any factor of the axis is a group."""
+        return any(isinstance(f, str) for block in axis for f in block)
+
+    def permute_tensor(
+        self,
+        tensor: torch.Tensor,
+        name: str,
+        perms: Permutations,
+        *,
+        skip: int | None = None,
+    ) -> torch.Tensor:
+        """One entry with the permutations of its axes applied, all but axis ``skip``."""
+        for dim, axis in enumerate(self.axes.get(name, ())):
+            if dim != skip and self.moves(axis):
+                index = self.index(axis, perms)
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+        return tensor
+
+    def permute(self, theta: Theta, perms: Permutations) -> dict[str, torch.Tensor]:
+        """``theta`` with its units in another order; entries that do not move are the same tensors.
+
+        The function that the network computes stays the same. Nothing is checked here:
+        :meth:`companion.rebasin.Matching.apply` does.
+        """
+        return {name: self.permute_tensor(value, name, perms) for name, value in theta.items()}
+
+    def log10_count(self) -> float:
+        """log10 of the number of permutations, the paper's Table 1 (Section 2)."""
+        total = 0.0
+        for group in self.groups.values():
+            copies = self.groups[group.within].size if group.within else 1
+            total += copies * math.lgamma(group.size + 1) / math.log(10)
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        """Groups and axes as JSON-able values, to tell whether two specs are the same."""
+        return {
+            "groups": [[g.name, g.size, g.within] for g in self.groups.values()],
+            "axes": {n: [[list(b) for b in a] for a in axes] for n, axes in self.axes.items()},
+            "objective": list(self.objective),
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.groups)} permutations, 10^{self.log10_count():.0f} ways to order the units"
+        ]
+        for name, group in self.groups.items():
+            where = f" within each unit of {group.within}" if group.within else ""
+            used = ", ".join(f"{u.tensor}[{u.dim}]" for u in self.uses[name][:4])
+            more = len(self.uses[name]) - 4
+            lines.append(
+                f"  {name}: {group.size} units{where}; {used}"
+                + (f" and {more} more" if more > 0 else "")
+            )
+        if self.held:
+            lines.append(f"  held in place: {len(self.held)} axes")
+            lines += [f"    {axis}: {why}" for axis, why in list(self.held.items())[:6]]
+        return "\n".join(lines)
+
+
+def chain(*sizes: int, names: Sequence[str] | None = None, bias: bool = True) -> Spec:
+    """The spec of a stack of linear layers, written down directly, for exact toy examples.
+
+    Arguments:
+        sizes: units of input, of each hidden layer, and of the output.
+        names: of the layers, default ``"0"``, ``"1"``, …; weights are ``"0.weight"`` and so on.
+    """
+    layers = list(names or map(str, range(len(sizes) - 1)))
+    groups = {layers[i]: Group(layers[i], n) for i, n in enumerate(sizes[1:-1])}
+    axes: dict[str, tuple[Axis, ...]] = {}
+    for i, layer in enumerate(layers):
+        rows: Axis = ((layer if layer in groups else sizes[i + 1],),)
+        cols: Axis = ((layers[i - 1] if i else sizes[0],),)
+        axes[f"{layer}.weight"] = (rows, cols)
+        if bias:
+            axes[f"{layer}.bias"] = (rows,)
+    kept = {n: a for n, a in axes.items() if any(isinstance(f, str) for x in a for f in x[0])}
+    return Spec(groups, kept, tuple(kept))

@@ -1,0 +1,265 @@
+"""The straight-through estimator: permutations of B learned so that the midpoint's loss is low.
+
+Which permutation gives the best network half-way is a discrete question. Algorithm 2 answers it by
+gradient descent on free weights t that start at A: each step projects t onto the permutations of B
+(weight matching, t in A's place), takes the gradient of the loss at the midpoint of A and that
+permuted B, and moves t by it, as if the permuted B had been t itself.
+Source: Git Re-Basin (Ainsworth et al. 2023), Section 3.3 and Appendix A.9; our chapter 2.
+
+Two things differ from the authors' code. It kept a reference to the best permutation, which later
+steps overwrote, so it returned the last one; here the best one is a copy. And it judged
+"best" on a single minibatch; here all candidates are judged on the same held-out data.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from companion import deadline
+from companion.connectivity.paths import plain
+from companion.data import Split
+from companion.errors import BadParameter
+from companion.rebasin.matching import Matching
+from companion.rebasin.spec import Permutations, Spec
+from companion.rebasin.weights import objective, weight_matching
+from companion.seeds import Key
+from companion.theta import Theta, affine, check, layout
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, targets) -> mean loss, a number with a gradient."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best candidate so far: the step it was judged at, its loss, and its permutations."""
+
+    step: int
+    loss: float
+    perms: Mapping[str, Tensor]
+
+
+class Midpoint:
+    """The network half-way between A and a permuted B.
+
+    Arguments:
+        module: the architecture; copied, never changed. In eval mode but for BatchNorm, which uses
+            the statistics of each batch: interpolated running statistics let the activations'
+            variance collapse at the midpoint (Jordan et al. 2023), and with it the gradient.
+        a: network A, on the device to compute on; score: the loss.
+    """
+
+    def __init__(self, module: nn.Module, a: Theta, device: torch.device, score: Score):
+        self.module = copy.deepcopy(module).to(device).eval().requires_grad_(False)
+        for m in self.module.modules():
+            if isinstance(m, _BatchNorm):
+                m.train()
+        spec = layout(self.module)
+        self.names, self.trainable, self.ties = spec.floating, set(spec.parameters), spec.ties
+        self.module.load_state_dict(dict(a), strict=False)  # for the integer buffers
+        self.a, self.score = a, score
+
+    def weights(self, b: Theta) -> dict[str, Tensor]:
+        """Half of A and half of ``b``, new tensors. Integer buffers stay in the module's copy."""
+        own = self.module.state_dict()
+        middle = affine((self.a, b), (0.5, 0.5), self.names)
+        return {n: x.to(own[n].dtype) for n, x in middle.items()}
+
+    def gradient(self, b: Theta, x: Tensor, y: Tensor, names: list[str]) -> tuple[Tensor, Theta]:
+        """Loss of one batch, and its gradient at the midpoint with respect to ``names``."""
+        theta = self.weights(b)
+        with torch.enable_grad():
+            leaves = {n: theta[n].requires_grad_() for n in names}
+            loss = self.score(functional_call(self.module, {**theta, **leaves}, (x,)), y)
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        found = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+        return loss.detach(), found
+
+    @torch.no_grad()
+    def loss(self, b: Theta, batches: list[tuple[Tensor, Tensor]]) -> float:
+        """Mean loss over fixed batches; infinite where it is no number."""
+        theta = self.weights(b)
+        total = torch.zeros((), device=batches[0][0].device)
+        for x, y in batches:
+            total += self.score(functional_call(self.module, theta, (x,)), y) * len(x)
+        mean = float(total) / sum(len(x) for x, _ in batches)
+        return mean if math.isfinite(mean) else math.inf
+
+
+def straight_through(
+    spec: Spec,
+    module: nn.Module,
+    a: Theta,
+    b: Theta,
+    train: Split,
+    *,
+    steps: int,
+    batch: int = 500,
+    lr: float = 1e-2,
+    momentum: float = 0.9,
+    held_out: Split | None = None,
+    judge_every: int = 10,
+    key: Key = Key("ste"),  # noqa: B008 - an immutable value
+    max_passes: int = 100,
+    score: Score = F.cross_entropy,
+) -> Matching:
+    """Algorithm 2: search the permutation with the lowest loss half-way between A and B.
+
+    The first candidate is weight matching itself, so on the held-out loss the result is never
+    worse than it. Integer buffers are A's, BatchNorm uses batch statistics throughout the search
+    (see :class:`Midpoint`), dropout is off. Computes on the device of ``train``.
+
+    Arguments:
+        spec: of ``module``; module: the architecture; a, b: state dicts of it. None is changed.
+        train: data of the steps, un-augmented.
+        steps: of momentum SGD on the free weights (authors: 250 epochs).
+        batch: examples a step, of a new permutation every epoch (authors: 1000 for MLPs, 500 for
+            VGG-16); all of them if ``train`` is smaller.
+        lr, momentum: of SGD; the authors' values, for thousands of steps. The permutation changes
+            only once t has moved far enough, so a short search wants a longer step.
+        held_out: what candidates are judged on. None: a keyed fifth of ``train``, at most ten
+            batches, which no step then uses.
+        judge_every: steps from one candidate to the next. The last projection is always one.
+        key: of the batches, of the held-out part, and of the visiting orders in projections.
+        max_passes: of each projection; each starts from the one before.
+        score: (outputs, targets) -> mean loss.
+
+    Returns:
+        permutations for B. ``objective``, ``before`` and ``bound`` are weight matching's, at these
+        permutations; ``passes`` is the number of steps made. ``details``: ``loss`` of every step's
+        batch at the midpoint; ``held out``: [step, loss] of every candidate; ``best``: the step of
+        the one that was kept; ``weight matching``: the first one's loss; ``stopped``: the step
+        at which the free weights were no longer finite, or None.
+
+    Raises:
+        BadParameter: a parameter out of range, too little data, or a network that is no finite
+            point of this architecture.
+        OutOfTime: the time limit was reached.
+
+    Source: Git Re-Basin (Ainsworth et al. 2023), Section 3.3 and Appendix A.9; our chapter 2.
+    """
+    begin = time.perf_counter()
+    _check_numbers(steps, batch, judge_every, lr, momentum)
+    check(module, a, "A")
+    check(module, b, "B")
+    train, judges = _parts(train, held_out, batch, key)
+    device = train.x.device
+    a, b = ({n: x.detach().to(device) for n, x in theta.items()} for theta in (a, b))
+    middle = Midpoint(module, a, device, score)
+    first = middle.ties
+    learnt = [n for n in spec.objective if first.get(n, n) in middle.trainable]
+    # Half-precision networks: small steps would be lost in rounding.
+    free = {n: a[n].to(torch.promote_types(a[n].dtype, torch.float32), copy=True) for n in learnt}
+    speed = {n: torch.zeros_like(x) for n, x in free.items()}
+    projected = weight_matching(spec, a, b, max_passes=max_passes)
+    before, bound = projected.before, projected.bound
+    perms = projected.perms
+    best: Best | None = None
+    judged: list[tuple[int, float]] = []
+    losses: list[Tensor] = []
+    stopped = None
+    batches = _batches(train, batch, key)
+    for step in range(steps + 1):
+        deadline.check()
+        if step:
+            again = weight_matching(
+                spec,
+                {**a, **free},
+                b,
+                start=perms,
+                key=key.fold("project", step),
+                max_passes=max_passes,
+            )
+            perms = again.perms
+        now = spec.permute(b, perms)
+        if step % judge_every == 0 or step == steps:
+            value = middle.loss(now, judges)
+            judged.append((step, value))
+            if best is None or value < best.loss:
+                best = Best(step, value, _copied(perms))
+        if step == steps:
+            break
+        loss, slope = middle.gradient(now, *next(batches), [first.get(n, n) for n in learnt])
+        losses.append(loss)
+        # Straight through: the midpoint moves by half of what t moves, as if t were the permuted B.
+        for n, x in free.items():
+            g = slope.get(first.get(n, n))
+            if g is not None:
+                speed[n].mul_(momentum).add_(g.to(x.dtype), alpha=0.5)
+                x.sub_(speed[n], alpha=lr)
+        if not all(bool(torch.isfinite(x).all()) for x in free.values()):
+            stopped = step + 1
+            break
+    assert best is not None
+    return Matching(
+        spec,
+        best.perms,
+        "ste",
+        objective(spec, a, b, best.perms),
+        before,
+        bound,
+        passes=len(losses),
+        seconds=time.perf_counter() - begin,
+        details={
+            "loss": [plain(float(x)) for x in losses],
+            "held out": [[step, plain(value)] for step, value in judged],
+            "best": best.step,
+            "weight matching": plain(judged[0][1]),
+            "stopped": stopped,
+        },
+    )
+
+
+def _check_numbers(steps: int, batch: int, judge_every: int, lr: float, momentum: float) -> None:
+    for name, whole in (("steps", steps), ("batch", batch), ("judge_every", judge_every)):
+        if isinstance(whole, bool) or not isinstance(whole, int) or whole < 1:
+            raise BadParameter(f"{name}: {whole!r} must be a whole number of 1 or more.")
+    if not (math.isfinite(lr) and lr > 0):
+        raise BadParameter(f"lr: {lr!r} must be finite and above 0.")
+    if not 0 <= momentum < 1:
+        raise BadParameter(f"momentum: {momentum!r} must lie in [0, 1).")
+
+
+def _parts(
+    train: Split, held_out: Split | None, batch: int, key: Key
+) -> tuple[Split, list[tuple[Tensor, Tensor]]]:
+    """What steps are made on, and the batches that candidates are judged on."""
+    if held_out is None:
+        if len(train) < 2:
+            raise BadParameter(f"train: 2 examples or more are needed, got {len(train)}.")
+        order = key.fold("held out").permutation(len(train)).to(train.x.device)
+        size = min(max(len(train) // 5, 1), 10 * batch)
+        held_out, train = (
+            Split(train.x[part], train.y[part]) for part in (order[:size], order[size:])
+        )
+    for name, split in (("train", train), ("held_out", held_out)):
+        if len(split) == 0:
+            raise BadParameter(f"{name}: there are no examples.")
+    held_out = held_out.to(train.x.device)
+    parts = -(-len(held_out) // batch)  # of equal size, as BatchNorm takes statistics of each
+    pairs = zip(held_out.x.tensor_split(parts), held_out.y.tensor_split(parts), strict=True)
+    return train, list(pairs)
+
+
+def _batches(split: Split, batch: int, key: Key) -> Iterator[tuple[Tensor, Tensor]]:
+    """Full batches of a new permutation every epoch, without end."""
+    size = min(batch, len(split))
+    epoch = 0
+    while True:
+        order = key.fold("epoch", epoch).permutation(len(split)).to(split.x.device)
+        for part in order[: len(order) // size * size].split(size):
+            yield split.x[part], split.y[part]
+        epoch += 1
+
+
+def _copied(perms: Permutations) -> dict[str, Tensor]:
+    return {n: p.clone() for n, p in perms.items()}

@@ -1,0 +1,87 @@
+"""Watching a forward pass, operation by operation, and knowing which module each belongs to.
+
+Below autograd every network, whatever Python it is written in, is a sequence of a few dozen
+operations on tensors (``aten``). :class:`Tracer` sees each of them with its real arguments, so
+nothing has to be symbolically traceable. Both the derivation of a spec and activation matching
+read networks through it; they name an operation by module, kind and count, see :class:`Site`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Tracer(TorchDispatchMode):
+    """Calls :meth:`seen` for every operation of the forward passes run inside.
+
+    Arguments:
+        module: the network; its submodules get forward hooks while the tracer is entered.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._module = module
+        self._stack: list[str] = []
+        self._hooks: list[Any] = []
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def where(self) -> str:
+        """Path of the submodule that is running, ``""`` for the network itself."""
+        return self._stack[-1] if self._stack else ""
+
+    def begin(self) -> None:
+        """A new forward pass begins: count operations from 0 again."""
+        self._counts.clear()
+        self._stack.clear()
+
+    def seen(
+        self,
+        func: Any,
+        op: str,
+        nth: int,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        out: Any,
+    ) -> None:
+        """One operation: the overload, its name (``"relu"``), how many of that name came before it
+        in :attr:`where`, its arguments and what it returned. To be overridden."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        op = func.overloadpacket._qualified_op_name.split("::")[-1]
+        key = (self.where, op)
+        nth = self._counts[key]
+        self._counts[key] += 1
+        self.seen(func, op, nth, args, kwargs, out)
+        return out
+
+    def __enter__(self) -> Self:
+        def enter(name: str) -> Any:
+            def hook(module: nn.Module, args: Any) -> None:
+                self._stack.append(name)
+
+            return hook
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            self._stack.pop()
+
+        for name, module in self._module.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(enter(name)))
+            self._hooks.append(module.register_forward_hook(leave))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
