@@ -17,6 +17,7 @@ Name = Annotated[str, typer.Argument(help="A name that `companion data list` sho
 def list_() -> None:
     """Show every dataset that has a name, whether it is here, and how to get it."""
     from companion.data import catalogue
+    from companion.data.parts import ALLOWED
     from companion.locations import data_root
 
     rows = [
@@ -31,6 +32,7 @@ def list_() -> None:
         for entry in catalogue()
     ]
     table(["name", "what", ">classes", "image", "files", "how to get it"], rows)
+    say(f"a part of any train split: NAME@PART with PART one of {ALLOWED}")
     say(f"data root: {data_root()}")
 
 

@@ -3,8 +3,9 @@
     dataset = load("digits")
     x, y = dataset.train.x, dataset.train.y
 
-``dataset.py`` the values · ``registry.py`` datasets by name · ``sources.py``, ``pictures.py``,
-``decoding.py`` readers · ``augmentation.py`` flips and crops · ``device.py`` names of devices.
+``dataset.py`` the values · ``registry.py`` datasets by name · ``parts.py`` parts of a train split ·
+``sources.py``, ``pictures.py``, ``decoding.py`` readers · ``augmentation.py`` flips and crops ·
+``device.py`` names of devices.
 """
 
 from companion.data.augmentation import Augmentation, Augmenter, Draws

@@ -6,6 +6,7 @@
 | ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100`` | as published, in torchvision's layout |
 | ``cifar10-jpeg`` | a lossy copy of CIFAR-10 in two parquet files; labelled as such everywhere |
 | ``images:PATH`` | the user's own, see ``pictures.py`` |
+| ``NAME@split-a``, … | a part of the train split of any of these, see ``parts.py`` |
 
 Source: our chapter 1 ("The data").
 """
@@ -13,7 +14,7 @@ Source: our chapter 1 ("The data").
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from companion.data.dataset import Dataset, Split, channel_statistics, standardise
 from companion.data.device import resolve_device
+from companion.data.parts import SEPARATOR, Part, split_name
 from companion.data.pictures import CIFAR10_JPEG, user_images
 from companion.data.sources import PUBLISHED, FileReport, Raw, Source
 from companion.errors import BadParameter, CorruptData, MissingData, one_of
@@ -82,26 +84,43 @@ def load(name: str, device: str | torch.device = "cpu") -> Dataset:
 
     Args:
         name: of the catalogue (see the module), e.g. ``"mnist"``; or ``"images:PATH"``,
-            ``"images:PATH?size=32&label=fine_label"``.
+            ``"images:PATH?size=32&label=fine_label"``; with a part, ``"mnist@split-a"``.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"auto"``.
 
     Returns:
         The dataset; the same object for the same files. Files that changed are read again.
 
     Raises:
-        BadParameter: the name, an option or the device is not known.
+        BadParameter: the name, an option, the part or the device is not known.
         DeviceUnavailable: there is no such GPU.
         MissingData: files are missing; the message names them, the folder and the command.
         CorruptData: files are damaged; the message names the file.
     """
     target = resolve_device(device)
-    source, root = _source(name), data_root()
+    base, part = split_name(name)
+    source, root = _source(base), data_root()
     files, missing = source.files(root)
     if missing:
         raise _missing(source, root, missing)
     stats = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
     stamp = hashlib.sha256(repr(stats).encode()).hexdigest()
-    return _load(name, root, str(target), stamp)
+    if part is not None:
+        return _load_part(base, part, root, str(target), stamp)
+    return _load(base, root, str(target), stamp)
+
+
+@lru_cache(maxsize=4)  # two halves and what else a chapter compares them with
+def _load_part(base: str, part: Part, root: Path, device: str, stamp: str) -> Dataset:
+    whole = _load(base, root, device, stamp)
+    rows = part.rows(whole.train.y.cpu().numpy(), whole.classes)
+    at = torch.from_numpy(rows).to(whole.train.x.device)
+    return replace(
+        whole,
+        name=f"{base}{SEPARATOR}{part.name}",
+        label=f"{whole.label}, {part.label}",
+        train=Split(whole.train.x[at], whole.train.y[at]),
+        fingerprint=part.fingerprint(whole.fingerprint, rows),
+    )
 
 
 @lru_cache(maxsize=2)  # 0.7 GB each for 60,000 images of 32x32: a chapter uses one or two
@@ -154,6 +173,7 @@ def get(name: str) -> Path:
         MissingData: the download failed (no network, say); the message says what to do by hand.
         CorruptData: what is there, or what came, has a wrong checksum.
     """
+    name, _ = split_name(name)
     source, root = _source(name), data_root()
     where = _where(source, root)
     if source.torchvision is None or where is None:
@@ -185,15 +205,25 @@ def check(name: str) -> Report:
         BadParameter, CorruptData: as :func:`load`. What is missing is reported, not raised, except
             under ``images:PATH``.
     """
-    source, root = _source(name), data_root()
+    base, part = split_name(name)
+    source, root = _source(base), data_root()
     missing = tuple(source.files(root)[1])
     where = _where(source, root)
+    label = source.label if part is None else f"{source.label}, {part.label}"
     if missing:
-        return Report(name, source.label, where, False, source.how, missing)
+        return Report(name, label, where, False, source.how, missing)
     raw: Raw = source.read(root)
+    if part is not None:
+        rows = part.rows(raw.train_y, raw.classes)
+        raw = replace(
+            raw,
+            train_x=raw.train_x[rows],
+            train_y=raw.train_y[rows],
+            fingerprint=part.fingerprint(raw.fingerprint, rows),
+        )
     return Report(
         name=name,
-        label=source.label,
+        label=label,
         where=where,
         present=True,
         how=source.how,
