@@ -46,6 +46,8 @@ SMALL = [
     *(f"resnet18:norm={norm},width=4" for norm in ("batch", "layer", "group", "none")),
     *(f"vgg11:norm={norm},width=4" for norm in ("batch", "layer", "group", "none")),
     "vgg16:init=openlth,width=4",
+    "vgg11:head=32-16,width=4",
+    "mlp:init=lecun,widths=16x2",
 ]
 
 
@@ -84,6 +86,10 @@ def images(n: int, shape: tuple[int, int, int], label: str = "images") -> torch.
         ("vgg16", DIGITS, 10, 14_728_266 - 2 * 9 * 64),  # one channel instead of three
         ("vgg11", CIFAR, 10, 9_220_480 + 5_130 + 2 * 2_752),  # torchvision's features, head, norms
         ("vgg11:norm=none", CIFAR, 100, 9_220_480 + 512 * 100 + 100),
+        # Git Re-Basin's: its three heads instead of our one add two hidden layers of 512
+        ("vgg16:head=512x2", CIFAR, 10, 14_728_266 + 2 * (512 * 512 + 512)),
+        # torchvision's vgg16_bn(num_classes=10), whose first hidden layer sees 7x7 pixels, not 1
+        ("vgg16:head=4096x2", CIFAR, 10, 134_309_962 - 48 * 512 * 4096),
     ],
 )
 def test_parameter_counts(spec, shape, classes, parameters):
@@ -138,9 +144,12 @@ def _torchvision_resnet18(norm: type[nn.Module]) -> nn.Module:
     return net
 
 
-def _torchvision_vgg(name: str) -> nn.Module:
+def _torchvision_vgg(name: str, *hidden: int) -> nn.Module:
     net = getattr(torchvision.models, name)(num_classes=10)
-    return nn.Sequential(net.features, nn.Flatten(), nn.Linear(512, 10))
+    dense: list[nn.Module] = []
+    for n_in, n_out in zip((512, *hidden), hidden, strict=False):
+        dense += [nn.Linear(n_in, n_out), nn.ReLU()]
+    return nn.Sequential(net.features, nn.Flatten(), *dense, nn.Linear((512, *hidden)[-1], 10))
 
 
 class Identity(nn.Identity):
@@ -153,6 +162,7 @@ class Identity(nn.Identity):
         ("resnet18", lambda: _torchvision_resnet18(Identity)),
         ("resnet18:norm=batch", lambda: _torchvision_resnet18(nn.BatchNorm2d)),
         ("vgg16", lambda: _torchvision_vgg("vgg16_bn")),
+        ("vgg11:head=24-9,norm=none", lambda: _torchvision_vgg("vgg11", 24, 9)),
         ("vgg11:norm=none", lambda: _torchvision_vgg("vgg11")),
     ],
 )
@@ -176,6 +186,9 @@ def test_equals_torchvision_with_the_same_weights(spec, peer):
         (" ResNet20 : norm = BATCH , width = 016 ", "resnet20"),
         ("resnet20:width=8,norm=group,shortcut=conv", "resnet20:norm=group,width=8"),
         ("resnet20:shortcut=a", "resnet20:shortcut=A"),
+        ("vgg16:head=None", "vgg16"),  # the runs of before there was a head keep their names
+        ("vgg16:width=32,head=512-0512", "vgg16:head=512x2,width=32"),
+        ("mlp:init=LECUN", "mlp:init=lecun"),
         ("resnet8:groups=auto,norm=group", "resnet8:norm=group"),
         ("resnet18:norm=none", "resnet18"),
         ("resnet18:norm=batch", "resnet18:norm=batch"),
@@ -216,6 +229,7 @@ def test_defaults_are_for_ever():
             "width": 64,
             "norm": "batch",
             "groups": "auto",
+            "head": [],
             "init": "kaiming",
         }
 
@@ -247,7 +261,7 @@ def specs(draw: st.DrawFn) -> str:
     name = draw(
         st.sampled_from(["mlp", "lenet-300-100", "resnet8", "resnet14", "resnet18", "vgg11"])
     )
-    options = {"init": st.sampled_from(["kaiming", "torch", "openlth"])}
+    options = {"init": st.sampled_from(["kaiming", "torch", "openlth", "lecun"])}
     if name in ("mlp", "lenet-300-100"):
         options["norm"] = st.sampled_from(["none", "batch", "layer"])
         width = st.builds(
@@ -258,6 +272,8 @@ def specs(draw: st.DrawFn) -> str:
     else:
         options["norm"] = st.sampled_from(["batch", "layer", "group", "none"])
         options["width"] = st.integers(2, 9).map(str)
+        if name == "vgg11":
+            options["head"] = st.sampled_from(["none", "None", "5", "06x2", "5-5"])
         if name in ("resnet8", "resnet14"):
             options["shortcut"] = st.sampled_from(["A", "conv", "conv3x3"])
     keys = draw(st.permutations(sorted(options)))
@@ -364,6 +380,19 @@ def test_initialisations():
         assert openlth.layer1.linear.weight.std().item() == pytest.approx(
             (2 / 784) ** 0.5, rel=0.01
         )
+
+
+@torch.no_grad()
+def test_lecun_is_flaxs_truncated_normal():
+    net = build("vgg16:head=256,init=lecun,width=32", CIFAR, 10, KEY)
+    for weight, fan_in in ((net.stage3[1].conv.weight, 128 * 9), (net.dense1.linear.weight, 256)):
+        std = fan_in**-0.5
+        assert weight.std().item() == pytest.approx(std, rel=0.01)
+        # Cut at two standard deviations of the normal that is cut, not of what is left of it.
+        assert weight.abs().max().item() == pytest.approx(2 * std / 0.8796, rel=0.01)
+    assert not any(p.any() for n, p in net.named_parameters() if n.endswith("conv.bias"))
+    assert not net.dense1.linear.bias.any() and not net.head.bias.any()
+    assert (net.stage1[0].norm.weight == 1).all()
 
 
 # ---------------------------------------------------------------- what instruments rely on
@@ -622,6 +651,10 @@ def test_any_shape_that_is_large_enough(spec, shape):
         ("resnet50", ["ImageNet", "resnet44, resnet56", "package.module:factory"]),
         ("resnet20:wdith=8", ["'wdith' is not known", "Did you mean 'width'?", "norm, groups"]),
         ("vgg11:shortcut=A", ["'shortcut' is not known", "Allowed: width, norm"]),
+        ("vgg11:head=0", ["head: '0' is not 'none', or widths", "such as 512x2"]),
+        ("vgg11:head=nine", ["head: 'nine'"]),
+        ("vgg11:head=", ["'head=' is not option=value"]),
+        ("mlp:init=lekun", ["Did you mean 'lecun'?"]),
         ("resnet20:norm=bach", ["norm: 'bach'", "Did you mean 'batch'?", "layer, group, none"]),
         ("mlp:norm=group", ["Allowed: none, batch, layer"]),
         ("resnet20:width=0", ["width: '0' is not a whole number"]),

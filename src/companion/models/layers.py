@@ -14,7 +14,9 @@ NormMaker = Callable[[int], nn.Module]
 LAYER_NORM_EPS = 1e-6  # Flax's default, hence Git Re-Basin's; PyTorch's own would be 1e-5
 
 NORMS = ("batch", "layer", "group", "none")
-INITS = ("kaiming", "torch", "openlth")
+INITS = ("kaiming", "torch", "openlth", "lecun")
+
+_CUT_STD = 0.87962566103423978  # standard deviation of N(0, 1) truncated at two of its own
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -102,9 +104,15 @@ def initialise(module: nn.Module, scheme: str) -> None:
         scheme: "kaiming": weights of every convolution and linear layer N(0, 2 / fan_in), their
             biases 0 (He et al. 2015, equation 10). "torch": leave what PyTorch's constructors
             drew. "openlth": open_lth's defaults, that is kaiming weights, PyTorch's own biases,
-            and norm scales from U[0, 1] with shifts 0. Norms are 1 and 0 in the first two.
+            and norm scales from U[0, 1] with shifts 0. "lecun": Flax's default, hence Git
+            Re-Basin's: weights from a normal distribution cut at two of its standard deviations
+            and widened so that the variance is 1 / fan_in, biases 0 (LeCun et al. 1998, "Efficient
+            BackProp", section 4.6). Norms are 1 and 0 in all but "openlth".
     """
     if scheme == "torch":
+        return
+    if scheme == "lecun":
+        _lecun(module)
         return
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -116,6 +124,15 @@ def initialise(module: nn.Module, scheme: str) -> None:
         ):
             nn.init.uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+
+def _lecun(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            std = layer.weight[0].numel() ** -0.5 / _CUT_STD
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def parameter_count(module: nn.Module, buffers: bool = False) -> int:

@@ -111,6 +111,26 @@ def widths(default: str) -> Option:
     )
 
 
+def _hidden(text: str) -> tuple[int, ...]:
+    return () if text.casefold() == "none" else _widths(text)
+
+
+def _show_hidden(widths: tuple[int, ...]) -> str:
+    return _show_widths(widths) or "none"
+
+
+def hidden(meaning: str) -> Option:
+    """Widths of layers that need not be there; the default is that they are not."""
+    return Option(
+        "none",
+        meaning,
+        "'none', or widths joined by '-', each with an optional 'x' and a repeat, such as 512x2"
+        f" (at most {MAX_HIDDEN_LAYERS} layers)",
+        _hidden,
+        _show_hidden,
+    )
+
+
 def norm(default: str, choices: tuple[str, ...] = NORMS) -> Option:
     return choice(default, "normalisation after each hidden layer", choices)
 
