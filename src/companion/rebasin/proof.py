@@ -21,6 +21,7 @@ from companion.seeds import Key
 from companion.theta import Theta
 
 PRIME = 1_000_003
+DRAWS = 5
 
 
 class Unproven(BadParameter):
@@ -62,34 +63,44 @@ class Subject:
         self.tensors = [t for t in pytree.tree_leaves(self.args) if isinstance(t, torch.Tensor)]
         self.raw: list[torch.Tensor] = []
         if theta is None:
-            self._shake()
+            self.shake()
         else:
             self.load(theta)
 
     @torch.no_grad()
-    def _shake(self) -> None:
-        """Add noise to every tensor, so that equal or zero weights cannot hide a wrong spec."""
-        generator = Key("rebasin", "shake").generator()
-        # A prime number of draws, repeated: no two rows of any weight see the same ones.
-        draws = torch.randn(PRIME, generator=generator, dtype=torch.float64)
+    def shake(self, again: int = 0) -> None:
+        """Add noise to every tensor, so that equal or zero weights cannot hide a wrong spec.
+
+        Arguments:
+            again: how often it was shaken before; the noise is another one each time.
+        """
+        floats = [t for t in (*self.state.values(), *self.tensors) if t.is_floating_point()]
+        largest = max((t.numel() for t in floats), default=0)
+        # At most a prime number of draws, repeated: no two rows of any weight see the same ones.
+        length = min(PRIME, largest + len(floats))
+        generator = Key("rebasin", "shake", again).generator()
+        draws = torch.randn(length, generator=generator, dtype=torch.float64)
 
         def noise(like: torch.Tensor, start: int) -> torch.Tensor:
-            repeated = draws.roll(start).repeat(-(-like.numel() // PRIME))
-            return repeated[: like.numel()].view(like.shape).to(like.device)
+            size = like.numel()
+            part = draws[start : start + size]
+            if len(part) < size:
+                part = draws.roll(-start).repeat(-(-size // length))[:size]
+            return part.view(like.shape).to(like.device)
 
-        for i, tensor in enumerate(self.state.values()):
-            if not tensor.is_floating_point() or tensor.numel() == 0:
+        for i, tensor in enumerate(floats):
+            if tensor.numel() == 0:
                 continue
             sample = tensor.flatten()[:PRIME]
             spread = float(sample.std()) if len(sample) > 1 else 0.0
-            positive = not isinstance(tensor, nn.Parameter) and bool((tensor > 0).all())
-            if positive:  # such as running variances
+            if any(tensor is t for t in self.tensors):  # an example of zeros would prove nothing
+                tensor.add_(noise(tensor, i))
+            elif not isinstance(tensor, nn.Parameter) and bool(
+                (tensor > 0).all()
+            ):  # such as running variances
                 tensor.mul_(torch.exp(0.3 * noise(tensor, i)))
             else:
                 tensor.add_(noise(tensor, i), alpha=0.3 * spread or 0.1)
-        for i, tensor in enumerate(self.tensors):
-            if tensor.is_floating_point():  # an example of zeros would prove nothing
-                tensor.add_(noise(tensor, -1 - i))
 
     @torch.no_grad()
     def load(self, theta: Theta) -> None:
@@ -161,7 +172,9 @@ def prove(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
         return difference(reference, net.run())
 
     found = gap(perms)
-    if found <= spec.tolerance:
+    for again in range(1, DRAWS + 1):
+        if not found <= spec.tolerance:
+            break
         # A proof on outputs that do not react would be empty: with part of the tensors put back,
         # they must. Two choices of the part, because one alone can be a symmetry by chance.
         names = list(spec.axes)
@@ -170,6 +183,10 @@ def prove(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
             if len(names) == 1 or difference(reference, net.run()) > 10 * spec.tolerance:
                 return
             net.permute(spec, perms, part)
+        net.shake(again)  # a small network may be dead at one point, and not at another
+        reference = net.run()
+        found = gap(perms)
+    else:
         raise Unproven(
             "the output does not react to its weights on this example: nothing is proven."
         )

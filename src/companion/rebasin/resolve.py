@@ -12,8 +12,8 @@ from companion.rebasin.axes import Atom, Axes, Axis, Block
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "hardtanh", "leaky_relu", "elu", "mish")
 """Functions after which activation matching looks (Git Re-Basin, Section 3.1)."""
 
-REFUSED = ("grouped convolution", "no rule", "pieces are", "its units are", "three levels", "outer")
-"""How reasons begin that are worth telling: not the input, the output or a kernel's positions."""
+NATURAL = ("the input", "the output", "positions of", "entries of a vocabulary", "whole numbers")
+"""How reasons begin that go without saying; all others are told, in :attr:`Spec.held`."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ class _Resolver:
         held = {}
         for name in parameters:
             for dim, axis in enumerate(used.get(name, ())):
-                why = next((a.pinned for a in self.axes.atoms(axis) if a.pinned), None)
-                if why and why.startswith(REFUSED):
+                atoms = (a for block in self._blocks(axis) for a in block if a.size > 1)
+                why = next((a.pinned for a in atoms if a.pinned), None)
+                if why and not why.startswith(NATURAL):
                     held[f"{name}[{dim}]"] = why
         return spec.Spec(
             groups,

@@ -10,163 +10,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from companion.errors import BadParameter, one_of
-from companion.rebasin.assignment import assign, assign_nested, prices
+from companion.rebasin.descent import State, device_of, dot
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec
-from companion.rebasin.terms import Family, Term, families
+from companion.rebasin.terms import Family, families
 from companion.seeds import Key
 from companion.theta import Theta
-
-THIN = 16
-"""Columns up to which terms are gathered into one product: biases and norm scales have one each,
-and adding n x n outer products one by one costs more than multiplying them together."""
-
-
-class _State:
-    """Where a descent stands: permutations, and B as they permute it. Inputs are never written."""
-
-    def __init__(self, spec: Spec, a: Theta, b: Theta, perms: Permutations):
-        self.spec, self.a = spec, a
-        self.perms = {n: p.detach().cpu().clone() for n, p in perms.items()}
-        self.stay = spec.identity()
-        self.price: dict[str, Tensor] = {}  # of B's units where they are now
-        moved = any(not torch.equal(self.perms[n], p) for n, p in self.stay.items())
-        self.now = {
-            t: spec.permute_tensor(b[t], t, self.perms) if moved else b[t] for t in spec.objective
-        }
-
-    def gram(self, terms: Sequence[Term]) -> Tensor | None:
-        """Gains of all pairs of rows: what unit i of A gets from what is now at j of B. Float64."""
-        total: Tensor | None = None
-        thin: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-        for term in terms:
-            device = _device(self.a[term.tensor])
-            x = term.rows(self.a[term.tensor], device)
-            y = term.rows(self.now[term.tensor], device)
-            if x.shape[1] <= THIN:
-                thin.setdefault(device, []).append((x, y))
-                continue
-            total = _add(total, x, y)
-        for pairs in thin.values():
-            x, y = (torch.cat(part, 1) for part in zip(*pairs, strict=True))
-            total = _add(total, x, y)
-        return total
-
-    def best(
-        self, family: Family, terms: Mapping[str, tuple[Term, ...]], tol: float
-    ) -> tuple[dict[str, Tensor], float] | None:
-        """The best step for one family from where it is now, and what ``terms`` gain by it.
-
-        Returns:
-            permutations relative to the present ones, and the rise; None if there is none
-            above ``tol``.
-        """
-        outer = self.gram(terms[family.outer])
-        if not family.inner:
-            if outer is None:
-                return None
-            here = float(outer.trace())
-            price = self.price.get(family.outer)
-            # No assignment exceeds the sum of the rows' maxima, nor that of the columns', nor what
-            # the rows can have at any prices.
-            tops = [outer.amax(1).sum(), outer.amax(0).sum()]
-            if price is not None:
-                tops.append((outer - price).amax(1).sum() + price.sum())
-            if min(map(float, tops)) - here <= tol:
-                return None
-            p = assign(outer, price)
-            rise = float(outer[torch.arange(len(p)), p].sum()) - here
-            if family.linear:
-                self.price[family.outer] = prices(outer, p, price)
-            return ({family.outer: p}, rise) if rise > tol else None
-        grams = {g: self.gram(terms[g]) for g in family.inner}
-        known = {g: m for g, m in grams.items() if m is not None}
-        units = self.spec.groups[family.outer].size
-        here = sum(float(m.trace()) for m in (outer, *known.values()) if m is not None)
-        p, inner, value = assign_nested(outer, known, units)
-        if value - here <= tol:
-            return None
-        step = {g: inner.get(g, self.stay[g]) for g in family.inner}
-        return {family.outer: p, **step}, value - here
-
-    def stepped(self, family: Family, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that a step of one family moves, moved."""
-        relative = {**self.stay, **step}
-        return {
-            t: _move(self.spec, self.now[t], t, relative, (family.outer, *family.inner))
-            for t in family.tensors
-        }
-
-    def product(self, tensors: Mapping[str, Tensor]) -> float:
-        """``<A, tensors>`` over the given entries, in float64."""
-        return sum(_dot(self.a[t], x) for t, x in tensors.items())
-
-    def take(self, family: Family, step: Mapping[str, Tensor], moved: dict[str, Tensor]) -> None:
-        """Make the step."""
-        self.now.update(moved)
-        p = step[family.outer]
-        self.perms[family.outer] = self.perms[family.outer][p]
-        if family.outer in self.price:
-            self.price[family.outer] = self.price[family.outer][p]
-        for g in family.inner:
-            self.perms[g] = self.perms[g][p].gather(1, step[g])
-
-    def improve(self, family: Family, tol: float) -> float:
-        """Solve one family; take the step if the objective rises by more than ``tol``.
-
-        Returns:
-            by how much it rose, 0 if nothing changed.
-        """
-        found = self.best(family, family.terms, tol)
-        if found is None:
-            return 0.0
-        step, rise = found
-        moved = self.stepped(family, step)
-        if not family.linear:  # the assignment saw the other axes as they were: look again
-            rise = self.product(moved) - self.product({t: self.now[t] for t in family.tensors})
-            if rise <= tol:
-                return 0.0
-        self.take(family, step, moved)
-        return rise
-
-
-def _add(total: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-    """``total + x @ y.T``, in place and on the device of ``total`` if there is one."""
-    if total is None:
-        return x @ y.T
-    if total.device == x.device:
-        return total.addmm_(x, y.T)
-    return total.add_((x @ y.T).to(total.device))
-
-
-def _move(
-    spec: Spec, x: Tensor, name: str, relative: Permutations, groups: tuple[str, ...]
-) -> Tensor:
-    """One tensor with its axes permuted, only those that hold one of ``groups``."""
-    for dim, axis in enumerate(spec.axes[name]):
-        if any(f in groups for block in axis for f in block):
-            whole = len(axis) == 1 and len(axis[0]) == 1
-            index = relative[str(axis[0][0])] if whole else spec.index(axis, relative)
-            x = x.index_select(dim, index.to(x.device))
-    return x
-
-
-def _device(x: Tensor) -> torch.device:
-    """Where sums over ``x`` are done: its own device, but the CPU for one without float64."""
-    return torch.device("cpu") if x.device.type == "mps" else x.device
-
-
-def _dot(x: Tensor, y: Tensor) -> float:
-    device = _device(x)
-    x = x.detach().to(device).double().reshape(-1)
-    return float(x.dot(y.detach().to(device).double().reshape(-1)))
 
 
 def norms(spec: Spec, theta: Theta, name: str) -> dict[str, float]:
@@ -197,7 +53,7 @@ def norms(spec: Spec, theta: Theta, name: str) -> dict[str, float]:
         x = theta[t].detach()
         if not x.is_floating_point():
             raise BadParameter(f"network {name}: {t} is {x.dtype}; only real numbers can match.")
-        x = x.to(_device(x))
+        x = x.to(device_of(x))
         found[t] = float(torch.linalg.vector_norm(x, dtype=torch.float64))
         if not math.isfinite(found[t]):
             raise BadParameter(f"network {name}: {t} holds NaN or infinite values; it diverged.")
@@ -212,7 +68,7 @@ def objective(spec: Spec, a: Theta, b: Theta, perms: Permutations | None = None)
     """
     total = 0.0
     for t in spec.objective:
-        total += _dot(a[t], b[t] if perms is None else spec.permute_tensor(b[t], t, perms))
+        total += dot(a[t], b[t] if perms is None else spec.permute_tensor(b[t], t, perms))
     return total
 
 
@@ -285,7 +141,7 @@ def weight_matching(
             state, value = _first(spec, a, b, plan, before, begin)
         else:
             there = start if n == 0 and start is not None else spec.random(own.generator())
-            state = _State(spec, a, b, there)
+            state = State(spec, a, b, there)
             value = state.product(state.now)
         history, ended = _descend(state, value, plan, bound, own, max_passes, rtol, order)
         if len(history) > 1:  # steps were summed up; what is reported is the objective itself
@@ -311,23 +167,23 @@ def weight_matching(
 
 def _first(
     spec: Spec, a: Theta, b: Theta, plan: Sequence[Family], before: float, begin: str
-) -> tuple[_State, float]:
+) -> tuple[State, float]:
     """Where the first descent begins: after one anchored pass, unless the identity is better."""
     if begin == "anchored":
         state = _one_pass(spec, a, b, plan, anchored=True)
         value = state.product(state.now)
         if value > before:
             return state, value
-    return _State(spec, a, b, spec.identity()), before
+    return State(spec, a, b, spec.identity()), before
 
 
-def _one_pass(spec: Spec, a: Theta, b: Theta, plan: Sequence[Family], *, anchored: bool) -> _State:
+def _one_pass(spec: Spec, a: Theta, b: Theta, plan: Sequence[Family], *, anchored: bool) -> State:
     """Every family once, forward, by the tensors whose other families have been visited.
 
     Of these, those that make its units; and, if ``anchored``, those that read them as well, but
     none that depend on where the family itself is now, which says nothing yet.
     """
-    state = _State(spec, a, b, spec.identity())
+    state = State(spec, a, b, spec.identity())
     for k, family in enumerate(plan):
         known = {t for t, others in family.others.items() if all(j < k for j in others)}
         known -= family.twice if anchored else family.readers
@@ -335,11 +191,14 @@ def _one_pass(spec: Spec, a: Theta, b: Theta, plan: Sequence[Family], *, anchore
         found = state.best(family, terms, 0.0)
         if found is not None:
             state.take(family, found[0], state.stepped(family, found[0]))
+        if anchored:
+            step = None if found is None else found[0][family.outer]
+            state.keep(family, terms[family.outer], step)
     return state
 
 
 def _descend(
-    state: _State,
+    state: State,
     value: float,
     plan: Sequence[Family],
     bound: float,
