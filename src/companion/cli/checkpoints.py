@@ -24,7 +24,7 @@ from companion.theta import Theta, check, layout
 from companion.training import State
 
 RUN = "run:"
-_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
+WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
 
 CONVERT = (
     "Only safetensors files are read, because loading a pickle can run code. To convert one: "
@@ -126,7 +126,7 @@ def fit(module: nn.Module, found: Checkpoint, name: str) -> Checkpoint:
     while prefix := next(
         (
             p
-            for p in _WRAPPERS
+            for p in WRAPPERS
             if all(k.startswith(p) for k in theta) and not all(k.startswith(p) for k in own)
         ),
         None,

@@ -25,12 +25,14 @@ def reachable(spec: str) -> str:
     return spec
 
 
-def _shape(data: str) -> tuple[tuple[int, int, int], int]:
+def shape_of(data: str) -> tuple[tuple[int, int, int], int]:
     """Image shape and classes of a dataset; of the published ones without having their files."""
     from companion.data import catalogue, load
+    from companion.data.parts import split_name
 
+    whole, _ = split_name(data)
     for entry in catalogue():
-        if entry.name == data and entry.shape and entry.classes:
+        if entry.name == whole and entry.shape and entry.classes:
             return entry.shape, entry.classes
     found = load(data)
     return found.in_shape, found.classes
@@ -70,7 +72,7 @@ def show(
     from companion.theta import layout
 
     reachable(spec)
-    in_shape, classes = _shape(data)
+    in_shape, classes = shape_of(data)
     module = models.build(spec, in_shape, classes, Key("init", 0))
     found = layout(module)
     state = module.state_dict()

@@ -1,4 +1,4 @@
-"""The two pictures the command line draws. No window, no pyplot: figures that go to a file."""
+"""The pictures the command line draws. No window, no pyplot: figures that go to a file."""
 
 from __future__ import annotations
 
@@ -54,6 +54,37 @@ def curve(found: Barrier, path: Path) -> None:
         axes[0].legend()
         fig.suptitle(str(found), x=0.01, ha="left", fontsize=9, wrap=True)
         _save(fig, path, "Error and loss on the line between two networks")
+
+
+def before_and_after(before: Barrier, after: Barrier, path: Path) -> None:
+    """Loss and error on the lines from A to B and from A to the aligned B, train and test."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    colours = {"before": figures.OKABE_ITO["vermillion"], "after": figures.OKABE_ITO["blue"]}
+    with mpl.rc_context():
+        figures.use_style()
+        fig = Figure(figsize=(8.6, 3.9), layout="constrained")
+        axes = fig.subplots(1, 2)
+        for ax, metric, label in zip(
+            axes, ("error", "loss"), ("error (%)", "loss (nats)"), strict=True
+        ):
+            for when, found in (("before", before), ("after", after)):
+                for split, values in found.curve.values.items():
+                    ax.plot(
+                        found.curve.alphas,
+                        values[metric],
+                        _STYLES.get(split, ":"),
+                        color=colours[when],
+                        label=f"{when}, {split} (n = {found.curve.sizes[split]:,})",
+                    )
+            ax.set_xlabel("position on the line (0 = A, 1 = B)")
+            ax.set_ylabel(label)
+            ax.set_ylim(bottom=0)
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        fig.suptitle(f"before: {before}\nafter: {after}", x=0.01, ha="left", fontsize=9, wrap=True)
+        _save(fig, path, "Error and loss on the line before and after matching")
 
 
 def by_k(found: Instability, path: Path, threshold: float) -> None:

@@ -1,0 +1,371 @@
+"""``companion rebasin``: put the units of one network into the order of another's."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from companion.cli.barrier import PICTURES, named, summary
+from companion.cli.console import note, output, say, write_json
+from companion.cli.models import reachable, shape_of
+from companion.errors import BadParameter, MissingData, one_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from companion.cli.checkpoints import Checkpoint
+    from companion.data import Dataset
+    from companion.rebasin import Matching, Spec
+    from companion.seeds import Key
+    from companion.theta import Theta
+
+EXAMPLE = (
+    "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
+    "-o b_aligned.safetensors"
+)
+METHODS = ("weights", "activations", "ste", "greedy")
+NEEDS_DATA = ("activations", "ste")
+REPAIRS = ("reset", "forward", "closed", "none")
+STEPS = 200
+
+
+def command(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP. It stays."
+        ),
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="The network whose units are reordered, likewise.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the aligned B here (.safetensors), as B's file "
+            "has it: same names, same types.",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The architecture: a name of `companion models list`, or package.module:factory. "
+            "For runs of the store it is known."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A dataset of `companion data list`: the barrier is measured before and after. "
+            "For runs of the store it is known."
+        ),
+    ] = None,
+    in_shape: Annotated[
+        str | None,
+        typer.Option(help="Without --data: channels,height,width of an image, such as 3,32,32."),
+    ] = None,
+    classes: Annotated[int | None, typer.Option(help="Without --data: number of classes.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="weights (needs no data), activations, ste (straight-through estimator: slow, "
+            "trains) or greedy (one pass from the input on)."
+        ),
+    ] = "weights",
+    starts: Annotated[
+        int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
+    ] = 1,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Optimiser steps of ste (default {STEPS}).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random in the matching.")] = 0,
+    bn: Annotated[
+        str,
+        typer.Option(
+            help="What BatchNorm does on the path: interpolate, reestimate or batch. All three are "
+            "measured where there is BatchNorm; this one is the headline."
+        ),
+    ] = "interpolate",
+    points: Annotated[int, typer.Option(help="Points of the path, odd.")] = 31,
+    train_examples: Annotated[
+        int | None, typer.Option(help="Measure on this many training images instead of all.")
+    ] = None,
+    test_examples: Annotated[
+        int | None, typer.Option(help="Measure on this many test images instead of all.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate G0: the largest test error, in percent, of a network that counts as trained "
+            "(default: half the error of guessing)."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw both curves into this file (.svg, .png or .pdf); needs --data."),
+    ] = None,
+    matching: Annotated[
+        Path | None, typer.Option(help="Write the permutations to this file (.safetensors).")
+    ] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the network between A and the aligned B to this file (.safetensors)."
+        ),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Where between: 0 is A, 1 the aligned B; for --merge.")
+    ] = 0.5,
+    repair: Annotated[
+        str,
+        typer.Option(
+            help="For --merge, what is done about the statistics inside: reset (BatchNorm is "
+            "estimated again, where there is BatchNorm and data), forward or closed (REPAIR of "
+            "every layer that can take it), none."
+        ),
+    ] = "reset",
+) -> None:
+    """Reorder the units of network B so that they match those of A; B's outputs stay the same.
+
+    The permutations are derived from the architecture and proven on random ones before they are
+    used. Prints what was found, and, with data, the barrier before and after.
+    """
+    one_of("--method", method, METHODS)
+    one_of("--repair", repair, REPAIRS)
+    if not 0 <= alpha <= 1:
+        raise BadParameter(f"--alpha: {alpha:g} must lie between 0 (A) and 1 (the aligned B).")
+    if merge is None and (alpha != 0.5 or repair != "reset"):
+        raise BadParameter("--alpha and --repair belong to --merge FILE.")
+    if starts != 1 and method != "weights":
+        raise BadParameter(f"--starts belongs to --method weights, not to {method}.")
+    if steps is not None and method != "ste":
+        raise BadParameter(f"--steps belongs to --method ste, not to {method}.")
+    _files(out, json, plot, matching, merge, (a, b))
+
+    from companion import models
+    from companion.cli.aligned import (
+        barriers,
+        in_files_form,
+        merged,
+        show,
+        show_barriers,
+        write,
+    )
+    from companion.cli.checkpoints import fit, read
+    from companion.data import resolve_device
+    from companion.pairs import Evaluation
+    from companion.rebasin import derive
+    from companion.rebasin.proof import check_equal
+    from companion.seeds import Key
+
+    evaluation = Evaluation(points, bn, train_examples, test_examples)
+    ends = (read(a), read(b))
+    net = named("--model", model, ends, "net")
+    dataset, shape, count = _images(data, ends, in_shape, classes, device)
+    if dataset is None and method in NEEDS_DATA:
+        raise BadParameter(
+            f"--method {method} looks at images: say which with --data. Without data there is "
+            "--method weights."
+        )
+    if dataset is None and plot:
+        raise BadParameter("--plot draws the barrier, which needs images: say which with --data.")
+    if dataset is None and merge and repair in ("forward", "closed"):
+        raise BadParameter(f"--repair {repair} looks at images: say which with --data.")
+    module = models.build(reachable(net), shape, count, Key("rebasin", "module"))
+    first, second = (fit(module, end, label) for label, end in zip("AB", ends, strict=True))
+    for label, end in (("A", first), ("B", second)):
+        for text in end.notes:
+            note(f"{label} ({end.source}): {text}")
+    say(f"A = {a}")
+    say(f"B = {b}")
+    say(f"{models.canonical(net)} on {dataset.label if dataset else _by(shape)}")
+
+    begun = time.perf_counter()
+    key = Key("rebasin", "cli", seed)
+    spec = derive(module, _example(shape, key))
+    derived = time.perf_counter() - begun
+    if not spec.groups:
+        why = [f"{axis}: {reason}" for axis, reason in list(spec.held.items())[:3]]
+        raise BadParameter(
+            f"model {net!r}: no unit can be reordered without changing the outputs, so there is "
+            f"nothing to match. {'; '.join(why)}"
+        )
+    at = dataset.train.x.device if dataset else resolve_device(device)
+    found = _match(method, spec, module, first.theta, second.theta, dataset, at, starts, steps, key)
+    aligned = found.apply(module, second.theta, check_outputs=False)
+    gap = check_equal(module, second.theta, aligned, spec)
+    show(spec, found, derived, gap)
+
+    measured: dict[str, Any] | None = None
+    if dataset is not None:
+        before, after = barriers(
+            module, first.theta, second.theta, aligned, dataset, evaluation, max_error
+        )
+        measured = {
+            "data": {"name": dataset.name, "label": dataset.label},
+            "fingerprint": dataset.fingerprint,
+            "before": summary(before),
+            "after": summary(after),
+            "batchnorm": show_barriers(before, after),
+        }
+    about = {
+        "method": method,
+        "model": models.canonical(net),
+        "aligned to (sha256)": first.sha256,
+        "made from (sha256)": second.sha256,
+    }
+    write(out, in_files_form(module, ends[1].theta, found), about)
+    if matching:
+        found.save(matching)
+        say(f"permutations written to {matching}")
+    between = None
+    if merge:
+        theta, between = merged(
+            module, first.theta, aligned, dataset, evaluation, alpha=alpha, form=repair
+        )
+        write(
+            merge, theta, about | {"alpha": f"{alpha:g}", "repair": repair}, what="merged network"
+        )
+    if plot and measured:
+        from companion.cli.plots import before_and_after
+
+        before_and_after(before, after, plot)
+        say(f"curves drawn in {plot}")
+    write_json(
+        json,
+        {
+            "command": "rebasin",
+            "a": {"source": a, "sha256": first.sha256, "notes": first.notes},
+            "b": {"source": b, "sha256": second.sha256, "notes": second.notes},
+            "model": models.canonical(net),
+            "in_shape": list(shape),
+            "classes": count,
+            "output": out.name,
+            "spec": {
+                "groups": {n: g.size for n, g in spec.groups.items()},
+                "log10_count": spec.log10_count(),
+                "held": dict(spec.held),
+                "seconds": derived,
+            },
+            "matching": found.summary(),
+            "outputs": {"largest_relative_difference": gap, "tolerance": spec.tolerance},
+            "barrier": measured,
+            "merged": between,
+        },
+    )
+
+
+# --- input
+
+
+def _files(
+    out: Path,
+    json: Path | None,
+    plot: Path | None,
+    matching: Path | None,
+    merge: Path | None,
+    ends: tuple[str, str],
+) -> None:
+    output(out, "--output", (".safetensors",))
+    output(json, "--json")
+    output(plot, "--plot", PICTURES)
+    output(matching, "--matching", (".safetensors",))
+    output(merge, "--merge", (".safetensors",))
+    given = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
+    given["--merge"] = merge
+    files = {option: path.resolve() for option, path in given.items() if path}
+    for name, end in zip("AB", ends, strict=True):
+        for option, path in files.items():
+            if Path(end).expanduser().resolve() == path:
+                raise BadParameter(f"{option}: {path.name} is {name}, which is not overwritten.")
+    if len(set(files.values())) < len(files):
+        raise BadParameter(f"{', '.join(files)}: each needs a file of its own.")
+
+
+def _images(
+    name: str | None,
+    ends: tuple[Checkpoint, Checkpoint],
+    in_shape: str | None,
+    classes: int | None,
+    device: str,
+) -> tuple[Dataset | None, tuple[int, int, int], int]:
+    """The dataset, if one was named or the runs say which; image shape and number of classes."""
+    from companion import data as datasets
+
+    recipes = {str(end.recipe["data"]) for end in ends if end.recipe}
+    if in_shape is not None or classes is not None:
+        if name is not None:
+            raise BadParameter("--in-shape, --classes: --data says both already; leave them out.")
+        if in_shape is None or classes is None:
+            raise BadParameter("--in-shape and --classes: without --data both are needed.")
+        return None, _shape(in_shape), classes
+    if name is not None:
+        dataset = datasets.load(name, device)
+    elif len(recipes) == 1:
+        known_name = recipes.pop()
+        try:
+            dataset = datasets.load(known_name, device)
+        except MissingData as e:
+            note(f"no barrier is measured: {e}")
+            return None, *shape_of(known_name)
+    else:
+        raise BadParameter(
+            "--data: say which, or --in-shape and --classes, to build the model without data."
+        )
+    return dataset, dataset.in_shape, dataset.classes
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+        raise BadParameter(f"--in-shape: {text!r} is not channels,height,width, such as 3,32,32.")
+    c, h, w = map(int, parts)
+    return c, h, w
+
+
+def _by(shape: tuple[int, int, int]) -> str:
+    return f"images of {'×'.join(map(str, shape))}, no data"
+
+
+def _example(shape: tuple[int, int, int], key: Key) -> torch.Tensor:
+    import torch
+
+    return torch.randn(2, *shape, generator=key.fold("example").generator())
+
+
+# --- matching
+
+
+def _match(
+    method: str,
+    spec: Spec,
+    module: nn.Module,
+    a: Theta,
+    b: Theta,
+    dataset: Dataset | None,
+    device: torch.device,
+    starts: int,
+    steps: int | None,
+    key: Key,
+) -> Matching:
+    from companion import rebasin
+
+    a, b = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))
+    if method == "weights":
+        return rebasin.weight_matching(spec, a, b, starts=starts, key=key)
+    if method == "greedy":
+        return rebasin.greedy(spec, a, b)
+    assert dataset is not None
+    if method == "activations":
+        return rebasin.activation_matching(spec, module, a, b, dataset.train)
+    return rebasin.straight_through(
+        spec, module, a, b, dataset.train, steps=steps or STEPS, key=key
+    )
