@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,65 @@ def barrier(found: dict[str, Any]) -> str:
     )
 
 
+def rebasin(found: dict[str, Any]) -> str:
+    """Seconds and memory to align two networks, ours and theirs; then whether it worked."""
+    settings, speed, truth, failures = found["settings"], [], [], []
+    both = ("companion", "rebasin")
+    for case in found["cases"]:
+        seconds = {c["name"]: statistics.median(c["seconds"]) for c in case["contenders"]}
+        parts = [statistics.median(case["parts"][p]) for p in ("derivation", "matching")]
+        ratio, memory, at = case["ratios"].get("rebasin"), case["memory"], case["found"]
+        name = f"{case['net']}, {case['planted']}"
+        speed.append(
+            [
+                name,
+                f"{seconds['companion']:.2f}",
+                *(f"{s:.2f}" for s in parts),
+                f"{seconds['rebasin']:.2f}" if "rebasin" in seconds else "–",
+                times(ratio) if ratio else "–",
+                *(f"{memory[n]:.1f}×" if memory.get(n) else "–" for n in both),
+            ]
+        )
+        truth.append(
+            [
+                name,
+                f"{case['permutations_planted']}",
+                f"{case['distance_before']:.2f}",
+                f"{case['distance_of_noise']:.2f}",
+                *(f"{at[n]['distance']:.2f}" if n in at else "–" for n in both),
+                *(f"{at[n]['permutations']}" if n in at else "–" for n in both),
+                *(f"{at[n]['output_difference']:.0e}" if n in at else "–" for n in both),
+            ]
+        )
+        failures += [f"{case['net']}: {n} says {why}" for n, why in case["failed"].items()]
+    peer = f"rebasin {settings['peer']}" if settings["peer"] else "no peer was there"
+    header = ["", "ours, s", "of it derivation", "matching", "rebasin, s", "ours is faster"]
+    header += ["our memory", "rebasin's"]
+    distances = ["", "planted", "distance of A and B", "of the noise", "left by ours", "by rebasin"]
+    distances += ["permutations of ours", "of rebasin", "outputs change, ours", "rebasin"]
+    return "\n\n".join(
+        [
+            rows(header, speed),
+            rows(distances, truth),
+            f"{peer}; {settings['threads']} thread(s) for each; one image of {settings['pixels']}x"
+            f"{settings['pixels']}. Memory: the peak of a fresh process as a multiple of the two "
+            "networks. Outputs: largest change, as a share of the largest output.",
+            *failures,
+            where(found, settings["repeats"]),
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "pool": pool,
+    "barrier": barrier,
+    "rebasin": rebasin,
+}
+
+
 def render(text: str, results: Path) -> str:
     """The README with everything between its markers made anew."""
-    for name, table in (("pool", pool), ("barrier", barrier)):
+    for name, table in TABLES.items():
         found = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
         pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
         body = f"\n{table(found)}\n\n"

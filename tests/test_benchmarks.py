@@ -98,7 +98,7 @@ def test_the_floor_counts_what_the_paper_counts() -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """A folder with the results of both benchmarks at a tiny size."""
+    """A folder with the results of the benchmarks at a tiny size."""
     folder = tmp_path_factory.mktemp("results")
     script(
         *("pool.py", "--runs", "2", "--steps", "10", "--repeats", "2", "--workers", "1"),
@@ -108,6 +108,12 @@ def results(tmp_path_factory) -> Path:
         *("barrier.py", "--points", "3", "--repeats", "1", "--data", "digits", "--images", "60"),
         *("--patience", "0", "--json", folder / "barrier.json"),
     )
+    alone = script(
+        *("rebasin.py", "--nets", "mlp", "--repeats", "1", "--threads", "1"),
+        *("--patience", "0", "--json", folder / "rebasin.json"),
+    )
+    if json.loads((folder / "rebasin.json").read_text())["settings"]["peer"] is None:
+        assert "rebasin is not here (--peer FOLDER): ours is measured alone" in alone.stdout
     return folder
 
 
@@ -138,6 +144,62 @@ def test_barrier(results):
     check_machine(found["machine"])
 
 
+def test_rebasin(results):
+    found = json.loads((results / "rebasin.json").read_text())
+    assert found["benchmark"] == "rebasin"
+    (case,) = found["cases"]
+    assert case["permutations_planted"] == case["found"]["companion"]["permutations"] == 3
+    assert case["found"]["companion"]["recovered"]
+    assert case["found"]["companion"]["distance"] == pytest.approx(case["distance_of_noise"])
+    assert case["distance_before"] > 10 * case["distance_of_noise"]
+    assert case["found"]["companion"]["output_difference"] < 1e-5
+    assert case["failed"] == {}
+    assert [len(seconds) for seconds in case["parts"].values()] == [1, 1, 1]
+    check_contenders(case["contenders"], case["ratios"], 1)
+    check_machine(found["machine"])
+
+
+PEER = """
+class PermutationCoordinateDescent:
+    def __init__(self, a, b, x):
+        if {fails}:
+            raise AssertionError("A and B must be one")
+        from types import SimpleNamespace as N
+        self.pinit = N(model_graph=N(permutation_to_info=[1, 2]))
+
+    def rebasin(self):
+        import time
+        time.sleep(0.2)  # a ratio of times needs some
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rebasin_beside_a_peer(tmp_path, fails):
+    """A peer that does nothing is measured and found out; one that fails is quoted."""
+    package = tmp_path / "peer" / "rebasin"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(PEER.format(fails=fails))
+    about = tmp_path / "peer" / "rebasin-0.0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: rebasin\nVersion: 0.0.1\n")
+    out = tmp_path / "rebasin.json"
+    script(
+        *("rebasin.py", "--nets", "mlp", "--repeats", "2", "--threads", "1", "--patience", "0"),
+        *("--peer", tmp_path / "peer", "--json", out),
+    )
+    found = json.loads(out.read_text())
+    (case,) = found["cases"]
+    assert found["settings"]["peer"] == "0.0.1" and case["found"]["companion"]["recovered"]
+    if fails:
+        assert case["failed"] == {"rebasin": "AssertionError: A and B must be one"}
+        assert case["ratios"] == {}
+    else:
+        theirs = case["found"]["rebasin"]
+        assert not theirs["recovered"] and theirs["permutations"] == 2
+        assert theirs["distance"] == case["distance_before"]
+        check_contenders(case["contenders"], case["ratios"], 2)
+
+
 def test_barrier_without_a_dataset(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_DATA", str(tmp_path))
     done = script("barrier.py", "--data", "mnist", "--json", tmp_path / "x.json")
@@ -153,7 +215,8 @@ def test_report(results, tmp_path):
     script("report.py", *words)
     script("report.py", *words, "--check")
     text = readme.read_text()
-    for name in ("pool", "barrier"):
+    assert text.count("| mlp, all |") == 2 and "no peer was there" in text
+    for name in ("pool", "barrier", "rebasin"):
         for contender in contenders(json.loads((results / f"{name}.json").read_text())):
             if name == "pool":
                 assert f"| {contender['name']} | {contender['per_second']:,.0f} |" in text
