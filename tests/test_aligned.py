@@ -22,6 +22,8 @@ from companion.aligned import (
     permuted,
     spec_of,
 )
+from companion.budget import Plan, count
+from companion.cli.runs import describe, is_current
 from companion.connectivity import Walker
 from companion.errors import BadParameter
 from companion.matchers import gradient, weights_of
@@ -30,7 +32,7 @@ from companion.pairs import Evaluation, Pair
 from companion.rebasin.repair import repair
 from companion.runs import Store
 from companion.theta import layout
-from companion.training import Recipe, Run, build, load_weights
+from companion.training import Job, Recipe, Run, build, load_weights
 
 RECIPE = Recipe(net="mlp:widths=16x2", data="digits", steps=150, batch=64, lr=0.1)
 FEW = Evaluation(points=5, train_examples=200)
@@ -227,3 +229,29 @@ def test_naive_has_no_permutation(store: Store) -> None:
     assert list(spec_of(module, images).groups) == ["layer1.linear", "layer2.linear"]
     with pytest.raises(BadParameter, match="nothing is matched"):
         match(Method("naive"), module, {}, {}, images)
+
+
+def test_a_plan_counts_the_runs_of_what_is_matched(store: Store) -> None:
+    """The budget of a chapter that matches before it measures is not empty, and shrinks."""
+    pairs = pairs_of(RECIPE, 2)
+    jobs = tuple(Job(r, weights=(p.at,)) for p in pairs for r in (p.a, p.b))
+    plans = [Plan(jobs=jobs)]
+    (before,) = count(plans, FEW, store=store, device="cpu")
+    assert (before.runs, before.steps, before.missing_runs) == (4, 600, 4)
+    load_weights(pairs[0].a, store=store)
+    (after,) = count(plans, FEW, store=store, device="cpu")
+    assert (after.missing_runs, after.missing_steps) == (3, 450)
+
+
+def test_the_store_says_what_its_entries_are(store: Store) -> None:
+    align(pairs_of(RECIPE, 1), ["weights"], FEW, workers=1)
+    runs = [independent(RECIPE, 0), independent(RECIPE, 1)]
+    merge_runs([runs], FEW, workers=1)
+    said = {e.identity["kind"]: describe(e.identity) for e in store.entries()}
+    assert "units matched by weights" in said["aligned"]
+    assert said["merged"] == "2 networks merged into one"
+    current = is_current(store)
+    for entry in store.entries():
+        assert current(entry.identity)
+        if entry.identity["kind"] in ("aligned", "merged"):
+            assert not current({**entry.identity, "semantics": 0})

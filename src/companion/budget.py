@@ -33,10 +33,13 @@ class Plan:
     Arguments:
         pairs: those to measure; what they need is trained.
         again: runs that are trained a second time (the null control, gate G1).
+        jobs: what is trained for measurements that are not barriers of pairs, such as pairs that
+            are matched first. Counted as missing while their states are, measured or not.
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Pair, ...] = ()
     again: tuple[Run, ...] = ()
+    jobs: tuple[Job, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,10 @@ def count(
         for plan in plans
         for run in plan.again
     }
-    needed = {job.run: job for job in _jobs(missing)}
+    asked = [job for plan in plans for job in plan.jobs]
+    needed = {job.run: job for job in _jobs(missing, asked)}
     totals: dict[Recipe, list[int]] = {}
-    for job in _jobs([pair for pair, _ in pairs.values()]):
+    for job in _jobs([pair for pair, _ in pairs.values()], asked):
         steps = _stop(job) - job.run.first_step
         if not steps:  # an init: built, not trained
             continue
@@ -103,9 +107,9 @@ def count(
     return [Cost(recipe, *row) for recipe, row in totals.items()]
 
 
-def _jobs(pairs: Sequence[Pair]) -> list[Job]:
-    """What the pairs need, with the trunks that copies leave; one job a run."""
-    wave = jobs = [job for pair in pairs for job in pair.jobs()]
+def _jobs(pairs: Sequence[Pair], others: Sequence[Job]) -> list[Job]:
+    """What the pairs and the others need, with the trunks that copies leave; one job a run."""
+    wave = jobs = [*(job for pair in pairs for job in pair.jobs()), *others]
     while wave := [parent for job in wave if (parent := job.parents())]:
         jobs = jobs + wave
     return merge(jobs)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
-KINDS = ("run", "pair", "null", "recording")
+KINDS = ("run", "pair", "null", "aligned", "merged", "halves", "recording")
 _STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
 
 
@@ -54,6 +54,14 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
         return f"{ends}, {identity['evaluation']['points']} points"
     if kind == "null":
         return f"null control (gate G1) of {identity['run'][:12]}"
+    if kind == "aligned":
+        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
+        return f"{ends}, units matched by {identity['method']['name']}"
+    if kind == "merged":
+        return f"{len(identity['runs'])} networks merged into one"
+    if kind == "halves":
+        a, b, whole = (key[:12] for key in identity["runs"])
+        return f"{a} and {b} of parts of the data, beside {whole} of all"
     if kind == "recording":
         return f"time spent on recording {identity['chapter']}"
     return "unreadable" if not identity else f"{kind}"
@@ -66,7 +74,7 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     a null control while its own are. Whatever refers by key to a run that is in the store, and is
     old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
-    from companion import pairs, training
+    from companion import aligned, pairs, training
 
     def run_current(identity: Mapping[str, Any]) -> bool:
         fork = identity.get("fork")
@@ -86,7 +94,9 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
         fields = [field if isinstance(field, list) else [field] for field in identity.values()]
         if not old.isdisjoint(v for field in fields for v in field if isinstance(v, str)):
             return False
-        measured = identity.get("evaluation", {}) if kind in ("pair", "null") else None
+        if kind in ("aligned", "merged", "halves") and identity["semantics"] != aligned.SEMANTICS:
+            return False
+        measured = identity.get("evaluation", {}) if kind in KINDS[1:-1] else None
         return measured is None or measured.get("semantics") == pairs.SEMANTICS
 
     return current
@@ -94,7 +104,7 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
 
 @app.command("list", epilog="Example: companion runs list --kind run")
 def list_(
-    kind: Annotated[str | None, typer.Option(help="Only run, pair, null or recording.")] = None,
+    kind: Annotated[str | None, typer.Option(help=f"Only one of {', '.join(KINDS)}.")] = None,
 ) -> None:
     """Show what is in the run store: key, kind, what it is, which steps are stored, size."""
     from companion.runs import Store

@@ -285,12 +285,9 @@ class Spec:
         ]
         for name, group in self.groups.items():
             where = f" within each unit of {group.within}" if group.within else ""
-            used = ", ".join(f"{u.tensor}[{u.dim}]" for u in self.uses[name][:4])
-            more = len(self.uses[name]) - 4
-            lines.append(
-                f"  {name}: {group.size} units{where}; {used}"
-                + (f" and {more} more" if more > 0 else "")
-            )
+            places = list(dict.fromkeys(f"{u.tensor}[{u.dim}]" for u in self.uses[name]))
+            more = f" and {len(places) - 4} more" if len(places) > 4 else ""
+            lines.append(f"  {name}: {group.size} units{where}; {', '.join(places[:4])}{more}")
         if self.held:
             lines.append(f"  held in place: {len(self.held)} axes")
             lines += [f"    {axis}: {why}" for axis, why in list(self.held.items())[:6]]
