@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from companion import models
 from companion.errors import BadParameter
-from companion.rebasin import rules
+from companion.rebasin import activation_matching, rules
 from companion.rebasin.derive import derive
 from companion.rebasin.proof import Subject, Unproven, check_equal, difference
 from companion.rebasin.spec import Spec
@@ -406,10 +407,168 @@ def test_the_network_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
-def test_unused_parameters_are_left_out() -> None:
+def test_parameters_that_are_not_read_are_refused_or_held() -> None:
+    """Another task's head would see reordered units without knowing."""
     module = Between(lambda h: h)
     module.register_parameter("spare", nn.Parameter(torch.randn(9, 9)))
-    assert "spare" not in derive(module, torch.randn(3, 4)).axes
+    with pytest.raises(BadParameter, match=r"does not read spare.*unread=\"hold\""):
+        derive(module, torch.randn(3, 4))
+    spec = derive(module, torch.randn(3, 4), unread="hold")
+    assert "spare" not in spec.axes and "does not read it" in spec.held["spare"]
+
+
+class Answers(nn.Module):
+    """Several outputs, one of them called logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.boxes, self.labels = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.a(x))
+        kind = namedtuple("kind", "logits boxes")
+        return {"kind": kind(self.labels(h), [self.boxes(h)]), "past_key_values": (h,)}
+
+
+def test_every_output_counts() -> None:
+    """Not only the logits; but what a network hands on to itself is no output."""
+    module = shaken(Answers())
+    spec = derive(module, torch.randn(3, 4))
+    assert list(spec.groups) == ["a"]
+    assert gap(module, spec) < 1e-8
+
+
+def test_named_arguments() -> None:
+    module = Between(lambda h: h)
+    spec = derive(module, {"x": torch.randn(3, 4)})
+    assert len(spec.groups) == 2
+    theta = snapshot(module)
+    check_equal(module, theta, spec.permute(theta, spec.random(Key("x").generator())), spec)
+
+
+class Masked(nn.Module):
+    """A mask of minus infinity, and one of zeros and ones, as buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.5)
+        self.head = nn.Linear(8, 2)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(5))
+        self.register_buffer("keep", torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x, src_mask=self.mask) * self.keep[:, None]
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("module", "example"),
+    [
+        (Masked(), torch.randn(2, 5, 8)),
+        (Between(lambda h: h, 4), torch.rand(3, 4).add(0.1)),
+    ],
+    ids=["masks", "logarithm"],
+)
+def test_what_must_not_be_shaken(module: nn.Module, example: Tensor) -> None:
+    if isinstance(module, Between):
+        module = nn.Sequential(Log(), module)
+    spec = derive(module, example)
+    assert spec.groups and not spec.held
+
+
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert bool((x > 0).all())
+        return x.log()
+
+
+def test_a_branch_on_the_data_is_noted() -> None:
+    module = Between(lambda h: h.cumsum(-1) if bool((h > 1e6).any()) else h)
+    spec = derive(module, torch.randn(3, 4))
+    assert len(spec.groups) == 2
+    assert "reads a number out of its data" in spec.notes[0] and "note:" in str(spec)
+
+
+@pytest.mark.parametrize(
+    ("middle", "size"),
+    [
+        (nn.Hardswish(), 8),
+        (nn.LogSigmoid(), 8),
+        (nn.GLU(), 4),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), 8),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), 8),
+        (nn.RReLU(), 8),
+    ],
+    ids=["hardswish", "logsigmoid", "glu", "weight norm", "spectral norm", "rrelu"],
+)
+def test_more_of_torch_nn(middle: nn.Module, size: int) -> None:
+    out = nn.Linear(4 if isinstance(middle, nn.GLU) else 8, 2)
+    module = nn.Sequential(nn.Linear(4, 8), middle, nn.Tanh(), out)
+    spec = derive(module, torch.randn(3, 4))
+    assert size in [g.size for g in spec.groups.values()]
+    assert gap(module, spec) < 1e-8
+
+
+def test_pixel_shuffle_moves_blocks_of_channels() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 20, 3), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(5, 2, 3))
+    spec = derive(module, IMAGE)
+    assert [g.size for g in spec.groups.values()] == [5]
+    assert blocks(spec, "0.weight")[0] == [("0", 4)]
+    assert gap(module, spec) < 1e-8
+
+
+def test_networks_without_weights_to_look_at() -> None:
+    with pytest.raises(BadParameter, match="meta device"):
+        derive(nn.Linear(3, 2, device="meta"), torch.randn(1, 3))
+    with pytest.raises(BadParameter, match="lazy layers"):
+        derive(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), torch.randn(1, 3))
+
+
+def test_a_site_holds_still_on_its_other_axes() -> None:
+    """A mixing layer: units of tokens and of channels move; no site has both."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.tokens = nn.Linear(5, 6), nn.Linear(4, 7)
+            self.back, self.head = nn.Linear(7, 4), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.embed(x))
+            y = torch.relu(self.tokens(x.transpose(1, 2)))
+            out: Tensor = self.head((x + self.back(y).transpose(1, 2)).mean(1))
+            return out
+
+    module = shaken(Mixer())
+    spec = derive(module, torch.randn(3, 4, 5))
+    assert set(spec.groups) == {"embed", "tokens"}
+    assert "tokens" not in spec.sites, "wherever its units are, those of embed move too"
+    theta = snapshot(module)
+    perms = spec.random(Key("mix").generator())
+    moved = spec.permute(theta, spec.inverse(perms))
+    found = activation_matching(spec, module, theta, moved, torch.randn(50, 4, 5))
+    assert torch.equal(found.perms["embed"], perms["embed"])
+    assert found.details is not None and found.details["no site"] == ["tokens"]
+
+
+def test_lstm_activations_are_found_in_float32() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.say = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.say(self.lstm(x)[0][:, -1])
+            return out
+
+    module = shaken(Net())
+    spec = derive(module, torch.randn(2, 3, 4))
+    perms = spec.random(Key("lstm").generator())
+    theta = snapshot(module)
+    moved = spec.permute(theta, spec.inverse(perms))
+    found = activation_matching(spec, module, theta, moved, torch.randn(60, 3, 4))
+    assert all(torch.equal(found.perms[g], perms[g]) for g in spec.groups)
 
 
 def test_half_precision_inside_is_proven_as_far_as_it_reaches() -> None:

@@ -56,6 +56,10 @@ def show(spec: Spec, found: Matching, derived: float, gap: float) -> None:
     for why, held in reasons.items():
         more = f" and {len(held) - 4} more" if len(held) > 4 else ""
         say(f"  held in place: {', '.join(held[:4])}{more}: {why}")
+    for text in spec.notes:
+        say(f"  note: {text}")
+    if blind := (found.details or {}).get("no site"):
+        say(f"  left in place, since their activations cannot be told apart: {', '.join(blind)}")
     what = "step" if found.method == "ste" else "pass"
     if found.passes != 1:
         what += "s" if found.method == "ste" else "es"

@@ -9,7 +9,6 @@ Source: Git Re-Basin (Ainsworth et al. 2023), Section 3.1; our chapter 2.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from companion.rebasin.assignment import assign, assign_nested
 from companion.rebasin.matching import Matching
 from companion.rebasin.sites import Keep, Look, Watch, find, looks, taken_apart
 from companion.rebasin.spec import Spec
+from companion.rebasin.trace import private
 from companion.theta import Theta, check
 
 STATISTICS = ("moment", "correlation")
@@ -155,9 +155,9 @@ def activation_matching(
     """
     begin = time.perf_counter()
     one_of("statistic", statistic, STATISTICS)
-    batches, probe, device = _batches(inputs, batch)
+    batches, probe, sample = _batches(inputs, batch)
     wanted = looks(spec)
-    own = [_loaded(module, theta, name, device) for theta, name in ((a, "A"), (b, "B"))]
+    own = [_loaded(module, theta, name, sample) for theta, name in ((a, "A"), (b, "B"))]
     first = Keep(own[0], wanted)
     second = _Add(own[1], wanted, first, statistic == "correlation")
     with torch.no_grad():
@@ -190,7 +190,8 @@ def _solve(spec: Spec, sums: Mapping[Look, Sums], statistic: str, begin: float) 
     perms, log = spec.identity(), {}
     blind = []
     for outer, *inner in spec.families:
-        mine = {look.group: s for look, s in sums.items() if look.outer == outer}
+        # Without a sample (an expert that no input reached) a site says nothing.
+        mine = {look.group: s for look, s in sums.items() if look.outer == outer and s.count}
         blind += [g for g in (outer, *inner) if g not in mine and (g != outer or not mine)]
         if not mine:
             continue
@@ -231,8 +232,8 @@ def _solve(spec: Spec, sums: Mapping[Look, Sums], statistic: str, begin: float) 
 
 def _batches(
     inputs: Inputs, batch: int
-) -> tuple[Iterator[tuple[Any, ...]], tuple[Any, ...], torch.device]:
-    """Arguments of the forward passes, a few to try sites with, and the device they are on."""
+) -> tuple[Iterator[tuple[Any, ...]], tuple[Any, ...], Tensor]:
+    """Arguments of the forward passes, a few to try sites with, and a tensor of them."""
     if batch < 1:
         raise BadParameter(f"batch: {batch} must be 1 or more.")
     if isinstance(inputs, Split):
@@ -247,19 +248,19 @@ def _batches(
     if len(inputs) == 0:
         raise BadParameter("inputs: there are none. Activation matching needs at least one sample.")
     if isinstance(inputs, Tensor):
-        return ((x,) for x in inputs.split(batch)), (inputs[: min(batch, PROBE)],), inputs.device
+        return ((x,) for x in inputs.split(batch)), (inputs[: min(batch, PROBE)],), inputs
     tensors = (x for x in pytree.tree_leaves(inputs[0]) if isinstance(x, Tensor))
     found = next(tensors, None)
     if found is None:
         raise BadParameter("inputs: the first member holds no tensor.")
     first = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0],)
-    return (x if isinstance(x, tuple) else (x,) for x in inputs), first, found.device
+    return (x if isinstance(x, tuple) else (x,) for x in inputs), first, found
 
 
-def _loaded(module: nn.Module, theta: Theta, name: str, device: torch.device) -> nn.Module:
+def _loaded(module: nn.Module, theta: Theta, name: str, sample: Tensor) -> nn.Module:
     """A copy of the network with other weights, in eval mode."""
     check(module, theta, name)
-    own = copy.deepcopy(module).to(device).eval().requires_grad_(False)
+    own = private(module, sample)
     # Second names of tied tensors may be missing: they are the same memory.
     own.load_state_dict(dict(theta), strict=False)
     return own

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from companion.errors import BadParameter, one_of
 from companion.rebasin import proof, rules
 from companion.rebasin.axes import Axes, Axis
 from companion.rebasin.resolve import Seen, resolve
@@ -43,8 +44,8 @@ class Watcher(Tracer):
         self._known: Any = WeakIdKeyDictionary()
         self._live: Any = WeakIdKeyDictionary()
         self.state: dict[str, list[Axis]] = {}
-        self.touched: list[str] = []
-        self._names: Any = WeakIdKeyDictionary()
+        self.read: set[int] = set()
+        self.notes: list[str] = []
         for name, tensor in state.items():
             if tensor not in self._known:
                 movable = tensor.is_floating_point()
@@ -52,7 +53,6 @@ class Watcher(Tracer):
                     self.axes.free(n) if movable else self.axes.fixed(n, "whole numbers")
                     for n in tensor.shape
                 ]
-                self._names[tensor] = name
             self.state[name] = self._known[tensor]
 
     def of(self, tensor: torch.Tensor) -> list[Axis]:
@@ -88,9 +88,7 @@ class Watcher(Tracer):
         named = {n: named.get(n) for n in names} | dict(zip(names, args, strict=False)) | kwargs
         given = rules.tensors_in(named.values())
         made = rules.tensors_in([out])
-        for tensor in given:
-            if tensor in self._names and (name := self._names[tensor]) not in self.touched:
-                self.touched.append(name)
+        self.read.update(id(self._known[t]) for t in given if t in self._known)
         found = self._apply(func, op, named, out, given)
         if found is None:
             if given:
@@ -98,6 +96,8 @@ class Watcher(Tracer):
             self.refuse(given, f"no rule for the operation {op}")
             found = [rules.fixed_like(self, t.shape, f"made by {op}") for t in made]
         live = any(t in self._live for t in given)
+        if live and op == "_local_scalar_dense":
+            self._note(f"forward reads a number out of its data in {where}: proven for this path")
         for tensor, axes in zip(made, found, strict=True):
             if not rules.fits(axes, tensor.shape):
                 raise AssertionError(f"rule for {op}: {axes} for shape {tuple(tensor.shape)}")
@@ -105,9 +105,16 @@ class Watcher(Tracer):
             self._known[tensor] = axes
             if live:
                 self._live[tensor] = True
-                self.low_precision |= tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+                if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+                    self.low_precision = True
+                    kind = str(tensor.dtype).removeprefix("torch.")
+                    self._note(f"forward computes in {kind} in {where}: proven to 1e-4")
         if found:
             self.log.append(Seen(self.where, op, nth, tuple(found[0]), live))
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _apply(
         self, func: Any, op: str, named: dict[str, Any], out: Any, given: list[torch.Tensor]
@@ -129,53 +136,77 @@ class Watcher(Tracer):
         return found  # type: ignore[return-value]
 
 
-def arguments(example: Any) -> tuple[Any, ...]:
-    """Positional arguments of forward: a tensor alone is the only one."""
-    return example if isinstance(example, tuple) else (example,)
-
-
-def derive(module: nn.Module, example: Any, *, prove: bool = True) -> Spec:
+def derive(module: nn.Module, example: Any, *, unread: str = "refuse") -> Spec:
     """Which units of ``module`` can be reordered without changing what it computes.
 
     Arguments:
         module: any network; not changed. Watched in eval mode, in float64, on its own device.
-        example: what its forward takes: a tensor, or a tuple of positional arguments. Two images
-            are enough. Shapes matter where the network's operations depend on them.
-        prove: run random permutations and refuse if the outputs change.
+        example: what its forward takes: a tensor, a tuple of positional arguments, or a mapping of
+            named ones. Two images are enough. Shapes matter where the network's operations depend
+            on them.
+        unread: what is to be done about parameters that forward does not read on this example
+            (heads of other tasks, auxiliary outputs of training): ``refuse``, since whatever reads
+            them would see reordered units without knowing; or ``hold``, which leaves them as they
+            are and says so in ``held``.
 
     Returns:
-        the spec; axes on which nothing can move are not in it, and ``held`` says why where an
-        operation was refused (grouped convolutions, operations without a rule).
+        the spec, proven by random permutations. Axes on which nothing can move are not in it;
+        ``held`` says why where that does not go without saying (grouped convolutions, operations
+        without a rule), and ``notes`` what the proof does not cover.
 
     Raises:
-        BadParameter: forward fails on the example, or makes no floating-point output.
+        BadParameter: forward fails on the example, or makes no floating-point output; parameters
+            are not read.
         Unproven: outputs change under the permutations found; the message names the layers.
 
     Source: the spec is Git Re-Basin's (Section 3.2, its weight_matching code writes one by hand for
     each network); deriving and proving it is ours. Chapter 2.
     """
-    args = arguments(example)
-    net = proof.Subject(module, args)
-    watcher = Watcher(net.module, net.state)
-    watcher.inputs(net.tensors)
-    # The fused attention of torch.nn is one operation; taken apart it is many known ones.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with watcher:
-            reference = net.run()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    one_of("unread", unread, ("refuse", "hold"))
+    net, watcher, reference = _watched(module, example)
     watcher.outputs(net.raw)
+    parameters = layout(module).parameters
+    missed = [n for n in parameters if id(watcher.state[n]) not in watcher.read]
+    if missed and unread == "refuse":
+        raise BadParameter(
+            f"forward does not read {', '.join(missed[:3])}"
+            f"{f' and {len(missed) - 3} more' if len(missed) > 3 else ''} on this example, so "
+            "nothing is known of their units. Give an example that runs them, or say "
+            'unread="hold" to leave them as they are.'
+        )
     found = resolve(
         watcher.axes,
         watcher.state,
-        watcher.touched,
+        watcher.read,
         watcher.log,
-        parameters=layout(module).parameters,
+        parameters=parameters,
+        notes=watcher.notes,
         tolerance=1e-4 if watcher.low_precision else 1e-8,
-        example=args,
+        example=example,
     )
-    if prove:
-        proof.prove(net, found, reference)
+    proof.prove(net, found, reference)
     return found
+
+
+def _watched(module: nn.Module, example: Any) -> tuple[proof.Subject, Watcher, list[torch.Tensor]]:
+    """One forward pass under watch, with as much noise as the network bears."""
+    # Some inputs must stay what they are (logarithms, numbers of categories), some weights as well.
+    for shake in (("weights", "inputs"), ("weights",), ()):
+        net = proof.Subject(module, example, shake=shake)
+        watcher = Watcher(net.module, net.state)
+        watcher.inputs(net.tensors)
+        # The fused attention of torch.nn is one operation; taken apart it is many known ones.
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with watcher:
+                reference = net.run()
+        except BadParameter:
+            if not shake:
+                raise
+            continue
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+        if proof.finite(reference) or not shake:
+            break
+    return net, watcher, reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,13 @@ class Matching:
 
     @property
     def share(self) -> float:
-        """The objective as a share of its upper bound, at most 1."""
-        return self.objective / self.bound if self.bound else 1.0
+        """The objective as a share of its upper bound, at most 1; NaN if nothing could match."""
+        return self.objective / self.bound if self.bound else math.nan
 
     @property
     def share_before(self) -> float:
         """The same with nothing permuted."""
-        return self.before / self.bound if self.bound else 1.0
+        return self.before / self.bound if self.bound else math.nan
 
     @property
     def moved(self) -> float:

@@ -6,7 +6,6 @@ a channel, in float64, and no more than the features of one batch are held at a 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from companion import deadline
 from companion.errors import BadParameter
+from companion.rebasin.trace import private
 from companion.theta import Theta, layout
 
 Hook = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
@@ -171,7 +171,7 @@ class Copy:
     """
 
     def __init__(self, module: nn.Module, example: torch.Tensor):
-        self.module = copy.deepcopy(module).to(example.device).eval().requires_grad_(False)
+        self.module = private(module, example)
         self.norms = [
             m
             for m in self.module.modules()

@@ -8,11 +8,13 @@ weights themselves, guards every :meth:`companion.rebasin.Matching.apply`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from companion.errors import BadParameter
@@ -28,11 +30,22 @@ class Unproven(BadParameter):
     """Permuted weights change the network's output: what was derived is no symmetry of it."""
 
 
-def _floats(outputs: Any) -> list[torch.Tensor]:
-    """The floating-point tensors of whatever forward returned; of a language model, its logits."""
-    outputs = getattr(outputs, "logits", outputs)
-    leaves = pytree.tree_leaves(outputs)
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments of forward: of a tensor, a tuple, or a mapping of names."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _said(outputs: Any) -> list[torch.Tensor]:
+    """The real and complex tensors of whatever forward returned, however nested.
+
+    A language model's keys and values for its own next step are not among them.
+    """
+    if isinstance(outputs, Mapping):
+        outputs = {k: v for k, v in outputs.items() if k != "past_key_values"}
+    leaves = (t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor))
+    return [t for t in leaves if t.is_floating_point() or t.is_complex()]
 
 
 class Subject:
@@ -40,11 +53,27 @@ class Subject:
 
     Arguments:
         module: the network; not changed.
-        args: of its forward; floating-point tensors become float64.
-        theta: weights to start from; None: the network's own, shaken.
+        example: what its forward takes; floating-point tensors become float64.
+        theta: weights to start from; None: the network's own.
+        shake: add noise to the weights and to the input; ``weights`` and ``inputs`` name which.
+
+    Raises:
+        BadParameter: the network has no weights to copy (the meta device, lazy layers).
     """
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], theta: Theta | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        example: Any,
+        theta: Theta | None = None,
+        *,
+        shake: tuple[str, ...] = (),
+    ):
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if is_lazy(tensor):
+                raise BadParameter(f"the network has lazy layers: {name} has no shape yet.")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                raise BadParameter(f"the network is on the meta device: {name} has no values.")
         try:
             self.module = copy.deepcopy(module).double().eval().requires_grad_(False)
         except (RuntimeError, TypeError) as e:
@@ -56,25 +85,28 @@ class Subject:
         def place(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
-            value = value.detach().to(device)
+            value = value.detach().to(device, copy=True)
             return value.double() if value.is_floating_point() else value
 
-        self.args = pytree.tree_map(place, args)
-        self.tensors = [t for t in pytree.tree_leaves(self.args) if isinstance(t, torch.Tensor)]
+        self.args, self.kwargs = pytree.tree_map(place, arguments(example))
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        self.tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         self.raw: list[torch.Tensor] = []
-        if theta is None:
-            self.shake()
-        else:
+        self.shaken = shake
+        if theta is not None:
             self.load(theta)
+        self.shake()
 
     @torch.no_grad()
     def shake(self, again: int = 0) -> None:
-        """Add noise to every tensor, so that equal or zero weights cannot hide a wrong spec.
+        """Add noise, so that equal or zero weights, or inputs, cannot hide a wrong spec.
 
         Arguments:
             again: how often it was shaken before; the noise is another one each time.
         """
-        floats = [t for t in (*self.state.values(), *self.tensors) if t.is_floating_point()]
+        weights = list(self.state.values()) if "weights" in self.shaken else []
+        inputs = self.tensors if "inputs" in self.shaken else []
+        floats = [t for t in (*weights, *inputs) if t.is_floating_point() and t.numel()]
         largest = max((t.numel() for t in floats), default=0)
         # At most a prime number of draws, repeated: no two rows of any weight see the same ones.
         length = min(PRIME, largest + len(floats))
@@ -89,15 +121,14 @@ class Subject:
             return part.view(like.shape).to(like.device)
 
         for i, tensor in enumerate(floats):
-            if tensor.numel() == 0:
-                continue
             sample = tensor.flatten()[:PRIME]
             spread = float(sample.std()) if len(sample) > 1 else 0.0
-            if any(tensor is t for t in self.tensors):  # an example of zeros would prove nothing
-                tensor.add_(noise(tensor, i))
-            elif not isinstance(tensor, nn.Parameter) and bool(
-                (tensor > 0).all()
-            ):  # such as running variances
+            buffer = i < len(floats) - len(inputs) and not isinstance(tensor, nn.Parameter)
+            if not math.isfinite(spread) or (buffer and _is_mask(sample)):
+                continue  # minus infinity, or zeros and ones: what they say is not their size
+            if any(tensor is t for t in inputs):
+                tensor.add_(noise(tensor, i), alpha=spread or 1.0)
+            elif buffer and bool((tensor > 0).all()):  # such as running variances
                 tensor.mul_(torch.exp(0.3 * noise(tensor, i)))
             else:
                 tensor.add_(noise(tensor, i), alpha=0.3 * spread or 0.1)
@@ -127,7 +158,7 @@ class Subject:
             BadParameter: forward fails, or has no floating-point output.
         """
         try:
-            self.raw = _floats(self.module(*self.args))
+            self.raw = _said(self.module(*self.args, **self.kwargs))
         except Exception as e:  # whatever the user's forward does
             shapes = [tuple(t.shape) for t in self.tensors]
             raise BadParameter(
@@ -139,6 +170,16 @@ class Subject:
                 f"forward of {type(self.module).__name__} returns no floating-point tensor."
             )
         return [t.detach().clone() for t in self.raw]
+
+
+def _is_mask(sample: torch.Tensor) -> bool:
+    """True for a tensor of zeros and ones, both of them."""
+    return bool(((sample == 0) | (sample == 1)).all()) and len(sample.unique()) == 2
+
+
+def finite(tensors: list[torch.Tensor]) -> bool:
+    """True if no entry of any tensor is NaN or infinite."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
@@ -172,24 +213,24 @@ def prove(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
         return difference(reference, net.run())
 
     found = gap(perms)
+    names = list(spec.axes)
     for again in range(1, DRAWS + 1):
         if not found <= spec.tolerance:
             break
         # A proof on outputs that do not react would be empty: with part of the tensors put back,
         # they must. Two choices of the part, because one alone can be a symmetry by chance.
-        names = list(spec.axes)
         for part in (names[::2], names[: len(names) // 2]):
             net.permute(spec, spec.inverse(perms), part)
             if len(names) == 1 or difference(reference, net.run()) > 10 * spec.tolerance:
                 return
             net.permute(spec, perms, part)
+        if again == DRAWS or not net.shaken:
+            raise Unproven(
+                "the output does not react to its weights on this example: nothing is proven."
+            )
         net.shake(again)  # a small network may be dead at one point, and not at another
         reference = net.run()
         found = gap(perms)
-    else:
-        raise Unproven(
-            "the output does not react to its weights on this example: nothing is proven."
-        )
     net.permute(spec, spec.inverse(perms))
     if not difference(reference, net.run()) <= spec.tolerance:
         raise Unproven(
@@ -215,7 +256,7 @@ def check_equal(module: nn.Module, a: Theta, b: Theta, spec: Spec) -> float:
     Raises:
         Unproven: it is above the spec's tolerance. BadParameter: the spec has no example.
     """
-    if not spec.example:
+    if spec.example is None:
         raise BadParameter("this spec was not derived from a network: there is no example to run.")
     net = Subject(module, spec.example, a)
     reference = net.run()

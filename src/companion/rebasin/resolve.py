@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 from companion.rebasin import spec
@@ -36,24 +36,26 @@ class Seen:
 def resolve(
     algebra: Axes,
     state: Mapping[str, list[Axis]],
-    touched: Sequence[str],
+    read: Set[int],
     log: Sequence[Seen],
     *,
     parameters: Sequence[str],
+    notes: Sequence[str],
     tolerance: float,
-    example: tuple[Any, ...],
+    example: Any,
 ) -> spec.Spec:
     """Read the spec off.
 
     Arguments:
         algebra: after the pass.
         state: entry of the state dict -> its axes; tied entries share one list.
-        touched: entries that an operation has read; the others are in no spec.
+        read: ids of the lists of ``state`` that an operation has read; the others are held.
         log: what the operations made, in their order.
         parameters: entries that count in the objective, each tied tensor once.
-        tolerance, example: passed on, see :class:`companion.rebasin.spec.Spec`.
+        notes, tolerance, example: passed on, see :class:`companion.rebasin.spec.Spec`.
     """
-    return _Resolver(algebra).read(state, touched, log, parameters, tolerance, example)
+    found = _Resolver(algebra).read(state, read, log, parameters)
+    return replace(found, notes=tuple(notes), tolerance=tolerance, example=example)
 
 
 class _Resolver:
@@ -65,13 +67,10 @@ class _Resolver:
     def read(
         self,
         state: Mapping[str, list[Axis]],
-        touched: Sequence[str],
+        read: Set[int],
         log: Sequence[Seen],
         parameters: Sequence[str],
-        tolerance: float,
-        example: tuple[Any, ...],
     ) -> spec.Spec:
-        read = {id(axes) for n, axes in state.items() if n in touched}
         used = {n: axes for n, axes in state.items() if id(axes) in read}
         self._settle(used)
         for entry in log:
@@ -81,7 +80,7 @@ class _Resolver:
         moving = {n: found for n, found in axes.items() if names_in(found)}
         present = {name for found in moving.values() for name in names_in(found)}
         groups = {n: g for n, g in self.groups.items() if n in present}
-        held = {}
+        held = {n: "forward does not read it on the example" for n in parameters if n not in used}
         for name in parameters:
             for dim, axis in enumerate(used.get(name, ())):
                 atoms = (a for block in self._blocks(axis) for a in block if a.size > 1)
@@ -94,8 +93,6 @@ class _Resolver:
             tuple(n for n in parameters if n in moving),
             sites=self._sites(groups, log),
             held=held,
-            tolerance=tolerance,
-            example=example,
         )
 
     def _settle(self, used: Mapping[str, list[Axis]]) -> None:
@@ -185,9 +182,13 @@ class _Resolver:
             if not entry.data:
                 continue
             preferred = entry.op.rstrip("_") in ACTIVATIONS
-            for dim, axis in enumerate(entry.axes):
+            found = [self._axis(axis) if axis else () for axis in entry.axes]
+            moving = [dim for dim, axis in enumerate(found) if names_in([axis])]
+            if len(moving) != 1:
+                continue  # another axis moves too: positions would not be the same samples
+            for dim, axis in enumerate(found):
                 start = 0
-                for block in self._axis(axis) if axis else ():
+                for block in axis:
                     size = 1
                     for f in block:
                         size *= f if isinstance(f, int) else self.groups[f].size

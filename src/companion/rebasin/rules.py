@@ -100,6 +100,7 @@ def pointwise(w: Watch, n: Named, out: Any) -> Out:
 rule(
     *("clone", "_to_copy", "detach", "alias", "contiguous", "lift", "lift_fresh", "to", "copy"),
     *("dropout", "_prelu_kernel", "where", "masked_fill", "lerp", "fill", "zero"),
+    *("hardswish", "hardsigmoid", "rrelu", "rrelu_with_noise"),
 )(pointwise)
 
 
@@ -265,6 +266,42 @@ def _select(w: Watch, x: Tensor, dim: int, i: int) -> list[Axis]:
     return [tuple(tuple(own(a) for a in b) for b in w.axes.normal(other)) for other in axes]
 
 
+@rule("glu")
+def glu(w: Watch, n: Named, out: Any) -> Out:
+    """The first half times the sigmoid of the second: unit by unit."""
+    x = n["self"]
+    dim = n["dim"] % x.ndim
+    axes = list(w.of(x))
+    axes[dim], gates = w.axes.cut(axes[dim], out.shape[dim])
+    w.axes.unify(axes[dim], gates)
+    return axes
+
+
+@rule("log_sigmoid_forward")
+def log_sigmoid(w: Watch, n: Named, out: Any) -> Out:
+    """Element by element, with a buffer of the same shape or none."""
+    axes = w.of(n["self"])
+    none: list[Axis] = [() for _ in out[1].shape]
+    return [axes, axes if out[1].numel() else none]
+
+
+@rule("_weight_norm_interface")
+def weight_norm(w: Watch, n: Named, out: Any) -> Out:
+    """Directions times lengths: the norm is over all axes but one."""
+    return [broadcast(w, [n["v"], n["g"]], out[0].shape), w.of(n["g"])]
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(w: Watch, n: Named, out: Any) -> Out:
+    """Channels in blocks become pixels; the blocks keep their inside."""
+    axes = list(w.of(n["self"]))
+    channels, inside = w.axes.divide(axes[-3], [out.shape[-3], n["upscale_factor"] ** 2])
+    w.axes.pin(inside, SPATIAL)
+    for axis in axes[-2:]:
+        w.axes.pin(axis, SPATIAL)
+    return [*axes[:-3], channels, *fixed_like(w, out.shape[-2:], SPATIAL)]
+
+
 @rule("constant_pad_nd")
 def pad(w: Watch, n: Named, out: Any) -> Out:
     """Equal numbers before and after: new units, in any order among themselves."""
@@ -297,7 +334,7 @@ def shuffle(w: Watch, n: Named, out: Any) -> Out:
 # Products
 
 
-@rule("mm", "bmm", "mv", "dot", "matmul")
+@rule("mm", "bmm", "mv", "dot", "vdot", "matmul")
 def product(w: Watch, n: Named, out: Any) -> Out:
     """Sum over the last axis of the first and the last but one of the second."""
     return _product(w, *tensors_in(n.values())[:2])
@@ -448,8 +485,12 @@ def softmax(w: Watch, n: Named, out: Any) -> Out:
 def reduce(w: Watch, n: Named, out: Any) -> Out:
     """A symmetric function along some axes: in any order there."""
     x, dim = n["self"], n.get("dim")
+    if isinstance(out, tuple) and isinstance(dim, int):  # with indices, which see the order
+        w.axes.pin(w.of(x)[dim], "its order is seen")
+        found: Any = reduce(w, n, out[0])
+        return [found, found]
     if isinstance(out, tuple):
-        return None  # with indices, which are not symmetric
+        return None
     if "other" in n:
         return pointwise(w, n, out)  # maximum of two
     dims = range(x.ndim) if dim in (None, []) else [dim] if isinstance(dim, int) else dim

@@ -161,18 +161,22 @@ def taken_apart(attention: bool) -> Iterator[None]:
     """Inside, attention layers of torch.nn are many operations, as when the spec was derived.
 
     Arguments:
-        attention: so is the product of queries, keys and values.
+        attention: so are the product of queries, keys and values, and recurrent layers.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
+    onednn = torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         if attention:
+            # And recurrent layers, which oneDNN runs as one operation in float32.
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         else:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mkldnn.enabled = onednn
 
 
 class _Compare(Watch):

@@ -107,9 +107,10 @@ class Spec:
         sites: group -> where its activations are. An inner group's is a block that holds its outer
             group as well; an outer group is told apart by the sites of its inner ones.
         held: axis of a parameter (``"conv.weight[0]"``) -> why its units stay in place.
+        notes: what the proof does not cover, such as a forward pass that branches on its data.
         tolerance: relative difference of outputs up to which the spec was proven: 1e-8 in float64,
             more only where the forward pass itself computes in less.
-        example: the arguments of the forward pass that the spec was derived with.
+        example: what forward took when the spec was derived.
     """
 
     groups: Mapping[str, Group]
@@ -117,8 +118,9 @@ class Spec:
     objective: tuple[str, ...]
     sites: Mapping[str, Site] = field(default_factory=dict)
     held: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     tolerance: float = 1e-8
-    example: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    example: Any = field(default=None, repr=False, compare=False)
 
     @cached_property
     def uses(self) -> Mapping[str, tuple[Use, ...]]:
@@ -291,6 +293,7 @@ class Spec:
         if self.held:
             lines.append(f"  held in place: {len(self.held)} axes")
             lines += [f"    {axis}: {why}" for axis, why in list(self.held.items())[:6]]
+        lines += [f"  note: {text}" for text in self.notes]
         return "\n".join(lines)
 
 

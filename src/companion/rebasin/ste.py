@@ -13,7 +13,6 @@ steps overwrote, so it returned the last one; here the best one is a copy. And i
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,7 @@ from companion.data import Split
 from companion.errors import BadParameter
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec
+from companion.rebasin.trace import private
 from companion.rebasin.weights import objective, weight_matching
 from companion.seeds import Key
 from companion.theta import Theta, affine, check, layout
@@ -58,8 +58,8 @@ class Midpoint:
         a: network A, on the device to compute on; score: the loss.
     """
 
-    def __init__(self, module: nn.Module, a: Theta, device: torch.device, score: Score):
-        self.module = copy.deepcopy(module).to(device).eval().requires_grad_(False)
+    def __init__(self, module: nn.Module, a: Theta, inputs: Tensor, score: Score):
+        self.module = private(module, inputs)
         for m in self.module.modules():
             if isinstance(m, _BatchNorm):
                 m.train()
@@ -154,7 +154,7 @@ def straight_through(
     train, judges = _parts(train, held_out, batch, key)
     device = train.x.device
     a, b = ({n: x.detach().to(device) for n, x in theta.items()} for theta in (a, b))
-    middle = Midpoint(module, a, device, score)
+    middle = Midpoint(module, a, train.x, score)
     first = middle.ties
     learnt = [n for n in spec.objective if first.get(n, n) in middle.trainable]
     # Half-precision networks: small steps would be lost in rounding.
