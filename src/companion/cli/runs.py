@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
-KINDS = ("run", "pair", "null", "recording")
+KINDS = ("run", "pair", "null", "layers", "recording")
 _STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
 
 
@@ -52,6 +52,9 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
     if kind == "pair":
         ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
         return f"{ends}, {identity['evaluation']['points']} points"
+    if kind == "layers":
+        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
+        return f"{ends}, layer by layer"
     if kind == "null":
         return f"null control (gate G1) of {identity['run'][:12]}"
     if kind == "recording":
@@ -62,11 +65,12 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
 def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     """A predicate on identities: would this version of the code still ask for that entry?
 
-    A run counts while its own semantics and those of all runs it forks from are today's; a pair or
-    a null control while its own are. Whatever refers by key to a run that is in the store, and is
-    old, is old too. Other kinds are kept: whoever wrote them knows better.
+    A run counts while its own semantics and those of all runs it forks from are today's; a pair, a
+    sweep of layers or a null control while its own are. Whatever refers by key to a run that is in
+    the store, and is old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
     from companion import pairs, training
+    from companion.layerwise import stored
 
     def run_current(identity: Mapping[str, Any]) -> bool:
         fork = identity.get("fork")
@@ -86,6 +90,8 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
         fields = [field if isinstance(field, list) else [field] for field in identity.values()]
         if not old.isdisjoint(v for field in fields for v in field if isinstance(v, str)):
             return False
+        if kind == "layers":
+            return bool(identity.get("semantics") == stored.SEMANTICS)
         measured = identity.get("evaluation", {}) if kind in ("pair", "null") else None
         return measured is None or measured.get("semantics") == pairs.SEMANTICS
 
@@ -94,7 +100,9 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
 
 @app.command("list", epilog="Example: companion runs list --kind run")
 def list_(
-    kind: Annotated[str | None, typer.Option(help="Only run, pair, null or recording.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Only run, pair, null, layers or recording.")
+    ] = None,
 ) -> None:
     """Show what is in the run store: key, kind, what it is, which steps are stored, size."""
     from companion.runs import Store

@@ -1,17 +1,17 @@
 """Which layers make the barrier? Segments along which only some layers move.
 
     found = sweep(net, a, b, data, Sweep(kinds=("single", "window"), draws=5))
-    found.worst("single", "train")              # layer -> barrier in nats, the larger of both defaults
-    found.full_height("train")                  # of the whole network
-    found.additivity("train").ratio             # full / sum of the single layers
+    found.worst("single", "train")      # layer -> barrier in nats, the larger of both defaults
+    found.full_height("train")          # of the whole network
+    found.additivity("train").ratio     # full / sum of the single layers
 
-``groups.py`` what a layer is · ``values.py`` what is asked and what comes back · ``replay.py``
-forward passes that begin at the first changed layer · ``sweep.py`` the loop · ``stored.py`` pairs
-of the run store. Source: Adilova et al. 2024; explained in chapter 4.
+``groups.py`` what a layer is · ``values.py`` what is asked and what comes back · ``replay.py``,
+``walk.py`` forward passes that begin at the first changed layer · ``sweep.py`` the sets ·
+``stored.py`` pairs of the run store. Source: Adilova et al. 2024; explained in chapter 4.
 """
 
 from companion.layerwise.groups import layer_groups
-from companion.layerwise.stored import measure
+from companion.layerwise.stored import entry_of_layers, measure
 from companion.layerwise.sweep import sweep
 from companion.layerwise.values import (
     DEFINITIONS,
@@ -31,6 +31,7 @@ __all__ = [
     "Rise",
     "Row",
     "Sweep",
+    "entry_of_layers",
     "layer_groups",
     "measure",
     "sweep",

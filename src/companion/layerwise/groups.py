@@ -62,7 +62,7 @@ def _grouped(layers: Groups, by: By) -> dict[str, tuple[str, ...]]:
     if by == "module":
         return dict(layers)
     out: dict[str, list[str]] = {}
-    if isinstance(by, int) and not isinstance(by, bool):
+    if isinstance(by, int):
         if by < 1:
             raise BadParameter(f"groups: depth {by} must be 1 or more.")
         for layer, names in layers.items():

@@ -57,11 +57,13 @@ class Tape:
         calls: in the order they began.
         reads: entry -> number of the operation that read it first.
         output: of the whole network.
+        score: room for what somebody makes of the output.
     """
 
     calls: list[_Call] = field(default_factory=list)
     reads: dict[str, int] = field(default_factory=dict)
     output: Any = None
+    score: torch.Tensor | None = None
 
     def cut(self, names: Iterable[str]) -> float:
         """The operation up to which nothing depends on ``names``; infinity if nothing does."""

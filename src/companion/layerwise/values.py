@@ -300,7 +300,7 @@ class LayerBarriers:
     def full_height(
         self, split: str = "test", metric: str = "loss", definition: str = "networks"
     ) -> float:
-        """The barrier of the whole network, defined as those of its layers; NaN if a gate failed."""
+        """The whole network's barrier, defined as those of its layers; NaN if a gate failed."""
         return self.height(self.select("full")[0], split, metric, definition)
 
     def additivity(self, split: str = "test", metric: str = "loss") -> Additivity:

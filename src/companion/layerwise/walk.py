@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion import deadline
 from companion.connectivity import Measure, Walker
 from companion.layerwise.replay import Replay, Tape
 from companion.theta import Theta, affine, check
+
+Weights: TypeAlias = tuple[float, float]
 
 log = logging.getLogger("companion")
 
@@ -35,7 +41,7 @@ class Path:
 
     rest: str
     names: tuple[str, ...]
-    weights: tuple[tuple[float, float], ...]
+    weights: tuple[Weights, ...]
     end: Callable[[], Theta] | None = None
 
 
@@ -60,7 +66,11 @@ class LayerWalker(Walker):
             for n, t in (("a", a), ("b", b))
         }
         if fast and self.bn != "reestimate":
-            sums = _Replayed(self, ends, paths).sums()
+            try:
+                sums = _Replayed(self, ends, paths).sums()
+            except (AttributeError, RuntimeError) as e:  # a scripted module cannot be patched
+                log.warning("layers are evaluated from the input on: %s", e)
+                sums = None
             if sums is not None:
                 flat = self._read(list(sums))
                 rows, at = [], 0
@@ -78,61 +88,107 @@ class LayerWalker(Walker):
 
 
 class _Replayed:
-    """The state of one fast measurement: networks, paths, kept mixtures, sums."""
+    """The state of one fast measurement: networks, paths, kept mixtures.
+
+    A network on a path agrees with its base before the first entry that moves, and with the whole
+    mixture of A and B at that place before the first entry that does not (so the first k layers
+    averaged, k = 1, 2, …, share the averaged network's pass). It replays whichever goes further.
+    """
 
     def __init__(self, walker: LayerWalker, ends: Mapping[str, Theta], paths: Sequence[Path]):
         self.walker, self.ends, self.paths = walker, ends, paths
+        self.replay = Replay(walker.module)
+        if walker.bn == "batch":
+            for m in self.replay.module.modules():
+                if isinstance(m, _BatchNorm):
+                    m.train()
         self.kept: dict[Any, torch.Tensor] = {}
         self.room = _KEPT
         self.last: tuple[Path, Theta] | None = None
-        self.bases = [r for r in ("a", "b") if any(p.rest == r for p in paths)]
+        everything = set(walker.layout.floating)
+        self.still = [tuple(everything - set(p.names)) for p in paths]
+        starts = itertools.accumulate((len(p.weights) for p in paths), initial=0)
+        self.count = sum(len(p.weights) for p in paths)
+        # Weights of A and B -> the points there; None: random directions.
+        self.points: dict[Weights | None, list[tuple[int, int, Weights]]] = {}
+        for number, (path, start) in enumerate(zip(paths, starts, strict=False)):
+            for row, weights in enumerate(path.weights, start):
+                place = _place(path, weights) if path.end is None else None
+                self.points.setdefault(place, []).append((row, number, weights))
+        ignored = "num_batches_tracked"  # BatchNorm counts; no output depends on it
+        self.mixed = all(
+            torch.equal(ends["a"][n], ends["b"][n])
+            for n in walker.layout.integers
+            if not n.endswith(ignored)
+        )
 
     def sums(self) -> torch.Tensor | None:
-        """Summed loss, errors, predictions: (all weights of all paths, splits, 3), or None."""
+        """Summed loss, errors, predictions: (all weights of all paths, splits, 3).
+
+        None if a replay does not give what a plain pass gives.
+        """
         walker = self.walker
-        try:
-            self.replay = Replay(walker.module)
-        except (AttributeError, RuntimeError) as e:  # a scripted module cannot be patched
-            log.warning("layers are evaluated from the input on: %s", e)
+        if not self._checked(next(iter(walker.splits.values())).x[:_PROBE]):
             return None
-        if walker.bn == "batch":
-            for m in self.replay.module.modules():
-                if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
-                    m.train()
-        if not self._checked():
-            log.warning(
-                "this network keeps state outside the outputs of its modules; "
-                "layers are evaluated from the input on"
-            )
-            return None
-        count = sum(len(p.weights) for p in self.paths)
-        out = torch.zeros(
-            count, len(walker.splits), 3, dtype=torch.float64, device=walker.device
-        )
+        shape = (self.count, len(walker.splits), 3)
+        out = torch.zeros(shape, dtype=torch.float64, device=walker.device)
         for column, split in enumerate(walker.splits.values()):
             for x, y in walker._batches(split):
-                for rest in self.bases:
-                    self._batch(rest, x, y, out[:, column])
+                for row, tape, cut in self._visit(x):
+                    if cut < math.inf:
+                        found = self._score(self.replay.run(x, tape, cut), y)
+                    else:
+                        if tape.score is None:
+                            tape.score = self._score(tape.output, y)
+                        found = tape.score
+                    out[row, column] += found
         return out
 
-    def _batch(self, rest: str, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
-        """All paths of one base on one batch: the base once, then every point from its cut on."""
-        self.replay.load(self.ends[rest])
-        tape = self.replay.record(x)
-        base = self._score(tape.output, y)
-        at = 0
-        for path in self.paths:
-            if path.rest == rest:
-                deadline.check()
-                cut = tape.cut(path.names)
-                for row, weights in enumerate(path.weights, at):
-                    if weights[1] == 0 or cut == float("inf"):
-                        out[row] += base
+    def _checked(self, x: torch.Tensor) -> bool:
+        """Compare with plain passes on a few images, and make batches small enough to record."""
+        seen = set()
+        most = 1  # bytes of the largest record
+        for _, tape, cut in self._visit(x):
+            if cut < math.inf and (id(tape), cut) not in seen:
+                seen.add((id(tape), cut))  # mixtures may share an id: one check fewer
+                if not self.replay.agrees(x, tape, cut):
+                    return False
+            most = max(most, tape.bytes())
+        if self.walker.bn != "batch":  # there, batches have a meaning
+            room = _room(self.walker.device) * len(x) // (3 * most)  # A, B and a mixture
+            self.walker.batch = max(1, min(self.walker.batch, room))
+        return True
+
+    def _visit(self, x: torch.Tensor) -> Iterator[tuple[int, Tape, float]]:
+        """Every point, loaded: its row, the tape to replay, and how far (infinity: all of it)."""
+        tapes = {}
+        for rest in ("a", "b"):
+            self.replay.load(self.ends[rest])
+            tapes[rest] = self.replay.record(x)
+        for place, points in self.points.items():
+            mixture = None
+            if place == (1.0, 0.0) or place == (0.0, 1.0):
+                mixture = tapes["a" if place[0] else "b"]
+            elif place is not None:
+                self.replay.load({**self.ends["a"], **self._mixture(place)})
+                mixture = self.replay.record(x)
+            for rest in ("a", "b"):
+                self.replay.load(self.ends[rest])
+                for row, number, weights in points:
+                    path = self.paths[number]
+                    if path.rest != rest:
                         continue
-                    self.replay.load(self._point(path, weights))
-                    out[row] += self._score(self.replay.run(x, tape, cut), y)
-                self._restore(path)
-            at += len(path.weights)
+                    deadline.check()
+                    tape, cut = tapes[rest], tapes[rest].cut(path.names) if weights[1] else math.inf
+                    if mixture is not None and self.mixed:
+                        further = mixture.cut(self.still[number])
+                        if further > cut:
+                            tape, cut = mixture, further
+                    if cut < math.inf:
+                        self.replay.load(self._point(path, weights))
+                    yield row, tape, cut
+                    if cut < math.inf:
+                        self.replay.load({n: self.ends[rest][n] for n in path.names})
 
     def _score(self, outputs: Any, y: torch.Tensor) -> torch.Tensor:
         loss, wrong, count = self.walker.score(outputs, y)
@@ -140,30 +196,34 @@ class _Replayed:
         found[0], found[1], found[2] = loss, wrong, count
         return found
 
-    def _restore(self, path: Path) -> None:
-        base = self.ends[path.rest]
-        self.replay.load({name: base[name] for name in path.names})
+    def _mixture(self, place: Weights, names: Sequence[str] | None = None) -> Theta:
+        """Entries of ``(1 - alpha) A + alpha B``."""
+        mix = partial(affine, (self.ends["a"], self.ends["b"]), place)
+        return self._keep(place, names or self.walker.layout.floating, mix)
 
-    def _point(self, path: Path, weights: tuple[float, float]) -> Theta:
+    def _point(self, path: Path, weights: Weights) -> Theta:
         """The moving entries at one point of a path."""
-        # Towards the other network, paths share their mixtures: equal weights of (A, B), equal bits.
-        shared = path.end is None
-        place = weights[::-1] if shared and path.rest == "b" else weights
-        keys = {name: ("shared" if shared else id(path), place, name) for name in path.names}
-        missing = [name for name, key in keys.items() if key not in self.kept]
-        fresh: dict[str, torch.Tensor] = {}
-        if missing:
-            end = self._end(path)
-            if weights[0] == 0:
-                fresh = {n: end[n] for n in missing}
-            else:
-                fresh = dict(affine((self.ends[path.rest], end), weights, missing))
-            for name, value in fresh.items():
-                size = value.numel() * value.element_size()
-                if size <= self.room:
-                    self.kept[keys[name]] = value
-                    self.room -= size
-        return {n: fresh[n] if n in fresh else self.kept[k] for n, k in keys.items()}
+        if path.end is None:
+            return self._mixture(_place(path, weights), path.names)
+        base = self.ends[path.rest]
+        return self._keep(
+            (id(path), weights),
+            path.names,
+            lambda names: affine((base, self._end(path)), weights, names),
+        )
+
+    def _keep(
+        self, group: object, names: Sequence[str], make: Callable[[Sequence[str]], Theta]
+    ) -> Theta:
+        """Entries that were made before, and the others, kept as long as there is room."""
+        out = {n: self.kept[group, n] for n in names if (group, n) in self.kept}
+        fresh = make([n for n in names if n not in out]) if len(out) < len(names) else {}
+        for name, value in fresh.items():
+            size = value.numel() * value.element_size()
+            if size <= self.room:
+                self.kept[group, name] = value
+                self.room -= size
+        return {**out, **fresh}
 
     def _end(self, path: Path) -> Theta:
         if path.end is None:
@@ -173,36 +233,17 @@ class _Replayed:
             self.last = (path, moved)
         return self.last[1]
 
-    @torch.no_grad()
-    def _checked(self) -> bool:
-        """Compare with plain passes on a few images, and make batches small enough to record."""
-        walker = self.walker
-        x = next(iter(walker.splits.values())).x[:_PROBE]
-        for rest in self.bases:
-            self.replay.load(self.ends[rest])
-            tape = self.replay.record(x)
-            seen = set()
-            for path in self.paths:
-                cut = tape.cut(path.names)
-                moved = [w for w in path.weights if w[1]]
-                if path.rest != rest or cut in seen or cut == float("inf") or not moved:
-                    continue
-                seen.add(cut)
-                self.replay.load(self._point(path, moved[0]))
-                if not self.replay.agrees(x, tape, cut):
-                    return False
-                self._restore(path)
-        if walker.bn != "batch" and self.bases:
-            walker.batch = min(walker.batch, _images(tape, len(x), walker.device))
-        return True
 
-
-def _images(tape: Tape, probe: int, device: torch.device) -> int:
-    """Images whose recorded outputs fit: half a gigabyte, on a GPU an eighth of its memory."""
-    room = 1 << 29
+def _room(device: torch.device) -> int:
+    """Bytes that recorded passes may take: one gigabyte, or a quarter of a GPU."""
     if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory // 8
-    return max(1, room * probe // max(tape.bytes(), 1))
+        return int(torch.cuda.get_device_properties(device).total_memory // 4)
+    return 1 << 30
+
+
+def _place(path: Path, weights: Weights) -> Weights:
+    """The weights of A and B."""
+    return weights if path.rest == "a" else weights[::-1]
 
 
 def _other(rest: str) -> str:
