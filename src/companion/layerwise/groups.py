@@ -8,6 +8,7 @@ chapter 4.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -17,6 +18,8 @@ from torch import nn
 from companion.errors import BadParameter
 from companion.layerwise.replay import first_uses
 from companion.theta import layout
+
+log = logging.getLogger("companion")
 
 Groups: TypeAlias = Mapping[str, tuple[str, ...]]
 """Label -> entries (parameters and floating-point buffers), in the order the layers compute."""
@@ -51,7 +54,11 @@ def layer_groups(
     groups = _grouped(spec.groups, by)
     if example is None:
         return groups
-    used = first_uses(module, example)
+    try:
+        used = first_uses(module, example)
+    except Exception as e:  # a scripted module, say; whoever runs the network meets its own faults
+        log.warning("layers are in the order of registration (%s: %s)", type(e).__name__, e)
+        return groups
     last = 1 + max(used.values(), default=0)
     return dict(
         sorted(groups.items(), key=lambda item: min(used.get(name, last) for name in item[1]))

@@ -193,9 +193,12 @@ class Replay:
             self._tape = None
 
     def agrees(self, x: torch.Tensor, tape: Tape, cut: float) -> bool:
-        """Whether a replay gives what a plain pass of the network as loaded gives."""
-        plain = self.run(x)
+        """Whether a replay gives what a plain pass of the network as loaded gives.
+
+        The replay comes first: a plain pass would put right what an earlier one left elsewhere.
+        """
         again = self.run(x, tape, cut)
+        plain = self.run(x)
         scale = float(plain.abs().nan_to_num(0, 0, 0).max()) if plain.numel() else 0.0
         return bool(torch.allclose(plain, again, rtol=0, atol=1e-5 * scale, equal_nan=True))
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion import deadline
 from companion.connectivity import Measure, Walker
+from companion.errors import OutOfTime
 from companion.layerwise.replay import Replay, Tape
 from companion.theta import Theta, affine, check
 
@@ -60,17 +61,22 @@ class LayerWalker(Walker):
         """
         for theta, name in ((a, "A"), (b, "B")):
             check(self.module, theta, name)
+        # Tied tensors under their first name only, or the second would undo what the first moved.
+        own = self.layout.floating + self.layout.integers
         # Copies: BatchNorm in train mode writes into its buffers.
         ends = {
-            n: {k: v.to(self.device, copy=True) for k, v in t.items()}
-            for n, t in (("a", a), ("b", b))
+            n: {k: t[k].to(self.device, copy=True) for k in own} for n, t in (("a", a), ("b", b))
         }
         if fast and self.bn != "reestimate":
+            sums = None
             try:
                 sums = _Replayed(self, ends, paths).sums()
-            except (AttributeError, RuntimeError) as e:  # a scripted module cannot be patched
-                log.warning("layers are evaluated from the input on: %s", e)
-                sums = None
+            except OutOfTime:
+                raise
+            except Exception as e:  # if it is the network's own fault, the plain walker says so
+                log.warning("replays of this network fail (%s: %s)", type(e).__name__, e)
+            if sums is None:
+                log.warning("every point is evaluated from the input on")
             if sums is not None:
                 flat = self._read(list(sums))
                 rows, at = [], 0
@@ -129,6 +135,7 @@ class _Replayed:
         """
         walker = self.walker
         if not self._checked(next(iter(walker.splits.values())).x[:_PROBE]):
+            log.warning("this network keeps state outside the outputs of its modules")
             return None
         shape = (self.count, len(walker.splits), 3)
         out = torch.zeros(shape, dtype=torch.float64, device=walker.device)
