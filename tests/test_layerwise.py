@@ -489,9 +489,9 @@ def test_every_layer_of_the_papers_network_on_cifar() -> None:
         cifar = data.load("cifar10-jpeg")
     except MissingData as e:
         pytest.skip(str(e))
-    recipe = Recipe(net="resnet18", data="cifar10-jpeg", steps=3, batch=16, lr=0.01, momentum=0.9)
+    recipe = Recipe(net="resnet18", data="cifar10-jpeg", steps=6, batch=16, lr=1e-4)
     a, b = (
-        advance(run, State(0, snapshot(build(run, cifar, torch.device("cpu")))), 3, cifar).theta
+        advance(run, State(0, snapshot(build(run, cifar, torch.device("cpu")))), 6, cifar).theta
         for run in (Run(recipe, init=1, order=order) for order in (1, 2))
     )
     net = models.build("resnet18", cifar.in_shape, cifar.classes)
@@ -500,6 +500,6 @@ def test_every_layer_of_the_papers_network_on_cifar() -> None:
     found = sweep(net, a, b, images, settings, max_error=100)
     assert found.method == "replay" and len(found.worst()) == 21
     assert all(math.isfinite(v) for v in found.worst().values())
-    few = {"test": cifar.test.head(64)}
+    few = {"test": cifar.test.head(16)}
     small = sweep(net, a, b, few, settings, max_error=100)
     assert gap(small, sweep(net, a, b, few, settings, max_error=100, fast=False)) < 1e-6

@@ -39,7 +39,9 @@ def heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-def _named(option: str, given: str | None, ends: tuple[Checkpoint, Checkpoint], field: str) -> str:
+def resolved(
+    option: str, given: str | None, ends: tuple[Checkpoint, Checkpoint], field: str
+) -> str:
     """``given``, or what the runs of the store say, if they agree."""
     known = {str(end.recipe[field]) for end in ends if end.recipe}
     if given is None and len(known) == 1:
@@ -121,8 +123,8 @@ def command(
 
     evaluation = Evaluation(points, bn, train_examples, test_examples)
     ends = (read(a), read(b))
-    net = _named("--model", model, ends, "net")
-    name = _named("--data", data, ends, "data")
+    net = resolved("--model", model, ends, "net")
+    name = resolved("--data", data, ends, "data")
     dataset = datasets.load(name, device)
     module = models.build(reachable(net), dataset.in_shape, dataset.classes)
     first, second = (fit(module, end, label) for label, end in zip("AB", ends, strict=True))

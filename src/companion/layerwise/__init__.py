@@ -10,7 +10,7 @@
 ``stored.py`` pairs of the run store. Source: Adilova et al. 2024; explained in chapter 4.
 """
 
-from companion.layerwise.groups import layer_groups
+from companion.layerwise.groups import Groups, layer_groups
 from companion.layerwise.stored import entry_of_layers, measure
 from companion.layerwise.sweep import sweep
 from companion.layerwise.values import (
@@ -27,6 +27,7 @@ __all__ = [
     "DEFINITIONS",
     "KINDS",
     "Additivity",
+    "Groups",
     "LayerBarriers",
     "Rise",
     "Row",

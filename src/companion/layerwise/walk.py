@@ -242,10 +242,10 @@ class _Replayed:
 
 
 def _room(device: torch.device) -> int:
-    """Bytes that recorded passes may take: one gigabyte, or a quarter of a GPU."""
+    """Bytes that recorded passes may take: half a gigabyte, or a quarter of a GPU."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory // 4)
-    return 1 << 30
+    return 1 << 29
 
 
 def _place(path: Path, weights: Weights) -> Weights:
