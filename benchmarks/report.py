@@ -102,9 +102,42 @@ def barrier(found: dict[str, Any]) -> str:
     )
 
 
+def layers(found: dict[str, Any]) -> str:
+    """Seconds for the barriers of all single layers, ours and theirs, case by case."""
+    body = []
+    for case in found["cases"]:
+        seconds = [case["points"] / c["per_second"] for c in case["contenders"]]
+        images = " + ".join(f"{n:,}" for n in case["images"].values())
+        body.append(
+            [
+                f"`{case['net']}` on {case['data']} ({images} images)",
+                str(case["layers"]),
+                *(f"{s:.2f}" for s in seconds),
+                *(times(case["ratios"][name]) for name in case["half"]),
+                times(case["half"]["fresh model, DataLoader"]),
+                f"{case['largest_difference']:.0e}",
+            ]
+        )
+    header = ["", "layers", "ours, s", "½ alone, s", "DataLoader, s", "slices, s"]
+    header += ["against DataLoader", "against slices", "½ alone against DataLoader"]
+    header += ["largest difference"]
+    settings = found["settings"]
+    threads = settings["threads"]
+    return "\n\n".join(
+        [
+            rows(header, body),
+            "Every layer, both networks as the default, three points each, and the whole network; "
+            f"loss and error on train and test. {threads} thread{'s' * (threads > 1)}, "
+            f"{settings['batch']} images a batch for the opponents. Differences above 1 are "
+            "relative. ½ alone gives the same barriers: Definition 2 needs no other point.",
+            where(found, settings["repeats"]),
+        ]
+    )
+
+
 def render(text: str, results: Path) -> str:
     """The README with everything between its markers made anew."""
-    for name, table in (("pool", pool), ("barrier", barrier)):
+    for name, table in (("pool", pool), ("barrier", barrier), ("layers", layers)):
         found = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
         pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
         body = f"\n{table(found)}\n\n"

@@ -98,7 +98,7 @@ def test_the_floor_counts_what_the_paper_counts() -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """A folder with the results of both benchmarks at a tiny size."""
+    """A folder with the results of the benchmarks at a tiny size."""
     folder = tmp_path_factory.mktemp("results")
     script(
         *("pool.py", "--runs", "2", "--steps", "10", "--repeats", "2", "--workers", "1"),
@@ -107,6 +107,10 @@ def results(tmp_path_factory) -> Path:
     script(
         *("barrier.py", "--points", "3", "--repeats", "1", "--data", "digits", "--images", "60"),
         *("--patience", "0", "--json", folder / "barrier.json"),
+    )
+    script(
+        *("layers.py", "--repeats", "1", "--data", "digits", "--images", "20", "--threads", "1"),
+        *("--patience", "0", "--json", folder / "layers.json"),
     )
     return folder
 
@@ -134,6 +138,17 @@ def test_barrier(results):
     for case in found["cases"]:
         assert case["largest_difference"] < 1e-5
         assert case["images"] == {"train": 60, "test": 60}
+        check_contenders(case["contenders"], case["ratios"], 1)
+    check_machine(found["machine"])
+
+
+def test_layers(results):
+    found = json.loads((results / "layers.json").read_text())
+    assert found["benchmark"] == "layers"
+    assert [case["net"] for case in found["cases"]] == ["mlp:widths=100x5", "resnet18:width=8"]
+    assert [case["layers"] for case in found["cases"]] == [6, 21]
+    for case in found["cases"]:
+        assert case["largest_difference"] < 1e-6
         check_contenders(case["contenders"], case["ratios"], 1)
     check_machine(found["machine"])
 

@@ -69,6 +69,7 @@ def sweep(
     settings = settings or Sweep()
     splits = splits_of(data)
     walker = LayerWalker(module, splits, bn=settings.bn, bn_data=bn_data, batch=batch)
+    walker.chosen = batch is not None
     for theta, name in ((a, "A"), (b, "B")):
         check(walker.module, theta, name)
     example = next(iter(splits.values())).x[:_EXAMPLES]

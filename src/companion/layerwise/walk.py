@@ -25,6 +25,8 @@ log = logging.getLogger("companion")
 
 _KEPT = 1 << 30
 """Bytes of mixed weights and random directions that are kept between batches of images."""
+_CACHED = 1 << 26
+"""Bytes of a recorded pass that a batch aims at, on a CPU."""
 _PROBE = 8  # images of the pass that measures memory and checks the replay
 
 
@@ -47,7 +49,13 @@ class Path:
 
 
 class LayerWalker(Walker):
-    """Measures many paths between two networks. Arguments as :class:`Walker`."""
+    """Measures many paths between two networks. Arguments as :class:`Walker`.
+
+    Without ``batch``, a replay on a CPU takes as many images at a time as suit its feature maps.
+    """
+
+    chosen = False
+    """The user said how many images a batch holds."""
 
     def measure(
         self, a: Theta, b: Theta, paths: Sequence[Path], *, fast: bool = True
@@ -162,8 +170,12 @@ class _Replayed:
                     return False
             most = max(most, tape.bytes())
         if self.walker.bn != "batch":  # there, batches have a meaning
+            images = self.walker.batch
+            if not self.walker.chosen and self.walker.device.type == "cpu":
+                # Small feature maps want large batches, large ones small batches: both are faster.
+                images = max(16, min(500, _CACHED * len(x) // most))
             room = _room(self.walker.device) * len(x) // (3 * most)  # A, B and a mixture
-            self.walker.batch = max(1, min(self.walker.batch, room))
+            self.walker.batch = max(1, min(images, room))
         return True
 
     def _visit(self, x: torch.Tensor) -> Iterator[tuple[int, Tape, float]]:
