@@ -134,6 +134,7 @@ def layers(found: LayerBarriers, path: Path) -> None:
             values = list(found.worst(kind, split).values())
             axes[0].plot(range(1, len(values) + 1), values, style, label=_WORDS[kind], markersize=4)
         if cumulative:
+            axes[0].locator_params(axis="x", integer=True)
             axes[0].set_xlabel("number of layers (of the window: its place)")
             axes[0].set_ylabel(f"{split} loss barrier at ½ (nats)")
             axes[0].legend()
