@@ -152,10 +152,44 @@ def rebasin(found: dict[str, Any]) -> str:
     )
 
 
+def layers(found: dict[str, Any]) -> str:
+    """Seconds for the barriers of all single layers, ours and theirs, case by case."""
+    body = []
+    for case in found["cases"]:
+        seconds = [case["points"] / c["per_second"] for c in case["contenders"]]
+        images = " + ".join(f"{n:,}" for n in case["images"].values())
+        body.append(
+            [
+                f"`{case['net']}` on {case['data']} ({images} images)",
+                str(case["layers"]),
+                *(f"{s:.2f}" for s in seconds),
+                *(times(case["ratios"][name]) for name in case["half"]),
+                times(case["half"]["fresh model, DataLoader"]),
+                f"{case['largest_difference']:.0e}",
+            ]
+        )
+    header = ["", "layers", "ours, s", "½ alone, s", "DataLoader, s", "slices, s"]
+    header += ["against DataLoader", "against slices", "½ alone against DataLoader"]
+    header += ["largest difference"]
+    settings = found["settings"]
+    threads = settings["threads"]
+    return "\n\n".join(
+        [
+            rows(header, body),
+            "Every layer, both networks as the default, three points each, and the whole network; "
+            f"loss and error on train and test. {threads} thread{'s' * (threads > 1)}, "
+            f"{settings['batch']} images a batch for the opponents. Differences above 1 are "
+            "relative. ½ alone gives the same barriers: Definition 2 needs no other point.",
+            where(found, settings["repeats"]),
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pool": pool,
     "barrier": barrier,
     "rebasin": rebasin,
+    "layers": layers,
 }
 
 

@@ -114,6 +114,10 @@ def results(tmp_path_factory) -> Path:
     )
     if json.loads((folder / "rebasin.json").read_text())["settings"]["peer"] is None:
         assert "rebasin is not here (--peer FOLDER): ours is measured alone" in alone.stdout
+    script(
+        *("layers.py", "--repeats", "1", "--data", "digits", "--images", "20", "--threads", "1"),
+        *("--patience", "0", "--json", folder / "layers.json"),
+    )
     return folder
 
 
@@ -198,6 +202,17 @@ def test_rebasin_beside_a_peer(tmp_path, fails):
         assert not theirs["recovered"] and theirs["permutations"] == 2
         assert theirs["distance"] == case["distance_before"]
         check_contenders(case["contenders"], case["ratios"], 2)
+
+
+def test_layers(results):
+    found = json.loads((results / "layers.json").read_text())
+    assert found["benchmark"] == "layers"
+    assert [case["net"] for case in found["cases"]] == ["mlp:widths=100x5", "resnet18:width=8"]
+    assert [case["layers"] for case in found["cases"]] == [6, 21]
+    for case in found["cases"]:
+        assert case["largest_difference"] < 1e-6
+        check_contenders(case["contenders"], case["ratios"], 1)
+    check_machine(found["machine"])
 
 
 def test_barrier_without_a_dataset(tmp_path, monkeypatch):

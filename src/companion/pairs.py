@@ -258,11 +258,8 @@ def measure(
     items = [(pair, evaluation, store, where) for pair in pairs]
     raw = run_all(_stored, items, workers=workers, device=where, label=label)
     found = [Barrier.from_json(r["barrier"]) for r in raw]
-    ends = sorted(e for f in found for e in f.errors)
-    if reference_error is None and ends:
-        # If most runs are dead, so is their median: G0 then asks for half the error of guessing.
-        guessing = 100 * (1 - 1 / found[0].classes)
-        reference_error = min(ends[len(ends) // 2], guessing / 2 / 1.5)
+    if reference_error is None:
+        reference_error = normal_error(found)
     return [
         PairResult(
             f.judged(reference_error=reference_error, max_error=max_error),
@@ -271,6 +268,16 @@ def measure(
         )
         for f, r in zip(found, raw, strict=True)
     ]
+
+
+def normal_error(found: Sequence[Barrier]) -> float | None:
+    """The median error of all ends, in percent: gate G0's reference. None without any.
+
+    If most runs are dead, so is their median: G0 then asks for half the error of guessing.
+    """
+    ends = sorted(e for f in found for e in f.errors)
+    guessing = 100 * (1 - 1 / found[0].classes) if found else 0.0
+    return min(ends[len(ends) // 2], guessing / 2 / 1.5) if ends else None
 
 
 def entry_of_null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Entry:

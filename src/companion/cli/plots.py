@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     from companion.connectivity import Barrier
     from companion.instability import Instability
+    from companion.layerwise import LayerBarriers
 
 _COLOURS = {"test": figures.OKABE_ITO["blue"], "train": figures.OKABE_ITO["vermillion"]}
+_WORDS = {"shallow": "first layers", "deep": "last layers", "window": "window"}
 _STYLES = {"test": "-", "train": "--"}
 
 
@@ -127,3 +129,46 @@ def by_k(found: Instability, path: Path, threshold: float) -> None:
             fontsize=10,
         )
         _save(fig, path, "Error barrier by fork step")
+
+
+def layers(found: LayerBarriers, path: Path) -> None:
+    """A bar for each layer and the whole network, and lines for the cumulative groups."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    labels = list(found.groups)
+    cumulative = [k for k in ("shallow", "deep", "window") if found.select(k)]
+    panels = bool(found.select("single")) + bool(cumulative)
+    with mpl.rc_context():
+        figures.use_style()
+        fig = Figure(figsize=(9.4, max(3.4, 1.4 + 0.22 * len(labels))))
+        axes = list(fig.subplots(1, max(panels, 1), squeeze=False)[0])
+        if found.select("single"):
+            ax = axes.pop(0)
+            for shift, split in zip((-0.2, 0.2), found.splits, strict=False):
+                heights = found.worst("single", split)
+                values = [found.full_height(split), *(heights[label] for label in labels)]
+                ax.barh(
+                    [place + shift for place in range(len(values))],
+                    values,
+                    height=0.4,
+                    color=_COLOURS.get(split),
+                    hatch="//" if split == "train" else None,
+                    label=f"{split} (n = {found.full.curve.sizes[split]:,})",
+                )
+            ax.set_yticks(range(len(labels) + 1), ["whole network", *labels], fontsize=8)
+            ax.invert_yaxis()
+            ax.set_xlabel("loss barrier at ½ (nats), larger of both defaults")
+            ax.legend()
+        split = found.splits[-1]
+        for kind, style in zip(cumulative, ("o-", "s--", "^:"), strict=False):
+            values = list(found.worst(kind, split).values())
+            axes[0].plot(range(1, len(values) + 1), values, style, label=_WORDS[kind], markersize=4)
+        if cumulative:
+            axes[0].locator_params(axis="x", integer=True)
+            axes[0].set_xlabel("number of layers (of the window: its place)")
+            axes[0].set_ylabel(f"{split} loss barrier at ½ (nats)")
+            axes[0].legend()
+        title = "layer by layer" + ("" if found.bn == "none" else f", BatchNorm {found.bn}")
+        fig.suptitle(title if found.valid else str(found.full), x=0.01, ha="left", fontsize=9)
+        _save(fig, path, "Loss barriers of layers between two networks")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
-KINDS = ("run", "pair", "null", "aligned", "merged", "halves", "recording")
+KINDS = ("run", "pair", "null", "aligned", "merged", "halves", "layers", "recording")
 _STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
 
 
@@ -52,6 +52,9 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
     if kind == "pair":
         ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
         return f"{ends}, {identity['evaluation']['points']} points"
+    if kind == "layers":
+        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
+        return f"{ends}, layer by layer"
     if kind == "null":
         return f"null control (gate G1) of {identity['run'][:12]}"
     if kind == "aligned":
@@ -70,11 +73,12 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
 def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     """A predicate on identities: would this version of the code still ask for that entry?
 
-    A run counts while its own semantics and those of all runs it forks from are today's; a pair or
-    a null control while its own are. Whatever refers by key to a run that is in the store, and is
-    old, is old too. Other kinds are kept: whoever wrote them knows better.
+    A run counts while its own semantics and those of all runs it forks from are today's; a pair, a
+    sweep of layers or a null control while its own are. Whatever refers by key to a run that is in
+    the store, and is old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
     from companion import aligned, pairs, training
+    from companion.layerwise import stored
 
     def run_current(identity: Mapping[str, Any]) -> bool:
         fork = identity.get("fork")
@@ -96,6 +100,8 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
             return False
         if kind in ("aligned", "merged", "halves") and identity["semantics"] != aligned.SEMANTICS:
             return False
+        if kind == "layers":
+            return bool(identity.get("semantics") == stored.SEMANTICS)
         measured = identity.get("evaluation", {}) if kind in KINDS[1:-1] else None
         return measured is None or measured.get("semantics") == pairs.SEMANTICS
 

@@ -1,0 +1,240 @@
+"""``companion layers``: which layers make the barrier between two checkpoints?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from companion.cli.barrier import PICTURES, UNITS, named, number
+from companion.cli.console import note, output, say, table, write_json
+from companion.cli.models import reachable
+
+if TYPE_CHECKING:
+    from companion.layerwise import LayerBarriers
+
+EXAMPLE = (
+    "Example: companion layers a.safetensors b.safetensors --model resnet18 --data cifar10 "
+    "--draws 5 --plot layers.svg"
+)
+_TITLES = {
+    "single": "one layer at a time",
+    "shallow": "the first layers",
+    "deep": "the last layers",
+    "random": "layers in random order",
+    "window": "neighbouring layers",
+    "subset": "layers of your choice",
+}
+
+
+def command(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other network, likewise.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The architecture: a name of `companion models list`, or package.module:factory. "
+            "For runs of the store it is known."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A dataset of `companion data list`. For runs of the store it is known."),
+    ] = None,
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help="What moves, comma-separated: single, shallow (the first, the first two, …), deep "
+            "(the last, …), random (cumulative in random order), window (neighbours)."
+        ),
+    ] = "single,shallow,deep",
+    by: Annotated[
+        str,
+        typer.Option(
+            help="What a layer is: module; or a number d, for modules whose names agree in the "
+            "first d parts (2: stage1.0); or names or beginnings of names, comma-separated."
+        ),
+    ] = "module",
+    together: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers that move together, comma-separated (names or beginnings of names); may "
+            "be given several times."
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Layers in a window.")] = 3,
+    draws: Annotated[
+        int,
+        typer.Option(help="Random directions of equal norm to compare each layer with; 0: none."),
+    ] = 0,
+    rest: Annotated[
+        str, typer.Option(help="Where the other layers stay: a, b or both in turn.")
+    ] = "both",
+    bn: Annotated[
+        str, typer.Option(help="What BatchNorm does: interpolate, reestimate or batch.")
+    ] = "interpolate",
+    points: Annotated[
+        int, typer.Option(help="Points of each segment, odd; 1 is the middle alone.")
+    ] = 3,
+    train_examples: Annotated[
+        int | None, typer.Option(help="Measure on this many training images instead of all.")
+    ] = None,
+    test_examples: Annotated[
+        int | None, typer.Option(help="Measure on this many test images instead of all.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate G0: the largest test error, in percent, of a network that counts as trained "
+            "(default: half the error of guessing)."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the barriers into this file (.svg, .png or .pdf).")
+    ] = None,
+) -> None:
+    """Measure the barriers of single layers, and of groups of them, between two checkpoints.
+
+    Heights are those of Adilova et al. 2024: loss (nats) and error (points) at the middle of the
+    segment, above the mean of the two whole networks; of the two default networks the larger. If a
+    gate fails, they are INVALID.
+    """
+    output(json, "--json")
+    output(plot, "--plot", PICTURES)
+
+    from companion import data as datasets
+    from companion import models
+    from companion.cli.checkpoints import fit, read
+    from companion.layerwise import Sweep, sweep
+    from companion.pairs import Evaluation
+
+    settings = Sweep(
+        by=_by(by),
+        kinds=_words(kinds),
+        subsets=tuple((", ".join(_words(text)), _words(text)) for text in together or ()),
+        points=points,
+        rest=rest,
+        window=window,
+        draws=draws,
+        bn=bn,
+        train_examples=train_examples,
+        test_examples=test_examples,
+    )
+    checkpoints = (read(a), read(b))
+    net = named("--model", model, checkpoints, "net")
+    name = named("--data", data, checkpoints, "data")
+    dataset = datasets.load(name, device)
+    module = models.build(reachable(net), dataset.in_shape, dataset.classes)
+    first, second = (fit(module, end, label) for label, end in zip("AB", checkpoints, strict=True))
+    for label, end in (("A", first), ("B", second)):
+        for text in end.notes:
+            note(f"{label} ({end.source}): {text}")
+    images = Evaluation(train_examples=train_examples, test_examples=test_examples)
+    splits = images.splits(dataset)
+    sizes = ", ".join(f"{split} ({len(s):,} images)" for split, s in splits.items())
+    say(f"A = {a}")
+    say(f"B = {b}")
+    say(f"{models.canonical(net)} on {dataset.label}: {sizes}")
+    found = sweep(
+        module,
+        first.theta,
+        second.theta,
+        splits,
+        settings,
+        bn_data=dataset.train,
+        classes=dataset.classes,
+        max_error=max_error,
+    )
+    _show(found)
+    write_json(
+        json,
+        {
+            "command": "layers",
+            "a": {"source": a, "sha256": first.sha256, "notes": first.notes},
+            "b": {"source": b, "sha256": second.sha256, "notes": second.notes},
+            "model": models.canonical(net),
+            "data": {"name": name, "label": dataset.label, "fingerprint": dataset.fingerprint},
+            "settings": settings.identity(),
+            "valid": found.valid,
+            "heights": _heights(found),
+            "layers": found.to_json(),
+        },
+    )
+    if plot:
+        from companion.cli.plots import layers
+
+        layers(found, plot)
+        say(f"barriers drawn in {plot}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _by(text: str) -> str | int | tuple[str, ...]:
+    if text.isdecimal():
+        return int(text)
+    return text if text == "module" else _words(text)
+
+
+def _kinds(found: LayerBarriers) -> list[str]:
+    return [kind for kind in _TITLES if found.select(kind)]
+
+
+def _heights(found: LayerBarriers) -> dict[str, Any]:
+    """Kind -> split -> metric -> label -> default network -> height."""
+    return {
+        kind: {s: {m: found.heights(kind, s, m) for m in UNITS} for s in found.splits}
+        for kind in ("full", *_kinds(found))
+    }
+
+
+def _show(found: LayerBarriers) -> None:
+    """Gates, a table for each kind of set, and the sum of the single layers."""
+    for gate in found.full.gates:
+        say(f"  {gate}")
+    mode = "" if found.bn == "none" else f", BatchNorm {found.bn}"
+    sides = [(split, metric) for split in found.splits for metric in UNITS]
+    columns = ["", *(f">{split} {metric} ({UNITS[metric]})" for split, metric in sides)]
+    whole = [number(found.full_height(s, m), m) for s, m in sides]
+    for kind in _kinds(found):
+        heights = [(found.worst(kind, s, m), m) for s, m in sides]
+        labels = list(heights[0][0])
+        rows = [[label, *(number(h[label], m) for h, m in heights)] for label in labels]
+        say()
+        table(columns, [["whole network", *whole], *rows], title=_TITLES[kind] + mode)
+    if found.select("single"):
+        say()
+        for split in found.splits:
+            parts = found.additivity(split)
+            say(
+                f"{split} loss: whole network {number(parts.full, 'loss')}, sum of single layers "
+                f"{number(parts.total, 'loss')}"
+            )
+    _show_random(found)
+
+
+def _show_random(found: LayerBarriers) -> None:
+    split = found.splits[-1]
+    rows = []
+    for kind in ("full", "single"):
+        for rise in found.rises(kind, split):
+            low, high = (number(f(rise.random), "loss") for f in (min, max))
+            rows.append(
+                [
+                    "whole network" if kind == "full" else rise.label,
+                    rise.rest.upper(),
+                    number(rise.averaging, "loss"),
+                    number(rise.mean, "loss"),
+                    f"{low} to {high}",
+                ]
+            )
+    if rows:
+        say()
+        columns = ["", "from", ">towards the other", ">random, mean", ">random, range"]
+        table(columns, rows, title=f"rise of the {split} loss at half the distance (nats)")

@@ -1,0 +1,39 @@
+"""Which layers make the barrier? Segments along which only some layers move.
+
+    found = sweep(net, a, b, data, Sweep(kinds=("single", "window"), draws=5))
+    found.worst("single", "train")      # layer -> barrier in nats, the larger of both defaults
+    found.full_height("train")          # of the whole network
+    found.additivity("train").ratio     # full / sum of the single layers
+
+``groups.py`` what a layer is · ``values.py`` what is asked and what comes back · ``replay.py``,
+``walk.py`` forward passes that begin at the first changed layer · ``sweep.py`` the sets ·
+``stored.py`` pairs of the run store. Source: Adilova et al. 2024; explained in chapter 4.
+"""
+
+from companion.layerwise.groups import Groups, layer_groups
+from companion.layerwise.stored import entry_of_layers, measure
+from companion.layerwise.sweep import sweep
+from companion.layerwise.values import (
+    DEFINITIONS,
+    KINDS,
+    Additivity,
+    LayerBarriers,
+    Rise,
+    Row,
+    Sweep,
+)
+
+__all__ = [
+    "DEFINITIONS",
+    "KINDS",
+    "Additivity",
+    "Groups",
+    "LayerBarriers",
+    "Rise",
+    "Row",
+    "Sweep",
+    "entry_of_layers",
+    "layer_groups",
+    "measure",
+    "sweep",
+]

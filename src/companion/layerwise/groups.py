@@ -1,0 +1,106 @@
+"""Layer groups: which entries of a state dict move together, and in which order layers compute.
+
+A layer is all entries that share a module name: weight and bias, and for BatchNorm the running
+statistics too. Tensors that are tied are one layer, so averaging "the input embedding" of a
+language model moves its output matrix as well. Source: Adilova et al. 2024, Section 3; our
+chapter 4.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from companion.errors import BadParameter
+from companion.layerwise.replay import first_uses
+from companion.theta import layout
+
+log = logging.getLogger("companion")
+
+Groups: TypeAlias = Mapping[str, tuple[str, ...]]
+"""Label -> entries (parameters and floating-point buffers), in the order the layers compute."""
+
+By: TypeAlias = str | int | Sequence[str]
+"""``"module"``: every module with entries of its own is a group. A whole number d: modules whose
+names agree in the first d parts (1: ``stage1``, 2: ``stage1.0``). A list of prefixes: a group each;
+what no prefix fits is in no group."""
+
+
+def layer_groups(
+    module: nn.Module, by: By = "module", example: torch.Tensor | None = None
+) -> Groups:
+    """The layer groups of any network.
+
+    Arguments:
+        module: any network; not changed.
+        by: how entries are grouped, see :data:`By`.
+        example: a batch of inputs, on the module's device. With it, groups are in the order in
+            which a forward pass first reads one of their entries; a group that is never read comes
+            last. Without it they are in the order of registration, which need not be the same.
+
+    Returns:
+        label -> entries. Every entry is in one group at most, a tied tensor under its first name.
+
+    Raises:
+        BadParameter: a prefix that fits no layer, or two prefixes that fit the same one.
+
+    Source: Adilova et al. 2024, Section 3 (21 groups of the ResNet-18 without norms); chapter 4.
+    """
+    spec = layout(module)
+    groups = _grouped(spec.groups, by)
+    if example is None:
+        return groups
+    try:
+        used = first_uses(module, example)
+    except Exception as e:  # a scripted module, say; whoever runs the network meets its own faults
+        log.warning("layers are in the order of registration (%s: %s)", type(e).__name__, e)
+        return groups
+    last = 1 + max(used.values(), default=0)
+    return dict(
+        sorted(groups.items(), key=lambda item: min(used.get(name, last) for name in item[1]))
+    )
+
+
+def _grouped(layers: Groups, by: By) -> dict[str, tuple[str, ...]]:
+    if by == "module":
+        return dict(layers)
+    out: dict[str, list[str]] = {}
+    if isinstance(by, int):
+        if by < 1:
+            raise BadParameter(f"groups: depth {by} must be 1 or more.")
+        for layer, names in layers.items():
+            out.setdefault(".".join(layer.split(".")[:by]), []).extend(names)
+        return {label: tuple(names) for label, names in out.items()}
+    if isinstance(by, str):
+        raise BadParameter(
+            f"groups: {by!r} is not known. Allowed: 'module', a depth such as 1 or 2, or a list of "
+            "layers or beginnings of their names, such as ['stem', 'stage1']."
+        )
+    taken: dict[str, str] = {}
+    for prefix in by:
+        hits = matching(layers, prefix)
+        for layer in hits:
+            if layer in taken:
+                raise BadParameter(
+                    f"groups: layer {layer!r} is in {taken[layer]!r} and in {prefix!r}; "
+                    "a layer can be in one group only."
+                )
+            taken[layer] = prefix
+        out[prefix] = [name for layer in hits for name in layers[layer]]
+    return {label: tuple(names) for label, names in out.items()}
+
+
+def matching(layers: Groups, prefix: str) -> list[str]:
+    """The labels that are ``prefix`` or begin with it, as ``stage1`` fits ``stage1.0.conv1``.
+
+    Raises:
+        BadParameter: none.
+    """
+    hits = [label for label in layers if label == prefix or label.startswith(prefix + ".")]
+    if not hits:
+        raise BadParameter(f"layer group {prefix!r} fits no layer. Layers: {', '.join(layers)}.")
+    return hits
