@@ -22,10 +22,12 @@ from companion.aligned import (
     permuted,
     spec_of,
 )
+from companion.aligned_stats import failures, trend
 from companion.budget import Plan, count
 from companion.cli.runs import describe, is_current
-from companion.connectivity import Walker
+from companion.connectivity import Barrier, Curve, Walker
 from companion.errors import BadParameter
+from companion.gates import Gate
 from companion.matchers import gradient, weights_of
 from companion.merged import merge_runs, read_logits, split_runs
 from companion.pairs import Evaluation, Pair
@@ -111,6 +113,66 @@ def test_invalid_pairs_count_nowhere(store: Store) -> None:
     assert not one(found, "naive").valid
     assert math.isnan(one(found, "naive").midpoint())
     assert interval(found["naive"], lambda r: r.barrier.height()) is None
+
+
+def given(pair: Pair, test: list[float], train: list[float], valid: bool = True) -> Aligned:
+    """A result with these losses on its line; the test error is ten times the test loss."""
+    grid = tuple(i / (len(test) - 1) for i in range(len(test)))
+    values = {
+        "train": {"loss": train, "error": train},
+        "test": {"loss": test, "error": [10 * v for v in test]},
+    }
+    curve = Curve(grid, values, "none", {"train": 1, "test": 1})
+    gates = (Gate("G0", valid, ""),)
+    line = Barrier({"none": curve}, "none", gates, 1.0, 10, (0.0, 0.0))
+    return Aligned(pair, Method("weights"), line, {})
+
+
+def test_a_point_chosen_on_train_can_be_worse_than_an_end_on_test() -> None:
+    (pair,) = pairs_of(RECIPE, 1)
+    result = given(pair, test=[1.0, 3.0, 2.0], train=[2.0, 0.5, 1.0])
+    assert result.chosen() == 3.0 and result.chosen("test", "error") == 30.0
+    assert result.chosen() > result.best_end()
+    assert result.chosen(by="test") == 1.0
+    assert math.isnan(given(pair, [1.0, 3.0, 2.0], [2.0, 0.5, 1.0], valid=False).chosen())
+
+
+def test_a_trend_is_read_pair_by_pair() -> None:
+    pairs = pairs_of(RECIPE, 3)
+    falls = {4: 9.0, 8: 5.0, 16: 3.0, 32: 1.0}
+    per_pair = [falls, {k: -v for k, v in falls.items()}, dict.fromkeys(falls, 1.0)]
+    found = {
+        k: [given(p, [v[k], 0.0, 0.0], [0.0] * 3) for p, v in zip(pairs, per_pair, strict=True)]
+        for k in falls
+    }
+    got = trend(found, lambda r: r.barrier.curve.values["test"]["loss"][0])
+    assert got is not None
+    # One falls, one rises, one does not move: a mean over pairs would have called it a trend.
+    assert (got.value, got.low, got.high, got.n) == (0.0, -1.0, 1.0, 3)
+    assert trend(dict(list(found.items())[:3]), lambda r: r.midpoint()) is None
+
+
+def test_a_trend_leaves_out_pairs_with_too_few_valid_lines() -> None:
+    pairs = pairs_of(RECIPE, 2)
+    found = {
+        k: [
+            given(p, [10.0 - k] * 3, [0.0] * 3, valid=not (k == 3 and i))
+            for i, p in enumerate(pairs)
+        ]
+        for k in range(4)
+    }
+    got = trend(found, lambda r: r.midpoint())
+    assert got is not None and got.n == 1 and got.value == -1.0
+
+
+def test_failures_count_only_settings_that_trained_under_both_conditions() -> None:
+    nan = math.nan
+    got = failures([5.0, 2.0, nan, 9.0, 1.0], [1.9, 0.0, 0.0, nan, 1.0])
+    assert got is not None and got.n == 3 and got.value == pytest.approx(2 / 3)
+    assert got.low == 0.0  # one of three settings does not differ: not decided
+    same = failures([5.0, 2.0, 3.0], [1.0, 1.0, 1.0])
+    assert same is not None and (same.low, same.value, same.high) == (1.0, 1.0, 1.0)
+    assert failures([nan], [1.0]) is None
 
 
 def test_the_permuted_network_is_the_same_function(store: Store) -> None:

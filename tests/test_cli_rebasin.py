@@ -304,7 +304,11 @@ BAD = {
     "data and shape": (f"{{a}} {{b}} {GOOD} --data digits", ["leave them out"]),
     "no model": (f"{{a}} {{b}} {SHAPE} -o {{o}}", ["--model"]),
     "starts": (f"{{a}} {{b}} {GOOD} --method greedy --starts 3", ["--starts belongs to"]),
-    "no starts": (f"{{a}} {{b}} {GOOD} --starts 0", ["starts"]),
+    "no starts": (f"{{a}} {{b}} {GOOD} --starts 0", ["--starts: 0", "1 or more"]),
+    "no steps": (
+        f"{{a}} {{b}} {GOOD} --method ste --steps 0",
+        ["--steps: 0", "1 or more"],
+    ),
     "steps": (f"{{a}} {{b}} {GOOD} --steps 3", ["--steps belongs to"]),
     "over A": (f"{{a}} {{b}} --model {NET} {SHAPE} -o {{a}}", ["is A, which is not overwritten"]),
     "over B": (f"{{a}} {{b}} --model {NET} {SHAPE} -o {{b}}", ["is B, which is not overwritten"]),

@@ -15,7 +15,7 @@ chapter 2; Git Re-Basin (Ainsworth et al. 2023).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from companion import data as datasets
+from companion.aligned_stats import clusters, interval
 from companion.connectivity import Barrier, Curve, Measure, Walker, barrier
 from companion.connectivity.paths import plain
 from companion.data import Dataset
@@ -33,7 +34,6 @@ from companion.pool import run_all
 from companion.rebasin.calibration import calibrated_curve
 from companion.rebasin.repair import repair
 from companion.runs import Entry, Store
-from companion.stats import Interval, clustered
 from companion.theta import Theta, distance, layout
 from companion.training import Job, Recipe, Run, build, train
 
@@ -56,8 +56,8 @@ SEMANTICS = 1
 """Raised by hand when a measurement of the same networks would give other numbers."""
 
 EXTRAS = ("temperature", "repair")
-"""What may be measured besides the line: it with a temperature fitted at every point; its midpoint
-after REPAIR."""
+"""What may be measured besides the line: it with a temperature fitted at every point, on the test
+images; its midpoint after REPAIR."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Aligned:
         barrier: of the line from A to pi(B), with its gates.
         distances: Euclidean, of the parameters: ``before`` (A to B), ``after`` (A to pi(B)).
         matching: :meth:`companion.rebasin.Matching.summary`; empty for ``naive``.
-        calibrated: the line with a temperature fitted at every point, if it was asked for.
+        calibrated: the line with a temperature fitted at every point, if it was asked for; fitted
+            on the test images it is read on, so at most what a temperature can repair.
         repaired: split -> the midpoint after REPAIR, if it was asked for.
     """
 
@@ -94,6 +95,17 @@ class Aligned:
     def best_end(self, split: str = "test", metric: str = "loss") -> float:
         """The lower value of the two ends; NaN if a gate failed."""
         return min(self.barrier.curve.ends(split, metric)) if self.valid else math.nan
+
+    def chosen(self, split: str = "test", metric: str = "loss", by: str = "train") -> float:
+        """The value where the loss on split ``by`` is lowest; NaN if a gate failed.
+
+        Chosen on the split it is read on, it could be no worse than an end: the ends are on the
+        grid.
+        """
+        values = self.barrier.curve.values
+        losses = values[by]["loss"]
+        at = min(range(len(losses)), key=lambda i: losses[i])
+        return values[split][metric][at] if self.valid else math.nan
 
 
 @dataclass(frozen=True)
@@ -175,9 +187,9 @@ def _calibrated(
 ) -> Curve:
     """The test line with the best temperature at every point, fitted on the test images themselves.
 
-    One number for hundreds of images or more: what it flatters, it flatters alike everywhere. On
-    other images it is ill-posed: a network without an error there has no best temperature but 0,
-    and an infinite loss at its first error elsewhere.
+    It shows at most what a temperature can repair. One number for hundreds of images or more: what
+    it flatters, it flatters alike everywhere. On other images it is ill-posed: a network without an
+    error there has no best temperature but 0, and an infinite loss at its first error elsewhere.
     """
     test = evaluation.splits(data)["test"]
     return calibrated_curve(
@@ -351,29 +363,3 @@ def permuted(found: Aligned, *, store: Store | None = None, device: str = "cpu")
     if found.method.name == "naive":
         return b
     return match(found.method, module, a, b, data).apply(module, b)
-
-
-def interval(results: Sequence[Aligned], value: Callable[[Aligned], float]) -> Interval | None:
-    """Mean and interval of ``value`` over the valid pairs; None without one.
-
-    Pairs that share a network are not independent: chains of them are one cluster.
-    """
-    good = [r for r in results if r.valid and not math.isnan(value(r))]
-    if not good:
-        return None
-    return clustered([value(r) for r in good], clusters([r.pair for r in good]))
-
-
-def clusters(pairs: Sequence[Pair]) -> list[int]:
-    """A label for every pair: equal for pairs that share a network, directly or by a chain."""
-    labels = list(range(len(pairs)))
-    ends = [{(p.a.init, p.a.order), (p.b.init, p.b.order)} for p in pairs]
-    changed = True
-    while changed:
-        changed = False
-        for i in range(len(pairs)):
-            for j in range(i):
-                if ends[i] & ends[j] and labels[i] != labels[j]:
-                    labels[i] = labels[j] = min(labels[i], labels[j])
-                    changed = True
-    return labels

@@ -213,8 +213,9 @@ def levels(ax: Axes, values: Mapping[str, float]) -> None:
         )
 
 
-def figure(columns: int, height: float = 3.8) -> tuple[Figure, Any]:
-    """A row of panels of the book's width."""
+def figure(columns: int, height: float = 3.8, rows: int = 1) -> tuple[Figure, Any]:
+    """Panels of the book's width, ``height`` inches in all."""
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, columns, figsize=(9.2 if columns > 1 else 7.0, height), squeeze=True)
+    width = 9.2 if columns > 1 else 7.0
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=True)

@@ -148,6 +148,9 @@ def command(
         raise BadParameter(f"--starts belongs to --method weights, not to {method}.")
     if steps is not None and method != "ste":
         raise BadParameter(f"--steps belongs to --method ste, not to {method}.")
+    for option, number in (("--starts", starts), ("--steps", steps)):
+        if number is not None and number < 1:
+            raise BadParameter(f"{option}: {number} must be a whole number of 1 or more.")
     _files(out, json, plot, matching, merge, (a, b))
 
     from companion import models
@@ -190,7 +193,7 @@ def command(
 
     begun = time.perf_counter()
     key = Key("rebasin", "cli", seed)
-    spec = derive(module, _example(shape, key))
+    spec = derive(module, _example(shape, key), unread="hold")
     derived = time.perf_counter() - begun
     if not spec.groups:
         why = [f"{axis}: {reason}" for axis, reason in list(spec.held.items())[:3]]
@@ -367,5 +370,5 @@ def _match(
     if method == "activations":
         return rebasin.activation_matching(spec, module, a, b, dataset.train)
     return rebasin.straight_through(
-        spec, module, a, b, dataset.train, steps=steps or STEPS, key=key
+        spec, module, a, b, dataset.train, steps=STEPS if steps is None else steps, key=key
     )
