@@ -18,6 +18,7 @@ EVIDENCE = {
     "P": "the paper's own words",
     "N": "reading notes of the whole paper",
     "T": "a third party's transcription of the paper's tables",
+    "R": "reviews of the paper, reading notes, and its authors' posts",
     "M22": "the summary by Maene et al.",
     "C": "the authors' code",
     "D": "derived by us",

@@ -1,0 +1,168 @@
+"""Chapter 4 end to end: plain papermill with tiny parameters, and the phenomena it stands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from companion import data, layerwise
+from companion.book import notebooks
+from companion.book.layout import Book
+from companion.instability import copy
+from companion.layerwise import Sweep
+from companion.pairs import Pair
+from companion.runs import Store
+from companion.training import Recipe
+
+CHAPTER = "04_layerwise"
+ROOT = Path(__file__).parents[1]
+TINY: dict[str, Any] = {
+    "net": "resnet8:width=4,norm=none",
+    "plain": "vgg11:width=2,norm=layer",
+    "others": ["resnet8:width=2,norm=none"],
+    "steps": 40,
+    "batch": 32,
+    "inits": 1,
+    "looks": 2,
+    "window": 3,
+    "draws": 1,
+    "max_error": 100.0,
+    "train_examples": 60,
+    "client_net": "mlp:widths=8x2",
+    "client_steps": 4,
+    "seeds": 1,
+    "device": "cpu",
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chapter as `make notebooks` writes it, in a folder of the test."""
+    folder = tmp_path_factory.mktemp("book")
+    for name in ("chapters", "_toc.yml", "_config.yml"):
+        (folder / name).symlink_to(ROOT / name)
+    return notebooks.build(Book(folder), CHAPTER)
+
+
+def run(source: Path, folder: Path, **parameters: Any) -> Any:
+    """The executed notebook."""
+    out = folder / "out.ipynb"
+    papermill.execute_notebook(
+        source, out, parameters=parameters, kernel_name="python3", progress_bar=False
+    )
+    return nbformat.read(out, as_version=4)
+
+
+def entries(notebook: Any, kind: str) -> list[Any]:
+    """What the chapter handed to the book."""
+    found = [
+        output["metadata"]["companion"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "companion" in output.get("metadata", {})
+    ]
+    return [entry[kind] for entry in found if kind in entry]
+
+
+def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
+    notebook = run(source, tmp_path, **TINY)
+    names = [figure["name"] for figure in entries(notebook, "figure")]
+    assert [name for name in names if name != "recorded"] == [
+        "toy",
+        "heatmap",
+        "layers",
+        "cumulative",
+        "directions",
+        "subspaces",
+        "federated",
+    ]
+    (verdicts,) = entries(notebook, "claims")
+    assert [v["claim"]["id"] for v in verdicts] == [f"B{n:02d}" for n in range(1, 17)]
+    by_id = {v["claim"]["id"]: v for v in verdicts}
+    # What is exact at any scale.
+    for name in ("B04", "B08", "B09"):
+        assert by_id[name]["verdict"] == "reproduced", name
+    # One pair, one seed, no language model: nothing to conclude from that.
+    for name in ("B01", "B02", "B05", "B07", "B12", "B13", "B15"):
+        assert by_id[name]["verdict"] == "not testable at this scale", name
+    assert "one pair" in by_id["B01"]["note"]
+    (command,) = entries(notebook, "rerun")
+    assert "-p steps 40" in command and "-p dataset" not in command
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load("digits").fingerprint
+    assert record["residual"]["net"] == TINY["net"]
+
+
+def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Path) -> None:
+    digits = load_digits()
+    for i in range(240):
+        folder = tmp_path / "pictures" / f"class{digits.target[i] % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = (digits.images[i] * 15).astype("uint8")
+        Image.fromarray(grey).convert("RGB").save(folder / f"{i}.png")
+    name = f"images:{tmp_path / 'pictures'}"
+    notebook = run(source, tmp_path, **{**TINY, "dataset": name, "clients": 3})
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load(name).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"datset": "mnist"}, ["datset", "Did you mean 'dataset'"]),
+        ({"inits": 1.5}, ["inits", "1.5"]),
+        ({"inits": 0}, ["inits", "1 or more"]),
+        ({"looks": 1}, ["looks", "2 or more"]),
+        ({"window": 50}, ["window", "50"]),
+        ({"batch": 5000}, ["batch", "5000", "1437"]),
+        ({"clients": 40}, ["40 clients"]),
+        ({"dataset": "cifar100"}, ["cifar100", "companion data get cifar100"]),
+    ],
+)
+def test_bad_parameters_end_before_anything_trains(
+    source: Path,
+    tmp_path: Path,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    parameters: dict[str, Any],
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "no-data"))
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        run(source, tmp_path, **{**TINY, **parameters})
+    for word in words:
+        assert word in caught.value.evalue
+    assert list(store.entries()) == []
+
+
+# The residual network of the chapter.
+RESIDUAL = Recipe(
+    net="resnet18:width=12",
+    data="digits",
+    steps=800,
+    batch=32,
+    lr=0.03,
+    schedule="cosine",
+    warmup=80,
+    weight_decay=5e-4,
+    augment="crop1",
+)
+
+
+@pytest.mark.slow
+def test_the_network_has_a_barrier_and_its_layers_have_none(store: Store) -> None:
+    pairs = [Pair(copy(RESIDUAL, i, 0, 1), copy(RESIDUAL, i, 0, 2)) for i in range(3)]
+    sets = Sweep(kinds=("single", "shallow", "deep"), points=1, train_examples=500)
+    for one in layerwise.measure(pairs, sets, max_error=15.0):
+        full = one.full_height("train")
+        assert full > 0.4
+        assert max(one.worst("single", "train").values()) <= 0.25 * full
+        for kind in ("shallow", "deep"):
+            assert abs(list(one.worst(kind, "train").values())[-1] - full) < 1e-6
