@@ -2,8 +2,9 @@
 
 A network between two others is often right and too unsure of it, since its logits shrink; matching
 and REPAIR then lower the loss although no decision changes. One number, the softmax temperature,
-fitted on data (on which, the caller says), takes that part away. Also here: calibration error and reliability, the
-ensemble of logits, and a shifted label prior, which merged networks are to be compared with.
+fitted on data that the caller chooses, takes that part away. Also here: calibration error and
+reliability, the ensemble of logits, and a shifted label prior, which merged networks are to be
+compared with.
 
 Source: Guo et al. 2017 (temperature); Git Re-Basin, Figures 5, 11 and 13; our chapter 2.
 """
