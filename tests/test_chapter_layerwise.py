@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from companion import data, layerwise
+from companion import data, models, layerwise
 from companion.book import notebooks
 from companion.book.layout import Book
 from companion.instability import copy
@@ -97,7 +97,7 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     assert "-p steps 40" in command and "-p dataset" not in command
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load("digits").fingerprint
-    assert record["residual"]["net"] == TINY["net"]
+    assert record["residual"]["net"] == models.canonical(TINY["net"])
 
 
 def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Pat
         ({"looks": 1}, ["looks", "2 or more"]),
         ({"window": 50}, ["window", "50"]),
         ({"batch": 5000}, ["batch", "5000", "1437"]),
-        ({"clients": 40}, ["40 clients"]),
+        ({"clients": 400}, ["400 clients"]),
         ({"dataset": "cifar100"}, ["cifar100", "companion data get cifar100"]),
     ],
 )
