@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from companion import data, models, layerwise
+from companion import data, layerwise, models
 from companion.book import notebooks
 from companion.book.layout import Book
 from companion.instability import copy
