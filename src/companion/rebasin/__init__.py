@@ -4,7 +4,7 @@
     found = weight_matching(spec, a, b)             # or activation_matching, straight_through, …
     aligned = found.apply(module, b)                # B with its units in A's order; checked
 
-``spec.py`` the value · ``trace.py``, ``axes.py``, ``rules.py``, ``derive.py``, ``resolve.py``,
+``spec.py`` the value · ``trace.py``, ``axes.py``, ``rules*.py``, ``derive.py``, ``resolve.py``,
 ``proof.py`` from a network to its spec · ``assignment.py``, ``weights.py``, ``activations.py``,
 ``ste.py``, ``merge.py`` matching · ``repair.py``, ``calibration.py`` what to do afterwards.
 

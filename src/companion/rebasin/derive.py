@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from companion.errors import BadParameter, one_of
-from companion.rebasin import proof, rules
+from companion.rebasin import proof, rules, rules_shapes, rules_sums
 from companion.rebasin.axes import Axes, Axis
 from companion.rebasin.resolve import Seen, resolve
 from companion.rebasin.spec import Spec
@@ -27,6 +27,10 @@ from companion.rebasin.trace import Tracer
 from companion.theta import layout
 
 log = logging.getLogger("companion")
+
+
+# The modules that register the rules of operations when they are imported.
+REGISTERED = (rules_shapes, rules_sums)
 
 
 class Watcher(Tracer):
