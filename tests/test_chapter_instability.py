@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import papermill
 import pytest
 import torch
+from papermilled import build, entries, run
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from companion import data
-from companion.book import notebooks
-from companion.book.layout import Book
 from companion.instability import Instability, analyse
 from companion.pairs import Evaluation
 from companion.runs import Store
@@ -39,30 +37,7 @@ TINY: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The chapter as `make notebooks` writes it, in a folder of the test."""
-    folder = tmp_path_factory.mktemp("book")
-    for name in ("chapters", "_toc.yml", "_config.yml"):
-        (folder / name).symlink_to(ROOT / name)
-    return notebooks.build(Book(folder), CHAPTER)
-
-
-def run(source: Path, folder: Path, **parameters: Any) -> Any:
-    """The executed notebook."""
-    out = folder / "out.ipynb"
-    papermill.execute_notebook(
-        source, out, parameters=parameters, kernel_name="python3", progress_bar=False
-    )
-    return nbformat.read(out, as_version=4)
-
-
-def entries(notebook: Any, kind: str) -> list[Any]:
-    """What the chapter handed to the book."""
-    found = [
-        output["metadata"]["companion"]
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "companion" in output.get("metadata", {})
-    ]
-    return [entry[kind] for entry in found if kind in entry]
+    return build(CHAPTER, tmp_path_factory.mktemp("book"))
 
 
 def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
