@@ -236,8 +236,9 @@ def test_missing_data_names_dataset_folder_and_command(root):
 def test_catalogue(root):
     entries = {entry.name: entry for entry in data.catalogue()}
     published = ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar10-jpeg"]
-    assert list(entries) == [*published, "images:PATH"]
-    assert [name for name, entry in entries.items() if entry.present] == ["digits"]
+    texts = ["pydoc", "wikitext2", "wikitext103", "text:PATH"]
+    assert list(entries) == [*published, "images:PATH", *texts]
+    assert [name for name, entry in entries.items() if entry.present] == ["digits", "pydoc"]
     assert entries["cifar10"].where == root / "cifar-10-batches-py"
     assert entries["cifar100"].how == "companion data get cifar100"
 

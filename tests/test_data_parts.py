@@ -133,6 +133,21 @@ def test_paths_with_an_at_sign_keep_their_meaning(pets):
         data.load(f"images:{pets}/p@ts@half")
 
 
+def test_a_text_has_no_parts(tmp_path):
+    for name in ("pydoc@split-a", "pydoc?vocab=600@random-50-0"):
+        for ask in (data.load, data.check):
+            with pytest.raises(BadParameter, match="drawn by classes of images; a text has none"):
+                ask(name)
+    path = tmp_path / "a@b.txt"
+    path.write_text("some words in a line\n" * 50)
+    whole = data.load(f"text:{path}?tokenizer=bytes&window=4")
+    with pytest.raises(BadParameter, match="a text has none"):
+        data.load(f"text:{path}@split-a")
+    path.rename(path.with_name("a@split-a"))  # a file of that name keeps its meaning
+    again = data.load(f"text:{tmp_path}/a@split-a?tokenizer=bytes&window=4")
+    assert again.fingerprint == whole.fingerprint
+
+
 def test_split_name():
     assert split_name("digits") == ("digits", None)
     assert split_name("digits@split-b") == ("digits", Part("split-b"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from companion.cli.console import say, size, table
+
+if TYPE_CHECKING:
+    from companion.data.registry import Report
 
 app = typer.Typer(no_args_is_help=True, help="Datasets: list, download, check.")
 
@@ -32,13 +35,18 @@ def list_() -> None:
         for entry in catalogue()
     ]
     table(["name", "what", ">classes", "image", "files", "how to get it"], rows)
-    say(f"a part of any train split: NAME@PART with PART one of {ALLOWED}")
+    say("of a text: tokens in its vocabulary, and in a window")
+    say("options of a text, quoted: 'NAME?vocab=1024&window=128'")
+    say(f"a part of any train split of images: NAME@PART with PART one of {ALLOWED}")
     say(f"data root: {data_root()}")
 
 
 @app.command(epilog="Example: companion data get mnist")
 def get(name: Name) -> None:
-    """Download a dataset into the data root (unless it is there), then compare its checksums."""
+    """Download a dataset into the data root (unless it is there), then compare its checksums.
+
+    A text needs Hugging Face's library: pip install 'companion[hub]'.
+    """
     from companion import data
 
     say(f"{name}: complete, in {data.get(name)}")
@@ -53,8 +61,19 @@ def check(name: Name) -> None:
     if not report.present:
         say(f"{report.label} is not in {report.where}: {', '.join(report.missing)} missing.")
         say(f"How to get it: {report.how}")
+        for text in report.notes:
+            say(text)
         raise typer.Exit(1)
     say(f"{report.label}" + (f" in {report.where}" if report.where else " (embedded)"))
+    _say_tokens(report) if report.text else _say_images(report)
+    for file in report.files:
+        say(f"{file.path.name}: {size(file.size)}, checksum {file.checksum}")
+    for text in report.notes:
+        say(text)
+    say(f"fingerprint {report.fingerprint}")
+
+
+def _say_images(report: Report) -> None:
     for split, shape, counts in (
         ("train", report.train_shape, report.train_counts),
         ("test", report.test_shape, report.test_counts),
@@ -65,8 +84,20 @@ def check(name: Name) -> None:
             f"{split}: {n:,} images of {'×'.join(map(str, image))}, "
             f"{min(counts):,} to {max(counts):,} in each of {len(counts)} classes"
         )
-    for file in report.files:
-        say(f"{file.path.name}: {size(file.size)}, checksum {file.checksum}")
-    for text in report.notes:
-        say(text)
-    say(f"fingerprint {report.fingerprint}")
+
+
+def _say_tokens(report: Report) -> None:
+    facts = report.text
+    assert facts is not None
+    say(f"tokenizer: {facts.tokenizer}, {facts.vocabulary:,} tokens in its vocabulary")
+    for split, shape, counts in (
+        ("train", report.train_shape, facts.train),
+        ("test", report.test_shape, facts.test),
+    ):
+        assert shape is not None
+        say(
+            f"{split}: {shape[0]:,} windows of {shape[1]} tokens; {counts.tokens:,} tokens, "
+            f"{counts.bytes:,} bytes, {counts.words:,} words; "
+            f"{counts.bytes_per_token:.2f} bytes per token"
+        )
+    say(f"evaluated on {facts.evaluated_on}")

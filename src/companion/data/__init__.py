@@ -4,15 +4,25 @@
     x, y = dataset.train.x, dataset.train.y
 
 ``dataset.py`` the values · ``registry.py`` datasets by name · ``parts.py`` parts of a train split ·
-``sources.py``, ``pictures.py``, ``decoding.py`` readers · ``augmentation.py`` flips and crops ·
-``device.py`` names of devices.
+``sources.py``, ``pictures.py``, ``decoding.py`` readers of images · ``text.py`` and what it names,
+readers of texts · ``hub.py`` texts from a network · ``arrays.py`` what is cached ·
+``augmentation.py`` flips and crops · ``device.py`` names of devices.
 """
 
 from companion.data.augmentation import Augmentation, Augmenter, Draws
-from companion.data.dataset import Dataset, Split, channel_statistics, standardise, stratified_split
+from companion.data.dataset import (
+    Dataset,
+    Split,
+    TextCounts,
+    TextFacts,
+    channel_statistics,
+    standardise,
+    stratified_split,
+)
 from companion.data.device import resolve_device
 from companion.data.registry import Entry, Report, catalogue, check, get, load
 from companion.data.sources import FileReport
+from companion.data.text import canonical
 
 __all__ = [
     "Augmentation",
@@ -23,6 +33,9 @@ __all__ = [
     "FileReport",
     "Report",
     "Split",
+    "TextCounts",
+    "TextFacts",
+    "canonical",
     "catalogue",
     "channel_statistics",
     "check",

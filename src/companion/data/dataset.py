@@ -1,15 +1,17 @@
 """A dataset is two splits of tensors on one device: no loader, no workers, no transforms.
 
 All datasets of the book fit into memory, and a batch gathered from a tensor that is already on the
-device costs microseconds (the idea of airbench, Jordan 2024). Read top to bottom: pixels become
-normalised floats (:func:`standardise`), floats and labels a :class:`Split`, two splits a
-:class:`Dataset`. Source: our chapter 1 ("The data").
+device costs microseconds (the idea of airbench, Jordan 2024). Pixels become normalised floats
+(:func:`standardise`), floats and labels a :class:`Split`; a text becomes one stream of tokens, its
+windows a :class:`Split` (:meth:`Split.windows`); two splits are a :class:`Dataset`.
+Source: our chapter 1 ("The data").
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,14 +21,21 @@ from torch import Tensor
 from companion.errors import BadParameter
 from companion.seeds import Key
 
+Kind = Literal["images", "text"]
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels on one device. Shared by all who loaded it: never written in place.
+    """Images and labels, or windows of tokens and the tokens that follow, on one device.
+
+    Shared by all who loaded it: never written in place.
 
     Args:
-        x: (N, C, H, W) float32, normalised per channel.
-        y: (N,) int64, classes ``0 … classes - 1``.
+        x: (N, C, H, W) float32, normalised per channel; or (N, L) int64, tokens.
+        y: (N,) int64, classes ``0 … classes - 1``; or (N, L) int64: ``y[i, t]`` is the token behind
+            ``x[i, t]``, so ``y`` is ``x`` shifted by one.
+        stream: (T,) int64, the whole text that ``x`` and ``y`` are views of, if they are: only
+            :meth:`windows` sets it.
 
     Raises:
         BadParameter: shapes, types or devices of ``x`` and ``y`` do not fit together.
@@ -34,25 +43,78 @@ class Split:
 
     x: Tensor
     y: Tensor
+    stream: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.x.ndim != 4 or self.x.dtype != torch.float32:
+        if self.x.ndim == 2 and self.x.dtype == torch.int64:
+            expected = tuple(self.x.shape)
+        elif self.x.ndim == 4 and self.x.dtype == torch.float32:
+            expected = tuple(self.x.shape[:1])
+        else:
             raise BadParameter(
-                f"Split.x: (N, C, H, W) float32 expected, got {tuple(self.x.shape)} {self.x.dtype}."
+                "Split.x: (N, C, H, W) float32 (images) or (N, L) int64 (tokens) expected, "
+                f"got {tuple(self.x.shape)} {self.x.dtype}."
             )
-        if self.y.shape != self.x.shape[:1] or self.y.dtype != torch.int64:
+        if self.y.shape != expected or self.y.dtype != torch.int64:
             raise BadParameter(
-                f"Split.y: ({len(self.x)},) int64 expected, "
-                f"got {tuple(self.y.shape)} {self.y.dtype}."
+                f"Split.y: {expected} int64 expected, got {tuple(self.y.shape)} {self.y.dtype}."
             )
         if self.x.device != self.y.device:
             raise BadParameter(f"Split: x is on {self.x.device}, y on {self.y.device}.")
 
+    @classmethod
+    def windows(cls, stream: Tensor, window: int) -> Split:
+        """The ``N = (T - 1) // window`` windows of a text, side by side, and the tokens behind.
+
+        Nothing is copied: ``x`` and ``y`` are views of ``stream``, ``y`` one token further on. What
+        is left at the end (less than a window) is in ``stream`` only.
+
+        Args:
+            stream: (T,) int64, contiguous.
+            window: L, tokens in one window.
+
+        Raises:
+            BadParameter: another shape or type, or not one window and a token behind it.
+        """
+        if stream.ndim != 1 or stream.dtype != torch.int64:
+            raise BadParameter(
+                "Split.windows: a stream of tokens is (T,) int64, "
+                f"got {tuple(stream.shape)} {stream.dtype}."
+            )
+        if window < 1:
+            raise BadParameter(f"Split.windows: window = {window}; at least 1 token is needed.")
+        n = (len(stream) - 1) // window
+        if n < 1:
+            raise BadParameter(
+                f"Split.windows: a text of {len(stream)} tokens has no window of {window} and a "
+                f"token behind it. Allowed here: windows of 1 to {len(stream) - 1}."
+            )
+        x, y = (stream[i : i + n * window].view(n, window) for i in (0, 1))
+        return cls(x, y, stream=stream)
+
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def kind(self) -> Kind:
+        """``"images"`` or ``"text"``."""
+        return "images" if self.x.is_floating_point() else "text"
+
+    @property
+    def window(self) -> int | None:
+        """L, the tokens in one window; None for images."""
+        return int(self.x.shape[1]) if self.kind == "text" else None
+
+    @property
+    def tokens(self) -> int:
+        """N · L, the tokens to predict; 0 for images."""
+        return self.y.numel() if self.kind == "text" else 0
+
     def to(self, device: str | torch.device) -> Split:
-        """The same split on ``device``; itself if it is there already."""
+        """The same split on ``device``; itself if it is there already. A stream moves once."""
+        if self.stream is not None and self.window is not None:
+            stream = self.stream.to(device)
+            return self if stream is self.stream else Split.windows(stream, self.window)
         x, y = self.x.to(device), self.y.to(device)
         return self if x is self.x and y is self.y else Split(x, y)
 
@@ -60,7 +122,7 @@ class Split:
         """The first ``n`` samples of a fixed keyed shuffle, so classes are mixed in any file order.
 
         Smaller heads are beginnings of larger ones, on every machine. ``n >= len(self)`` returns
-        the split itself, in its own order.
+        the split itself, in its own order. Windows of a text are copied: a head has no stream.
 
         Raises:
             BadParameter: ``n`` is not positive.
@@ -73,21 +135,60 @@ class Split:
         return Split(self.x[rows], self.y[rows])
 
 
+@dataclass(frozen=True)
+class TextCounts:
+    """One text in four units. ``words`` are what white space separates; ``tokens`` all of them."""
+
+    tokens: int
+    bytes: int
+    characters: int
+    words: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Loss in nats per token, divided by this and by ln 2, is in bits per byte."""
+        return self.bytes / self.tokens
+
+    @property
+    def words_per_token(self) -> float:
+        """``exp(loss / words_per_token)`` is the perplexity per word of a loss per token."""
+        return self.words / self.tokens
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """How a text became tokens.
+
+    Args:
+        tokenizer: ``"bpe"``, ``"gpt2"`` or ``"bytes"``.
+        vocabulary: its size. :attr:`Dataset.classes` is this, rounded up to a multiple of 64.
+        train, test: both texts in tokens, bytes, characters and words.
+        evaluated_on: which text ``test`` is, in words: ``"its validation text"``.
+    """
+
+    tokenizer: str
+    vocabulary: int
+    train: TextCounts
+    test: TextCounts
+    evaluated_on: str
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A named dataset on one device.
 
     Args:
-        name: what :func:`companion.data.load` was asked for.
+        name: what :func:`companion.data.load` was asked for; of a text, in canonical spelling.
         label: what it is, for figures and tables, never better than the truth: a lossy copy of
             CIFAR-10 is called one.
         train, test: the two :class:`Split` s.
-        classes: number of classes.
-        in_shape: (C, H, W) of one image.
-        mean, std: per channel, in units of white = 1: ``x = (pixel - mean) / std``.
-        fingerprint: SHA-256 (hex) of what was read and of how it was split, resized and normalised
-            (:func:`companion.data.sources.fingerprint`). Run keys contain it.
+        classes: number of classes; of a text, size of the vocabulary, rounded up.
+        in_shape: (C, H, W) of one image; (L,) of a text: the tokens in one window.
+        mean, std: per channel, in units of white = 1: ``x = (pixel - mean) / std``; () for a text.
+        fingerprint: SHA-256 (hex) of what was read and of how it was split, resized and normalised,
+            or tokenised (:func:`companion.data.sources.fingerprint`). Run keys contain it.
         class_names: one per class, or empty if nobody named them.
+        text: how it was tokenised; None for images.
     """
 
     name: str
@@ -95,11 +196,17 @@ class Dataset:
     train: Split
     test: Split
     classes: int
-    in_shape: tuple[int, int, int]
+    in_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
     class_names: tuple[str, ...] = ()
+    text: TextFacts | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """``"images"`` or ``"text"``."""
+        return self.train.kind
 
     @property
     def black(self) -> Tensor:
@@ -107,7 +214,12 @@ class Dataset:
 
         Crops are padded with it. That is what torchvision's RandomCrop before Normalize shows the
         network; padding normalised images with 0 would show it the mean colour instead.
+
+        Raises:
+            BadParameter: this is a text.
         """
+        if self.kind == "text":
+            raise BadParameter(f"{self.name} is a text: it has no black pixel, and no crops.")
         pixel = np.zeros((1, len(self.mean), 1, 1), dtype=np.uint8)
         return standardise(pixel, 255, self.mean, self.std)[0].to(self.train.x.device)
 

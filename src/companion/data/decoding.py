@@ -1,18 +1,15 @@
 """Encoded images (PNG, JPEG, …) to one array of pixels, once: decoded arrays are cached on disk.
 
 Decoding CIFAR-10's 60,000 JPEGs takes seconds, and every worker process needs them. The cache is
-``runs_root()/decoded/<fingerprint>/images.npy``: a normal .npy file with the SHA-256 of all its
-bytes appended. It is written under another name and renamed, so nobody reads half a file; one that
-does not match its checksum is made again; a folder that cannot be written means no cache.
+``runs_root()/decoded/<fingerprint>/images.npy`` (``arrays.py``); one that does not match its
+checksum is made again; a folder that cannot be written means no cache.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from companion.data.sources import sha256_of
+from companion.data import arrays
 from companion.errors import BadParameter, CompanionError, CorruptData
 
 # Part of the fingerprint: raise the version when the same files would give other pixels.
 RULE = "decode v1"
 GREY_MODES = {"1", "L", "LA"}
-DIGEST = 32  # bytes of a SHA-256
 
 
 def decode(
@@ -120,46 +116,10 @@ def cached(folder: Path, n: int, make: Callable[[], NDArray[np.uint8]]) -> NDArr
         make: decodes them.
     """
     path = folder / "images.npy"
-    stored = _load(path)
+    stored = arrays.load(path)
     if stored is not None and len(stored) == n:
         return stored
     made = make()
     with contextlib.suppress(OSError):  # read-only folder, disk full: then without a cache
-        _store(path, made)
+        arrays.store(path, made)
     return made
-
-
-def _load(path: Path) -> NDArray[np.uint8] | None:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(0, size - DIGEST))
-            expected = file.read()
-            file.seek(0)
-            h = hashlib.sha256()
-            left = size - DIGEST
-            while left > 0 and (block := file.read(min(left, 1 << 20))):
-                h.update(block)
-                left -= len(block)
-        if h.digest() != expected:
-            return None
-        array: NDArray[np.uint8] = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
-        return None
-    return array
-
-
-def _store(path: Path, array: NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".images-", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array)
-        digest = bytes.fromhex(sha256_of(temporary))
-        with temporary.open("ab") as file:
-            file.write(digest)
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide the cache from a shared run store
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

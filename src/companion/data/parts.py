@@ -9,7 +9,8 @@
 The test split and the normalisation are those of the whole dataset, so networks trained on
 different parts see the same test images and can be put on one line. The suffix stands behind the
 options of ``images:PATH?size=32@split-a``. A path may itself hold an ``@``: only what matches the
-table is a part, and a file or folder of the full name keeps its meaning.
+table is a part, and a file or folder of the full name keeps its meaning. A text has no classes and
+no parts.
 
 Source: Git Re-Basin (Ainsworth et al. 2023), Fig. 5 (there of CIFAR-100, and drawn at random rather
 than class by class) and Fig. 13 (random halves); our chapter 2.
@@ -96,6 +97,8 @@ def split_name(name: str) -> tuple[str, Part | None]:
     if not separator:
         return name, None
     known = _PART.fullmatch(suffix) is not None
+    if name.startswith("text:"):  # refused behind a text: only a path may hold what looks like one
+        return (base, Part(suffix)) if known and not _exists(name) else (name, None)
     if name.startswith("images:"):
         path, question, options = suffix.partition("?")
         if question and _PART.fullmatch(path) and not _exists(f"{base}{SEPARATOR}{path}"):
@@ -110,4 +113,4 @@ def split_name(name: str) -> tuple[str, Part | None]:
 
 
 def _exists(name: str) -> bool:
-    return Path(name.removeprefix("images:")).expanduser().exists()
+    return Path(name.partition(":")[2]).expanduser().exists()

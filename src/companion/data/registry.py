@@ -7,6 +7,7 @@
 | ``cifar10-jpeg`` | a lossy copy of CIFAR-10 in two parquet files; labelled as such everywhere |
 | ``images:PATH`` | the user's own, see ``pictures.py`` |
 | ``NAME@split-a``, … | a part of the train split of any of these, see ``parts.py`` |
+| ``pydoc``, ``wikitext2``, ``wikitext103``, ``text:PATH`` | texts, see ``text.py`` |
 
 Source: our chapter 1 ("The data").
 """
@@ -22,11 +23,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from companion.data.dataset import Dataset, Split, channel_statistics, standardise
+from companion.data import text
+from companion.data.dataset import Dataset, Split, TextFacts, channel_statistics, standardise
 from companion.data.device import resolve_device
+from companion.data.hub import from_hub
 from companion.data.parts import SEPARATOR, Part, split_name
 from companion.data.pictures import CIFAR10_JPEG, user_images
-from companion.data.sources import PUBLISHED, FileReport, Raw, Source
+from companion.data.sources import PUBLISHED, FileReport, RawText, Source
 from companion.errors import BadParameter, CorruptData, MissingData, one_of
 from companion.locations import data_root
 
@@ -38,13 +41,15 @@ MOVE = "Set COMPANION_DATA to look in another data root."
 class Entry:
     """A line of ``companion data list``. ``where`` None: embedded; classes, shape None: it depends.
 
+    Of a text, classes are the size of its vocabulary (rounded up), and the shape is its window's.
+
     ``present`` says that all files are there, not that they are right: :func:`check` reads them.
     """
 
     name: str
     label: str
     classes: int | None
-    shape: tuple[int, int, int] | None
+    shape: tuple[int, ...] | None
     where: Path | None
     present: bool
     how: str
@@ -58,9 +63,11 @@ class Report:
     Args:
         missing: names of the files that are not there.
         files: those that were read, with sizes in bytes and checksums "ok" or "unknown".
-        train_shape, test_shape: (N, C, H, W).
+        train_shape, test_shape: (N, C, H, W); of a text (N, L), its windows.
         train_counts, test_counts: images per class, in the order of ``class_names``.
-        notes: what a reader had to choose, such as the label column.
+        notes: what a reader had to choose, such as the label column; if files are missing, what
+            else there is.
+        text: how a text was tokenised; None for images.
     """
 
     name: str
@@ -77,6 +84,7 @@ class Report:
     test_counts: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    text: TextFacts | None = None
 
 
 def load(name: str, device: str | torch.device = "cpu") -> Dataset:
@@ -84,7 +92,8 @@ def load(name: str, device: str | torch.device = "cpu") -> Dataset:
 
     Args:
         name: of the catalogue (see the module), e.g. ``"mnist"``; or ``"images:PATH"``,
-            ``"images:PATH?size=32&label=fine_label"``; with a part, ``"mnist@split-a"``.
+            ``"images:PATH?size=32&label=fine_label"``; with a part, ``"mnist@split-a"``; a text,
+            ``"pydoc"``, ``"text:PATH?vocab=1024"``.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"auto"``.
 
     Returns:
@@ -97,8 +106,8 @@ def load(name: str, device: str | torch.device = "cpu") -> Dataset:
         CorruptData: files are damaged; the message names the file.
     """
     target = resolve_device(device)
-    base, part = split_name(name)
-    source, root = _source(base), data_root()
+    base, part, source = _asked(name)
+    root = data_root()
     files, missing = source.files(root)
     if missing:
         raise _missing(source, root, missing)
@@ -106,7 +115,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Dataset:
     stamp = hashlib.sha256(repr(stats).encode()).hexdigest()
     if part is not None:
         return _load_part(base, part, root, str(target), stamp)
-    return _load(base, root, str(target), stamp)
+    return _load(source.name, root, str(target), stamp)
 
 
 @lru_cache(maxsize=4)  # two halves and what else a chapter compares them with
@@ -128,6 +137,8 @@ def _load(name: str, root: Path, device: str, stamp: str) -> Dataset:
     """``stamp`` (paths, sizes, times of the files) is there for the cache to see a change."""
     source = _source(name)
     raw = source.read(root)
+    if isinstance(raw, RawText):
+        return _dataset_of_text(source, raw, device)
     mean, std = raw.mean, raw.std
     if mean is None or std is None:
         mean, std = channel_statistics(raw.train_x, raw.white)
@@ -151,19 +162,46 @@ def _load(name: str, root: Path, device: str, stamp: str) -> Dataset:
     )
 
 
+def _dataset_of_text(source: Source, raw: RawText, device: str) -> Dataset:
+    def split(tokens: NDArray[np.integer]) -> Split:
+        stream = torch.from_numpy(tokens.astype(np.int64))
+        return Split.windows(stream.to(device), raw.window)
+
+    return Dataset(
+        name=source.name,
+        label=source.label,
+        train=split(raw.train),
+        test=split(raw.test),
+        classes=raw.classes,
+        in_shape=(raw.window,),
+        mean=(),
+        std=(),
+        fingerprint=raw.fingerprint,
+        text=raw.facts,
+    )
+
+
 def catalogue() -> list[Entry]:
     """All datasets that have a name, whether they are there, and how to get them. Reads no data."""
     root = data_root()
-    entries = [
-        Entry(s.name, s.label, s.classes, s.shape, _where(s, root), not s.files(root)[1], s.how)
-        for s in SOURCES.values()
-    ]
+    images, texts = (
+        [
+            Entry(s.name, s.label, s.classes, s.shape, _where(s, root), not s.files(root)[1], s.how)
+            for s in sources
+        ]
+        for sources in (SOURCES.values(), map(text.source, text.TEXTS))
+    )
     how = "class folders of pictures, or parquet in Hugging Face's image layout"
-    return [*entries, Entry("images:PATH", "your pictures", None, None, None, False, how)]
+    images.append(Entry("images:PATH", "your pictures", None, None, None, False, how))
+    how = "a text file, or a folder with train.txt and valid.txt (or parquet)"
+    texts.append(Entry("text:PATH", "your text", None, None, None, False, how))
+    return [*images, *texts]
 
 
 def get(name: str) -> Path:
-    """Download a dataset into the data root, with torchvision, unless it is there; then check it.
+    """Download a dataset into the data root, unless it is there; then check it.
+
+    Images come with torchvision, texts with Hugging Face's ``datasets`` (if it is installed).
 
     Returns:
         The folder that holds its files.
@@ -173,29 +211,36 @@ def get(name: str) -> Path:
         MissingData: the download failed (no network, say); the message says what to do by hand.
         CorruptData: what is there, or what came, has a wrong checksum.
     """
-    name, _ = split_name(name)
-    source, root = _source(name), data_root()
+    name, _, source = _asked(name)
+    root = data_root()
     where = _where(source, root)
-    if source.torchvision is None or where is None:
+    if (source.torchvision is None and source.hub is None) or where is None:
         raise BadParameter(f"{name}: nothing to download. How to get it: {source.how}.")
     if source.files(root)[1]:
-        import torchvision.datasets
-
-        try:
-            getattr(torchvision.datasets, source.torchvision)(root, download=True)
-        except (OSError, RuntimeError) as error:
-            raise MissingData(
-                f"{source.label} could not be downloaded into {where}: {error}\n"
-                "Without a network, get the files elsewhere and copy them into that folder, in "
-                f"torchvision's layout ({', '.join(source.files(root)[1])})."
-            ) from error
+        (_from_torchvision if source.torchvision else from_hub)(source, root)
+        source = _asked(name)[2]
+        where = _where(source, root) or where
     report = check(name)
-    if report.missing:
+    if report.missing and source.torchvision:
         raise CorruptData(
             f"{source.label}: torchvision downloaded it, but {', '.join(report.missing)} is not in "
             f"{where}. An old MNIST/processed folder beside it can cause this: remove that."
         )
     return where
+
+
+def _from_torchvision(source: Source, root: Path) -> None:
+    import torchvision.datasets
+
+    assert source.torchvision is not None
+    try:
+        getattr(torchvision.datasets, source.torchvision)(root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise MissingData(
+            f"{source.label} could not be downloaded into {_where(source, root)}: {error}\n"
+            "Without a network, get the files elsewhere and copy them into that folder, in "
+            f"torchvision's layout ({', '.join(source.files(root)[1])})."
+        ) from error
 
 
 def check(name: str) -> Report:
@@ -205,14 +250,18 @@ def check(name: str) -> Report:
         BadParameter, CorruptData: as :func:`load`. What is missing is reported, not raised, except
             under ``images:PATH``.
     """
-    base, part = split_name(name)
-    source, root = _source(base), data_root()
+    _, part, source = _asked(name)
+    root = data_root()
     missing = tuple(source.files(root)[1])
     where = _where(source, root)
     label = source.label if part is None else f"{source.label}, {part.label}"
     if missing:
-        return Report(name, label, where, False, source.how, missing)
-    raw: Raw = source.read(root)
+        hint = source.hint(root)
+        notes = (hint,) if hint else ()
+        return Report(name, label, where, False, source.how, missing, notes=notes)
+    raw = source.read(root)
+    if isinstance(raw, RawText):
+        return _report_of_text(source, raw, where)
     if part is not None:
         rows = part.rows(raw.train_y, raw.classes)
         raw = replace(
@@ -238,10 +287,46 @@ def check(name: str) -> Report:
     )
 
 
+def _report_of_text(source: Source, raw: RawText, where: Path | None) -> Report:
+    shapes = [((len(s) - 1) // raw.window, raw.window) for s in (raw.train, raw.test)]
+    return Report(
+        name=source.name,
+        label=source.label,
+        where=where,
+        present=True,
+        how=source.how,
+        files=raw.files,
+        fingerprint=raw.fingerprint,
+        train_shape=shapes[0],
+        test_shape=shapes[1],
+        notes=raw.notes,
+        text=raw.facts,
+    )
+
+
+def _asked(name: str) -> tuple[str, Part | None, Source]:
+    """A name without its part, the part, and the source.
+
+    Raises:
+        BadParameter: nothing has this name, or it is a part of a text.
+    """
+    base, part = split_name(name)
+    source = _source(base)
+    if part is not None and source.kind == "text":
+        raise BadParameter(
+            f"dataset {name!r}: a part ({part.name}) is drawn by classes of images; a text has "
+            f"none. Use {base}, or give text:PATH the text you want."
+        )
+    return base, part, source
+
+
 def _source(name: str) -> Source:
     if name.startswith("images:"):
         return user_images(name)
-    return SOURCES[one_of("dataset", name, [*SOURCES, "images:PATH"])]
+    if text.is_text(name):
+        return text.source(name)
+    names = [*SOURCES, *text.TEXTS, "images:PATH", "text:PATH"]
+    return SOURCES[one_of("dataset", name, names)]
 
 
 def _where(source: Source, root: Path) -> Path | None:
@@ -250,9 +335,10 @@ def _where(source: Source, root: Path) -> Path | None:
 
 def _missing(source: Source, root: Path, missing: list[str]) -> MissingData:
     message = f"{source.label} is not in {_where(source, root)}: {', '.join(missing)} missing."
-    message += (
-        f" Get it with: {source.how}." if source.torchvision else f" How to get it: {source.how}."
-    )
+    can_get = source.torchvision or source.hub
+    message += f" Get it with: {source.how}." if can_get else f" How to get it: {source.how}."
+    if said := source.hint(root):
+        message += f" {said}"
     if source.name == "cifar10" and not CIFAR10_JPEG.files(root)[1]:
         message += (
             f" There is a {CIFAR10_JPEG.label} in {_where(CIFAR10_JPEG, root)}: lossy, so never "

@@ -1,8 +1,9 @@
 """Readers of the published datasets: from files in torchvision's layout to integer pixels.
 
-A :class:`Source` knows where a dataset's files are and how to read them into a :class:`Raw`; it
-neither normalises nor downloads (see ``registry.py``). Every byte read goes into the fingerprint,
-and every checksum that is known is compared before the bytes are used.
+A :class:`Source` knows where a dataset's files are and how to read them into a :class:`Raw` (a text
+into a :class:`RawText`, ``text.py``); it neither normalises nor downloads (see ``registry.py``).
+Every byte read goes into the fingerprint, and every checksum that is known is compared before the
+bytes are used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from companion.data.dataset import stratified_split
+from companion.data.dataset import Kind, TextFacts, stratified_split
 from companion.errors import CorruptData
 from companion.seeds import Key
 
@@ -74,6 +75,23 @@ class Raw:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class RawText:
+    """Two texts as read and tokenised: (T,) uint16 or int32 tokens each, in windows of ``window``.
+
+    ``notes`` say in words what a reader had to choose.
+    """
+
+    train: NDArray[Any]
+    test: NDArray[Any]
+    window: int
+    classes: int
+    fingerprint: str
+    facts: TextFacts
+    files: tuple[FileReport, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Source:
     """How to find and read one dataset.
@@ -86,17 +104,23 @@ class Source:
         read: data root → the data. Raises ``CorruptData``; called only if nothing is missing.
         how: one line, how to get it.
         torchvision: the torchvision class that can download it, or None.
+        hub: (repository, configuration, folder below the data root) of a text that Hugging Face's
+            ``datasets`` can download, or None.
+        hint: data root → what else there is, a sentence for the message that files are missing.
     """
 
     name: str
     label: str
     classes: int | None
-    shape: tuple[int, int, int] | None
+    shape: tuple[int, ...] | None
     folder: str | None
     files: Callable[[Path], tuple[list[Path], list[str]]]
-    read: Callable[[Path], Raw]
+    read: Callable[[Path], Raw | RawText]
     how: str
     torchvision: str | None = None
+    hub: tuple[str, str, str] | None = None
+    hint: Callable[[Path], str] = lambda root: ""
+    kind: Kind = "images"
 
 
 def fingerprint(rule: str, parts: Iterable[tuple[str, str]]) -> str:

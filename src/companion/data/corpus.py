@@ -1,0 +1,266 @@
+"""Texts as files: where they are, and reading them in pieces, so that memory stays small.
+
+A :class:`Text` is read as often as somebody iterates over it. Its pieces do not depend on how the
+file was read, and end where a word ends and white space begins: every tokeniser here cuts there
+anyway, so the tokens of the pieces are the tokens of the whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from companion.errors import CorruptData, MissingData
+
+BLOCK = 1 << 20  # bytes read at a time
+PIECE = 1 << 16  # characters, at least; a piece ends at the next end of a word
+LONGEST = 1 << 20  # characters, at most: for texts without spaces
+_WORD_END = re.compile(r"\S(?=[ \n])")
+
+TRAIN_NAMES = ("train",)
+VALID_NAMES = ("validation", "valid", "val")
+TEST_NAMES = ("test",)
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A UTF-8 text.
+
+    Args:
+        name: for messages: its file, or what it is.
+        blocks: makes a new iterator over its bytes, in blocks of any size.
+    """
+
+    name: str
+    blocks: Callable[[], Iterator[bytes]]
+
+    @classmethod
+    def of(cls, name: str, text: str) -> Text:
+        """A text that is in memory."""
+        data = text.encode()
+        return cls(name, lambda: iter([data]))
+
+    def sha256(self) -> str:
+        """SHA-256 (hex) of its bytes."""
+        h = hashlib.sha256()
+        for block in self.blocks():
+            h.update(block)
+        return h.hexdigest()
+
+    def pieces(self) -> Iterator[str]:
+        """The text, cut at ends of words.
+
+        Raises:
+            CorruptData: it is not UTF-8.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        held, at, read = "", 0, 0
+        for block in self.blocks():
+            try:
+                held, at = held[at:] + decoder.decode(block), 0
+            except UnicodeDecodeError as error:
+                raise self._not_utf8(read) from error
+            read += len(block)
+            while (end := _cut(held, at)) is not None:
+                yield held[at:end]
+                at = end
+        try:
+            held = held[at:] + decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise self._not_utf8(read) from error
+        if held:
+            yield held
+
+    def _not_utf8(self, read: int) -> CorruptData:
+        return CorruptData(f"{self.name}: not UTF-8, near byte {read:,}. Convert it to UTF-8.")
+
+
+def _cut(text: str, start: int) -> int | None:
+    """Where the piece that begins at ``start`` ends; None: not without reading more."""
+    if found := _WORD_END.search(text, start + PIECE, start + LONGEST):
+        return found.end()
+    return start + LONGEST if len(text) >= start + LONGEST else None
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """What networks are trained and evaluated on; in words, what ``test`` is and was checked."""
+
+    train: Text
+    test: Text
+    evaluated_on: str
+    files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one reading of a text counts; ``unknown``: how often ``<unk>`` stands in it."""
+
+    bytes: int
+    characters: int
+    words: int
+    lines: int
+    unknown: int
+
+
+def survey(text: Text) -> Survey:
+    """Count a text. Words are what white space separates."""
+    size = characters = words = lines = unknown = 0
+    for piece in text.pieces():
+        size += len(piece.encode())
+        characters += len(piece)
+        words += len(piece.split())
+        lines += piece.count("\n")
+        unknown += piece.count("<unk>")
+    return Survey(size, characters, words, lines, unknown)
+
+
+# --- files
+
+
+def of_files(paths: Sequence[Path], blank: str = "\n") -> Text:
+    """The text of one text file, or of the ``text`` column of parquet files, in their order.
+
+    Args:
+        paths: one text file, or parquet files.
+        blank: what an empty row of a parquet file stands for: Hugging Face's copy of WikiText has
+            emptied the lines that hold one space.
+    """
+    if paths[0].suffix == ".parquet":
+        return Text(str(paths[0]), lambda: _rows(paths, blank, 0, None))
+    return Text(str(paths[0]), lambda: _bytes(paths[0], 0, None))
+
+
+def split_file(path: Path, percent: int) -> tuple[Text, Text]:
+    """A file cut in two at a line end: train, and the last ``percent`` percent of it, test.
+
+    Raises:
+        CorruptData: it cannot be read, or is too short to be cut.
+    """
+    if path.suffix == ".parquet":
+        n = sum(_open_parquet(path)[1])
+        cut = n * (100 - percent) // 100
+        whole = n
+    else:
+        whole = path.stat().st_size
+        cut = _line_end(path, whole * (100 - percent) // 100)
+    if not 0 < cut < whole:
+        raise CorruptData(
+            f"{path}: too short, or too long a last line, to split off its last {percent} % at a "
+            "line end. Give a folder with train.txt and valid.txt instead."
+        )
+    reader = _row_range if path.suffix == ".parquet" else _bytes
+    return (
+        Text(f"{path} (train)", lambda: reader(path, 0, cut)),
+        Text(f"{path} (test)", lambda: reader(path, cut, None)),
+    )
+
+
+def _line_end(path: Path, start: int) -> int:
+    with path.open("rb") as file:
+        file.seek(start)
+        return start + len(file.readline())
+
+
+def _bytes(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        left = (path.stat().st_size if stop is None else stop) - start
+        while left > 0 and (block := file.read(min(BLOCK, left))):
+            left -= len(block)
+            yield block
+
+
+def _row_range(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
+    return _rows([path], "\n", start, stop)
+
+
+def _open_parquet(path: Path) -> tuple[Callable[[int], list[str | None]], list[int]]:
+    """A reader of the ``text`` column, by row group, and the rows of each group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import pyarrow.types as types
+
+    try:
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        names = [f.name for f in schema if types.is_string(f.type) or types.is_large_string(f.type)]
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptData(f"{path}: cannot be read as parquet: {error}") from None
+    if "text" in names:
+        column = "text"
+    elif len(names) == 1:
+        column = names[0]
+    else:
+        raise CorruptData(
+            f"{path}: no string column called text. Its columns: {', '.join(schema.names)}."
+        )
+
+    def read(group: int) -> list[str | None]:
+        try:
+            rows: list[str | None] = file.read_row_group(group, [column])[column].to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptData(f"{path}: cannot be read as parquet: {error}") from None
+        return rows
+
+    return read, [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+
+
+def _rows(paths: Sequence[Path], blank: str, start: int, stop: int | None) -> Iterator[bytes]:
+    """Rows ``start`` to ``stop`` as lines: a row without a line end gets one."""
+    row = 0
+    for path in paths:
+        read, sizes = _open_parquet(path)
+        for group, size in enumerate(sizes):
+            first, row = row, row + size
+            if row <= start or (stop is not None and first >= stop):
+                continue
+            chosen = read(group)[max(0, start - first) : None if stop is None else stop - first]
+            lines = ((r if r.endswith("\n") else r + "\n") if r else blank for r in chosen)
+            yield "".join(lines).encode()
+
+
+# --- folders
+
+
+def find(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+    """The files of one split, by any of the names people give it; [] if there are none.
+
+    ``train.txt``, ``wiki.train.tokens``; parquet also as ``train-00000-of-00002.parquet``, in
+    ``data/`` or as ``train/*.parquet``.
+    """
+    for suffix in suffixes:
+        for name in names:
+            stems = [f"{name}.{suffix}", f"wiki.{name}.{suffix}"]
+            if suffix == "parquet":
+                stems += [f"{name}-*.parquet", f"data/{name}-*.parquet", f"{name}/*.parquet"]
+            for stem in stems:
+                if found := sorted(f for f in folder.glob(stem) if f.is_file()):
+                    return found
+    return []
+
+
+def user_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Train's and test's files of ``text:PATH``; of one file: itself, and no file.
+
+    Raises:
+        MissingData: nothing there, or a folder without train and test.
+    """
+    if not path.exists():
+        raise MissingData(f"text: {path} does not exist.")
+    if path.is_file():
+        return [path], []
+    suffixes = ("txt", "tokens", "raw", "parquet")
+    train = find(path, TRAIN_NAMES, suffixes)
+    test = find(path, VALID_NAMES, suffixes) or find(path, TEST_NAMES, suffixes)
+    if not train or not test:
+        raise MissingData(
+            f"text: {path} holds no {'test' if train else 'train'} text. Expected: train.txt, and "
+            "valid.txt or test.txt (or .tokens, .raw, .parquet); or name one file."
+        )
+    return train, test

@@ -1,0 +1,233 @@
+"""Tokenisers: byte-level BPE trained on the training text, the published GPT-2 one, single bytes.
+
+    made = trained(text, vocabulary=512)
+    made.decode(made.encode("any text at all")) == "any text at all"
+
+All three work on the bytes of UTF-8: every text has tokens, none is unknown, and decoding gives the
+text back. BPE training is a function of the text (the same merges on one core and on many).
+Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (on bytes); our chapter 5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from companion.data import arrays
+from companion.data.corpus import Survey, Text, survey
+from companion.errors import CorruptData, MissingData
+from companion.locations import runs_root
+
+TOKENIZERS = ("bpe", "gpt2", "bytes")
+SMALLEST = 257  # one token for each byte, and one merge
+GPT2_VOCABULARY = 50257
+_GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
+_BATCH = 64  # pieces tokenised at a time: some 4 MB of text
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokeniser: text to tokens ``0 … vocabulary - 1`` and back.
+
+    Args:
+        name: ``"bpe"``, ``"gpt2"`` or ``"bytes"``.
+        vocabulary: number of tokens it knows.
+        definition: the JSON that defines it, as ``tokenizers`` writes it; "" for bytes.
+        files: those it was read from.
+    """
+
+    name: str
+    vocabulary: int
+    definition: str = ""
+    files: tuple[Path, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the definition."""
+        return hashlib.sha256(f"{self.name}\n{self.definition}".encode()).hexdigest()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest integers that hold every token, little-endian."""
+        return np.dtype("<u2" if self.vocabulary <= 1 << 16 else "<i4")
+
+    def encode(self, text: str) -> NDArray[Any]:
+        """(T,) tokens."""
+        return self.encode_all([text])
+
+    def encode_all(self, pieces: Iterable[str]) -> NDArray[Any]:
+        """(T,) tokens of all pieces, one after the other; memory grows by the tokens only."""
+        if not self.definition:
+            found = [np.frombuffer(p.encode(), dtype=np.uint8).astype(self.dtype) for p in pieces]
+        else:
+            inner, left, found = self._inner(), iter(pieces), []
+            while batch := list(islice(left, _BATCH)):
+                for coded in inner.encode_batch_fast(batch, add_special_tokens=False):
+                    found.append(np.array(coded.ids, dtype=self.dtype))
+        return np.concatenate([np.empty(0, dtype=self.dtype), *found])
+
+    def decode(self, tokens: Tensor | NDArray[Any] | Sequence[int]) -> str:
+        """The text of some tokens. Bytes that are no UTF-8 (half a character) show as �."""
+        ids = list(tokens) if isinstance(tokens, Sequence) else tokens.tolist()
+        if not self.definition:
+            return bytes(ids).decode(errors="replace")
+        return str(self._inner().decode(ids, skip_special_tokens=False))
+
+    def _inner(self) -> Any:
+        from tokenizers import Tokenizer as Inner
+
+        return Inner.from_str(self.definition)
+
+
+BYTES = Tokenizer("bytes", 256)
+
+
+def trained(text: Text, vocabulary: int) -> Tokenizer:
+    """A byte-level BPE trained on ``text``: the 256 bytes, then the most frequent merges.
+
+    Args:
+        text: the training text, and nothing else.
+        vocabulary: at most so many tokens; a text that repeats little gives fewer.
+    """
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(text.pieces(), trainer)
+    return Tokenizer("bpe", inner.get_vocab_size(), inner.to_str())
+
+
+# --- GPT-2's own
+
+
+def gpt2_files(root: Path) -> tuple[Path, ...]:
+    """Its files: ``gpt2/tokenizer.json``, or ``gpt2/vocab.json`` and ``merges.txt``, below the data
+    root; else Hugging Face's cache. Nothing is downloaded.
+
+    Raises:
+        MissingData: in none of these places.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = root / "gpt2"
+    sets: Sequence[tuple[str, ...]] = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    for names in sets:
+        if all((folder / name).is_file() for name in names):
+            return tuple(folder / name for name in names)
+    for repository in _GPT2_REPOSITORIES:
+        for names in sets:
+            found = [try_to_load_from_cache(repository, name) for name in names]
+            if all(isinstance(path, str) for path in found):
+                return tuple(Path(str(path)) for path in found)
+    raise MissingData(
+        f"The GPT-2 tokeniser is not in {folder} (tokenizer.json, or vocab.json and merges.txt), "
+        f"nor in Hugging Face's cache. Get it with: hf download {_GPT2_REPOSITORIES[0]} "
+        f"tokenizer.json --local-dir {folder}. Or train one on the text: tokenizer=bpe."
+    )
+
+
+def gpt2(root: Path) -> Tokenizer:
+    """The published GPT-2 tokeniser, 50,257 tokens, from disk.
+
+    Raises:
+        MissingData: see :func:`gpt2_files`.
+        CorruptData: its files cannot be read, or are not of GPT-2's size.
+    """
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers
+
+    files = gpt2_files(root)
+    try:
+        if len(files) == 1:
+            inner = Inner.from_str(files[0].read_text(encoding="utf-8"))
+        else:
+            inner = Inner(models.BPE.from_file(*map(str, files)))
+            inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            inner.decoder = decoders.ByteLevel()
+        definition = inner.to_str()
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise CorruptData(f"{files[0]}: cannot be read as a tokeniser ({error}).") from None
+    if (found := inner.get_vocab_size()) != GPT2_VOCABULARY:
+        raise CorruptData(
+            f"{files[0]}: {found:,} tokens where GPT-2 has {GPT2_VOCABULARY:,}: another tokeniser."
+        )
+    return Tokenizer("gpt2", found, definition, files)
+
+
+# --- once per text: runs_root()/tokens/<SHA-256 of the text>/
+
+
+def cached_survey(text: Text, sha256: str) -> Survey:
+    """:func:`companion.data.corpus.survey`, made once."""
+
+    def count() -> NDArray[Any]:
+        return np.array(astuple(survey(text)), dtype="<i8")
+
+    counts = _cached(_folder(sha256) / "counts-v1.npy", count)
+    return Survey(*counts.tolist())
+
+
+def cached_trained(text: Text, sha256: str, vocabulary: int) -> Tokenizer:
+    """:func:`trained`, once per text, vocabulary and version of ``tokenizers``."""
+    import tokenizers
+
+    def make() -> NDArray[Any]:
+        return np.frombuffer(trained(text, vocabulary).definition.encode(), dtype=np.uint8)
+
+    path = _folder(sha256) / f"bpe-{vocabulary}-tokenizers-{tokenizers.__version__}.npy"
+    definition = _cached(path, make).tobytes().decode()
+    return Tokenizer("bpe", len(json.loads(definition)["model"]["vocab"]), definition)
+
+
+def cached_tokens(text: Text, sha256: str, tokenizer: Tokenizer) -> NDArray[Any]:
+    """(T,) tokens of a text, made once: uint16, or int32 for more than 65,536 tokens."""
+    path = _folder(sha256) / f"{tokenizer.name}-{tokenizer.digest[:16]}.npy"
+    return _cached(path, lambda: tokenizer.encode_all(text.pieces()))
+
+
+def _folder(sha256: str) -> Path:
+    return runs_root() / "tokens" / sha256
+
+
+def _cached(path: Path, make: Any) -> NDArray[Any]:
+    found = arrays.load(path)
+    if found is None:
+        with _locked(path.parent):  # tokenising a large text takes minutes: once, not per worker
+            found = arrays.load(path)
+            if found is None:
+                found = make()
+                with suppress(OSError):  # read-only folder, disk full: then without a cache
+                    arrays.store(path, found)
+    return found
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Exclusive across processes; where no lock can be written, without one."""
+    from filelock import FileLock
+
+    lock = FileLock(folder / ".lock")
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
