@@ -48,7 +48,8 @@ class Evaluation:
     Arguments:
         points: of the alpha grid, odd.
         bn: headline BatchNorm mode.
-        train_examples, test_examples: how many images stand for each split (None = all of them).
+        train_examples, test_examples: how many images or windows stand for each split (None = all
+            of them): always the same ones, :meth:`companion.data.Split.head`.
     """
 
     points: int = 31
@@ -242,7 +243,8 @@ def measure(
     Arguments:
         reference_error: percent, for gate G0. Default: the median error of all ends of this call,
             which is the recipe's own normal error. Ends above half the error of guessing fail all
-            the same, or a call whose runs are all dead would pass.
+            the same, or a call whose runs are all dead would pass (of text: ends that are no better
+            than always saying the commonest token).
         max_error: percent; an end at or below it passes gate G0 whatever the reference.
 
     Raises:
@@ -273,9 +275,12 @@ def measure(
 def normal_error(found: Sequence[Barrier]) -> float | None:
     """The median error of all ends, in percent: gate G0's reference. None without any.
 
-    If most runs are dead, so is their median: G0 then asks for half the error of guessing.
+    If most runs are dead, so is their median: G0 then asks for half the error of guessing; of text,
+    for less than that of always saying the commonest token.
     """
     ends = sorted(e for f in found for e in f.errors)
+    if found and found[0].guess is not None:
+        return ends[len(ends) // 2]
     guessing = 100 * (1 - 1 / found[0].classes) if found else 0.0
     return min(ends[len(ends) // 2], guessing / 2 / 1.5) if ends else None
 

@@ -15,6 +15,7 @@ from companion.errors import BadParameter
 if TYPE_CHECKING:
     from companion.cli.checkpoints import Checkpoint
     from companion.connectivity import Barrier
+    from companion.data import Split
 
 EXAMPLE = (
     "Example: companion barrier a.safetensors b.safetensors --model resnet20 --data cifar10 "
@@ -37,6 +38,12 @@ def heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
         split: {m: {d: found.height(split, m, d) for d in DEFINITIONS} for m in UNITS}
         for split in found.curve.values
     }
+
+
+def examples(split: Split) -> str:
+    """How many of what: ``1,437 images``, or ``290 windows of 64 tokens``."""
+    what = "images" if split.kind == "images" else f"windows of {split.window} tokens"
+    return f"{len(split):,} {what}"
 
 
 def named(option: str, given: str | None, ends: tuple[Checkpoint, Checkpoint], field: str) -> str:
@@ -84,16 +91,16 @@ def command(
     ] = None,
     rest: Annotated[str, typer.Option(help="Where the other layers stay: a or b.")] = "a",
     train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training images instead of all.")
+        int | None, typer.Option(help="Measure on this many training examples instead of all.")
     ] = None,
     test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test images instead of all.")
+        int | None, typer.Option(help="Measure on this many test examples instead of all.")
     ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(
             help="Gate G0: the largest test error, in percent, of a network that counts as trained "
-            "(default: half the error of guessing)."
+            "(default: half the error of guessing; of text, that of always the commonest token)."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -131,7 +138,7 @@ def command(
             note(f"{label} ({end.source}): {text}")
 
     splits = evaluation.splits(dataset)
-    sizes = ", ".join(f"{split} ({len(s):,} images)" for split, s in splits.items())
+    sizes = ", ".join(f"{split} ({examples(s)})" for split, s in splits.items())
     entries = layout(module)
     moving = set(entries.select(layers)).intersection(entries.parameters)
     say(f"A = {a}")

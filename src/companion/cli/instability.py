@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from companion.cli.barrier import PICTURES, UNITS, summary
+from companion.cli.barrier import PICTURES, UNITS, number, summary
 from companion.cli.console import output, say, table, write_json
 from companion.cli.models import reachable
 from companion.errors import BadParameter, CorruptEntry
@@ -57,13 +57,16 @@ def command(
     restore: Annotated[
         bool, typer.Option("--restore", help="Copies go on with the optimiser's momentum at k.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Images a step.")] = 128,
+    batch: Annotated[int, typer.Option(help="Images, or windows of text, a step.")] = 128,
     optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
     nesterov: Annotated[bool, typer.Option("--nesterov", help="For sgd.")] = False,
     betas: Annotated[str, typer.Option(help="Of adam and adamw.")] = "0.9,0.999",
     weight_decay: Annotated[float, typer.Option(help="As the optimiser defines it.")] = 0.0,
+    weight_decay_on: Annotated[
+        str, typer.Option(help="all, or matrices: no norms, biases and embeddings.")
+    ] = "all",
     schedule: Annotated[
         str, typer.Option(help="constant, step (with milestones), cosine or onecycle.")
     ] = "constant",
@@ -74,17 +77,17 @@ def command(
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
     div: Annotated[float, typer.Option(help="onecycle starts at lr / div.")] = 25.0,
     final_div: Annotated[float, typer.Option(help="onecycle ends at lr / div / final_div.")] = 1e4,
-    augment: Annotated[str, typer.Option(help="none, flip, crop4, flip+crop4, ….")] = "none",
+    augment: Annotated[str, typer.Option(help="none, flip, crop4, …; for text shift.")] = "none",
     precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
     points: Annotated[int, typer.Option(help="Points of each path, odd.")] = 31,
     bn: Annotated[
         str, typer.Option(help="BatchNorm on the path: interpolate, reestimate or batch.")
     ] = "interpolate",
     train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training images instead of all.")
+        int | None, typer.Option(help="Measure on this many training examples instead of all.")
     ] = None,
     test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test images instead of all.")
+        int | None, typer.Option(help="Measure on this many test examples instead of all.")
     ] = None,
     max_error: Annotated[
         float | None,
@@ -93,9 +96,17 @@ def command(
             "(default: 1.5 times the median of all copies)."
         ),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Which barrier decides: error or loss (default: error; of text, loss)."),
+    ] = None,
     threshold: Annotated[
-        float, typer.Option(help="Points of error below which a network is called stable.")
-    ] = 2.0,
+        float | None,
+        typer.Option(
+            help="The barrier below which a network is called stable "
+            "(default: 2 points of error, or 0.03 nats of loss)."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[int, typer.Option(help="Processes; 0 is one per core (CPU only).")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
@@ -113,7 +124,7 @@ def command(
     output(plot, "--plot", PICTURES)
 
     from companion import data as datasets
-    from companion.instability import analyse
+    from companion.instability import analyse, threshold_of
     from companion.pairs import Evaluation
     from companion.runs import Store
     from companion.training import check_fit, recipe_from
@@ -131,6 +142,7 @@ def command(
             "nesterov": nesterov,
             "betas": numbers("--betas", betas, float),
             "weight_decay": weight_decay,
+            "weight_decay_on": weight_decay_on,
             "schedule": schedule,
             "milestones": numbers("--milestones", milestones, float),
             "gamma": gamma,
@@ -147,6 +159,8 @@ def command(
     where = str(datasets.resolve_device(device))
     dataset = datasets.load(recipe.data, where)
     check_fit(recipe, dataset)
+    metric = metric or ("loss" if dataset.kind == "text" else "error")
+    limit = threshold_of(metric, threshold)
     store = Store()
     # What is out of range is refused by analyse(), in its own words.
     if grid and all(0 <= k < recipe.steps for k in grid):
@@ -166,7 +180,7 @@ def command(
         device=where,
         workers=workers,
     )
-    _show(found, dataset.label, threshold)
+    _show(found, dataset.label, limit, metric)
     write_json(
         json,
         {
@@ -180,9 +194,10 @@ def command(
             "schedule_at_k": again,
             "evaluation": evaluation.identity(),
             "device": where,
-            "threshold": threshold,
-            "onset": {split: found.onset(split, threshold) for split in ("test", "train")},
-            "ks": [_row(found, k, threshold) for k in found.ks],
+            "metric": metric,
+            "threshold": limit,
+            "onset": {split: found.onset(split, limit, metric) for split in ("test", "train")},
+            "ks": [_row(found, k, limit, metric) for k in found.ks],
             "pairs": [
                 {
                     "k": sample.k,
@@ -198,7 +213,7 @@ def command(
     if plot:
         from companion.cli.plots import by_k
 
-        by_k(found, plot, threshold)
+        by_k(found, plot, limit, metric)
         say(f"figure drawn in {plot}")
 
 
@@ -219,8 +234,8 @@ def _jobs(
     for init, k in itertools.product(range(inits), ks):
         if k:
             jobs.append(Job(trunk(recipe, init), states=(k,)))
-        for number in range(1, copies + 1):
-            run = copy(recipe, init, k, number, noise=noise, optimizer=optimizer, schedule=schedule)
+        for each in range(1, copies + 1):
+            run = copy(recipe, init, k, each, noise=noise, optimizer=optimizer, schedule=schedule)
             jobs.append(Job(run, weights=(run.last_step,)))
     return merge(jobs)
 
@@ -247,18 +262,27 @@ def _announce(jobs: list[Job], dataset: Dataset, device: str, store: Store) -> N
     )
 
 
-def _row(found: Instability, k: int, threshold: float) -> dict[str, Any]:
+def _row(found: Instability, k: int, threshold: float, metric: str) -> dict[str, Any]:
     """The statistics at k, for JSON: split -> metric -> interval (null without a valid pair)."""
     from dataclasses import asdict
 
-    row: dict[str, Any] = {"k": k, "verdict": found.verdict(k, "test", threshold)}
+    row: dict[str, Any] = {"k": k, "verdict": found.verdict(k, "test", threshold, metric)}
     for split in ("test", "train"):
-        intervals = {metric: found.interval(k, split, metric) for metric in UNITS}
-        row[split] = {metric: asdict(i) if i else None for metric, i in intervals.items()}
+        intervals = {each: found.interval(k, split, each) for each in UNITS}
+        row[split] = {each: asdict(i) if i else None for each, i in intervals.items()}
     return row
 
 
-def _show(found: Instability, label: str, threshold: float) -> None:
+def _interval(found: Instability, k: int, split: str, metric: str) -> str:
+    """Mean and interval, to the digits that the metric deserves."""
+    interval = found.interval(k, split, metric)
+    if interval is None:
+        return "INVALID"
+    value, low, high = (number(v, metric) for v in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _show(found: Instability, label: str, threshold: float, metric: str) -> None:
     """The table, the gates that failed, and the onset."""
     rows = []
     for k in found.ks:
@@ -267,16 +291,17 @@ def _show(found: Instability, label: str, threshold: float) -> None:
         rows.append(
             (
                 str(k),
-                *(str(found.interval(k, split) or "INVALID") for split in ("test", "train")),
+                *(_interval(found, k, split, metric) for split in ("test", "train")),
                 f"{valid}/{len(pairs)}",
-                found.verdict(k, "test", threshold),
+                found.verdict(k, "test", threshold, metric),
             )
         )
     say()
     table(
         [">k", ">barrier test", ">barrier train", ">valid pairs", "verdict"],
         rows,
-        title=f"{found.recipe.net} on {label}: error barrier in points, mean [95 % interval]; "
+        title=f"{found.recipe.net} on {label}: {metric} barrier in {UNITS[metric]}, "
+        "mean [95 % interval]; "
         f"stable = below {threshold:g}",
     )
     say()
@@ -287,8 +312,8 @@ def _show(found: Instability, label: str, threshold: float) -> None:
     for sample in found.invalid():
         failed = "; ".join(str(g) for g in sample.result.barrier.gates if g.passed is False)
         say(f"  INVALID k={sample.k}, init {sample.init}, copies {sample.copies}: {failed}")
-    onset = found.onset("test", threshold)
+    onset, below = found.onset("test", threshold, metric), f"{threshold:g} {UNITS[metric]}"
     if onset is None:
-        say(f"onset: at no k of this grid the mean test barrier stays below {threshold:g} points")
+        say(f"onset: at no k of this grid the mean test barrier stays below {below}")
     else:
-        say(f"onset: from k = {onset} on the mean test barrier stays below {threshold:g} points")
+        say(f"onset: from k = {onset} on the mean test barrier stays below {below}")

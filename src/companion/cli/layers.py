@@ -54,8 +54,9 @@ def command(
     by: Annotated[
         str,
         typer.Option(
-            help="What a layer is: module; or a number d, for modules whose names agree in the "
-            "first d parts (2: stage1.0); or names or beginnings of names, comma-separated."
+            help="What a layer is: module; block (stage1.0, h.0); part (of a block: h.0.attn, "
+            "h.0.norms); or a number d, for modules whose names agree in the first d parts; or "
+            "names or beginnings of names, comma-separated."
         ),
     ] = "module",
     together: Annotated[
@@ -179,7 +180,7 @@ def _words(text: str) -> tuple[str, ...]:
 def _by(text: str) -> str | int | tuple[str, ...]:
     if text.isdecimal():
         return int(text)
-    return text if text == "module" else _words(text)
+    return text if text in ("module", "block", "part") else _words(text)
 
 
 def _kinds(found: LayerBarriers) -> list[str]:

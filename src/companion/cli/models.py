@@ -12,7 +12,8 @@ from companion.cli.console import say, table
 
 app = typer.Typer(no_args_is_help=True, help="Networks: names, options, sizes.")
 
-_SHAPE_OF = "cifar10"  # the papers' own, and every network here takes its images
+_SHAPE_OF = {"images": "cifar10", "tokens": "pydoc"}
+"""The papers' own images, which every network for images takes; the embedded text."""
 
 
 def reachable(spec: str) -> str:
@@ -25,8 +26,8 @@ def reachable(spec: str) -> str:
     return spec
 
 
-def shape_of(data: str) -> tuple[tuple[int, int, int], int]:
-    """Image shape and classes of a dataset; of the published ones without having their files."""
+def shape_of(data: str) -> tuple[tuple[int, ...], int]:
+    """Shape of an example and classes; of the published datasets without having their files."""
     from companion.data import catalogue, load
     from companion.data.parts import split_name
 
@@ -55,15 +56,20 @@ def list_() -> None:
     ]
     table(["name", "options and their defaults", "what"], rows)
     say("resnet<6n+2> of any depth exists. `companion models show NAME` explains the options.")
-    say("Your own: package.module:factory?option=value, called with in_shape=(C, H, W), classes=K.")
+    say("Your own: package.module:factory?option=value, called with in_shape=(C, H, W), classes=K;")
+    say("on a text with in_shape=(tokens in a window,), classes=size of the vocabulary.")
 
 
 @app.command(epilog="Example: companion models show resnet20:width=8,norm=group --data cifar10")
 def show(
     spec: Annotated[str, typer.Argument(help="A network, e.g. mlp:widths=100x5.")],
     data: Annotated[
-        str, typer.Option(help="The dataset whose image shape and classes it is built for.")
-    ] = _SHAPE_OF,
+        str | None,
+        typer.Option(
+            help="The dataset whose examples and classes it is built for "
+            "(default: cifar10; for networks that read text, pydoc)."
+        ),
+    ] = None,
 ) -> None:
     """Show one network: canonical name, options, number of parameters, layers."""
     from companion import models
@@ -72,6 +78,7 @@ def show(
     from companion.theta import layout
 
     reachable(spec)
+    data = data or _SHAPE_OF[models.takes(spec) or "images"]
     in_shape, classes = shape_of(data)
     module = models.build(spec, in_shape, classes, Key("init", 0))
     found = layout(module)
@@ -87,7 +94,11 @@ def show(
         rows.append((option, text, known.get(option, "").partition(": ")[2]))
     if rows:
         table(["option", "value", "meaning (allowed)"], rows)
-    say(f"built for {'×'.join(map(str, in_shape))} images, {classes} classes ({data})")
+    words = len(in_shape) == 1
+    shape = (
+        f"windows of {in_shape[0]} tokens" if words else f"{'×'.join(map(str, in_shape))} images"
+    )
+    say(f"built for {shape}, {classes} {'logits a token' if words else 'classes'} ({data})")
     trainable = models.parameter_count(module)
     say(f"parameters: {trainable:,}")
     if found.buffers:

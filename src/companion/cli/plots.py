@@ -89,8 +89,8 @@ def before_and_after(before: Barrier, after: Barrier, path: Path) -> None:
         _save(fig, path, "Error and loss on the line before and after matching")
 
 
-def by_k(found: Instability, path: Path, threshold: float) -> None:
-    """The error barrier against the fork step, with intervals; the steps are evenly spaced."""
+def by_k(found: Instability, path: Path, threshold: float, metric: str = "error") -> None:
+    """The barrier against the fork step, with intervals; the steps are evenly spaced."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -99,7 +99,9 @@ def by_k(found: Instability, path: Path, threshold: float) -> None:
         fig = Figure()
         ax = fig.subplots()
         for shift, split in ((-0.04, "test"), (0.04, "train")):
-            points = [(i, v) for i, k in enumerate(found.ks) if (v := found.interval(k, split))]
+            points = [
+                (i, v) for i, k in enumerate(found.ks) if (v := found.interval(k, split, metric))
+            ]
             means = [v.value for _, v in points]
             ax.errorbar(
                 [i + shift for i, _ in points],
@@ -112,13 +114,13 @@ def by_k(found: Instability, path: Path, threshold: float) -> None:
                 color=_COLOURS[split],
                 label=split,
             )
-        grey = figures.OKABE_ITO["black"]
+        grey, unit = figures.OKABE_ITO["black"], "nats" if metric == "loss" else "points"
         ax.axhline(
-            threshold, color=grey, linewidth=0.8, linestyle=":", label=f"{threshold:g} points"
+            threshold, color=grey, linewidth=0.8, linestyle=":", label=f"{threshold:g} {unit}"
         )
         ax.set_xticks(range(len(found.ks)), [str(k) for k in found.ks])
         ax.set_xlabel(f"fork step k (of {found.recipe.steps:,})")
-        ax.set_ylabel("error barrier (points)")
+        ax.set_ylabel(f"{metric} barrier ({unit})")
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
         ax.set_xlim(-0.5, len(found.ks) - 0.5)
         ax.legend(frameon=True)
@@ -128,7 +130,7 @@ def by_k(found: Instability, path: Path, threshold: float) -> None:
             f"{found.recipe.net} on {found.recipe.data}: mean of {pairs} pairs, 95 % interval",
             fontsize=10,
         )
-        _save(fig, path, "Error barrier by fork step")
+        _save(fig, path, f"{metric.capitalize()} barrier by fork step")
 
 
 def layers(found: LayerBarriers, path: Path) -> None:

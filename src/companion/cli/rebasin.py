@@ -299,7 +299,7 @@ def _images(
     in_shape: str | None,
     classes: int | None,
     device: str,
-) -> tuple[Dataset | None, tuple[int, int, int], int]:
+) -> tuple[Dataset | None, tuple[int, ...], int]:
     """The dataset, if one was named or the runs say which; image shape and number of classes."""
     from companion import data as datasets
 
@@ -334,11 +334,11 @@ def _shape(text: str) -> tuple[int, int, int]:
     return c, h, w
 
 
-def _by(shape: tuple[int, int, int]) -> str:
+def _by(shape: tuple[int, ...]) -> str:
     return f"images of {'×'.join(map(str, shape))}, no data"
 
 
-def _example(shape: tuple[int, int, int], key: Key) -> torch.Tensor:
+def _example(shape: tuple[int, ...], key: Key) -> torch.Tensor:
     import torch
 
     return torch.randn(2, *shape, generator=key.fold("example").generator())

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
-KINDS = ("run", "pair", "null", "aligned", "merged", "halves", "layers", "recording")
+KINDS = ("run", "pair", "null", "aligned", "merged", "halves", "layers", "windows", "recording")
+_EVALUATED = ("pair", "null", "aligned", "merged", "halves")  # these say how they were measured
 _STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
 
 
@@ -65,6 +66,8 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
     if kind == "halves":
         a, b, whole = (key[:12] for key in identity["runs"])
         return f"{a} and {b} of parts of the data, beside {whole} of all"
+    if kind == "windows":
+        return f"windows of text to measure on, SHA-256 {identity['windows'][:12]}"
     if kind == "recording":
         return f"time spent on recording {identity['chapter']}"
     return "unreadable" if not identity else f"{kind}"
@@ -102,7 +105,7 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
             return False
         if kind == "layers":
             return bool(identity.get("semantics") == stored.SEMANTICS)
-        measured = identity.get("evaluation", {}) if kind in KINDS[1:-1] else None
+        measured = identity.get("evaluation", {}) if kind in _EVALUATED else None
         return measured is None or measured.get("semantics") == pairs.SEMANTICS
 
     return current

@@ -30,6 +30,7 @@ class Barrier:
         classes: number of classes, for gate G0's default.
         errors: of the two networks themselves, in percent, as gate G0 saw them. Where only some
             layers move, the ends of the curve are other networks.
+        guess: of a text, the error of always saying its commonest token (gate G0); else None.
     """
 
     curves: Mapping[str, Curve]
@@ -38,6 +39,7 @@ class Barrier:
     distance: float
     classes: int
     errors: tuple[float, float]
+    guess: float | None = None
 
     @property
     def valid(self) -> bool:
@@ -81,7 +83,11 @@ class Barrier:
         An experiment knows what error is normal for its recipe only after all ends are measured.
         """
         first = gates.quality(
-            self.errors, self.classes, reference=reference_error, max_error=max_error
+            self.errors,
+            self.classes,
+            reference=reference_error,
+            max_error=max_error,
+            guess=self.guess,
         )
         return replace(self, gates=(first, *self.gates[1:]))
 
@@ -95,6 +101,8 @@ class Barrier:
             return "INVALID (" + "; ".join(failed) + ")"
         named = "" if self.bn == "none" else f", BatchNorm {self.bn}"
         heights = [f"{s} {self.height(s):.2f} points" for s in self.curve.values]
+        if self.guess is not None:  # the field speaks of a language model's loss, not its errors
+            heights = [f"{s} {self.height(s, 'loss'):.4f} nats" for s in self.curve.values]
         return f"barrier {', '.join(heights)}{named}"
 
     def to_json(self) -> dict[str, Any]:
@@ -106,6 +114,7 @@ class Barrier:
             "distance": self.distance,
             "classes": self.classes,
             "errors": list(self.errors),
+            **({} if self.guess is None else {"guess": self.guess}),
         }
 
     @classmethod
@@ -114,7 +123,8 @@ class Barrier:
         curves = {m: Curve.from_json(c) for m, c in value["curves"].items()}
         found = tuple(Gate(**g) for g in value["gates"])
         a, b = value["errors"]
-        return cls(curves, value["bn"], found, value["distance"], value["classes"], (a, b))
+        rest = (value["distance"], value["classes"], (a, b), value.get("guess"))
+        return cls(curves, value["bn"], found, *rest)
 
 
 def barrier(
@@ -174,11 +184,12 @@ def barrier(
     assert walker is not None
     headline = bn if bn in curves else "none"
     names = walker.layout.parameters
+    guess = gates.guessing(splits[held_out])
     found = (
-        gates.quality(errors, classes, reference=reference_error, max_error=max_error),
+        gates.quality(errors, classes, reference=reference_error, max_error=max_error, guess=guess),
         gates.distinct(a, b, names, same_noise=same_noise),
         gates.symmetry(a, b, walker.layout.floating, self_gap),
         gates.batchnorm(headline, list(curves)),
         *controls,
     )
-    return Barrier(curves, headline, found, distance(a, b, names), classes, errors)
+    return Barrier(curves, headline, found, distance(a, b, names), classes, errors, guess)

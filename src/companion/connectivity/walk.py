@@ -33,7 +33,11 @@ Score = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor,
 def classification(
     outputs: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Cross-entropy of logits (N, K) and top-1 errors against class indices (N,)."""
+    """Cross-entropy of logits (N, K) and top-1 errors against class indices (N,).
+
+    Of a text, logits are (N, L, K) and targets (N, L): every position is a prediction.
+    """
+    outputs, targets = outputs.flatten(0, -2), targets.flatten()
     loss = F.cross_entropy(outputs.float(), targets, reduction="none").double().sum()
     return loss, (outputs.argmax(1) != targets).sum(), len(targets)
 
@@ -51,17 +55,33 @@ def has_batchnorm(module: nn.Module) -> bool:
     return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in module.modules())
 
 
-def default_batch(module: nn.Module, device: torch.device, bn: str) -> int:
-    """Images a forward pass: what the cache of a core or the width of a GPU asks for.
+_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 30}
+"""Bytes of the logits of one pass over windows of text. They are the largest tensor there is, and
+the loss makes two more of their size. On a CPU so few stay in the cache (a GPT of width 64 reads
+a third more tokens a second than with four times as many)."""
+
+
+def default_batch(
+    module: nn.Module, device: torch.device, bn: str, example: torch.Tensor | None = None
+) -> int:
+    """Examples a forward pass: what the cache of a core or the width of a GPU asks for.
 
     On a CPU 128 where the network convolves, whose feature maps then stay in the cache (a curve of
     ResNet-20 takes two thirds of the time it takes with 500), else 500; on a GPU 2,500.
 
     Where BatchNorm takes statistics of the batches themselves it is 500 on every device: with
     another size the numbers would mean something else.
+
+    Of text, as many windows as keep the logits (B, L, K) small; one ``example`` (1, L) tells K.
     """
     if bn not in ("none", "interpolate"):
         return 500
+    if example is not None and not example.is_floating_point():
+        with torch.no_grad():
+            logits = module(example)
+        if isinstance(logits, torch.Tensor) and logits.numel():
+            size = 4 * logits.numel() // len(example)
+            return max(1, _LOGITS["cuda" if device.type == "cuda" else "cpu"] // size)
     if device.type == "cuda":
         return 2500
     return 128 if any(isinstance(m, nn.Conv2d) for m in module.modules()) else 500
@@ -75,7 +95,7 @@ class Walker:
         splits: name -> data, e.g. ``{"train": …, "test": …}``, on the device to compute on.
         bn: one of :data:`BN_MODES`; ``none`` is what a network without running statistics has.
         bn_data: what ``reestimate`` averages over; default ``splits["train"]``.
-        batch: images a forward pass, at most; default :func:`default_batch`. ``batch`` mode
+        batch: examples a forward pass, at most; default :func:`default_batch`. ``batch`` mode
             statistics are of as many: a split is cut into the fewest batches of equal size.
         score: how outputs become loss and error; default :func:`classification`.
     """
@@ -104,7 +124,8 @@ class Walker:
                 "a network with BatchNorm is measured in all three modes, and re-estimating its "
                 "statistics needs bn_data=, or a split called 'train'."
             )
-        self.batch = batch or default_batch(self.module, device, self.bn)
+        example = next(iter(self.splits.values())).x[:1]
+        self.batch = batch or default_batch(self.module, device, self.bn, example)
         self.score = score
         self.device = device
         self._entries = {

@@ -5,7 +5,7 @@
 
 from companion.models.layers import ChannelLayerNorm, PadShortcut, parameter_count
 from companion.models.own import is_own, source_digest
-from companion.models.spec import build, canonical, describe, names
+from companion.models.spec import build, canonical, describe, has_dropout, names, takes
 
 __all__ = [
     "ChannelLayerNorm",
@@ -13,8 +13,10 @@ __all__ = [
     "build",
     "canonical",
     "describe",
+    "has_dropout",
     "is_own",
     "names",
     "parameter_count",
     "source_digest",
+    "takes",
 ]

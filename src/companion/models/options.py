@@ -11,15 +11,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from companion.errors import BadParameter, one_of
 from companion.models.layers import INITS, NORMS
 
-Value = int | str | tuple[int, ...]
-Shape = tuple[int, int, int]
+Value = int | float | str | tuple[int, ...]
+Shape = tuple[int, ...]
+"""(C, H, W) of one image, or (L,) of a window of tokens."""
 
 MAX_HIDDEN_LAYERS = 1000  # "100x5" mistyped as "5x100000" should be a message, not a long wait
 
@@ -55,13 +56,15 @@ class Family:
     """Networks that differ only in options (and, for ResNets and VGGs, in depth).
 
     ``make(in_shape, classes, **values)`` constructs the module without the ``init`` option, which
-    is applied afterwards. ``smallest`` is the least height and width of an image it takes.
+    is applied afterwards, if there is one. ``smallest`` is the least height and width of an image
+    it takes; ``takes`` says what it maps to logits.
     """
 
     summary: str
     options: Mapping[str, Option]
     make: Callable[..., nn.Module]
     smallest: int = 1
+    takes: Literal["images", "tokens"] = "images"
 
 
 def choice(default: str, meaning: str, choices: tuple[str, ...]) -> Option:
@@ -74,6 +77,12 @@ def _positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{0,6}", text, re.ASCII):
         raise ValueError(text)
     return int(text)
+
+
+def _share(text: str) -> float:
+    if not re.fullmatch(r"0*(\.[0-9]{0,15})?", text, re.ASCII):
+        raise ValueError(text)
+    return float(text)
 
 
 def _groups(text: str) -> int | str:
@@ -98,6 +107,18 @@ def _show_widths(widths: tuple[int, ...]) -> str:
 
 def width(default: int, meaning: str = "channels of the first stage; the others scale") -> Option:
     return Option(str(default), meaning, "a whole number from 1 to 9999999", _positive)
+
+
+def count(default: int, meaning: str) -> Option:
+    """A whole number from 1."""
+    return Option(str(default), meaning, "a whole number from 1 to 9999999", _positive)
+
+
+def share(default: str, meaning: str) -> Option:
+    """A number from 0 to below 1, such as a probability."""
+    return Option(
+        default, meaning, "a number from 0 to below 1, such as 0.2", _share, lambda v: f"{v:.15g}"
+    )
 
 
 def widths(default: str) -> Option:
@@ -158,6 +179,12 @@ def check_together(where: str, values: Mapping[str, Value]) -> None:
             raise BadParameter(
                 f"{where}: groups={groups} does not divide the width {width}. Allowed: {fitting}."
             )
+    heads = values.get("heads")
+    if isinstance(heads, int) and isinstance(width, int) and width % heads:
+        fitting = ", ".join(str(h) for h in range(1, min(width, 64) + 1) if width % h == 0)
+        raise BadParameter(
+            f"{where}: heads={heads} do not divide the width {width}. Allowed: {fitting}."
+        )
     widths = values.get("widths")
     if norm == "layer" and (width == 1 or (isinstance(widths, tuple) and 1 in widths)):
         raise BadParameter(

@@ -15,12 +15,17 @@ import torch
 from torch import nn
 
 from companion.errors import BadParameter, one_of
-from companion.models import mlp, own, resnet, vgg
+from companion.models import gpt, mlp, own, resnet, vgg
 from companion.models.layers import initialise
 from companion.models.options import Family, Shape, Value, check_together
 from companion.seeds import Key
 
-FAMILIES: Mapping[str, Family] = {**mlp.FAMILIES, **resnet.FAMILIES, **vgg.FAMILIES}
+FAMILIES: Mapping[str, Family] = {
+    **mlp.FAMILIES,
+    **resnet.FAMILIES,
+    **vgg.FAMILIES,
+    **gpt.FAMILIES,
+}
 
 
 class Listed(NamedTuple):
@@ -158,63 +163,95 @@ def names() -> list[Listed]:
     ]
 
 
-def _check_data(spec: str, smallest: int, in_shape: Any, classes: Any) -> Shape:
+def takes(spec: str) -> str | None:
+    """What a network maps to logits: ``images`` or ``tokens``; None where only its author knows.
+
+    Raises: :class:`BadParameter` as :func:`canonical` does.
+    """
+    family = _parse(spec).family
+    return family.takes if family else None
+
+
+def has_dropout(spec: str) -> bool:
+    """Whether a network of ours draws random numbers while it trains. False for the user's own.
+
+    Raises: :class:`BadParameter` as :func:`canonical` does.
+    """
+    parsed = _parse(spec)
+    return parsed.family is not None and parsed.values.get("dropout", 0) > 0
+
+
+def _check_data(spec: str, family: Family | None, in_shape: Any, classes: Any) -> Shape:
     try:
-        c, h, w = (index(n) for n in in_shape)
-    except (TypeError, ValueError):
-        c = h = w = 0
-    if min(c, h, w) < 1:
+        shape = tuple(index(n) for n in in_shape)
+    except TypeError:
+        shape = ()
+    if len(shape) not in (1, 3) or min(shape) < 1:
         raise BadParameter(
             f"model {spec!r}: in_shape must be (channels, height, width) of one image, such as"
-            f" (3, 32, 32), but is {in_shape!r}."
+            f" (3, 32, 32), or (tokens,) of one window of a text, but is {in_shape!r}."
         )
     if not isinstance(classes, int) or classes < 2:
         raise BadParameter(
             f"model {spec!r}: classes must be a whole number from 2, not {classes!r}."
         )
-    if min(h, w) < smallest:
+    if family is None:
+        return shape
+    if family.takes == "tokens" and len(shape) == 3:
         raise BadParameter(
-            f"model {spec!r}: takes images of {smallest}x{smallest} pixels or more, but the data's"
-            f" are {h}x{w} (with {c} channels). Take larger images, or an mlp, which fits any."
+            f"model {spec!r}: reads text, but the data's examples are images of shape {shape}."
+            " Take a text, such as pydoc, or a network for images, such as resnet20."
         )
-    return c, h, w
+    if family.takes == "images" and len(shape) == 1:
+        raise BadParameter(
+            f"model {spec!r}: takes images, but the data's examples are windows of {shape[0]}"
+            " tokens. For text take gpt, such as gpt:layers=4,width=64."
+        )
+    if len(shape) == 3 and min(shape[1:]) < family.smallest:
+        c, h, w = shape
+        raise BadParameter(
+            f"model {spec!r}: takes images of {family.smallest}x{family.smallest} pixels or more,"
+            f" but the data's are {h}x{w} (with {c} channels). Take larger images, or an mlp, which"
+            " fits any."
+        )
+    return shape
 
 
-def build(
-    spec: str, in_shape: tuple[int, int, int], classes: int, key: Key | None = None
-) -> nn.Module:
+def build(spec: str, in_shape: tuple[int, ...], classes: int, key: Key | None = None) -> nn.Module:
     """Build a network, on the CPU, with freshly drawn weights.
 
     Args:
         spec: "resnet20", "mlp:widths=300-100,norm=layer", "package.module:factory?width=3", …;
             :func:`names` lists what there is.
-        in_shape: (C, H, W) of one image.
+        in_shape: (C, H, W) of one image, or (L,) of one window of tokens.
         classes: number of logits.
         key: source of the weights: equal keys give equal bits, and torch's global generator stays
             where it was. None draws from the global generator.
 
-    Returns: a module that maps images (N, C, H, W) to logits (N, classes), no softmax. Networks of
-    ours can be traced by ``torch.fx``, each ReLU is a module of its own, and the names of their
-    parameters read as layer groups ("stage1.0.conv1.weight", "head.bias").
+    Returns: a module that maps images (N, C, H, W) to logits (N, classes), no softmax; a network
+    for text maps tokens (N, L) to logits (N, L, classes). Networks of ours for images can be traced
+    by ``torch.fx``, each ReLU is a module of its own, and the names of their parameters read as
+    layer groups ("stage1.0.conv1.weight", "head.bias").
 
-    Raises: :class:`BadParameter` for a spec that :func:`canonical` refuses, for images too small
-    for the network, and for a factory that cannot be imported, cannot be called with
-    ``in_shape`` and ``classes``, or returns no ``nn.Module``.
+    Raises: :class:`BadParameter` for a spec that :func:`canonical` refuses, for data that the
+    network does not take (images too small, text instead of images), and for a factory that cannot
+    be imported, cannot be called with ``in_shape`` and ``classes``, or returns no ``nn.Module``.
 
     Source: the networks of the papers' own tables; see :mod:`companion.models.mlp`,
-    :mod:`~companion.models.resnet` and :mod:`~companion.models.vgg`. Our chapter on instability.
+    :mod:`~companion.models.resnet`, :mod:`~companion.models.vgg` and
+    :mod:`~companion.models.gpt`. Our chapter on instability.
     """
     if key is not None:
         with key.seeded():
             return build(spec, in_shape, classes)
     parsed = _parse(spec)
-    shape = _check_data(spec, parsed.family.smallest if parsed.family else 1, in_shape, classes)
+    shape = _check_data(spec, parsed.family, in_shape, classes)
     # Whatever the user's default device: the CPU's generator gives the same bits everywhere.
     with torch.device("cpu"):
         if parsed.family is None:
             return own.build_own(spec, parsed.name, parsed.values, shape, classes)
         options = dict(parsed.values)
-        init = options.pop("init")
+        init = options.pop("init", "torch")
         net = parsed.family.make(shape, classes, **options)
         initialise(net, init)
         return net

@@ -17,6 +17,7 @@ from companion.training.jobs import Job, merge
 from companion.training.loop import State, advance, build, check_fit, make_optimizer
 from companion.training.recipe import SEMANTICS, Fork, Recipe, Run, recipe_from
 from companion.training.replicas import advance_many
+from companion.training.speed import Throughput, throughput
 
 __all__ = [
     "SEMANTICS",
@@ -25,6 +26,7 @@ __all__ = [
     "Recipe",
     "Run",
     "State",
+    "Throughput",
     "advance",
     "advance_many",
     "build",
@@ -36,6 +38,7 @@ __all__ = [
     "make_optimizer",
     "merge",
     "recipe_from",
+    "throughput",
     "train",
     "train_one",
 ]

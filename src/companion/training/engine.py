@@ -19,7 +19,7 @@ import torch
 from companion import data as datasets
 from companion import deadline
 from companion.data import Dataset
-from companion.errors import CorruptEntry
+from companion.errors import CorruptEntry, one_of
 from companion.pool import run_all
 from companion.runs import Entry, Store
 from companion.theta import snapshot
@@ -198,7 +198,11 @@ def train_one(
 
 
 def made_by(run: Run, *, store: Store | None = None, device: str = "cpu") -> dict[str, Any]:
-    """How the stored ``run`` was trained on a GPU: engine, replicas at once, GPU; else {}."""
+    """How the stored ``run`` was trained on a GPU: engine, replicas at once, GPU; else {}.
+
+    ``seconds`` is what ``steps`` steps of all replicas took, from the last start or resumption on,
+    with everything that is not training (compiling, saving checkpoints) in it.
+    """
     store, where = store or Store(), datasets.resolve_device(device)
     entry = entry_of(run, datasets.load(run.recipe.data, where), where, store)
     try:
@@ -233,6 +237,7 @@ def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -
                 groups.setdefault(at, []).append(work)
         for (step, _, stop), group in groups.items():
             width = int(like.get("replicas", 0)) or most or len(group)
+            begun = time.monotonic()
             if stop > step:
                 done = replicas.advance_many(
                     [w.job.run for w in group],
@@ -253,6 +258,8 @@ def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -
                 "replicas": max(width, len(group)),
                 "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
                 "torch": torch.__version__,
+                "steps": stop - step,
+                "seconds": round(time.monotonic() - begun, 3),
             }
             for work in group:
                 work.entry.write_json(_MADE_BY, record)
@@ -294,17 +301,19 @@ def train(
     workers: int = 0,
     label: str = "training",
     at_once: int = 0,
+    engine: str = "auto",
 ) -> None:
     """Make every state of every job exist, many runs at once; parents before the copies they fork.
 
     On a CPU every run has a process (:mod:`companion.pool`); on a GPU jobs of one recipe are
-    trained as replicas (:mod:`companion.training.replicas`), at most ``at_once`` (0: as many as
-    fit, see :func:`companion.training.replicas.most_replicas`).
+    trained as replicas (:mod:`companion.training.replicas`) with one of its engines, at most
+    ``at_once`` (0: as many as fit, see :func:`companion.training.replicas.most_replicas`).
 
     The longest runs start first. Ctrl-C or a kill loses at most :data:`RESUME_EVERY_S` seconds of
     each run at work; the same call then goes on from there with the same bits. Raises as
     :func:`train_one`; a first cheap pass over all jobs refuses what does not fit before any trains.
     """
+    one_of("engine", engine, replicas.ENGINES)
     store = store or Store()
     where = str(datasets.resolve_device(device))
     generations: list[list[Job]] = []
@@ -324,7 +333,7 @@ def train(
         ]
         todo.sort(key=lambda j: j.run.first_step - max((*j.weights, *j.states), default=0))
         if _on_gpu(torch.device(where)):
-            alike: Mapping[str, Any] = {}
+            alike: Mapping[str, Any] = {"engine": engine}
             items = [(chunk, store, where, alike) for chunk in _chunks(todo, where, at_once)]
             run_all(_train_together, items, workers=1, device=where, label=label)
             continue

@@ -30,8 +30,8 @@ class Epoch:
     draws: Draws
 
     def tensors(self) -> list[Tensor]:
-        """Those there are: rows, then flips and the crop's corner."""
-        found = (self.rows, self.draws.flip, self.draws.top, self.draws.left)
+        """Those there are: rows, then what :class:`Draws` holds, in its order."""
+        found = (self.rows, *self.draws.tensors())
         return [t for t in found if t is not None]
 
 
@@ -47,7 +47,7 @@ class Feed:
         self.runs = list(runs)
         self.recipe = runs[0].recipe
         self.augmentation = Augmentation.parse(self.recipe.augment)
-        self.n = len(data.train)
+        self.n, self.window = len(data.train), data.train.window
         self.per_epoch = self.n // self.recipe.batch
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="feed")
         self._coming: tuple[int, list[Future[Epoch]]] | None = None
@@ -66,7 +66,8 @@ class Feed:
     def _one(self, run: Run, epoch: int) -> Epoch:
         used, batch = self.per_epoch * self.recipe.batch, self.recipe.batch
         rows = run.order_key().fold("epoch", epoch).permutation(self.n)[:used].view(-1, batch)
-        return Epoch(rows, draw(self.augmentation, run.augment_key(), epoch, self.n).of(rows))
+        made = draw(self.augmentation, run.augment_key(), epoch, self.n, self.window)
+        return Epoch(rows, made.of(rows))
 
     def _start(self, epoch: int) -> list[Future[Epoch]]:
         made: dict[Run, Future[Epoch]] = {}
@@ -88,7 +89,5 @@ class Feed:
 
         rows = together([p.rows for p in parts])
         assert rows is not None
-        flip, top, left = (
-            together([getattr(p.draws, name) for p in parts]) for name in ("flip", "top", "left")
-        )
-        return Epoch(rows, Draws(flip, top, left))
+        draws = zip(*(p.draws.tensors() for p in parts), strict=True)
+        return Epoch(rows, Draws(*(together(each) for each in draws)))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from companion import models
 from companion.data import Augmentation, Augmenter, Dataset
@@ -61,75 +62,139 @@ def build(run: Run, data: Dataset, device: torch.device) -> nn.Module:
     return module.to(memory_format=torch.channels_last) if device.type == "cuda" else module
 
 
+def mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats: of (N, K) and (N,), or over the positions of (N, L, K)."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def decayed(recipe: Recipe, module: nn.Module) -> frozenset[str]:
+    """Names of the trainable parameters that ``recipe.weight_decay`` acts on."""
+    embeddings = {
+        id(p)
+        for layer in module.modules()
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag)
+        for p in layer.parameters(recurse=False)
+    }
+    return frozenset(
+        name
+        for name, p in module.named_parameters()
+        if p.requires_grad
+        and (recipe.weight_decay_on == "all" or (p.ndim > 1 and id(p) not in embeddings))
+    )
+
+
 def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """PyTorch's own optimiser, in its fused form: one kernel for all tensors."""
-    weights = [p for p in module.parameters() if p.requires_grad]
-    lr, decay = recipe.lr, recipe.weight_decay
+    """PyTorch's own optimiser, in its fused form: one kernel for all tensors that decay alike."""
+    lr, chosen = recipe.lr, decayed(recipe, module)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            groups.setdefault(recipe.weight_decay if name in chosen else 0.0, []).append(p)
+    weights = [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
-            weights,
-            lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=decay,
-            fused=True,
+            weights, lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True
         )
     family = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return family(weights, lr, recipe.betas, weight_decay=decay, fused=True)
+    return family(weights, lr, recipe.betas, fused=True)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _places(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[int]:
+    """Where the optimiser's i-th tensor stands among the trainable parameters of the module.
+
+    Stored states count in the module's order, however an optimiser groups its tensors.
+    """
+    trained = [id(p) for p in module.parameters() if p.requires_grad]
+    at = {key: place for place, key in enumerate(trained)}
+    return [at[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _optimizer_tensors(
+    optimizer: torch.optim.Optimizer, places: list[int]
+) -> dict[str, torch.Tensor]:
     state = optimizer.state_dict()["state"]
     return {
-        f"{index}.{slot}": value.detach().clone()
+        f"{places[index]}.{slot}": value.detach().clone()
         for index, slots in state.items()
         for slot, value in slots.items()
         if isinstance(value, torch.Tensor)
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], places: list[int]
+) -> None:
     if not tensors:
         return
+    index = {place: i for i, place in enumerate(places)}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
-        index, _, slot = name.partition(".")
-        state.setdefault(int(index), {})[slot] = value.clone()  # the optimiser writes in place
+        place, _, slot = name.partition(".")
+        state.setdefault(index[int(place)], {})[slot] = value.clone()  # written in place later
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def draws_noise(run: Run, module: nn.Module) -> bool:
+    """Whether a training step of the network may draw random numbers: dropout, or one's own."""
+    return models.is_own(run.recipe.net) or any(
+        isinstance(layer, _DropoutNd) and layer.p > 0 for layer in module.modules()
+    )
+
+
+@contextlib.contextmanager
+def own_generator(device: torch.device) -> Iterator[Callable[[Key], None]]:
+    """Inside, the value sets torch's generators by a key; outside, they are as they were before."""
+    gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if gpu else []):
+
+        def seed(key: Key) -> None:
+            torch.default_generator.manual_seed(key.seed())
+            if gpu:
+                at = torch.cuda.current_device() if device.index is None else device.index
+                torch.cuda.default_generators[at].manual_seed(key.seed())
+
+        yield seed
 
 
 def check_fit(recipe: Recipe, data: Dataset) -> None:
     """Refuse, before any work, a recipe that its dataset cannot serve.
 
     Raises:
-        BadParameter: batch above the number of training images; a network that does not take the
-            images' shape; an augmentation wider than the image.
+        BadParameter: batch above the number of training images (of text: windows); a network that
+            does not take the examples' shape; an augmentation wider than the image, or of images
+            for text and the other way round.
     """
+    text = data.kind == "text"
+    things = f"windows of {data.in_shape[0]} tokens" if text else "images"
     if recipe.batch > len(data.train):
         raise BadParameter(
-            f"batch: {recipe.batch} is more than the {len(data.train)} training images "
-            f"of {data.name}."
+            f"batch: {recipe.batch} is more than the {len(data.train)} training {things} "
+            f"of {data.name}." + (" Take a smaller batch or window." if text else "")
         )
     augmentation = Augmentation.parse(recipe.augment)
-    if 2 * augmentation.pad >= min(data.in_shape[1:]):
+    if not text and 2 * augmentation.pad >= min(data.in_shape[1:]):
         raise BadParameter(
             f"augment: {recipe.augment!r} shifts images of {data.name} "
             f"({data.in_shape[1]}×{data.in_shape[2]}) by half their size or more."
         )
+    if why := augmentation.fits(data.in_shape):
+        raise BadParameter(f"augment: {recipe.augment!r} on {data.name}: {why}.")
     module = models.build(recipe.net, data.in_shape, data.classes, Key("fit")).eval()
     few = data.train.x[:2].cpu()
+    wanted = (*data.train.y[:2].shape, data.classes)
     try:
         with torch.no_grad():
             shape = tuple(module(few).shape)
     except (RuntimeError, AttributeError) as e:  # a network of the user's own
         raise BadParameter(
-            f"net: {recipe.net} does not take images of shape {data.in_shape} ({data.name}): {e}"
+            f"net: {recipe.net} does not take {'tokens' if text else 'images'} of shape "
+            f"{data.in_shape} ({data.name}): {e}"
         ) from e
-    if shape != (len(few), data.classes):
+    if shape != wanted:
         raise BadParameter(
-            f"net: {recipe.net} makes {shape} of {len(few)} images of {data.name}; "
-            f"logits of shape ({len(few)}, {data.classes}) are needed."
+            f"net: {recipe.net} makes {shape} of {len(few)} {things} of {data.name}; "
+            f"logits of shape {wanted} are needed."
         )
 
 
@@ -143,6 +208,7 @@ def advance(
     checkpoints: Iterable[int] = (),
     save: Callable[[State], None] | None = None,
     tick: Callable[[int], bool] | None = None,
+    compiler: str | None = None,
 ) -> State:
     """Train ``run`` from ``state`` to step ``stop`` and return the new state.
 
@@ -157,6 +223,8 @@ def advance(
         module: a network of the right architecture to reuse; its weights are overwritten.
         checkpoints: steps at which ``save`` is called with a full state (a copy).
         tick: asked after every step; True = ``save`` the state here too (a resume point).
+        compiler: a backend of ``torch.compile`` for the network's forward and backward pass;
+            kernels that it fuses round differently.
 
     Raises:
         Diverged: the loss is not finite. Nothing of the broken state was handed to ``save``.
@@ -166,12 +234,14 @@ def advance(
     module.load_state_dict(state.theta)
     module.train()
     optimizer = make_optimizer(recipe, module)
-    _load_optimizer(optimizer, state.optimizer)
-    group = optimizer.param_groups[0]
+    places = _places(optimizer, module)
+    _load_optimizer(optimizer, state.optimizer, places)
+    net = torch.compile(module, backend=compiler, dynamic=False) if compiler else module
+    noisy = draws_noise(run, module)
     n, batch = len(data.train), recipe.batch
     per_epoch = n // batch
-    augmenter = Augmenter(data.train, Augmentation.parse(recipe.augment), data.black)
-    y = data.train.y
+    black = data.black if data.kind == "images" else None
+    augmenter = Augmenter(data.train, Augmentation.parse(recipe.augment), black)
     first = state.step - len(state.trace)
     trace = torch.full((stop - first,), float("nan"), device=device)
     trace[: len(state.trace)] = state.trace
@@ -205,9 +275,12 @@ def advance(
             # A loss that was finite can still have a gradient that is not.
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise diverged(f"{name} of {recipe.net} on {data.name} is", step)
-        return State(step, theta, _optimizer_tensors(optimizer), trace[: step - first].clone())
+        return State(
+            step, theta, _optimizer_tensors(optimizer, places), trace[: step - first].clone()
+        )
 
-    with one_thread() if device.type == "cpu" else contextlib.nullcontext():
+    calm = one_thread() if device.type == "cpu" else contextlib.nullcontext()
+    with calm, own_generator(device) as seed:
         for step in range(state.step, stop):
             now, position = divmod(step, per_epoch)
             if now != epoch:
@@ -215,9 +288,13 @@ def advance(
                 order = run.order_key().fold("epoch", epoch).permutation(n).to(device)
                 draws = augmenter.draw(run.augment_key(), epoch)
             rows = order[position * batch : (position + 1) * batch]
-            group["lr"] = recipe.learning_rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate(step)
+            if noisy:
+                seed(run.dropout_key().fold(step))
+            x, y = augmenter.examples(rows, draws)
             with cast:
-                loss = F.cross_entropy(module(augmenter.batch(rows, draws)), y[rows])
+                loss = mean_loss(net(x), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

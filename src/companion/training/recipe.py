@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from companion import models
 from companion.data import Augmentation
+from companion.data import canonical as canonical_data
 from companion.errors import BadParameter, one_of
 from companion.seeds import Key
 
@@ -22,6 +23,7 @@ SEMANTICS = 1
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "cosine", "onecycle")
 PRECISIONS = ("float32", "bf16")
+DECAYED = ("all", "matrices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +32,22 @@ class Recipe:
 
     Arguments:
         net: a name with options of :func:`companion.models.build`, e.g. ``"resnet20:width=8"``.
-        data: a name of :func:`companion.data.load`.
+        data: a name of :func:`companion.data.load`; of a text, options that are defaults are left
+            out, so that one dataset is one identity.
         steps: T, the exact number of optimiser steps.
         batch: examples a step. An epoch is ``floor(N / batch)`` full batches of a new
             permutation.
         optimizer: ``sgd`` (with ``momentum``, ``nesterov``), ``adam``, ``adamw`` (``betas``).
         lr: peak learning rate.
         weight_decay: as the optimiser defines it (L2 in the gradient for sgd and adam).
+        weight_decay_on: ``all`` parameters, or ``matrices``: weights of two or more dimensions that
+            are no embeddings, so neither norms nor biases.
         schedule: ``constant``; ``step``: times ``gamma`` at each of ``milestones`` (fractions of
             T, or steps if above 1); ``cosine``: to 0 at T; ``onecycle``: PyTorch's OneCycleLR with
             cosine annealing, whose rising part is ``warmup``.
         warmup: steps of linear warm-up from 0 (for ``onecycle``: of its rising part).
         div, final_div: ``onecycle`` starts at ``lr/div`` and ends at ``lr/div/final_div``.
-        augment: ``none``, ``flip``, ``crop4``, ``flip+crop4`` …: see
+        augment: ``none``, ``flip``, ``crop4``, ``flip+crop4`` …, for text ``shift``: see
             :class:`companion.data.Augmentation`.
         precision: ``float32``, or ``bf16`` (autocast; weights stay float32).
     """
@@ -57,6 +62,7 @@ class Recipe:
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
+    weight_decay_on: str = "all"
     schedule: str = "constant"
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
@@ -71,6 +77,7 @@ class Recipe:
             if not isinstance(value := getattr(self, field), str):
                 raise BadParameter(f"{field}: text is needed, got {value!r}.")
         object.__setattr__(self, "net", models.canonical(self.net))
+        object.__setattr__(self, "data", canonical_data(self.data))
         object.__setattr__(self, "augment", str(Augmentation.parse(self.augment)))
         for field in ("milestones", "betas"):
             value = getattr(self, field)
@@ -95,6 +102,9 @@ class Recipe:
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("precision", self.precision, PRECISIONS)
+        one_of("weight_decay_on", self.weight_decay_on, DECAYED)
+        if not self.weight_decay:  # no decay is no decay: one identity
+            object.__setattr__(self, "weight_decay_on", "all")
         if self.schedule == "step" and not self.milestones:
             raise BadParameter("schedule: 'step' needs milestones, e.g. (0.5, 0.75).")
         if self.schedule != "step" and self.milestones:
@@ -182,7 +192,8 @@ class Run:
     """One training run: a recipe, the labels of its randomness, and where it forks from.
 
     ``init``, ``order`` and ``augment`` name samples of three independent noise sources: same
-    labels, same bits; different labels, independent draws. A forked run inherits its init.
+    labels, same bits; different labels, independent draws. A forked run inherits its init. Dropout
+    belongs to ``augment``.
     """
 
     recipe: Recipe
@@ -241,7 +252,7 @@ class Run:
             "data": fingerprint,
             "device": device,
         }
-        if self.recipe.augment != "none":
+        if self.recipe.augment != "none" or models.has_dropout(self.recipe.net):
             out["augment"] = self.augment
         if models.is_own(self.recipe.net):  # the name alone does not say what it builds
             out["source"] = models.source_digest(self.recipe.net)
@@ -263,5 +274,14 @@ class Run:
         return Key("order", self.order)
 
     def augment_key(self) -> Key:
-        """Folded with the epoch, gives every sample's flip and crop in that epoch."""
+        """Folded with the epoch, gives every sample's flip and crop, or shift, in that epoch."""
         return Key("augment", self.augment)
+
+    def dropout_key(self) -> Key:
+        """Folded with the step, gives what the network itself draws in that step.
+
+        Of a network of the user's own nobody knows beforehand whether it draws anything. Its key
+        comes from a label that is in :meth:`identity` in any case.
+        """
+        own = models.is_own(self.recipe.net) and self.recipe.augment == "none"
+        return (self.order_key() if own else self.augment_key()).fold("dropout")

@@ -4,6 +4,8 @@ A step of a ResNet-20 is some hundred kernels too small to fill a large GPU, and
 them one by one is slower than the device. The engines:
 
 - ``loop``: :func:`companion.training.advance`, one run after the other. The reference.
+- ``loop-compile``: the same, each network's pass fused by ``torch.compile``. For one network that
+  is large enough to fill the device.
 - ``vmap``: all replicas as one network with a leading axis; matrix products become batched ones.
   For fully connected networks. Convolutions would become grouped ones, which are slow.
 - ``graphs``: M networks, each on a stream of its own, one CUDA graph for a step of all.
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from companion import models
 from companion.data import Dataset
 from companion.errors import BadParameter, Diverged, one_of
 from companion.pool import one_thread
@@ -36,7 +39,7 @@ from companion.training.loop import State
 from companion.training.recipe import Recipe, Run
 from companion.training.stepper import Stepper
 
-ENGINES = ("auto", "loop", "vmap", "graphs", "compile")
+ENGINES = ("auto", "loop", "loop-compile", "vmap", "graphs", "compile")
 
 MOST = 27
 """Replicas at once, at most: 3 inits with 9 copies each. More would not fill the device better."""
@@ -63,12 +66,16 @@ def _batches_well(module: nn.Module) -> bool:
     )
 
 
+def _reads_tokens(module: nn.Module) -> bool:
+    return any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) for layer in module.modules())
+
+
 def choose(module: nn.Module, device: torch.device, engine: str = "auto") -> str:
     """The engine that ``engine`` stands for.
 
-    ``auto``: ``loop`` on a CPU and for networks that :func:`unfit` names; on a GPU ``vmap`` for
-    networks of linear maps and LayerNorm alone, ``graphs`` for the others. Not measured yet:
-    benchmarks/README.md, "Engine".
+    ``auto``: ``loop`` on a CPU, for networks that :func:`unfit` names and for those that read
+    tokens; on a GPU ``vmap`` for networks of linear maps and LayerNorm alone, ``graphs`` for the
+    others. Not measured yet: benchmarks/README.md, "Engine".
 
     Raises:
         BadParameter: no such engine, or one that cannot train this network.
@@ -76,11 +83,16 @@ def choose(module: nn.Module, device: torch.device, engine: str = "auto") -> str
     one_of("engine", engine, ENGINES)
     why = unfit(module)
     if engine == "auto":
-        if device.type == "cpu" or why:
+        if device.type == "cpu" or why or _reads_tokens(module):
             return "loop"
         return "vmap" if _batches_well(module) else "graphs"
-    if engine != "loop" and why:
+    if engine not in ("loop", "loop-compile") and why:
         raise BadParameter(f"engine: {engine!r} cannot train this network: {why}. Use 'loop'.")
+    if engine == "vmap" and _reads_tokens(module):
+        raise BadParameter(
+            "engine: 'vmap' does not train networks that read tokens: attention has no batched "
+            "form for many replicas. Use 'loop', 'loop-compile', 'graphs' or 'compile'."
+        )
     return engine
 
 
@@ -103,7 +115,9 @@ def replica_bytes(module: nn.Module, recipe: Recipe, data: Dataset) -> int:
     training = module.training
     try:
         with torch.no_grad():
-            module.eval()(data.train.x[:2].to(next(module.parameters())))
+            weight, few = next(module.parameters()), data.train.x[:2]
+            few = few.to(weight) if few.is_floating_point() else few.to(weight.device)
+            module.eval()(few)
     finally:
         module.train(training)
         for handle in handles:
@@ -126,21 +140,23 @@ def most_replicas(recipe: Recipe, data: Dataset, device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def reproducible(device: torch.device, on: bool = True) -> Iterator[None]:
+def reproducible(device: torch.device, on: bool = True, *, strict: bool = False) -> Iterator[None]:
     """Inside, the same work gives the same bits; with ``on=False``, cuDNN may time its kernels.
 
     Turns on :func:`torch.use_deterministic_algorithms` and turns ``cudnn.benchmark`` off. cuBLAS
     wants ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the environment before its first call of the
     process; it is set here if nobody set it. Operations without a deterministic form are let
     through: in our networks that is at most max-pooling's gradient, a sum of one term as our
-    windows do not overlap. Whether the bits are the same is what the null control checks (gate G1).
+    windows do not overlap. Attention has deterministic kernels but uses them only when ``strict``:
+    then an operation without a deterministic form is an error. Whether the bits are the same is
+    what the null control checks (gate G1).
     """
     if device.type != "cuda":
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn = torch.backends.cudnn
-    strict = torch.are_deterministic_algorithms_enabled()
+    already = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
@@ -150,7 +166,7 @@ def reproducible(device: torch.device, on: bool = True) -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*does not have a deterministic impl.*")
             warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores.*")
             warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")  # speed advice
-            torch.use_deterministic_algorithms(on, warn_only=True)
+            torch.use_deterministic_algorithms(on, warn_only=not strict)
             # Else every new tensor is first filled with NaN: a kernel for each.
             memory.fill_uninitialized_memory = False
             cudnn.benchmark, cudnn.deterministic = not on, on
@@ -158,7 +174,7 @@ def reproducible(device: torch.device, on: bool = True) -> Iterator[None]:
     finally:
         cudnn.benchmark, cudnn.deterministic = before
         memory.fill_uninitialized_memory = filled
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
+        torch.use_deterministic_algorithms(already, warn_only=warn)
 
 
 def advance_many(
@@ -192,7 +208,7 @@ def advance_many(
         capture, backend: see :class:`companion.training.stepper.Stepper`.
 
     Returns:
-        the states at ``stop``, on the CPU unless the engine is ``loop``.
+        the states at ``stop``, on the CPU unless the engine is ``loop`` or ``loop-compile``.
 
     Raises:
         BadParameter: runs of different recipes, states at different steps; an engine that cannot
@@ -215,8 +231,9 @@ def advance_many(
             "see them under torch.vmap). Use 'graphs', or precision float32."
         )
     wanted = set(checkpoints)
-    with reproducible(device, deterministic):
-        if engine == "loop":
+    attends = models.takes(recipe.net) == "tokens"
+    with reproducible(device, deterministic, strict=attends):
+        if engine in ("loop", "loop-compile"):
             return [
                 loop.advance(
                     *(run, state, stop, data),
@@ -224,6 +241,7 @@ def advance_many(
                     checkpoints=wanted,
                     save=(lambda s, m=m: save(m, s)) if save else None,  # type: ignore[misc]
                     tick=tick,
+                    compiler=backend if engine == "loop-compile" else None,
                 )
                 for m, (run, state) in enumerate(zip(runs, states, strict=True))
             ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion import theta as weights
-from companion.training.loop import State
+from companion.training.loop import State, decayed
 from companion.training.recipe import Recipe
 from companion.training.update import slots
 
@@ -110,6 +110,12 @@ class Stack:
         if recipe.precision == "bf16":
             self.half = torch.zeros_like(self.theta, dtype=torch.bfloat16)
         self.state = {slot: blank() for slot in slots(recipe)}
+        self.decayed: Tensor | None = None
+        if recipe.weight_decay_on != "all":
+            self.decayed = torch.zeros(size, dtype=torch.bool, device=self.device)
+            chosen = decayed(recipe, module)
+            for place in self.places:
+                place.view(self.decayed).fill_(place.name in chosen)
         self.adaptive = recipe.optimizer != "sgd"
         self.taken = [int(s.optimizer["0.step"]) if "0.step" in s.optimizer else 0 for s in states]
         for m, state in enumerate(states):

@@ -16,7 +16,6 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.data.augmentation import Draws
 from companion.training.feed import Epoch
-from companion.training.loop import State
+from companion.training.loop import State, mean_loss
 from companion.training.recipe import Recipe
 from companion.training.stack import Stack
 from companion.training.update import coefficients, update
@@ -47,7 +46,7 @@ def loss_of(template: nn.Module, recipe: Recipe, device: torch.device) -> Loss:
             else contextlib.nullcontext()
         ):
             logits = functional_call(template, (parameters, buffers), (x,))
-            return F.cross_entropy(logits, y)
+            return mean_loss(logits, y)
 
     return loss
 
@@ -105,9 +104,8 @@ class Stepper:
         self.device, count = stack.device, len(stack)
         self.capture = self.device.type == "cuda" if capture is None else capture
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._augmenter = Augmenter(
-            data.train, Augmentation.parse(recipe.augment), data.black.to(data.train.x)
-        )
+        black = data.black.to(data.train.x) if data.kind == "images" else None
+        self._augmenter = Augmenter(data.train, Augmentation.parse(recipe.augment), black)
         self._loss = loss_of(template_of(module), recipe, self.device)
         if engine == "compile":
             key = (recipe.net, recipe.precision, data.in_shape, data.classes, recipe.batch)
@@ -129,7 +127,7 @@ class Stepper:
         self._slots = torch.arange(window, device=self.device)[:, None]
         self._losses = torch.zeros(count, device=self.device)
         self._epoch: list[Tensor] = []
-        self._has = (False, False)
+        self._has: tuple[bool, ...] = ()
         self._leaves = self._make_leaves()
 
     def _make_leaves(self) -> list[dict[str, Tensor]]:
@@ -158,7 +156,7 @@ class Stepper:
         self._gradients(x, y)
         with torch.no_grad():
             row = self._table.index_select(0, self._taken)[0]
-            update(self.recipe, stack.theta, stack.grad, stack.state, row)
+            update(self.recipe, stack.theta, stack.grad, stack.state, row, stack.decayed)
             # Elementwise instead of an indexed write: the same bits in every mode of torch.
             here = self._slots == self._slot
             self._window.copy_(torch.where(here, self._losses, self._window))
@@ -166,17 +164,17 @@ class Stepper:
                 counter.add_(1)
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        """Images (M, B, C, H, W) and labels (M, B) of this step: one gather for all replicas."""
+        """Examples and targets of this step, (M, B, ...) each: one gather for all replicas."""
         picked = [t.index_select(0, self._position)[0] for t in self._epoch]
         rows, *rest = (t.reshape(-1) for t in picked)
-        flips, crops = self._has
-        flip = rest.pop(0) if flips else None
-        top, left = rest if crops else (None, None)
-        x = self._augmenter.pick(rows, Draws(flip, top, left)).to(self.stack.theta.dtype)
-        if self._streams:
-            x = x.contiguous(memory_format=torch.channels_last)
+        draws = Draws(*(rest.pop(0) if there else None for there in self._has))
+        x, y = self._augmenter.pick_examples(rows, draws)
+        if x.is_floating_point():
+            x = x.to(self.stack.theta.dtype)
+            if self._streams:
+                x = x.contiguous(memory_format=torch.channels_last)
         shape = (len(self.stack), -1)
-        return x.unflatten(0, shape), self.data.train.y[rows].unflatten(0, shape)
+        return x.unflatten(0, shape), y.unflatten(0, shape)
 
     def _gradients(self, x: Tensor, y: Tensor) -> None:
         """Every replica's loss into ``_losses`` and its gradient into its row of ``grad``."""
@@ -226,7 +224,7 @@ class Stepper:
         given = epoch.tensors()
         if not self._epoch:
             self._epoch = [torch.empty_like(t, device=self.device) for t in given]
-            self._has = (epoch.draws.flip is not None, epoch.draws.top is not None)
+            self._has = tuple(t is not None for t in epoch.draws.tensors())
         for mine, new in zip(self._epoch, given, strict=True):
             if self.device.type == "cuda":
                 # Torch's pinned memory is not given to others before the copy out of it is done.

@@ -56,7 +56,12 @@ def coefficients(recipe: Recipe, first: int, stop: int, taken: Sequence[int]) ->
 
 @torch.no_grad()
 def update(
-    recipe: Recipe, theta: Tensor, grad: Tensor, state: Mapping[str, Tensor], row: Tensor
+    recipe: Recipe,
+    theta: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    row: Tensor,
+    decayed: Tensor | None = None,
 ) -> None:
     """One step of all replicas, in place; ``grad`` is used up.
 
@@ -64,13 +69,15 @@ def update(
         theta, grad: (M, P) weights and their gradients.
         state: :func:`slots` -> (M, P), zeros for a fresh optimiser.
         row: (K, R), this step's of :func:`coefficients`, on the device.
+        decayed: (P,) boolean, the weights that decay; None: all.
     """
     decay = recipe.weight_decay
     if recipe.optimizer == "adamw":
         if decay:
-            theta.mul_(row[2, :, None])
+            shrunk = row[2, :, None]
+            theta.mul_(shrunk if decayed is None else torch.where(decayed, shrunk, 1.0))
     elif decay:
-        grad.add_(theta, alpha=decay)
+        grad.add_(theta if decayed is None else theta * decayed, alpha=decay)
     if recipe.optimizer == "sgd":
         direction = grad
         if recipe.momentum:
