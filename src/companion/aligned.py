@@ -28,8 +28,18 @@ from companion.connectivity import Barrier, Curve, Measure, Walker, barrier
 from companion.connectivity.paths import plain
 from companion.data import Dataset
 from companion.errors import BadParameter, CorruptEntry, one_of
-from companion.matchers import METHODS, Method, key_of, match, spec_of, weights_of
-from companion.pairs import Evaluation, Pair
+from companion.matchers import (
+    METHODS,
+    STREAMS,
+    Method,
+    Placed,
+    key_of,
+    match,
+    place,
+    spec_of,
+    weights_of,
+)
+from companion.pairs import Evaluation, Pair, normal_error
 from companion.pool import run_all
 from companion.rebasin.calibration import calibrated_curve
 from companion.rebasin.repair import repair
@@ -40,8 +50,10 @@ from companion.training import Job, Recipe, Run, build, train
 __all__ = [
     "EXTRAS",
     "METHODS",
+    "STREAMS",
     "Aligned",
     "Method",
+    "Placed",
     "align",
     "clusters",
     "independent",
@@ -49,6 +61,8 @@ __all__ = [
     "match",
     "pairs_of",
     "permuted",
+    "place",
+    "placed",
     "spec_of",
 ]
 
@@ -67,8 +81,10 @@ class Aligned:
     Arguments:
         pair, method: which.
         barrier: of the line from A to pi(B), with its gates.
-        distances: Euclidean, of the parameters: ``before`` (A to B), ``after`` (A to pi(B)).
-        matching: :meth:`companion.rebasin.Matching.summary`; empty for ``naive``.
+        distances: Euclidean, of the parameters: ``before`` (A to B), ``after`` (A to pi(B)); where
+            the method folds LayerNorm, both are of the folded networks.
+        matching: :meth:`companion.rebasin.Matching.summary`, or that of a
+            :class:`companion.rebasin.rotation.Rotation`; empty for ``naive``.
         calibrated: the line with a temperature fitted at every point, if it was asked for; fitted
             on the test images it is read on, so at most what a temperature can repair.
         repaired: split -> the midpoint after REPAIR, if it was asked for.
@@ -152,12 +168,13 @@ class Task:
 def _measure(task: Task) -> dict[str, Any]:
     data, method = task.dataset(), task.method
     module = build(task.pair.a, data, torch.device(task.device))
-    names = layout(module).parameters
+    a: Theta
     a, b = (
         weights_of(r, task.pair.at, task.store, task.device) for r in (task.pair.a, task.pair.b)
     )
-    found = None if method.name == "naive" else match(method, module, a, b, data)
-    moved = dict(b) if found is None else found.apply(module, b)
+    here = place(method, module, a, b, data)
+    module, a, moved = here.module, here.a, here.b
+    names = layout(module).parameters
     splits = task.evaluation.splits(data)
     line = barrier(
         module,
@@ -172,8 +189,11 @@ def _measure(task: Task) -> dict[str, Any]:
     )
     out: dict[str, Any] = {
         "barrier": line.to_json(),
-        "distances": {"before": distance(a, b, names), "after": distance(a, moved, names)},
-        "matching": found.summary() if found else {},
+        "distances": {
+            "before": distance(a, here.before, names),
+            "after": distance(a, moved, names),
+        },
+        "matching": here.summary,
     }
     if "temperature" in task.extras:
         out["calibrated"] = _calibrated(module, a, moved, data, task.evaluation).to_json()
@@ -295,11 +315,8 @@ def align(
     ]
     raw = run_tasks(tasks, [r for p in pairs for r in jobs_of(p)], workers, label)
     lines = [Barrier.from_json(r["barrier"]) for r in raw]
-    ends = sorted(e for line in lines for e in line.errors)
-    if reference_error is None and ends:
-        # As in companion.pairs: if most runs are dead, so is their median.
-        guessing = 100 * (1 - 1 / lines[0].classes)
-        reference_error = min(ends[len(ends) // 2], guessing / 2 / 1.5)
+    if reference_error is None:
+        reference_error = normal_error(lines)
     out: dict[str, list[Aligned]] = {m.name: [] for m in chosen}
     for task, line, r in zip(tasks, lines, raw, strict=True):
         out[task.method.name].append(
@@ -354,12 +371,15 @@ def run_tasks(
     return run_all(stored, tasks, workers=workers, device=device, label=label)
 
 
-def permuted(found: Aligned, *, store: Store | None = None, device: str = "cpu") -> Theta:
-    """pi(B) of a measured pair, matched again with the same outcome; B itself for ``naive``."""
+def placed(found: Aligned, *, store: Store | None = None, device: str = "cpu") -> Placed:
+    """The networks of a measured pair where they were measured, matched again, the same outcome."""
     store, where = store or Store(), str(datasets.resolve_device(device))
     data = datasets.load(found.pair.a.recipe.data, where)
     module = build(found.pair.a, data, torch.device(where))
     a, b = (weights_of(r, found.pair.at, store, where) for r in (found.pair.a, found.pair.b))
-    if found.method.name == "naive":
-        return b
-    return match(found.method, module, a, b, data).apply(module, b)
+    return place(found.method, module, a, b, data)
+
+
+def permuted(found: Aligned, *, store: Store | None = None, device: str = "cpu") -> Theta:
+    """pi(B) of a measured pair (see :func:`placed`); B itself for ``naive``."""
+    return placed(found, store=store, device=device).b

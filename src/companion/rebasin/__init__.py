@@ -6,39 +6,54 @@
 
 ``spec.py`` the value · ``trace.py``, ``axes.py``, ``rules*.py``, ``derive.py``, ``resolve.py``,
 ``proof.py`` from a network to its spec · ``assignment.py``, ``weights.py``, ``activations.py``,
-``ste.py``, ``merge.py`` matching · ``repair.py``, ``calibration.py`` what to do afterwards.
+``ste.py``, ``merge.py`` matching · ``folding.py``, ``rotation.py``, ``rotating.py`` the residual
+stream of a GPT, rotated · ``repair.py``, ``calibration.py`` what to do afterwards.
 
 Source: Ainsworth et al. 2023, and Jordan et al. 2023 for REPAIR; our chapter 2.
 """
 
 from companion.rebasin.activations import activation_matching
 from companion.rebasin.derive import derive
+from companion.rebasin.folding import Folding, fold, function_gap, stream_of
 from companion.rebasin.matching import Matching, bound
 from companion.rebasin.merge import Merged, merge_many
 from companion.rebasin.proof import Unproven, check_equal
 from companion.rebasin.repair import Repaired, repair, reset_batchnorm
+from companion.rebasin.rotating import activation_rotation, rotation_matching
+from companion.rebasin.rotation import Rotation, procrustes, random_rotation, rotate, transform
 from companion.rebasin.spec import Group, Permutations, Spec, chain
 from companion.rebasin.ste import straight_through
 from companion.rebasin.weights import greedy, objective, weight_matching
 
 __all__ = [
+    "Folding",
     "Group",
     "Matching",
     "Merged",
     "Permutations",
     "Repaired",
+    "Rotation",
     "Spec",
     "Unproven",
     "activation_matching",
+    "activation_rotation",
     "bound",
     "chain",
     "check_equal",
     "derive",
+    "fold",
+    "function_gap",
     "greedy",
     "merge_many",
     "objective",
+    "procrustes",
+    "random_rotation",
     "repair",
     "reset_batchnorm",
+    "rotate",
+    "rotation_matching",
     "straight_through",
+    "stream_of",
+    "transform",
     "weight_matching",
 ]

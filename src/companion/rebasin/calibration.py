@@ -160,18 +160,19 @@ class _Collector:
     def __call__(
         self, outputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        if outputs.ndim != 2:
+        if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
             raise BadParameter(
-                f"calibration needs logits (N, K), the network puts out {tuple(outputs.shape)}."
+                "calibration needs logits (N, K), or of a text (N, L, K); the network puts out "
+                f"{tuple(outputs.shape)}."
             )
-        self.rows.append(outputs)
+        self.rows.append(outputs.flatten(0, -2))
         return classification(outputs, targets)
 
     def take(self, splits: Mapping[str, Split]) -> dict[str, torch.Tensor]:
         """The logits of each split, float64, which came in the order of ``splits``."""
         whole = torch.cat(self.rows).double()
         self.rows.clear()
-        return dict(zip(splits, whole.split([len(s) for s in splits.values()]), strict=True))
+        return dict(zip(splits, whole.split([s.y.numel() for s in splits.values()]), strict=True))
 
 
 def calibrated_curve(
@@ -187,6 +188,9 @@ def calibrated_curve(
     temperature_at: float | None = None,
 ) -> CalibratedCurve:
     """Loss and error from network A to network B, the temperature fitted anew at each point.
+
+    Of a text, every position is a prediction. All logits of a point are held in float64 at a time
+    (tokens × vocabulary × 8 bytes): give parts of a text, such as ``split.head(100)``.
 
     Arguments:
         module: the architecture; a, b: state dicts of it, B permuted or not.
@@ -220,6 +224,7 @@ def calibrated_curve(
     check(walker.module, b, "B")
     ends = [{k: v.to(walker.device) for k, v in t.items()} for t in (a, b)]
     walker.load(ends[0])
+    labels = {name: split.y.flatten() for name, split in splits.items()}
     measured, losses, found = [], [], []
     for row in steps:
         deadline.check()
@@ -227,9 +232,9 @@ def calibrated_curve(
         measured.append(walker.here())
         z = logits.take(splits)
         fine = all(bool(torch.isfinite(v).all()) for v in z.values())
-        t = temperature_at or (temperature(z[where], fit.y) if fine else math.nan)
+        t = temperature_at or (temperature(z[where], labels[where]) if fine else math.nan)
         found.append(t)
-        losses.append({n: nll(z[n], splits[n].y, t) if fine else math.inf for n in evaluate})
+        losses.append({n: nll(z[n], labels[n], t) if fine else math.inf for n in evaluate})
 
     def curve(loss: Mapping[str, tuple[float, ...]]) -> Curve:
         errors = {n: tuple(m[n].error for m in measured) for n in evaluate}

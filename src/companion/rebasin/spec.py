@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from companion.errors import BadParameter
+from companion.errors import BadParameter, one_of
 from companion.theta import Theta
 
 Factor = str | int
@@ -144,6 +144,33 @@ class Spec:
             if group.within is not None:
                 inner[group.within].append(name)
         return tuple((outer, *names) for outer, names in inner.items())
+
+    def hold(self, *names: str) -> Spec:
+        """The same spec with the units of these groups, and of groups within them, left in place.
+
+        Such as the residual stream, to match nothing but heads and units of the layers between.
+
+        Raises:
+            BadParameter: no such group.
+        """
+        for name in names:
+            one_of("group", name, self.groups)
+        out = {n for n, g in self.groups.items() if n in names or g.within in names}
+
+        def still(block: Block) -> Block:
+            return tuple(self.groups[f].size if f in out else f for f in block)
+
+        axes = {t: tuple(tuple(map(still, x)) for x in xs) for t, xs in self.axes.items()}
+        asked = {f"{u.tensor}[{u.dim}]": "held on request" for g in out for u in self.uses[g]}
+        return replace(
+            self,
+            groups={n: g for n, g in self.groups.items() if n not in out},
+            axes={t: xs for t, xs in axes.items() if any(map(self.moves, xs))},
+            sites={
+                n: replace(s, block=still(s.block)) for n, s in self.sites.items() if n not in out
+            },
+            held={**self.held, **asked},
+        )
 
     def length(self, block: Block) -> int:
         """Positions of a block."""

@@ -33,10 +33,15 @@ from companion.rebasin.spec import Permutations, Spec
 from companion.rebasin.trace import private
 from companion.rebasin.weights import objective, weight_matching
 from companion.seeds import Key
-from companion.theta import Theta, affine, check, layout
+from companion.theta import Theta, affine, check, layout, without_aliases
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> mean loss, a number with a gradient."""
+
+
+def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats: of (N, K) and (N,), or over all positions of (N, L, K)."""
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,16 @@ class Midpoint:
         middle = affine((self.a, b), (0.5, 0.5), self.names)
         return {n: x.to(own[n].dtype) for n, x in middle.items()}
 
+    def _outputs(self, theta: Theta, x: Tensor) -> Tensor:
+        out: Tensor = functional_call(self.module, without_aliases(theta, self.ties), (x,))
+        return out
+
     def gradient(self, b: Theta, x: Tensor, y: Tensor, names: list[str]) -> tuple[Tensor, Theta]:
         """Loss of one batch, and its gradient at the midpoint with respect to ``names``."""
         theta = self.weights(b)
         with torch.enable_grad():
             leaves = {n: theta[n].requires_grad_() for n in names}
-            loss = self.score(functional_call(self.module, {**theta, **leaves}, (x,)), y)
+            loss = self.score(self._outputs({**theta, **leaves}, x), y)
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         found = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
         return loss.detach(), found
@@ -90,7 +99,7 @@ class Midpoint:
         theta = self.weights(b)
         total = torch.zeros((), device=batches[0][0].device)
         for x, y in batches:
-            total += self.score(functional_call(self.module, theta, (x,)), y) * len(x)
+            total += self.score(self._outputs(theta, x), y) * len(x)
         mean = float(total) / sum(len(x) for x, _ in batches)
         return mean if math.isfinite(mean) else math.inf
 
@@ -110,7 +119,7 @@ def straight_through(
     judge_every: int = 10,
     key: Key = Key("ste"),  # noqa: B008 - an immutable value
     max_passes: int = 100,
-    score: Score = F.cross_entropy,
+    score: Score = mean_loss,
 ) -> Matching:
     """Algorithm 2: search the permutation with the lowest loss half-way between A and B.
 
