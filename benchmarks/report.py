@@ -185,11 +185,55 @@ def layers(found: dict[str, Any]) -> str:
     )
 
 
+def features(found: dict[str, Any]) -> str:
+    """Seconds for the features of a pair, streamed and stored; then the memory of a large one."""
+    body = []
+    for case in found["cases"]:
+        seconds = [statistics.median(c["seconds"]) for c in case["contenders"]]
+        body.append(
+            [
+                f"`{case['net']}` on {case['data']} ({case['images']:,} images)",
+                *(f"{s:.2f}" for s in seconds),
+                *(times(r) for r in case["ratios"].values()),
+                f"{case['largest_difference']:.0e}",
+            ]
+        )
+    header = ["", "ours, s", "stored, s", "stored for each alpha, s", "stored, float32, s"]
+    header += ["against stored", "against each alpha", "against float32", "largest difference"]
+    memory = [
+        [
+            f"`{case['net']}` on {case['data']} ({case['images']:,} images)",
+            f"{case['networks']}",
+            f"{case['layers']}",
+            f"{case['peak_bytes'] / 1e9:.2f} GB",
+            f"{case['numbers_per_image']:,}",
+            f"{case['stored_bytes'] / 1e9:.1f} GB",
+            f"{case['seconds']:,.0f}",
+        ]
+        for case in found["memory"]
+    ]
+    columns = ["", "networks", "layers", "our peak", "numbers an image", "stored", "ours, s"]
+    settings = found["settings"]
+    threads = settings["threads"]
+    parts = [rows(header, body)] if body else []
+    parts += [rows(columns, memory)] if memory else []
+    return "\n\n".join(
+        [
+            *parts,
+            f"{len(settings['alphas'])} networks between A and B. {threads} thread"
+            f"{'s' * (threads > 1)}, {settings['batch']} images a batch for all in the first "
+            "table. Differences are those of the float64 opponents; above 1 they are relative.",
+            where(found, settings["repeats"]),
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pool": pool,
     "barrier": barrier,
     "rebasin": rebasin,
     "layers": layers,
+    "features": features,
 }
 
 

@@ -118,6 +118,11 @@ def results(tmp_path_factory) -> Path:
         *("layers.py", "--repeats", "1", "--data", "digits", "--images", "20", "--threads", "1"),
         *("--patience", "0", "--json", folder / "layers.json"),
     )
+    script(
+        *("features.py", "--repeats", "1", "--data", "digits", "--images", "40"),
+        *("--memory", "digits", "--memory-images", "20", "--large", "vgg11:width=4"),
+        *("--threads", "1", "--patience", "0", "--json", folder / "features.json"),
+    )
     return folder
 
 
@@ -212,6 +217,23 @@ def test_layers(results):
     for case in found["cases"]:
         assert case["largest_difference"] < 1e-6
         check_contenders(case["contenders"], case["ratios"], 1)
+    check_machine(found["machine"])
+
+
+def test_features(results):
+    found = json.loads((results / "features.json").read_text())
+    assert found["benchmark"] == "features"
+    (case,) = found["cases"]
+    assert case["images"] == 40 and case["net"] == "mlp"
+    assert 0 <= case["largest_difference"] < 1e-9  # float64, and the same batches
+    assert case["largest_difference_float32"] < 1e-4
+    check_contenders(case["contenders"], case["ratios"], 1)
+    (memory,) = found["memory"]
+    sizes = (4 * 64, 8 * 16, *[16 * 4] * 2, *[32] * 4)  # of an 8x8 image's feature maps
+    assert memory["numbers_per_image"] == 2 * sum(sizes) + 10
+    assert memory["stored_bytes"] == 3 * 4 * 20 * memory["numbers_per_image"]
+    assert memory["networks"] == 5 and memory["layers"] == 3 * 8 + 1
+    assert 5e7 < memory["peak_bytes"] < 3e9
     check_machine(found["machine"])
 
 

@@ -3,6 +3,7 @@
     companion data | models | runs       what there is
     companion barrier                    is the line between two checkpoints low?
     companion layers                     which layers make the barrier?
+    companion features                   are the features of two checkpoints linearly connected?
     companion instability                from which step on do two copies stay connected?
     companion rebasin                    put the units of one network into the order of another's
     companion record                     a chapter's results on a larger machine, as a file
@@ -22,7 +23,17 @@ import typer
 from typer.core import TyperGroup
 
 from companion import __version__
-from companion.cli import barrier, data, instability, layers, models, rebasin, record, runs
+from companion.cli import (
+    barrier,
+    data,
+    features,
+    instability,
+    layers,
+    models,
+    rebasin,
+    record,
+    runs,
+)
 from companion.cli.console import error, warning
 from companion.errors import (
     BadParameter,
@@ -70,6 +81,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
 app.command("barrier", epilog=barrier.EXAMPLE)(barrier.command)
 app.command("layers", epilog=layers.EXAMPLE)(layers.command)
+app.command("features", epilog=features.EXAMPLE)(features.command)
 app.command("instability", epilog=instability.EXAMPLE)(instability.command)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.command)
 app.command("record", epilog=record.EXAMPLE)(record.command)

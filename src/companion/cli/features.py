@@ -1,0 +1,285 @@
+"""``companion features``: are the features of two checkpoints linearly connected?"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from companion.cli.barrier import named, number
+from companion.cli.console import note, output, say, table, write_json
+from companion.cli.models import reachable
+from companion.errors import BadParameter, one_of
+
+if TYPE_CHECKING:
+    from companion.features import Features
+    from companion.features.condition_values import Additivity, Commutativity
+    from companion.features.stitching import Stitching
+    from companion.gates import Gate
+
+EXAMPLE = (
+    "Example: companion features a.safetensors b.safetensors --model resnet20 --data cifar10 "
+    "--layers 'stage?.*' --stitch --json features.json"
+)
+BN = ("both", "interpolate", "reestimate")
+
+
+def command(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other network, likewise.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The architecture: a name of `companion models list`, or package.module:factory. "
+            "For runs of the store it is known."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A dataset of `companion data list`. For runs of the store it is known."),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Look at these layers: a module's name, the beginning of names, or a pattern such "
+            "as '*.relu*'; may be given several times (default: outputs of convolutions, linear "
+            "layers, norms, activations and blocks)."
+        ),
+    ] = None,
+    alphas: Annotated[
+        str, typer.Option(help="Weights of B, comma-separated, from 0 (A) to 1 (B).")
+    ] = "0.25,0.5,0.75",
+    bn: Annotated[
+        str,
+        typer.Option(
+            help="What BatchNorm does: interpolate (its statistics, like weights), reestimate "
+            "(them, on training images) or both in turn."
+        ),
+    ] = "both",
+    examples: Annotated[
+        int | None, typer.Option(help="Measure on this many test images instead of all.")
+    ] = None,
+    per: Annotated[
+        str,
+        typer.Option(
+            help="sample: one feature an input, flattened; position: one a token, for token "
+            "networks."
+        ),
+    ] = "sample",
+    stitch: Annotated[
+        bool,
+        typer.Option("--stitch", help="Also replace B's output at each layer by A's: test error."),
+    ] = False,
+    conditions: Annotated[
+        bool,
+        typer.Option(
+            "--conditions",
+            help="Also measure weak additivity of every ReLU and commutativity of every layer.",
+        ),
+    ] = False,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate G0: the largest test error, in percent, of a network that counts as trained "
+            "(default: half the error of guessing)."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+) -> None:
+    """Compare the features of two checkpoints with those of the networks between them.
+
+    For each layer: 1 - cos of the feature of the network (1 - α) A + α B and the interpolated
+    feature (1 - α) f(A) + α f(B), beside 1 - cos of f(A) and f(B), means over test images; their
+    ratio; and the coefficient c (Zhou et al. 2023, Definition 2). Then the error of those networks
+    and of the mixed outputs, which is at most the sum of the two networks' errors (Lemma 1).
+    """
+    output(json, "--json")
+    one_of("--bn", bn, BN)
+    rates = _alphas(alphas)
+    if examples is not None and examples < 1:
+        raise BadParameter(f"--examples: {examples} must be 1 or more.")
+
+    from companion import data as datasets
+    from companion import gates, models
+    from companion.cli.checkpoints import fit, read
+    from companion.connectivity import has_batchnorm
+    from companion.features import features
+    from companion.theta import layout
+
+    checkpoints = (read(a), read(b))
+    net = named("--model", model, checkpoints, "net")
+    name = named("--data", data, checkpoints, "data")
+    dataset = datasets.load(name, device)
+    module = models.build(reachable(net), dataset.in_shape, dataset.classes)
+    ends = [fit(module, end, label) for label, end in zip("AB", checkpoints, strict=True)]
+    for label, end in zip("AB", ends, strict=True):
+        for text in end.notes:
+            note(f"{label} ({end.source}): {text}")
+    theta_a, theta_b = (end.theta for end in ends)
+    test = dataset.test.head(examples or len(dataset.test))
+    say(f"A = {a}")
+    say(f"B = {b}")
+    say(f"{models.canonical(net)} on {dataset.label}: test ({len(test):,} images)")
+    modes = BN[1:] if bn == "both" and has_batchnorm(module) else (bn,)
+    found: dict[str, Features] = {}
+    for mode in modes:
+        one = features(
+            module,
+            theta_a,
+            theta_b,
+            test,
+            layers=layers or None,
+            alphas=rates,
+            bn=mode if mode in BN[1:] else "interpolate",
+            bn_data=dataset.train,
+            per=per,
+        )
+        found[one.bn] = one
+    errors = next(iter(found.values())).errors
+    checks = (
+        gates.quality([errors["a"], errors["b"]], dataset.classes, max_error=max_error),
+        gates.distinct(theta_a, theta_b, layout(module).parameters),
+    )
+    for check in checks:
+        say(f"  {check}")
+    for one in found.values():
+        _show(one)
+    more: dict[str, Any] = {}
+    if conditions:
+        from companion.features import commutativity, weak_additivity
+
+        additive = weak_additivity(module, theta_a, theta_b, test, alphas=rates)
+        commuting = commutativity(module, theta_a, theta_b, test)
+        _show_conditions(additive, commuting)
+        more["conditions"] = {
+            "weak_additivity": additive.to_json(),
+            "commutativity": commuting.to_json(),
+        }
+    if stitch:
+        from companion.features import stitch as stitched
+
+        sewn = stitched(module, theta_a, theta_b, test, layers=layers or None)
+        _show_stitching(sewn)
+        more["stitching"] = sewn.to_json()
+    valid = _valid(checks)
+    write_json(
+        json,
+        {
+            "command": "features",
+            "a": {"source": a, "sha256": ends[0].sha256, "notes": ends[0].notes},
+            "b": {"source": b, "sha256": ends[1].sha256, "notes": ends[1].notes},
+            "model": models.canonical(net),
+            "data": {"name": name, "label": dataset.label, "fingerprint": dataset.fingerprint},
+            "settings": {"layers": layers or None, "examples": len(test), "per": per},
+            "gates": [str(check) for check in checks],
+            "valid": valid,
+            "features": {mode: one.to_json() for mode, one in found.items()},
+            **more,
+        },
+    )
+
+
+def _alphas(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise BadParameter(
+            f"--alphas: {text!r} must be numbers from 0 to 1, comma-separated, such as 0.25,0.5."
+        ) from None
+
+
+def _valid(checks: tuple[Gate, ...]) -> bool:
+    """Whether the gates passed; if not, say what the tables are not."""
+    failed = [check.name for check in checks if check.passed is False]
+    if failed:
+        say()
+        say(f"INVALID as a statement about two trained networks: {', '.join(failed)} failed")
+    return not failed
+
+
+def small(value: float) -> str:
+    """A number from 0 to 2, or a distance: four decimals, or a power of ten below them."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def _alpha(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _show(found: Features) -> None:
+    """A table of layers, and the errors that Lemma 1 is about."""
+    middle = min(found.alphas, key=lambda t: abs(t - 0.5))
+    columns = ["", ">1−cos(A, B)", *(f">at α={_alpha(t)}" for t in found.alphas)]
+    columns += [f">ratio at {_alpha(middle)}", f">c at {_alpha(middle)}", ">undefined"]
+    rows = []
+    for layer in found.layers:
+        spreads = (layer.baseline, *(layer.gap[t] for t in found.alphas))
+        c = layer.c[middle].median
+        rows.append(
+            [
+                layer.name,
+                *(f"{small(s.mean)} ± {small(s.std)}" for s in spreads),
+                small(layer.ratio(middle)),
+                "–" if math.isnan(c) else f"{c:.3f}",
+                str(max(s.undefined for s in spreads) or ""),
+            ]
+        )
+    mode = "" if found.bn == "none" else f", BatchNorm {found.bn}"
+    what = "tokens" if found.per == "position" else "images"
+    say()
+    title = f"features: mean ± standard deviation over {found.n:,} {what}, median of c{mode}"
+    table(columns, rows, title=title)
+    say()
+    ends = " + ".join(f"{number(found.errors[e], 'error')}" for e in "ab")
+    rows = [
+        [
+            _alpha(t),
+            number(found.path[t], "error"),
+            number(found.mixture[t], "error"),
+            number(found.bound, "error"),
+            number(found.path_loss[t], "loss"),
+            number(found.mixture_loss[t], "loss"),
+        ]
+        for t in found.alphas
+    ]
+    columns = [">α", ">network (%)", ">mixed outputs (%)", ">bound (%)"]
+    columns += [">network (nats)", ">mixed outputs (nats)"]
+    table(columns, rows, title=f"test error and loss; Lemma 1's bound: {ends}{mode}")
+
+
+def _show_conditions(additive: Additivity, commuting: Commutativity) -> None:
+    middle = min(additive.alphas, key=lambda t: abs(t - 0.5))
+    rows = [
+        [
+            relu.name,
+            f"{small(relu.distance[middle].mean)} ± {small(relu.distance[middle].std)}",
+            small(relu.distance[middle].median),
+            small(relu.whole[middle]),
+            f"{relu.opposite:.2f}",
+        ]
+        for relu in additive.layers
+    ]
+    say()
+    columns = ["", ">mean", ">median", ">whole set", ">opposite signs (%)"]
+    table(columns, rows, title=f"weak additivity: Dist_σ at α={_alpha(middle)}")
+    rows = [
+        [x.name, *(small(v) for v in (x.com, x.weights, x.inputs, x.ratio))]
+        for x in commuting.layers
+    ]
+    say()
+    columns = ["", ">Dist_com", ">Dist_W", ">Dist_H", ">com / smaller of W, H"]
+    table(columns, rows, title="commutativity")
+
+
+def _show_stitching(found: Stitching) -> None:
+    rows = [[r.name, number(r.error, "error"), number(r.loss, "loss")] for r in found.select()]
+    say()
+    columns = ["", ">test error (%)", ">test loss (nats)"]
+    table(columns, rows, title="stitching: B with its output at one layer replaced by A's")

@@ -1,0 +1,388 @@
+"""One pass over the data: A, B and the networks between them, and how their features compare.
+
+For each batch the features of A and B are held, and those of an interpolated network are compared
+with them as they appear and dropped. What is kept is three inner products a sample for the pair and
+three for each alpha, in float64: every cosine and coefficient follows from those, since the
+interpolated feature is a combination of F_A and F_B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+
+from companion import deadline
+from companion.connectivity import Score, Walker, classification, has_batchnorm
+from companion.data import Split
+from companion.errors import BadParameter, one_of
+from companion.features.passes import batch_size, checked
+from companion.features.taps import Examples, Site, Taps, sites
+from companion.features.values import Features, LayerFeatures, Stat
+from companion.theta import Theta, affine
+
+MODES = ("interpolate", "reestimate")
+"""What BatchNorm does, at the ends too: use the running statistics, interpolated like weights; or
+statistics estimated again at that point (:data:`companion.connectivity.BN_MODES`). Statistics of
+evaluation batches are no option: a feature would depend on its neighbours."""
+
+PER = ("sample", "position")
+
+_CHUNK = {"cpu": 1 << 17}
+"""Numbers of each network that are in float64 at a time: little, so that they stay in the cache."""
+_ROOM = 1 << 27
+"""Bytes that the features of A and B may take on a CPU."""
+
+_PAIR = ((0, 0), (0, 1), (1, 1))
+_BETWEEN = ((2, 2), (2, 0), (2, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """What the inner products of one site say about each sample, float64, NaN where undefined.
+
+    Arguments:
+        baseline: 1 - cos(F_A, F_B), shape (samples,).
+        gap, c, twin: see :class:`companion.features.LayerFeatures`; shapes (alphas, samples).
+    """
+
+    baseline: torch.Tensor
+    gap: torch.Tensor
+    c: torch.Tensor
+    twin: torch.Tensor
+
+    @classmethod
+    def of(cls, products: torch.Tensor, alphas: Sequence[float]) -> Compared:
+        """From inner products (3 + 3 alphas, samples), float64.
+
+        Rows: <A,A>, <A,B>, <B,B>; then for each alpha <F,F>, <F,A>, <F,B> of that network's F.
+        """
+        (aa, ab, bb), between = products[:3], products[3:].unflatten(0, (-1, 3))
+        gaps, cs, twins = [], [], []
+        for alpha, (ff, fa, fb) in zip(alphas, between, strict=True):
+            # lerp is exact where its ends are equal, so A = B gives 0 and not rounding errors.
+            fi = torch.lerp(fa, fb, alpha)
+            ii = torch.lerp(torch.lerp(aa, ab, alpha), torch.lerp(ab, bb, alpha), alpha)
+            good = (ff > 0) & (ii > 0)
+            gaps.append(_undefined(1 - fi / (ff * ii).sqrt(), good).clamp(0, 2))
+            cs.append(_undefined(fi / ff, good))
+            twins.append(_undefined(fi / ii, good))
+        baseline = _undefined(1 - ab / (aa * bb).sqrt(), (aa > 0) & (bb > 0)).clamp(0, 2)
+        return cls(baseline, torch.stack(gaps), torch.stack(cs), torch.stack(twins))
+
+
+def _undefined(values: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+    return torch.where(good, values, torch.nan)
+
+
+class Products:
+    """Inner products of rows in float64, through buffers that are reused.
+
+    No float64 copy of a whole feature map is made: it would take longer to write than to use.
+    """
+
+    def __init__(self, device: torch.device):
+        self._size = _CHUNK.get(device.type, 1 << 24)
+        self._buffers = torch.empty(3, self._size, dtype=torch.float64, device=device)
+        self._product = torch.empty(self._size, dtype=torch.float64, device=device)
+
+    def add(
+        self,
+        out: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        pairs: Sequence[tuple[int, int]],
+    ) -> None:
+        """Write ``sum(tensors[i] * tensors[j])`` of each row, for (i, j) in ``pairs``.
+
+        Arguments:
+            out: (pairs, rows) float64; tensors: up to three of shape (rows, …), equal shapes.
+        """
+        rows = len(tensors[0])
+        size = tensors[0][:1].numel()
+        step, width = max(1, self._size // size), min(size, self._size)
+        for start in range(0, rows, step):
+            parts = [t[start : start + step].flatten(1) for t in tensors]
+            count = len(parts[0])
+            total = out[:, start : start + count]
+            for column in range(0, size, width):
+                wide = [
+                    b[: count * min(width, size - column)].view(count, -1).copy_(p)
+                    for b, p in zip(
+                        self._buffers,
+                        (p[:, column : column + width] for p in parts),
+                        strict=False,
+                    )
+                ]
+                product = self._product[: wide[0].numel()].view_as(wide[0])
+                for row, (i, j) in zip(total, pairs, strict=True):
+                    found = torch.mul(wide[i], wide[j], out=product).sum(1)
+                    row.copy_(found if column == 0 else row + found)
+
+
+class _Between(Walker):
+    """The walker, as the maker of networks on the segment."""
+
+    @torch.no_grad()
+    def network(self, a: Theta, b: Theta, alpha: float) -> Theta:
+        """``(1 - alpha) A + alpha B`` with its BatchNorm statistics settled; at the ends A or B."""
+        theta = dict(b if alpha == 1 else a)
+        if 0 < alpha < 1:
+            theta.update(affine((a, b), (1 - alpha, alpha), self.layout.floating))
+        if self.bn == "reestimate":
+            self.load(theta)
+            self._reestimate()
+            theta.update({n: self._entries[n].clone() for n in self.layout.buffers})
+        return theta
+
+
+def _alphas(alphas: Sequence[float]) -> tuple[float, ...]:
+    found = tuple(float(t) for t in alphas)
+    if not found or len(set(found)) < len(found) or not all(0 <= t <= 1 for t in found):
+        raise BadParameter(
+            f"alphas: {list(alphas)} must be one or more different numbers from 0 (A) to 1 (B)."
+        )
+    return found
+
+
+def _check_positions(x: torch.Tensor, at: Sequence[Site], per: str) -> None:
+    """Refuse ``per="position"`` where there are no positions. ``x``: the inputs."""
+    if per == "sample":
+        return
+    if x.ndim != 2 or x.is_floating_point():
+        raise BadParameter(
+            "per: 'position' is for token networks, with integer inputs (N, L); these have shape "
+            f"{tuple(x.shape)} and type {str(x.dtype).removeprefix('torch.')}. Use 'sample'."
+        )
+    for site in at:
+        if len(site.shape) < 2 or site.shape[0] != x.shape[1]:
+            raise BadParameter(
+                f"per: 'position' needs features (N, {x.shape[1]}, …), but {site.name} puts out "
+                f"(N, {', '.join(map(str, site.shape))}). Name other layers, or use 'sample'."
+            )
+
+
+def _vectors(x: torch.Tensor, per: str) -> torch.Tensor:
+    return x.flatten(0, 1) if per == "position" else x
+
+
+def _compare(
+    products: Products,
+    ends: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    bands: Mapping[str, torch.Tensor],
+    rows: slice,
+    per: str,
+    name: str,
+    feature: torch.Tensor,
+) -> None:
+    """A feature between A and B has appeared: its inner products with theirs."""
+    products.add(bands[name][rows], (*ends[name], _vectors(feature, per)), _BETWEEN)
+
+
+def _batch(batch: int | None, walker: Walker, at: Sequence[Site]) -> int:
+    """Inputs a forward pass: as many as the walker takes, if the features of A and B have room."""
+    if (chosen := batch_size(batch)) is not None:
+        return chosen
+    room = _ROOM
+    if walker.device.type == "cuda":
+        room = torch.cuda.get_device_properties(walker.device).total_memory // 4
+    item = max((p.element_size() for p in walker.module.parameters()), default=4)
+    each = 2 * item * sum(math.prod(s.shape) for s in at if not s.same)
+    return max(1, min(walker.batch, room // max(each, 1)))
+
+
+def _score(
+    score: Score, outputs: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    if outputs.shape[:-1] != y.shape:
+        raise BadParameter(
+            f"targets {tuple(y.shape)} do not fit outputs {tuple(outputs.shape)}: one class index "
+            "for each row of logits is needed, (N,) or, for tokens, (N, L)."
+        )
+    return score(outputs.flatten(0, -2), y.flatten())
+
+
+def features(
+    module: nn.Module,
+    a: Theta,
+    b: Theta,
+    split: Examples,
+    *,
+    layers: Sequence[str] | None = None,
+    alphas: Sequence[float] = (0.25, 0.5, 0.75),
+    bn: str = "interpolate",
+    bn_data: Examples | None = None,
+    batch: int | None = None,
+    per: str = "sample",
+    score: Score = classification,
+) -> Features:
+    """Compare the features of A, B and the networks ``(1 - alpha) A + alpha B``, at every layer.
+
+    Arguments:
+        module: the architecture; copied, never changed. a, b: state dicts of it.
+        split: inputs (N, …) and targets (N,), on the device to compute on; for token networks
+            integer inputs (N, L) and targets (N, L).
+        layers: see :func:`companion.features.sites`.
+        alphas: from 0 (A) to 1 (B). The paper writes alpha A + (1 - alpha) B.
+        bn: one of :data:`MODES`, for all networks; ignored without BatchNorm.
+        bn_data: inputs that ``reestimate`` averages over: training data, not augmented.
+        batch: inputs a forward pass (default: what suits the network and its feature maps).
+        per: ``sample``: one vector an input, flattened; ``position``: for token networks, one
+            vector a token.
+        score: how outputs (rows, classes) and targets (rows,) become loss and errors.
+
+    Raises:
+        BadParameter: see the arguments; or a state dict that does not fit.
+
+    Source: Zhou et al. 2023, Definition 2 and Figures 2 to 4; our chapter 3.
+    """
+    rates = _alphas(alphas)
+    one_of("bn", bn, MODES)
+    one_of("per", per, PER)
+    checked(module, {"A": a, "B": b}, split)
+    if bn == "reestimate" and bn_data is None and has_batchnorm(module):
+        raise BadParameter(
+            "bn: re-estimating BatchNorm's statistics needs bn_data=, training data that is not "
+            "augmented; or use bn='interpolate'."
+        )
+    data = {"test": cast(Split, split)}
+    walker = _Between(module, data, bn=bn, bn_data=cast(Split | None, bn_data), score=score)
+    at = sites(walker.module, split.x[:2], layers)
+    _check_positions(split.x, at, per)
+    size = _batch(batch, walker, at)
+    kinds = {k: v.dtype for k, v in walker.module.state_dict().items()}
+    own = walker.layout.floating + walker.layout.integers
+    a, b = ({k: t[k].to(walker.device, kinds[k]) for k in own} for t in (a, b))
+    networks = [walker.network(a, b, t) for t in (0.0, 1.0, *rates)]
+    with Taps(walker.module, [s for s in at if not s.same]) as taps:
+        tables, scores = _stream(taps, networks, split, size, rates, per, score)
+    return _collected(at, tables, rates, scores, per, walker.bn)
+
+
+@torch.inference_mode()
+def _stream(
+    taps: Taps,
+    networks: Sequence[Theta],
+    split: Examples,
+    size: int,
+    alphas: tuple[float, ...],
+    per: str,
+    score: Score,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The pass: A, B and the networks between them on every batch.
+
+    Returns:
+        site -> the inner products that :meth:`Compared.of` reads, (3 + 3 alphas, samples); and the
+        summed loss, errors and predictions of A, B, the networks between and the mixtures, (…, 3).
+    """
+    first, second, *between = networks
+    device = split.x.device
+    each = split.x.shape[1] if per == "position" else 1
+    shape = (3 + 3 * len(alphas), len(split) * each)
+    tables = {
+        s.name: torch.full(shape, torch.nan, dtype=torch.float64, device=device) for s in taps.sites
+    }
+    scores = torch.zeros(2 + 2 * len(alphas), 3, dtype=torch.float64, device=device)
+    products = Products(device)
+
+    start = 0
+    parts = -(-len(split) // size)
+    for x, y in zip(split.x.tensor_split(parts), split.y.tensor_split(parts), strict=True):
+        deadline.check()
+        (of_a, out_a), (of_b, out_b) = (taps.use(theta).run(x) for theta in (first, second))
+        ends = {name: (_vectors(of_a[name], per), _vectors(of_b[name], per)) for name in tables}
+        bands = {name: t[:, start : start + len(x) * each] for name, t in tables.items()}
+        start += len(x) * each
+        for name, pair in ends.items():
+            products.add(bands[name][:3], pair, _PAIR)
+        outputs = [out_a, out_b]
+        for number, theta in enumerate(between, start=1):
+            look = partial(_compare, products, ends, bands, slice(3 * number, 3 * number + 3), per)
+            outputs.append(taps.use(theta).run(x, look)[1])
+        # In float64 a mixture of logits keeps their order: Lemma 1 holds on counts.
+        outputs += [(1 - t) * out_a.double() + t * out_b.double() for t in alphas]
+        for row, output in zip(scores, outputs, strict=True):
+            loss, wrong, count = _score(score, output, y)
+            row += torch.stack((loss.double(), wrong.double(), torch.full_like(loss, count)))
+    return tables, scores
+
+
+def _collected(
+    at: Sequence[Site],
+    tables: Mapping[str, torch.Tensor],
+    alphas: tuple[float, ...],
+    scores: torch.Tensor,
+    per: str,
+    bn: str,
+) -> Features:
+    layers: dict[str, LayerFeatures] = {}
+    for site in at:
+        shape = site.shape[1:] if per == "position" else site.shape
+        if site.same:
+            one = layers[site.same]
+            stats = (one.baseline, one.gap, one.c, one.twin)
+        else:
+            found = Compared.of(tables[site.name], alphas)
+            gap, c, twin = (
+                {t: Stat.of(v) for t, v in zip(alphas, values, strict=True)}
+                for values in (found.gap, found.c, found.twin)
+            )
+            stats = (Stat.of(found.baseline), gap, c, twin)
+        layers[site.name] = LayerFeatures(site.name, site.kind, math.prod(shape), *stats)
+    rows = scores.tolist()
+    # A loss that overflowed is no number; as NaN, max() would quietly pass over it.
+    losses = [math.inf if math.isnan(loss) else loss / count for loss, _, count in rows]
+    errors = [100 * wrong / count for _, wrong, count in rows]
+    k = len(alphas)
+    path, mixture = slice(2, 2 + k), slice(2 + k, None)
+    return Features(
+        layers=tuple(layers.values()),
+        alphas=alphas,
+        n=next(iter(tables.values())).shape[1],
+        per=per,
+        bn=bn,
+        predictions=int(rows[0][2]),
+        errors=dict(zip("ab", errors, strict=False)),
+        losses=dict(zip("ab", losses, strict=False)),
+        path=dict(zip(alphas, errors[path], strict=True)),
+        path_loss=dict(zip(alphas, losses[path], strict=True)),
+        mixture=dict(zip(alphas, errors[mixture], strict=True)),
+        mixture_loss=dict(zip(alphas, losses[mixture], strict=True)),
+    )
+
+
+def both_modes(
+    module: nn.Module,
+    a: Theta,
+    b: Theta,
+    split: Examples,
+    *,
+    bn_data: Examples | None = None,
+    layers: Sequence[str] | None = None,
+    alphas: Sequence[float] = (0.25, 0.5, 0.75),
+    batch: int | None = None,
+    per: str = "sample",
+    score: Score = classification,
+) -> dict[str, Features]:
+    """:func:`features` under each BatchNorm mode, or under ``none`` where there is no BatchNorm."""
+    found = {}
+    for mode in MODES if has_batchnorm(module) else MODES[:1]:
+        one = features(
+            module,
+            a,
+            b,
+            split,
+            layers=layers,
+            alphas=alphas,
+            bn=mode,
+            bn_data=bn_data,
+            batch=batch,
+            per=per,
+            score=score,
+        )
+        found[one.bn] = one
+    return found
