@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from companion.cli.barrier import PICTURES, UNITS, named, number
+from companion.cli.barrier import PICTURES, UNITS, examples, named, number
 from companion.cli.console import note, output, say, table, write_json
 from companion.cli.models import reachable
 
@@ -81,16 +81,16 @@ def command(
         int, typer.Option(help="Points of each segment, odd; 1 is the middle alone.")
     ] = 3,
     train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training images instead of all.")
+        int | None, typer.Option(help="Measure on this many training examples instead of all.")
     ] = None,
     test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test images instead of all.")
+        int | None, typer.Option(help="Measure on this many test examples instead of all.")
     ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(
             help="Gate G0: the largest test error, in percent, of a network that counts as trained "
-            "(default: half the error of guessing)."
+            "(default: half the error of guessing; of text, that of always the commonest token)."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -110,7 +110,7 @@ def command(
 
     from companion import data as datasets
     from companion import models
-    from companion.cli.checkpoints import fit, read
+    from companion.cli.checkpoints import fit, read, vocabulary
     from companion.layerwise import Sweep, sweep
     from companion.pairs import Evaluation
 
@@ -130,14 +130,14 @@ def command(
     net = named("--model", model, checkpoints, "net")
     name = named("--data", data, checkpoints, "data")
     dataset = datasets.load(name, device)
-    module = models.build(reachable(net), dataset.in_shape, dataset.classes)
+    module = models.build(reachable(net), dataset.in_shape, vocabulary(dataset, checkpoints))
     first, second = (fit(module, end, label) for label, end in zip("AB", checkpoints, strict=True))
     for label, end in (("A", first), ("B", second)):
         for text in end.notes:
             note(f"{label} ({end.source}): {text}")
-    images = Evaluation(train_examples=train_examples, test_examples=test_examples)
-    splits = images.splits(dataset)
-    sizes = ", ".join(f"{split} ({len(s):,} images)" for split, s in splits.items())
+    parts = Evaluation(train_examples=train_examples, test_examples=test_examples)
+    splits = parts.splits(dataset)
+    sizes = ", ".join(f"{split} ({examples(s)})" for split, s in splits.items())
     say(f"A = {a}")
     say(f"B = {b}")
     say(f"{models.canonical(net)} on {dataset.label}: {sizes}")

@@ -21,13 +21,18 @@ from companion.theta import layout
 
 log = logging.getLogger("companion")
 
+NAMED = ("block", "part")
+
 Groups: TypeAlias = Mapping[str, tuple[str, ...]]
 """Label -> entries (parameters and floating-point buffers), in the order the layers compute."""
 
 By: TypeAlias = str | int | Sequence[str]
-"""``"module"``: every module with entries of its own is a group. A whole number d: modules whose
-names agree in the first d parts (1: ``stage1``, 2: ``stage1.0``). A list of prefixes: a group each;
-what no prefix fits is in no group."""
+"""``"module"``: every module with entries of its own is a group. ``"block"``: modules that share a
+numbered block are one (``h.0`` of a transformer, ``stage1.0`` of a ResNet). ``"part"``: within a
+block, modules that share its child are one (``h.0.attn``, ``h.0.mlp``), and all norms of the block
+another (``h.0.norms``). A whole number d: modules whose names agree in the first d parts (1:
+``stage1``, 2: ``stage1.0``). A list of prefixes: a group each; what no prefix fits is in no
+group."""
 
 
 def layer_groups(
@@ -51,7 +56,7 @@ def layer_groups(
     Source: Adilova et al. 2024, Section 3 (21 groups of the ResNet-18 without norms); chapter 4.
     """
     spec = layout(module)
-    groups = _grouped(spec.groups, by)
+    groups = _parts(module, spec.groups, by) if by in NAMED else _grouped(spec.groups, by)
     if example is None:
         return groups
     try:
@@ -63,6 +68,23 @@ def layer_groups(
     return dict(
         sorted(groups.items(), key=lambda item: min(used.get(name, last) for name in item[1]))
     )
+
+
+def _parts(module: nn.Module, layers: Groups, by: By) -> dict[str, tuple[str, ...]]:
+    """Groups by the first number in a layer's name; a layer without one is its own group."""
+    out: dict[str, list[str]] = {}
+    for layer, names in layers.items():
+        steps = layer.split(".")
+        number = next((i for i, step in enumerate(steps) if step.isdecimal()), len(steps))
+        block = ".".join(steps[: number + 1])
+        if by == "block" or len(steps) <= number + 1:
+            label = block
+        elif "norm" in type(module.get_submodule(layer)).__name__.lower():
+            label = f"{block}.norms"
+        else:
+            label = ".".join(steps[: number + 2])
+        out.setdefault(label, []).extend(names)
+    return {label: tuple(names) for label, names in out.items()}
 
 
 def _grouped(layers: Groups, by: By) -> dict[str, tuple[str, ...]]:
@@ -77,8 +99,8 @@ def _grouped(layers: Groups, by: By) -> dict[str, tuple[str, ...]]:
         return {label: tuple(names) for label, names in out.items()}
     if isinstance(by, str):
         raise BadParameter(
-            f"groups: {by!r} is not known. Allowed: 'module', a depth such as 1 or 2, or a list of "
-            "layers or beginnings of their names, such as ['stem', 'stage1']."
+            f"groups: {by!r} is not known. Allowed: 'module', 'block', 'part', a depth such as 1 "
+            "or 2, or a list of layers or beginnings of their names, such as ['stem', 'stage1']."
         )
     taken: dict[str, str] = {}
     for prefix in by:

@@ -267,12 +267,14 @@ def _full(
     plain = LayerWalker(module, {smallest: few}, batch=walker.batch)
     mixed, itself = plain.walk((a, a), [(2 / 3, 1 / 3), (1.0, 0.0)])
     names = walker.layout.parameters
+    guess = gates.guessing(splits[held_out])
     found = (
-        gates.quality(errors, classes, max_error=max_error),
+        gates.quality(errors, classes, max_error=max_error, guess=guess),
         gates.distinct(a, b, names, same_noise=same_noise),
         gates.symmetry(
             a, b, walker.layout.floating, abs(mixed[smallest].loss - itself[smallest].loss)
         ),
         gates.batchnorm("none", ["none"]),
     )
-    return Barrier({"none": rows[0].curve}, "none", found, distance(a, b, names), classes, errors)
+    curves = {"none": rows[0].curve}
+    return Barrier(curves, "none", found, distance(a, b, names), classes, errors, guess)
