@@ -298,8 +298,8 @@ BAD = {
         ["--in-shape and --classes: without --data both"],
     ),
     "a shape": (
-        f"{{a}} {{b}} --model {NET} --in-shape 64 --classes 10 -o {{o}}",
-        ["'64' is not channels,height,width"],
+        f"{{a}} {{b}} --model {NET} --in-shape 8,8 --classes 10 -o {{o}}",
+        ["'8,8' is not channels,height,width"],
     ),
     "data and shape": (f"{{a}} {{b}} {GOOD} --data digits", ["leave them out"]),
     "no model": (f"{{a}} {{b}} {SHAPE} -o {{o}}", ["--model"]),

@@ -32,7 +32,7 @@ from companion.errors import BadParameter, CorruptEntry
 from companion.pool import run_all
 from companion.runs import Entry, Store
 from companion.seeds import Key
-from companion.theta import Layout, affine, layout, snapshot
+from companion.theta import Layout, affine, layout, snapshot, with_aliases
 from companion.training import Recipe, Run, State, advance, build, check_fit
 
 log = logging.getLogger("companion")
@@ -195,8 +195,13 @@ def client_data(federation: Federation, data: Dataset, seed: int) -> list[Datase
     drawn again, as the split's own code does.
 
     Raises:
-        BadParameter: no such split was found in 1,000 draws.
+        BadParameter: a text; or no such split was found in 1,000 draws.
     """
+    if data.kind != "images":
+        raise BadParameter(
+            f"data: {data.name} is a text, and a federation shares out labelled images by their "
+            "classes. Take a dataset of images, such as digits."
+        )
     key = Key("federated", federation.split, federation.clients, seed)
     for attempt in range(_ATTEMPTS):
         draw = key.fold("attempt", attempt)
@@ -239,7 +244,9 @@ def average(
         return [dict(t) for t in thetas]
     total = sum(weights)
     mean = affine(thetas, [w / total for w in weights], spec.select(groups))
-    return [{**t, **{n: v.clone() for n, v in mean.items()}} for t in thetas]
+    return [
+        with_aliases({**t, **{n: v.clone() for n, v in mean.items()}}, spec.ties) for t in thetas
+    ]
 
 
 def thirds(labels: Sequence[str]) -> dict[str, tuple[str, ...] | None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from companion import data as datasets
-from companion.data import Dataset
+from companion.data import Dataset, Split
 from companion.errors import BadParameter, one_of
 from companion.rebasin.activations import activation_matching
 from companion.rebasin.derive import derive
@@ -54,7 +54,7 @@ class Method:
         statistic: ``activations``: ``moment`` or ``correlation``.
         examples: ``activations``, ``steepest``, ``rotated-activations``, REPAIR: training images
             or windows to look at (None: all).
-        steps, batch, lr: ``ste``: optimiser steps, images a step, learning rate.
+        steps, batch, lr: ``ste``: optimiser steps, images or windows a step, learning rate.
         label: of the random choices (visiting orders, random permutations, batches).
     """
 
@@ -162,7 +162,7 @@ def match(method: Method, module: nn.Module, a: Theta, b: Theta, data: Dataset) 
             b,
             data.train,
             steps=method.steps,
-            batch=min(method.batch, examples_a_pass(part.x)),
+            batch=method.batch,
             lr=method.lr,
             key=key,
         )
@@ -212,18 +212,28 @@ def place(method: Method, module: nn.Module, a: Theta, b: Theta, data: Dataset) 
         return Placed(module, a, found.apply(module, b), b, found.summary())
     folding = fold(module, data.test.x[:2])
     here, there = folding.apply(a), folding.apply(b)
-    turned = _turned(method, folding, here, there, data)
+    turned = turn(method, folding, here, there, data.train)
     moved = dict(there) if turned is None else turned.apply(there)
     gap = function_gap(module, b, folding.module, moved, folding.spec.example)
     summary = {"function gap": gap} | (turned.summary() if turned else {})
     return Placed(folding.module, here, moved, there, summary)
 
 
-def _turned(method: Method, folding: Folding, a: Theta, b: Theta, data: Dataset) -> Rotation | None:
+def turn(
+    method: Method, folding: Folding, a: Theta, b: Theta, train: Split | None
+) -> Rotation | None:
+    """What brings folded B to folded A; None for ``folded``, where nothing moves.
+
+    Arguments:
+        method: ``folded`` or one that rotates. a, b: state dicts of the folded architecture.
+        train: windows to look at; only ``rotated-activations`` does.
+    """
     if method.name == "folded":
         return None
     if method.name == "rotated-activations":
-        part = data.train.head(method.examples or len(data.train))
+        if train is None:
+            raise BadParameter("rotated-activations looks at windows of text; there are none.")
+        part = train.head(method.examples or len(train))
         return activation_rotation(folding, a, b, part.x)
     heads = "rotated" if method.name == "rotated-heads" else "permuted"
     return rotation_matching(folding, a, b, heads=heads)

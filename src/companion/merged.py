@@ -20,16 +20,16 @@ from companion import data as datasets
 from companion.aligned import SEMANTICS, run_tasks
 from companion.connectivity.paths import plain
 from companion.connectivity.walk import has_batchnorm
-from companion.data import Dataset, Split
+from companion.data import Dataset, Split, text
 from companion.errors import BadParameter
-from companion.matchers import Method, key_of, match, spec_of, weights_of
+from companion.matchers import Method, examples_a_pass, key_of, match, spec_of, weights_of
 from companion.pairs import Evaluation, Pair
 from companion.rebasin import calibration
 from companion.rebasin.calibration import ensemble_logprobs, prior_shift
 from companion.rebasin.merge import merge_many
 from companion.rebasin.repair import reset_batchnorm
 from companion.runs import Entry, Store
-from companion.theta import Theta, affine, layout
+from companion.theta import Theta, affine, layout, with_aliases, without_aliases
 from companion.training import Job, Run, build
 
 BINS = 10
@@ -60,7 +60,11 @@ Readings = Mapping[str, Mapping[str, Reading]]
 
 
 def read_logits(logits: torch.Tensor, y: torch.Tensor) -> Reading:
-    """The reading of logits or log-probabilities, shape (N, K), against labels, shape (N,)."""
+    """The reading of logits or log-probabilities, shape (N, K), against labels, shape (N,).
+
+    Of a text, whose labels have shape (N, L), every position is a prediction: (N * L, K).
+    """
+    y = y.flatten()
     p = logits.double().softmax(1)
     curve = calibration.reliability(p, y, bins=BINS)
     full = [i for i, n in enumerate(curve.counts) if n]
@@ -92,17 +96,24 @@ def _from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Reading]]:
 
 
 @torch.inference_mode()
-def logits_of(module: nn.Module, theta: Theta, x: torch.Tensor, batch: int = 500) -> torch.Tensor:
-    """Logits of a network in eval mode, shape (N, K), on the device of ``x``."""
+def logits_of(
+    module: nn.Module, theta: Theta, x: torch.Tensor, batch: int | None = None
+) -> torch.Tensor:
+    """Logits of a network in eval mode, shape (N, K), on the device of ``x``.
+
+    Of a text, those of all positions one after the other: (N * L, K). ``batch``: examples a forward
+    pass, at most; default :func:`companion.matchers.examples_a_pass`.
+    """
     module = module.eval()
-    parts = [functional_call(module, dict(theta), (part,)) for part in x.split(batch)]
-    return torch.cat(parts)
+    own = without_aliases(theta, layout(module).ties)
+    parts = x.split(batch or examples_a_pass(x))
+    return torch.cat([functional_call(module, own, (part,)).flatten(0, -2) for part in parts])
 
 
 def _mean(module: nn.Module, thetas: Sequence[Theta], data: Dataset) -> Theta:
     """The mean of networks, integers from the first; BatchNorm's statistics estimated again."""
-    share = [1 / len(thetas)] * len(thetas)
-    theta = {**thetas[0], **affine(thetas, share, layout(module).floating)}
+    share, lay = [1 / len(thetas)] * len(thetas), layout(module)
+    theta = with_aliases({**thetas[0], **affine(thetas, share, lay.floating)}, lay.ties)
     return reset_batchnorm(module, theta, data.train.x) if has_batchnorm(module) else theta
 
 
@@ -275,6 +286,8 @@ def split_runs(
     """
     if len(pairs) != len(full):
         raise BadParameter("split_runs: one network of the whole dataset for each pair is needed.")
+    if any(text.is_text(run.recipe.data) for run in full):
+        raise BadParameter("split_runs: parts are of labelled images; a text has no parts.")
     store, where = store or Store(), str(datasets.resolve_device(device))
     tasks = [
         Halves(p, f, evaluation or Evaluation(), store, where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,26 @@ RESET = 1.0
 """Points of error barrier by which re-estimated BatchNorm must be better to be recommended."""
 
 
+@dataclass(frozen=True)
+class Aligned:
+    """A and the aligned B, in the coordinates in which they are compared.
+
+    Arguments:
+        module: the architecture there; a, b: state dicts of it, B aligned.
+        file: the aligned B as it is written; model: the name of its architecture.
+        matching: the permutations; None where B's stream is rotated.
+        about: ``spec``, ``matching`` and ``outputs`` for the JSON.
+    """
+
+    module: nn.Module
+    a: Theta
+    b: Theta
+    file: dict[str, torch.Tensor]
+    model: str
+    matching: Matching | None
+    about: Mapping[str, Any]
+
+
 def in_files_form(module: nn.Module, file: Theta, found: Matching) -> dict[str, torch.Tensor]:
     """What the file holds, with its units reordered: the file's own names and number types.
 
@@ -30,15 +52,13 @@ def in_files_form(module: nn.Module, file: Theta, found: Matching) -> dict[str, 
         file: as read, so its names may have a wrapper's prefix and its numbers another type than
             the model's. Values are moved, not computed with.
     """
-    from companion.cli.checkpoints import WRAPPERS
+    from companion.cli.checkpoints import inside
 
     own = module.state_dict().keys()
     out = {}
     for name, tensor in file.items():
-        inside = name
-        while inside not in own and (p := next((w for w in WRAPPERS if inside.startswith(w)), "")):
-            inside = inside.removeprefix(p)
-        moved = found.spec.permute_tensor(tensor, inside, found.perms)
+        known = inside(name, own)
+        moved = tensor if known is None else found.spec.permute_tensor(tensor, known, found.perms)
         out[name] = moved.contiguous().clone()  # tied tensors: the format allows no shared memory
     return out
 
@@ -78,25 +98,29 @@ def barriers(
     module: nn.Module,
     a: Theta,
     b: Theta,
-    aligned: Theta,
+    here: Aligned,
     dataset: Dataset,
     evaluation: Evaluation,
     max_error: float | None,
 ) -> tuple[Barrier, Barrier]:
-    """Before and after matching. If the aligned B is A, the second is a null control."""
+    """Before and after matching. If the aligned B is A, the second is a null control.
+
+    Arguments:
+        module, a, b: the networks as they were; here: what became of them.
+    """
     import torch
 
     from companion.connectivity import barrier
     from companion.theta import layout
 
-    equal = all(torch.equal(a[n], aligned[n]) for n in layout(module).parameters)
+    equal = all(torch.equal(here.a[n], here.b[n]) for n in layout(here.module).parameters)
     if equal:
         say("  the aligned B is A, bit for bit: B is A with its units in another order.")
     splits = evaluation.splits(dataset)
     before, after = (
         barrier(
-            module,
-            a,
+            net,
+            one,
             other,
             splits,
             points=evaluation.points,
@@ -106,7 +130,10 @@ def barriers(
             max_error=max_error,
             same_noise=same,
         )
-        for other, same in ((b, False), (aligned, equal))
+        for net, one, other, same in (
+            (module, a, b, False),
+            (here.module, here.a, here.b, equal),
+        )
     )
     return before, after
 
@@ -138,7 +165,7 @@ def show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
     if after.bn == "none":
         return None
     split = "test" if "test" in after.curve.values else next(iter(after.curve.values))
-    modes = {mode: after.height(split, bn=mode) for mode in after.curves}
+    modes = {mode: after.height(split, "error", bn=mode) for mode in after.curves}
     gain = modes["interpolate"] - modes["reestimate"]
     needed = gain > RESET if after.valid else None
     text = ", ".join(f"{mode} {number(v, 'error')}" for mode, v in modes.items())
@@ -169,6 +196,7 @@ def merged(
         alpha: 0 is A. form: ``reset``, ``forward``, ``closed`` or ``none``.
     """
     from companion.connectivity import Walker, has_batchnorm
+    from companion.matchers import examples_a_pass
     from companion.rebasin import repair
     from companion.rebasin.repair import merge
 
@@ -181,7 +209,9 @@ def merged(
     else:
         layers = () if form == "reset" else None
         kind = "forward" if form == "reset" else form
-        found = repair(module, a, aligned, dataset.train.x, alpha=alpha, layers=layers, form=kind)
+        x = dataset.train.x
+        size = examples_a_pass(x)
+        found = repair(module, a, aligned, x, alpha=alpha, layers=layers, form=kind, batch=size)
         theta = found.theta
         say(f"merged: {found}")
     if dataset is not None:

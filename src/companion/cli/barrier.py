@@ -121,7 +121,7 @@ def command(
 
     from companion import data as datasets
     from companion import models
-    from companion.cli.checkpoints import fit, read
+    from companion.cli.checkpoints import fit, read, vocabulary
     from companion.connectivity import barrier
     from companion.pairs import Evaluation
     from companion.theta import distance, layout
@@ -131,7 +131,7 @@ def command(
     net = named("--model", model, ends, "net")
     name = named("--data", data, ends, "data")
     dataset = datasets.load(name, device)
-    module = models.build(reachable(net), dataset.in_shape, dataset.classes)
+    module = models.build(reachable(net), dataset.in_shape, vocabulary(dataset, ends))
     first, second = (fit(module, end, label) for label, end in zip("AB", ends, strict=True))
     for label, end in (("A", first), ("B", second)):
         for text in end.notes:
@@ -210,7 +210,8 @@ def _show(found: Barrier) -> None:
     for mode, curve in found.curves.items():
         if mode != found.bn:
             values = (
-                f"{split} {number(found.height(split, bn=mode), 'error')}" for split in curve.values
+                f"{split} {number(found.height(split, 'error', bn=mode), 'error')}"
+                for split in curve.values
             )
             say(f"error barrier, BatchNorm {mode}: {', '.join(values)} points")
     say()

@@ -7,10 +7,11 @@ meaning are undone, and said (:func:`fit`); all others are refused by name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +24,14 @@ from companion.runs import Store
 from companion.theta import Theta, check, layout
 from companion.training import State
 
+if TYPE_CHECKING:
+    from companion.data import Dataset
+
 RUN = "run:"
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
+GPT2 = "transformer."  # transformers' GPT2LMHeadModel has it, GPT2Model and its files do not
+_MASKS = re.compile(r"(?:.*\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
+"""Constants of older GPT-2 files, which say that attention looks back only."""
 
 CONVERT = (
     "Only safetensors files are read, because loading a pickle can run code. To convert one: "
@@ -111,15 +118,53 @@ def _run(source: str, store: Store) -> Checkpoint:
     return Checkpoint(source, theta, f"{entry.key}@{step}", entry.identity["recipe"], (note,))
 
 
+def inside(name: str, own: Collection[str]) -> str | None:
+    """What a model calls an entry of a file; None for a constant that it does not store.
+
+    Arguments:
+        name: the file's; own: names in the model's state dict.
+    """
+    while name not in own and (p := next((w for w in WRAPPERS if name.startswith(w)), "")):
+        name = name.removeprefix(p)
+    return _in_gpt2(name, own)
+
+
+def _in_gpt2(name: str, own: Collection[str]) -> str | None:
+    if name in own or not any(k.startswith(GPT2 + "h.") for k in own):
+        return name
+    if GPT2 + name in own:
+        return GPT2 + name
+    return None if _MASKS.fullmatch(name) else name
+
+
+def vocabulary(dataset: Dataset, ends: Sequence[Checkpoint]) -> int:
+    """The number of classes of a model that is to hold these checkpoints, on ``dataset``.
+
+    The dataset's; but a text's is rounded up, and published networks often have as many rows as
+    there are tokens: then that number, if it is the one of all checkpoints.
+    """
+    facts = dataset.text
+    if facts is not None and ends and all(_rows(end) == facts.vocabulary for end in ends):
+        return facts.vocabulary
+    return dataset.classes
+
+
+def _rows(end: Checkpoint) -> int | None:
+    """Of the embedding of tokens."""
+    found = (len(v) for k, v in end.theta.items() if re.fullmatch(r"(?:.*\.)?wte\.weight", k))
+    return next(found, None)
+
+
 def fit(module: nn.Module, found: Checkpoint, name: str) -> Checkpoint:
     """The checkpoint as a state dict of ``module``, with a note on everything that had to be done.
 
-    Undone: a common prefix of DataParallel or torch.compile; a tied tensor stored under its other
-    name; floating-point types other than the module's. ``name`` is what messages call the network.
+    Undone: a common prefix of DataParallel or torch.compile; names of GPT-2 without the prefix
+    "transformer.", and the masks in its older files; a tied tensor stored under its other name;
+    floating-point types other than the module's. ``name`` is what messages call the network.
 
     Raises:
         BadParameter: missing or extra entries, other shapes, integers where the module has
-            floating-point numbers, NaN or infinite values.
+            floating-point numbers, NaN or infinite values; two tensors where the module has one.
     """
     own = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
     theta, notes = dict(found.theta), list(found.notes)
@@ -133,10 +178,16 @@ def fit(module: nn.Module, found: Checkpoint, name: str) -> Checkpoint:
     ):
         theta = {k.removeprefix(prefix): v for k, v in theta.items()}
         notes.append(f"the prefix {prefix!r} of all names is left out")
+    theta = _as_gpt2(theta, own, notes)
     for alias, first in layout(module).ties.items():
         if alias in theta and first not in theta:
             theta[first] = theta.pop(alias)
             notes.append(f"{alias} is the tied {first}")
+        elif alias in theta and not torch.equal(theta[alias], theta[first]):
+            raise BadParameter(
+                f"network {name} ({found.source}): {alias} and {first} differ, but the model ties "
+                "them: one tensor for both. Take a model that does not (of gpt: tied=false)."
+            )
     # Files keep no order; the module's own makes the first complaint the first layer's.
     theta = {k: theta[k] for k in [*own, *sorted(theta.keys() - own.keys())] if k in theta}
     casts: set[str] = set()
@@ -154,3 +205,21 @@ def fit(module: nn.Module, found: Checkpoint, name: str) -> Checkpoint:
             )
     check(module, theta, f"{name} ({found.source})")
     return replace(found, theta=theta, notes=(*notes, *sorted(casts)))
+
+
+def _as_gpt2(
+    theta: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor], notes: list[str]
+) -> dict[str, torch.Tensor]:
+    """Entries under the model's names, in case the file's are those of a published GPT-2."""
+    names = {k: _in_gpt2(k, own) for k in theta}
+    if len({*names.values()} - {None}) < sum(new is not None for new in names.values()):
+        return theta  # both forms at once: its names are refused as they are
+    out = {new: theta[k] for k, new in names.items() if new is not None}
+    if any(new is not None and new != k for k, new in names.items()):
+        notes.append(
+            f"names are those of GPT-2 without a head; {GPT2!r} is put before them (the published "
+            "networks have gelu=tanh)"
+        )
+    if None in names.values():
+        notes.append("attention masks, which are constants, are left out")
+    return out

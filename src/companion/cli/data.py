@@ -59,7 +59,8 @@ def check(name: Name) -> None:
 
     report = data.check(name)
     if not report.present:
-        say(f"{report.label} is not in {report.where}: {', '.join(report.missing)} missing.")
+        place = f" is not in {report.where}" if report.where else ""
+        say(f"{report.label}{place}: {', '.join(report.missing)} missing.")
         say(f"How to get it: {report.how}")
         for text in report.notes:
             say(text)

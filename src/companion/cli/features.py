@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from companion.cli.barrier import examples as amount
 from companion.cli.barrier import named, number
 from companion.cli.console import note, output, say, table, write_json
 from companion.cli.models import reachable
@@ -57,11 +58,11 @@ def command(
         str,
         typer.Option(
             help="What BatchNorm does: interpolate (its statistics, like weights), reestimate "
-            "(them, on training images) or both in turn."
+            "(them, on training data) or both in turn."
         ),
     ] = "both",
     examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test images instead of all.")
+        int | None, typer.Option(help="Measure on this many test examples instead of all.")
     ] = None,
     per: Annotated[
         str,
@@ -85,7 +86,7 @@ def command(
         float | None,
         typer.Option(
             help="Gate G0: the largest test error, in percent, of a network that counts as trained "
-            "(default: half the error of guessing)."
+            "(default: half the error of guessing; of text, that of always the commonest token)."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -94,7 +95,7 @@ def command(
     """Compare the features of two checkpoints with those of the networks between them.
 
     For each layer: 1 - cos of the feature of the network (1 - α) A + α B and the interpolated
-    feature (1 - α) f(A) + α f(B), beside 1 - cos of f(A) and f(B), means over test images; their
+    feature (1 - α) f(A) + α f(B), beside 1 - cos of f(A) and f(B), means over test examples; their
     ratio; and the coefficient c (Zhou et al. 2023, Definition 2). Then the error of those networks
     and of the mixed outputs, which is at most the sum of the two networks' errors (Lemma 1).
     """
@@ -106,7 +107,7 @@ def command(
 
     from companion import data as datasets
     from companion import gates, models
-    from companion.cli.checkpoints import fit, read
+    from companion.cli.checkpoints import fit, read, vocabulary
     from companion.connectivity import has_batchnorm
     from companion.features import features
     from companion.theta import layout
@@ -115,7 +116,7 @@ def command(
     net = named("--model", model, checkpoints, "net")
     name = named("--data", data, checkpoints, "data")
     dataset = datasets.load(name, device)
-    module = models.build(reachable(net), dataset.in_shape, dataset.classes)
+    module = models.build(reachable(net), dataset.in_shape, vocabulary(dataset, checkpoints))
     ends = [fit(module, end, label) for label, end in zip("AB", checkpoints, strict=True)]
     for label, end in zip("AB", ends, strict=True):
         for text in end.notes:
@@ -124,7 +125,7 @@ def command(
     test = dataset.test.head(examples or len(dataset.test))
     say(f"A = {a}")
     say(f"B = {b}")
-    say(f"{models.canonical(net)} on {dataset.label}: test ({len(test):,} images)")
+    say(f"{models.canonical(net)} on {dataset.label}: test ({amount(test)})")
     modes = BN[1:] if bn == "both" and has_batchnorm(module) else (bn,)
     found: dict[str, Features] = {}
     for mode in modes:
@@ -142,13 +143,18 @@ def command(
         found[one.bn] = one
     errors = next(iter(found.values())).errors
     checks = (
-        gates.quality([errors["a"], errors["b"]], dataset.classes, max_error=max_error),
+        gates.quality(
+            [errors["a"], errors["b"]],
+            dataset.classes,
+            max_error=max_error,
+            guess=gates.guessing(test),
+        ),
         gates.distinct(theta_a, theta_b, layout(module).parameters),
     )
     for check in checks:
         say(f"  {check}")
     for one in found.values():
-        _show(one)
+        _show(one, "images" if test.kind == "images" else "windows")
     more: dict[str, Any] = {}
     if conditions:
         from companion.features import commutativity, weak_additivity
@@ -213,7 +219,7 @@ def _alpha(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _show(found: Features) -> None:
+def _show(found: Features, what: str) -> None:
     """A table of layers, and the errors that Lemma 1 is about."""
     middle = min(found.alphas, key=lambda t: abs(t - 0.5))
     columns = ["", ">1−cos(A, B)", *(f">at α={_alpha(t)}" for t in found.alphas)]
@@ -232,7 +238,7 @@ def _show(found: Features) -> None:
             ]
         )
     mode = "" if found.bn == "none" else f", BatchNorm {found.bn}"
-    what = "tokens" if found.per == "position" else "images"
+    what = "tokens" if found.per == "position" else what
     say()
     title = f"features: mean ± standard deviation over {found.n:,} {what}, median of c{mode}"
     table(columns, rows, title=title)

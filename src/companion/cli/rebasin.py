@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from companion.cli import folded, permuted
 from companion.cli.barrier import PICTURES, named, summary
 from companion.cli.console import note, output, say, write_json
 from companion.cli.models import reachable, shape_of
@@ -15,22 +15,18 @@ from companion.errors import BadParameter, MissingData, one_of
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from companion.cli.checkpoints import Checkpoint
     from companion.data import Dataset
-    from companion.rebasin import Matching, Spec
     from companion.seeds import Key
-    from companion.theta import Theta
 
 EXAMPLE = (
     "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
     "-o b_aligned.safetensors"
 )
-METHODS = ("weights", "activations", "ste", "greedy")
-NEEDS_DATA = ("activations", "ste")
+METHODS = (*permuted.METHODS, *folded.METHODS)
+NEEDS_DATA = ("activations", "ste", "rotated-activations")
 REPAIRS = ("reset", "forward", "closed", "none")
-STEPS = 200
 
 
 def command(
@@ -68,21 +64,29 @@ def command(
     ] = None,
     in_shape: Annotated[
         str | None,
-        typer.Option(help="Without --data: channels,height,width of an image, such as 3,32,32."),
+        typer.Option(
+            help="Without --data: channels,height,width of an image, such as 3,32,32, or the "
+            "tokens in a window, such as 64."
+        ),
     ] = None,
-    classes: Annotated[int | None, typer.Option(help="Without --data: number of classes.")] = None,
+    classes: Annotated[
+        int | None, typer.Option(help="Without --data: number of classes, or of tokens.")
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
             help="weights (needs no data), activations, ste (straight-through estimator: slow, "
-            "trains) or greedy (one pass from the input on)."
+            "trains) or greedy (one pass from the input on). For GPT networks also: units "
+            "(weights, with the residual stream in place), folded (nothing matched, LayerNorm "
+            "folded), rotated (folded, the stream rotated), rotated-heads (and units inside of "
+            "heads), rotated-activations."
         ),
     ] = "weights",
     starts: Annotated[
         int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
     ] = 1,
     steps: Annotated[
-        int | None, typer.Option(help=f"Optimiser steps of ste (default {STEPS}).")
+        int | None, typer.Option(help=f"Optimiser steps of ste (default {permuted.STEPS}).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random in the matching.")] = 0,
     bn: Annotated[
@@ -94,16 +98,16 @@ def command(
     ] = "interpolate",
     points: Annotated[int, typer.Option(help="Points of the path, odd.")] = 31,
     train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training images instead of all.")
+        int | None, typer.Option(help="Measure on this many training examples instead of all.")
     ] = None,
     test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test images instead of all.")
+        int | None, typer.Option(help="Measure on this many test examples instead of all.")
     ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(
             help="Gate G0: the largest test error, in percent, of a network that counts as trained "
-            "(default: half the error of guessing)."
+            "(default: half the error of guessing; of text, that of always the commonest token)."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -136,7 +140,8 @@ def command(
     """Reorder the units of network B so that they match those of A; B's outputs stay the same.
 
     The permutations are derived from the architecture and proven on random ones before they are
-    used. Prints what was found, and, with data, the barrier before and after.
+    used. Prints what was found, and, with data, the barrier before and after. Methods that fold or
+    rotate a GPT network write networks of another form, and say under which name they load.
     """
     one_of("--method", method, METHODS)
     one_of("--repair", repair, REPAIRS)
@@ -144,8 +149,10 @@ def command(
         raise BadParameter(f"--alpha: {alpha:g} must lie between 0 (A) and 1 (the aligned B).")
     if merge is None and (alpha != 0.5 or repair != "reset"):
         raise BadParameter("--alpha and --repair belong to --merge FILE.")
-    if starts != 1 and method != "weights":
-        raise BadParameter(f"--starts belongs to --method weights, not to {method}.")
+    if starts != 1 and method not in permuted.STARTS:
+        raise BadParameter(f"--starts belongs to --method weights or units, not to {method}.")
+    if matching and method in folded.METHODS:
+        raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
     if steps is not None and method != "ste":
         raise BadParameter(f"--steps belongs to --method ste, not to {method}.")
     for option, number in (("--starts", starts), ("--steps", steps)):
@@ -154,34 +161,25 @@ def command(
     _files(out, json, plot, matching, merge, (a, b))
 
     from companion import models
-    from companion.cli.aligned import (
-        barriers,
-        in_files_form,
-        merged,
-        show,
-        show_barriers,
-        write,
-    )
+    from companion.cli.aligned import barriers, merged, show_barriers, write
     from companion.cli.checkpoints import fit, read
     from companion.data import resolve_device
     from companion.pairs import Evaluation
-    from companion.rebasin import derive
-    from companion.rebasin.proof import check_equal
     from companion.seeds import Key
 
     evaluation = Evaluation(points, bn, train_examples, test_examples)
     ends = (read(a), read(b))
     net = named("--model", model, ends, "net")
-    dataset, shape, count = _images(data, ends, in_shape, classes, device)
+    dataset, shape, count = _examples(data, ends, in_shape, classes, device)
     if dataset is None and method in NEEDS_DATA:
         raise BadParameter(
-            f"--method {method} looks at images: say which with --data. Without data there is "
+            f"--method {method} looks at data: say which with --data. Without data there is "
             "--method weights."
         )
     if dataset is None and plot:
-        raise BadParameter("--plot draws the barrier, which needs images: say which with --data.")
+        raise BadParameter("--plot draws the barrier, which needs data: say which with --data.")
     if dataset is None and merge and repair in ("forward", "closed"):
-        raise BadParameter(f"--repair {repair} looks at images: say which with --data.")
+        raise BadParameter(f"--repair {repair} looks at data: say which with --data.")
     module = models.build(reachable(net), shape, count, Key("rebasin", "module"))
     first, second = (fit(module, end, label) for label, end in zip("AB", ends, strict=True))
     for label, end in (("A", first), ("B", second)):
@@ -191,26 +189,32 @@ def command(
     say(f"B = {b}")
     say(f"{models.canonical(net)} on {dataset.label if dataset else _by(shape)}")
 
-    begun = time.perf_counter()
     key = Key("rebasin", "cli", seed)
-    spec = derive(module, _example(shape, key), unread="hold")
-    derived = time.perf_counter() - begun
-    if not spec.groups:
-        why = [f"{axis}: {reason}" for axis, reason in list(spec.held.items())[:3]]
-        raise BadParameter(
-            f"model {net!r}: no unit can be reordered without changing the outputs, so there is "
-            f"nothing to match. {'; '.join(why)}"
-        )
     at = dataset.train.x.device if dataset else resolve_device(device)
-    found = _match(method, spec, module, first.theta, second.theta, dataset, at, starts, steps, key)
-    aligned = found.apply(module, second.theta, check_outputs=False)
-    gap = check_equal(module, second.theta, aligned, spec)
-    show(spec, found, derived, gap)
+    example = _example(shape, count, key)
+    if method in folded.METHODS:
+        one, two = ({k: v.to(at) for k, v in end.theta.items()} for end in (first, second))
+        here = folded.rotated(method, net, module.to(at), one, two, example.to(at), count, dataset)
+    else:
+        here = permuted.permuted(
+            method,
+            net,
+            module,
+            first.theta,
+            second.theta,
+            ends[1].theta,
+            example,
+            dataset,
+            at,
+            starts,
+            steps,
+            key,
+        )
 
     measured: dict[str, Any] | None = None
     if dataset is not None:
         before, after = barriers(
-            module, first.theta, second.theta, aligned, dataset, evaluation, max_error
+            module, first.theta, second.theta, here, dataset, evaluation, max_error
         )
         measured = {
             "data": {"name": dataset.name, "label": dataset.label},
@@ -221,22 +225,25 @@ def command(
         }
     about = {
         "method": method,
-        "model": models.canonical(net),
+        "model": here.model,
         "aligned to (sha256)": first.sha256,
         "made from (sha256)": second.sha256,
     }
-    write(out, in_files_form(module, ends[1].theta, found), about)
+    write(out, here.file, about)
     if matching:
-        found.save(matching)
+        assert here.matching is not None
+        here.matching.save(matching)
         say(f"permutations written to {matching}")
     between = None
     if merge:
         theta, between = merged(
-            module, first.theta, aligned, dataset, evaluation, alpha=alpha, form=repair
+            here.module, here.a, here.b, dataset, evaluation, alpha=alpha, form=repair
         )
         write(
             merge, theta, about | {"alpha": f"{alpha:g}", "repair": repair}, what="merged network"
         )
+        if method in folded.METHODS:
+            say(f"the merged network is in folded form, too: --model {here.model}")
     if plot and measured:
         from companion.cli.plots import before_and_after
 
@@ -252,14 +259,7 @@ def command(
             "in_shape": list(shape),
             "classes": count,
             "output": out.name,
-            "spec": {
-                "groups": {n: g.size for n, g in spec.groups.items()},
-                "log10_count": spec.log10_count(),
-                "held": dict(spec.held),
-                "seconds": derived,
-            },
-            "matching": found.summary(),
-            "outputs": {"largest_relative_difference": gap, "tolerance": spec.tolerance},
+            **here.about,
             "barrier": measured,
             "merged": between,
         },
@@ -293,15 +293,16 @@ def _files(
         raise BadParameter(f"{', '.join(files)}: each needs a file of its own.")
 
 
-def _images(
+def _examples(
     name: str | None,
     ends: tuple[Checkpoint, Checkpoint],
     in_shape: str | None,
     classes: int | None,
     device: str,
 ) -> tuple[Dataset | None, tuple[int, ...], int]:
-    """The dataset, if one was named or the runs say which; image shape and number of classes."""
+    """The dataset, if one was named or the runs say which; shape of an example, and classes."""
     from companion import data as datasets
+    from companion.cli.checkpoints import vocabulary
 
     recipes = {str(end.recipe["data"]) for end in ends if end.recipe}
     if in_shape is not None or classes is not None:
@@ -323,52 +324,30 @@ def _images(
         raise BadParameter(
             "--data: say which, or --in-shape and --classes, to build the model without data."
         )
-    return dataset, dataset.in_shape, dataset.classes
+    return dataset, dataset.in_shape, vocabulary(dataset, ends)
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def _shape(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if len(parts) != 3 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
-        raise BadParameter(f"--in-shape: {text!r} is not channels,height,width, such as 3,32,32.")
-    c, h, w = map(int, parts)
-    return c, h, w
+    if len(parts) not in (1, 3) or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+        raise BadParameter(
+            f"--in-shape: {text!r} is not channels,height,width, such as 3,32,32, nor the tokens "
+            "in a window, such as 64."
+        )
+    return tuple(map(int, parts))
 
 
 def _by(shape: tuple[int, ...]) -> str:
+    if len(shape) == 1:
+        return f"windows of {shape[0]} tokens, no data"
     return f"images of {'×'.join(map(str, shape))}, no data"
 
 
-def _example(shape: tuple[int, ...], key: Key) -> torch.Tensor:
+def _example(shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
+    """Two images of noise, or two windows of random tokens."""
     import torch
 
-    return torch.randn(2, *shape, generator=key.fold("example").generator())
-
-
-# --- matching
-
-
-def _match(
-    method: str,
-    spec: Spec,
-    module: nn.Module,
-    a: Theta,
-    b: Theta,
-    dataset: Dataset | None,
-    device: torch.device,
-    starts: int,
-    steps: int | None,
-    key: Key,
-) -> Matching:
-    from companion import rebasin
-
-    a, b = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))
-    if method == "weights":
-        return rebasin.weight_matching(spec, a, b, starts=starts, key=key)
-    if method == "greedy":
-        return rebasin.greedy(spec, a, b)
-    assert dataset is not None
-    if method == "activations":
-        return rebasin.activation_matching(spec, module, a, b, dataset.train)
-    return rebasin.straight_through(
-        spec, module, a, b, dataset.train, steps=STEPS if steps is None else steps, key=key
-    )
+    generator = key.fold("example").generator()
+    if len(shape) == 1:
+        return torch.randint(classes, (2, *shape), generator=generator)
+    return torch.randn(2, *shape, generator=generator)
