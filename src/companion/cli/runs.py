@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
-KINDS = ("run", "pair", "null", "aligned", "merged", "halves", "layers", "recording")
+KINDS = ("run", "pair", "null", "aligned", "merged", "halves", "layers", "features", "recording")
 _STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
 
 
@@ -55,6 +55,9 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
     if kind == "layers":
         ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
         return f"{ends}, layer by layer"
+    if kind == "features":
+        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
+        return f"{ends}, features, units matched by {identity['method']['name']}"
     if kind == "null":
         return f"null control (gate G1) of {identity['run'][:12]}"
     if kind == "aligned":
@@ -77,7 +80,7 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     sweep of layers or a null control while its own are. Whatever refers by key to a run that is in
     the store, and is old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
-    from companion import aligned, pairs, training
+    from companion import aligned, featured, pairs, training
     from companion.layerwise import stored
 
     def run_current(identity: Mapping[str, Any]) -> bool:
@@ -102,6 +105,8 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
             return False
         if kind == "layers":
             return bool(identity.get("semantics") == stored.SEMANTICS)
+        if kind == "features":
+            return bool(identity.get("semantics") == featured.SEMANTICS)
         measured = identity.get("evaluation", {}) if kind in KINDS[1:-1] else None
         return measured is None or measured.get("semantics") == pairs.SEMANTICS
 
