@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
-KINDS = ("run", "pair", "null", "aligned", "merged", "halves", "layers", "windows", "recording")
+KINDS = (
+    *("run", "pair", "null", "aligned", "merged", "halves", "layers", "features", "federated"),
+    *("windows", "recording"),
+)
 _EVALUATED = ("pair", "null", "aligned", "merged", "halves")  # these say how they were measured
 _STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
 
@@ -56,6 +59,9 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
     if kind == "layers":
         ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
         return f"{ends}, layer by layer"
+    if kind == "features":
+        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
+        return f"{ends}, features, units matched by {identity['method']['name']}"
     if kind == "null":
         return f"null control (gate G1) of {identity['run'][:12]}"
     if kind == "aligned":
@@ -80,7 +86,7 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     sweep of layers or a null control while its own are. Whatever refers by key to a run that is in
     the store, and is old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
-    from companion import aligned, pairs, training
+    from companion import aligned, featured, pairs, training
     from companion.layerwise import stored
 
     def run_current(identity: Mapping[str, Any]) -> bool:
@@ -105,6 +111,8 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
             return False
         if kind == "layers":
             return bool(identity.get("semantics") == stored.SEMANTICS)
+        if kind == "features":
+            return bool(identity.get("semantics") == featured.SEMANTICS)
         measured = identity.get("evaluation", {}) if kind in _EVALUATED else None
         return measured is None or measured.get("semantics") == pairs.SEMANTICS
 
