@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from companion.cli import app
 from companion.connectivity import Barrier, Walker, barrier, classification, segment
 from companion.connectivity.walk import default_batch
 from companion.data import Split
+from companion.errors import BadParameter
+from companion.instability import Instability, Sample
 from companion.layerwise import Sweep, sweep
-from companion.pairs import Evaluation, normal_error
+from companion.pairs import Evaluation, PairResult, normal_error
 from companion.seeds import Key
 from companion.theta import snapshot
+from companion.training import Recipe
 
 L, K = 6, 64
 NET = "gpt:layers=1,width=8,heads=2"
@@ -183,6 +187,18 @@ def test_an_alias_in_a_state_dict_does_not_undo_a_move() -> None:
     assert at_b["test"].loss != pytest.approx(by_hand(a, SPLITS["test"])[0], rel=1e-3)
 
 
+def test_of_two_names_of_a_tensor_the_first_counts() -> None:
+    """In whatever order a state dict holds them; where it can be refused, it is."""
+    a, b = ends()
+    mixed = {**a, "lm_head.weight": b["lm_head.weight"]}
+    walker = Walker(net(), SPLITS)
+    expected = walker.at(a)
+    for names in (list(mixed), list(mixed)[::-1]):
+        assert walker.at({n: mixed[n] for n in names}) == expected
+    with pytest.raises(BadParameter, match=r"network B: lm_head.weight and .*wte.weight differ"):
+        barrier(net(), a, mixed, SPLITS, points=3)
+
+
 # ---- gate G0
 
 
@@ -200,9 +216,11 @@ def test_the_commonest_token() -> None:
         ((90.0, 94.0), {}, False),  # always the commonest token errs exactly as often
         ((90.0, 95.0), {}, False),
         ((60.0, math.nan), {}, False),
-        ((60.0, 91.0), {"reference": 60.0}, False),  # 1.5 times the recipe's normal error
-        ((60.0, 89.0), {"reference": 60.0}, True),
-        ((90.0, 94.5), {"reference": 80.0}, False),  # 120 % is no bound: guessing still fails
+        ((60.0, 80.1), {"reference": 60.0}, False),  # right less than half as often as is normal
+        ((60.0, 80.0), {"reference": 60.0}, True),
+        ((65.0, 85.0), {"reference": 65.0}, False),  # 1.5 times 65 % would be no bound
+        ((90.0, 94.5), {"reference": 90.0}, False),  # right half as often, but guessing is better
+        ((82.0, 70.0), {"reference": 60.0, "max_error": 82.0}, True),
         ((90.0, 94.5), {"max_error": 95.0}, True),  # the user's word
         ((60.0, 71.0), {"max_error": 70.0}, False),
         ((60.0, 71.0), {"max_error": 70.0, "reference": 60.0}, True),
@@ -214,6 +232,35 @@ def test_a_language_model_must_beat_guessing(
     gate = gates.quality(errors, K, guess=94.0, **options)
     assert gate.passed is passed, str(gate)
     assert "always the commonest token: 94.00 %" in gate.detail
+
+
+def test_the_gate_says_its_bound() -> None:
+    def said(**options: float) -> str:
+        return gates.quality((60.0,), K, guess=94.0, **options).detail
+
+    assert "bound below 94.00 %" in said() and "at most" not in said()
+    assert "bound at most 80.00 % and below 94.00 %" in said(reference=60.0)
+    assert "bound below 94.00 %" in said(reference=90.0), "95 % is not what binds"
+    assert "bound 85.00 %" in said(reference=60.0, max_error=85.0)
+
+
+def test_the_default_metric_of_a_text_is_its_loss() -> None:
+    a, b = ends()
+    found = barrier(net(), a, b, SPLITS, points=3, max_error=100.0)
+    assert found.metric == "loss" and found.height() == found.height("test", "loss") > 0
+    assert f"test {found.height():.4f} nats" in str(found)
+    images = replace(found, guess=None)
+    assert images.metric == "error" and images.height() == found.height("test", "error")
+    recipe = Recipe(net=NET, data="pydoc", steps=5)
+    samples = tuple(Sample(init, 0, (1, 2), PairResult(found, {}, {})) for init in (0, 1))
+    of_text = Instability(recipe, (0,), samples)
+    height = found.height("test", "loss")
+    assert of_text.metric == "loss" and of_text.values(0) == [(0, height), (1, height)]
+    interval = of_text.interval(0)
+    assert interval is not None and interval.value == height
+    assert of_text.verdict(0) == of_text.verdict(0, metric="loss")
+    assert of_text.verdict(0, threshold=height / 2) == "unstable", "nats, not points"
+    assert of_text.onset(threshold=height / 2) is None and of_text.onset(threshold=2 * height) == 0
 
 
 def test_a_network_that_has_not_learned_is_invalid() -> None:

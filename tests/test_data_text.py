@@ -338,6 +338,31 @@ def test_tokens_are_cached_and_a_damaged_cache_is_made_again(runs_root, monkeypa
     assert data.load("pydoc").fingerprint == dataset.fingerprint
 
 
+@pytest.mark.parametrize("made", [BPE, tokens.BYTES], ids=["bpe", "bytes"])
+def test_decoding_says_what_it_cannot_show(made):
+    row = torch.tensor(made.encode("a fox").tolist())
+    beyond = torch.tensor([made.vocabulary, -1, made.vocabulary + 63])
+    shown = made.decode(torch.cat([row, beyond, row]))
+    assert shown == "a fox" + 3 * "\N{REPLACEMENT CHARACTER}" + "a fox"
+    assert made.decode(row.numpy()) == made.decode(row.tolist()) == "a fox"
+    for wrong in (row[None], row[0], row.float(), [row.tolist()]):
+        with pytest.raises(BadParameter, match=r"one row of tokens \(T,\) is needed"):
+            made.decode(wrong)
+    with pytest.raises(BadParameter, match=r"character 2 .*half of a surrogate pair"):
+        made.encode("ab\ud800c")
+    with pytest.raises(BadParameter, match="mine: character 0"):
+        corpus.Text.of("mine", "\udfff")
+
+
+def test_a_tokeniser_is_read_once(monkeypatch):
+    import tokenizers
+
+    made = tokens.Tokenizer(BPE.name, BPE.vocabulary, BPE.definition)
+    made.encode("one")
+    monkeypatch.setattr(tokenizers, "Tokenizer", None)
+    assert made.decode(made.encode("two")) == "two"
+
+
 # --- names and options
 
 
@@ -459,6 +484,20 @@ def test_training_on_the_test_text_is_never_silent(root, published):
     assert whole.text.train.bytes == len(WIKI["train"].encode())
 
 
+def test_what_is_missing_of_a_text_is_reported_too(root, tmp_path):
+    book = write(tmp_path / "own", {"train": lines(9)})
+    for name, said in {
+        f"text:{tmp_path / 'none'}": "does not exist",
+        f"text:{book}": "holds no test text",
+        "pydoc?tokenizer=gpt2": "GPT-2 tokeniser is not in",
+    }.items():
+        report = data.check(name)
+        assert not report.present and report.missing and said in report.notes[0]
+        result = CliRunner().invoke(app, ["data", "check", name])
+        assert result.exit_code == 1 and said in " ".join(result.output.split())
+        assert "not in None" not in result.output
+
+
 def test_one_form_is_never_taken_for_the_other(root, published):
     write(root / "wikitext-2-raw-v1", RAW)
     with pytest.raises(MissingData, match=r"wikitext2\?form=raw"):
@@ -507,6 +546,94 @@ def test_one_file_is_cut_at_a_line_end(tmp_path):
     assert rows.text.test.words == len("".join(body.splitlines(True)[90:]).split())
 
 
+def halves(path: Path, percent: int) -> list[str]:
+    return ["".join(part.pieces()) for part in corpus.split_file(path, percent)]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("one line " * 99, 0.9),
+        ("äöü€𝄞" * 70, 0.9),  # no white space: between two characters
+        ("x" * 995 + " end", 0.9),  # white space far from the mark, but near enough
+        ("word " * 150 + "\n", 0.9),  # a line end, with nothing behind it
+    ],
+)
+def test_a_text_on_one_line_is_cut_at_white_space(tmp_path, body, expected):
+    path = write(tmp_path, {"book": body}) / "book.txt"
+    train, test = halves(path, 10)
+    assert train + test == body and train.strip() and test.strip()
+    if " " in body:
+        assert test[0].isspace() and not train[-1].isspace()
+    if body[0] != "x":
+        assert len(train.encode()) / len(body.encode()) == pytest.approx(expected, abs=0.02)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text("aé€𝄞 \n\r\t", min_size=2, max_size=60), st.integers(1, 90))
+def test_however_a_text_is_cut_nothing_is_lost(tmp_path_factory, body, percent):
+    path = tmp_path_factory.mktemp("cut") / "book.txt"
+    path.write_bytes(body.encode())
+    train, test = halves(path, percent)
+    assert train + test == body and train and test
+
+
+def test_a_long_line_is_not_read_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK", 64)
+    monkeypatch.setattr(corpus, "NEAR", 16)
+    path = write(tmp_path, {"book": "word " * 200 + "\n" + "end " * 10}) / "book.txt"
+    train, test = halves(path, 50)
+    assert len(train) == pytest.approx(520, abs=5), "not at the line end far behind"
+    assert train + test == path.read_text()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    bare, marked = (write(tmp_path / n, {"book": lines(40)}) / "book.txt" for n in "ab")
+    marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+    assert halves(marked, 10) == halves(bare, 10)
+    a, b = (data.load(f"text:{path}{SMALL}") for path in (bare, marked))
+    assert a.fingerprint == b.fingerprint
+    assert "".join(corpus.of_files([marked]).pieces()) == bare.read_text()
+    cut = corpus.split_file(marked, 10)[1].begins
+    marked.write_bytes(marked.read_bytes() + b"\xff")
+    at = marked.stat().st_size - 1
+    for part in (corpus.of_files([marked]), corpus.Text("t", lambda: iter([b"\xff"]), at)):
+        with pytest.raises(CorruptData, match=f"at byte {at:,} "):
+            list(part.pieces())
+    assert cut > 3
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7])
+def test_the_byte_that_is_no_text_is_named(block):
+    body = "aé€𝄞".encode() + b"\xe2\x82!" + b"more"
+    blocks = [body[i : i + block] for i in range(0, len(body), block)]
+    with pytest.raises(CorruptData, match=r"at byte 10 "):
+        list(corpus.Text("t", lambda: iter(blocks)).pieces())
+
+
+def test_windows_line_ends_end_words(monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 8)
+    assert list(corpus.Text.of("t", "sentences\r\nlines").pieces()) == ["sentences", "\r\nlines"]
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "string_view", "large_string"])
+def test_columns_of_strings(tmp_path, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {
+        "dictionary": pa.dictionary(pa.int32(), pa.string()),
+        "string_view": pa.string_view(),
+        "large_string": pa.large_string(),
+    }
+    path, rows = tmp_path / "book.parquet", lines(40).splitlines(keepends=True)
+    pq.write_table(pa.table({"id": range(40), "text": pa.array(rows).cast(types[kind])}), path)
+    assert "".join(corpus.of_files([path]).pieces()) == "".join(rows)
+    pq.write_table(pa.table({"id": range(3), "text": range(3)}), path)
+    with pytest.raises(CorruptData, match=r"no column of strings .*id \(int64\), text \(int64\)"):
+        corpus.split_file(path, 10)
+
+
 def test_a_folder_with_its_own_split(tmp_path):
     folder = write(tmp_path / "own", {"train": lines(80), "test": lines(20, 5)})
     dataset = data.load(f"text:{folder}{SMALL}")
@@ -526,7 +653,11 @@ def test_texts_that_cannot_be_used(tmp_path):
     fails(MissingData, "does not exist", tmp_path / "none")
     fails(MissingData, "no train text", write(tmp_path / "a", {"test": "x"}))
     fails(MissingData, "no test text", write(tmp_path / "b", {"train": "x"}))
-    fails(CorruptData, "line end", write(tmp_path / "c", {"x": "one line " * 99}) / "x.txt")
+    for body in ("", "x", "é"):
+        fails(BadParameter, "too short to split", write(tmp_path / "c", {"x": body}) / "x.txt")
+    fails(BadParameter, "not one window", write(tmp_path / "c", {"x": "a few words"}) / "x.txt")
+    parquet(tmp_path / "row.parquet", LINE)
+    fails(BadParameter, r"too short .*\(1 rows\)", tmp_path / "row.parquet")
     short = write(tmp_path / "d", {"train": lines(9), "valid": "few"})
     fails(
         BadParameter,
@@ -535,9 +666,9 @@ def test_texts_that_cannot_be_used(tmp_path):
         "?tokenizer=bytes&window=16",
     )
     (short / "valid.txt").write_bytes(b"good " * 30 + b"\xff\xfe" + b" bad" * 30)
-    fails(CorruptData, r"valid.txt: not UTF-8", short)
+    fails(CorruptData, r"valid.txt: not UTF-8 at byte 150 ", short)
     (short / "valid.txt").write_bytes("half é".encode()[:-1])
-    fails(CorruptData, r"valid.txt: not UTF-8", short)
+    fails(CorruptData, r"valid.txt: not UTF-8 at byte 5 ", short)
     (tmp_path / "e.parquet").write_bytes(b"no parquet")
     fails(CorruptData, "cannot be read as parquet", tmp_path / "e.parquet")
 

@@ -190,6 +190,14 @@ def test_seed_plus_epoch_is_caught() -> None:
     assert "seed 0 epoch 1 = seed 1 epoch 0" in found.detail
 
 
+def test_draws_are_compared_as_well() -> None:
+    draws = {"draws 1 epoch 0": b"same", "draws 2 epoch 0": b"same", "draws 2 epoch 1": b"other"}
+    found = gates.noise_independence(orders(keyed), draws)
+    assert found.passed is False
+    assert found.detail.startswith("1 collisions among 20 data orders and 3 draws")
+    assert "draws 1 epoch 0 = draws 2 epoch 0" in found.detail
+
+
 def test_a_shifted_copy_is_caught() -> None:
     found = gates.noise_independence(orders(one_order_shifted))
     assert found.passed is False and found.detail.startswith("19 collisions")

@@ -326,6 +326,20 @@ def test_noise_that_seeds_by_addition_is_caught(monkeypatch: pytest.MonkeyPatch)
     assert gate.passed is False and "order 0 epoch 1 = order 1 epoch 0" in gate.detail
 
 
+def test_copies_that_differ_in_augmentation_alone_are_compared_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = [copy(RECIPE, 0, 10, i, noise="augment") for i in (1, 2, 3)]
+    gate = check_noise(runs)
+    assert gate.passed and gate.detail == "0 collisions among 5 data orders and 15 draws"
+    for noise in ("both", "order"):
+        others = [copy(RECIPE, 0, 10, i, noise=noise) for i in (1, 2, 3)]
+        assert check_noise(others).detail == "0 collisions among 15 data orders"
+    monkeypatch.setattr(Run, "augment_key", lambda run: Key("one for all"))
+    gate = check_noise(runs)
+    assert gate.passed is False and "draws 0/1 epoch 0 = draws 0/2 epoch 0" in gate.detail
+
+
 # ---- dead networks
 
 

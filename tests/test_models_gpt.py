@@ -226,6 +226,7 @@ def test_spelling() -> None:
         "tied": "true",
         "positions": "window",
         "gelu": "exact",
+        "headbias": "false",
     }
     assert "gpt" in [row.name for row in names()]
     assert (takes("gpt"), takes("resnet8"), takes("a.b:c")) == ("tokens", "images", None)

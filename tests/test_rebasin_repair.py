@@ -23,7 +23,7 @@ from companion.models import ChannelLayerNorm
 from companion.rebasin.moments import Comoments, Copy, Moments, batches, correction
 from companion.rebasin.repair import Repaired, collapse, fuse, merge, repair, reset_batchnorm
 from companion.seeds import Key
-from companion.theta import snapshot
+from companion.theta import layout, snapshot, with_aliases
 from companion.training import Recipe, Run, State, advance, build
 
 DIGITS = data.load("digits")
@@ -328,7 +328,8 @@ class Twice(nn.Module):
 
 def test_a_layer_that_runs_twice_is_refused_by_name_and_tied_ones_are_left() -> None:
     module = Twice()
-    a, b = theta(module, 1), theta(module, 2)
+    ties = layout(module).ties
+    a, b = (with_aliases(theta(module, i), ties) for i in (1, 2))
     x = torch.randn(50, 4, generator=seeded("t"))
     with pytest.raises(BadParameter, match="'shared' runs 2 times"):
         repair(module, a, b, x)

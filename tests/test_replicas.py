@@ -396,7 +396,7 @@ def as_if_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
         calls.append((options["engine"], len(runs), options["width"]))
         return real(runs, states, stop, *args, **options)
 
-    def chosen(module: nn.Module, device: Any, name: str = "auto") -> str:
+    def chosen(module: nn.Module, device: Any, name: str = "auto", _: Any = None) -> str:
         conv = any(isinstance(m, nn.Conv2d) for m in module.modules())
         return name if name != "auto" else "graphs" if conv else "vmap"
 
@@ -442,6 +442,27 @@ def test_only_wanted_states_are_kept(store: Store, as_if_cuda: list[Any]) -> Non
     assert names[1] == [
         *("made-by.json", "state-00000009.safetensors", "weights-00000040.safetensors"),
     ]
+
+
+def test_a_loop_on_a_gpu_keeps_a_run_once_it_ends(
+    store: Store, as_if_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Job(Run(recipe(), order=i), weights=(40,)) for i in (1, 2)]
+    real = loop.advance
+    begun: list[Run] = []
+
+    def until_the_second(run: Run, *args: Any, **options: Any) -> State:
+        begun.append(run)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return real(run, *args, **options)
+
+    monkeypatch.setattr(loop, "advance", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train(jobs, store=store, engine="loop")
+    kept = [set(entry_of(run, DIGITS, "cpu", store).files()) for run in begun]
+    assert kept == [{"weights-00000040.safetensors", "made-by.json"}, set()]
+    assert made_by(begun[0], store=store)["replicas"] == 1
 
 
 def test_a_group_killed_goes_on_with_the_same_bits(

@@ -234,6 +234,15 @@ def test_check_says_which_entry_is_wrong(change, message: str) -> None:  # type:
         check(net, theta, "A")
 
 
+def test_one_tensor_has_one_value() -> None:
+    net = Tied()
+    theta = snapshot(net)
+    check(net, {k: v for k, v in theta.items() if k != "head.weight"}, "A")
+    theta["head.weight"] = theta["head.weight"] + 1
+    with pytest.raises(BadParameter, match=r"network A: head.weight and embed.weight differ"):
+        check(net, theta, "A")
+
+
 def test_shares_storage() -> None:
     a = {"w": torch.zeros(4), "none": torch.zeros(0)}
     assert not shares_storage(a, {"w": torch.zeros(4), "none": torch.zeros(0)})

@@ -19,6 +19,7 @@ from companion.data import Augmentation, Augmenter, Dataset, Split
 from companion.errors import BadParameter
 from companion.instability import analyse, check
 from companion.models import parameter_count
+from companion.pairs import check_noise
 from companion.runs import Store
 from companion.seeds import Key
 from companion.theta import snapshot
@@ -38,7 +39,7 @@ from companion.training import (
     throughput,
     train,
 )
-from companion.training.replicas import choose, reproducible
+from companion.training.replicas import choose, reproducible, unfit
 
 CPU = torch.device("cpu")
 L, K, BATCH = 8, 64, 6
@@ -84,6 +85,13 @@ def same_state(a: State, b: State) -> bool:
 def dropping(in_shape: tuple[int, ...], classes: int) -> nn.Module:
     """A network of the user's own that drops units without saying so in its name."""
     return nn.Sequential(nn.Embedding(classes, 8), nn.Dropout(0.5), nn.Linear(8, classes))
+
+
+class OneHot(nn.Module):
+    """Tokens without an embedding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.one_hot(x, K).float()
 
 
 # ---- windows that shift
@@ -286,9 +294,36 @@ def test_noise_of_a_network_with_dropout(monkeypatch: pytest.MonkeyPatch) -> Non
     assert check(recipe(net=NET + ",dropout=0.1", augment="none"), [1], noise="augment") == (1,)
     with pytest.raises(BadParameter, match=r"augment.*shift.*dropout"):
         check(recipe(augment="none"), [1], noise="augment")
+    for net, augment in ((NET, "shift"), (NET + ",dropout=0.1", "none")):
+        runs = [Run(recipe(net=net, augment=augment, steps=6), augment=i) for i in (1, 2)]
+        gate = check_noise(runs)
+        assert gate.passed and gate.detail == "0 collisions among 2 data orders and 4 draws"
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "augment_key", lambda run: Key("one for all"))
+            assert check_noise(runs).passed is False
+
+
+def test_one_test_of_dropout() -> None:
+    for options in ("", ",dropout=0.3"):
+        net = models.build(NET + options, (L,), K)
+        drops = models.first_dropout(net) is not None
+        assert drops == models.has_dropout(NET + options) == bool(options)
+        assert drops == loop.draws_noise(Run(recipe()), net)
+    assert models.first_dropout(nn.Dropout(0.5)) == "", "a network that is one layer"
+    assert "dropout" in str(unfit(nn.Dropout(0.5)))
 
 
 # ---- recipes
+
+
+def test_one_text_is_one_identity() -> None:
+    first = recipe(data="pydoc?window=64")
+    assert first == recipe(data="pydoc") and first.identity()["data"] == "pydoc"
+    assert recipe(data="pydoc?window=32&vocab=512").data == "pydoc?window=32"
+    for images in ("digits", "digits@split-a", "images:a folder?size=32"):
+        assert Recipe(net="resnet8", data=images, steps=1).identity()["data"] == images
+    with pytest.raises(BadParameter, match="window"):
+        recipe(data="pydoc?window=0")
 
 
 def test_a_field_with_a_default_keeps_old_hashes() -> None:
@@ -310,6 +345,9 @@ def test_what_decays(options: str) -> None:
     linear = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     wanted = {f"transformer.h.0.{name}.weight" for name in linear}
     assert found == wanted | ({"lm_head.weight"} if "tied" in options else set())
+    bare = nn.Module()
+    bare.table, bare.head = nn.Parameter(torch.zeros(K, 2)), nn.Linear(2, K)
+    assert loop.decayed(one, bare) == {"table", "head.weight"}, "a bare table is a matrix"
     vision = Recipe(
         net="resnet8", data="digits", steps=1, weight_decay=1, weight_decay_on="matrices"
     )
@@ -358,6 +396,30 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
         check_fit(recipe(**changes), TEXT)
 
 
+@pytest.mark.parametrize("rows", [16, K - 1])
+def test_every_token_must_have_a_place(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that the first windows do not hold would be an assertion on a GPU, hours later."""
+    before = TEXT.train.x.clone()
+    few = nn.Sequential(nn.Embedding(rows, 8), nn.Linear(8, K))
+    monkeypatch.setattr(models, "build", lambda *_, **__: few)
+    with pytest.raises(BadParameter, match=r"does not take the tokens 0 and 63 .*out of range"):
+        check_fit(recipe(net="some.module:few"), TEXT)
+    assert torch.equal(TEXT.train.x, before)
+
+
+@pytest.mark.parametrize("kind", [IndexError, TypeError, ValueError])
+def test_whatever_a_network_of_ones_own_says(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise kind("what it says")
+
+    monkeypatch.setattr(models, "build", lambda *_, **__: Broken())
+    with pytest.raises(BadParameter, match=r"does not take tokens .*what it says"):
+        check_fit(recipe(net="some.module:broken"), TEXT)
+
+
 def test_what_fits_is_not() -> None:
     check_fit(recipe(), TEXT)
     with pytest.raises(BadParameter, match=r"shift.*images take flip and crop"):
@@ -385,6 +447,51 @@ def test_engines_train_the_same_text(engine: str) -> None:
             assert mine.optimizer[name].shape == value.shape, "slots stand in the module's order"
         if engine == "loop-compile":
             assert same_state(mine, other)
+
+
+def test_every_architecture_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives up on code that it has compiled for eight networks; ours share a forward."""
+    made = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("companion.training.compiled._COMPILED", {})
+    for number in range(1, 11):
+        one = Run(recipe(net=f"gpt:layers=1,width={2 * number},heads=1", steps=1))
+        for _ in range(2):
+            advance(one, start(one), 1, TEXT, compiler=backend)  # type: ignore[arg-type]
+        assert len(made) == number, "once for both runs"
+
+
+def test_a_state_with_two_values_of_a_tied_tensor_is_refused() -> None:
+    one = Run(recipe())
+    begun = start(one)
+    begun.theta["lm_head.weight"] = begun.theta["lm_head.weight"] + 1
+    with pytest.raises(BadParameter, match=r"lm_head.weight and transformer.wte.weight differ"):
+        advance(one, begun, 1, TEXT)
+
+
+def test_whatever_reads_text_is_made_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only networks whose name says so: one's own may attend as well."""
+    asked = []
+    real = reproducible
+
+    def spy(*args: Any, strict: bool = False) -> Any:
+        asked.append(strict)
+        return real(*args, strict=strict)
+
+    monkeypatch.setattr("companion.training.replicas.reproducible", spy)
+    bare = nn.Sequential(OneHot(), nn.Linear(K, K))
+    one = Run(recipe(net="some.module:bare", augment="none"))
+    monkeypatch.setattr(models, "build", lambda *_, **__: bare)
+    advance_many([one], [State(0, snapshot(bare))], 1, TEXT)
+    assert asked == [True]
+    gpu = torch.device("cuda")
+    assert choose(bare, gpu, data=TEXT) == "loop" and choose(bare, gpu) == "vmap"
+    with pytest.raises(BadParameter, match="'vmap' does not train networks that read tokens"):
+        choose(bare, gpu, "vmap", TEXT)
 
 
 def test_which_engine() -> None:
@@ -415,6 +522,36 @@ def test_bf16_keeps_float32_weights() -> None:
     assert {v.dtype for v in b.theta.values()} == {torch.float32}
     assert not torch.equal(a.trace, b.trace)
     torch.testing.assert_close(a.trace, b.trace, rtol=0, atol=0.05)
+
+
+def test_speed_counts_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that moves by 1 s a step, and by 100 s for whatever else there is to do."""
+    clock = [0.0]
+
+    def costs(seconds: float, module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def slow(*args: Any, **options: Any) -> Any:
+            clock[0] += seconds
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, slow)
+
+    costs(1.0, loop, "mean_loss")
+    for name in ("make_optimizer", "snapshot", "check_ties"):
+        costs(100.0, loop, name)
+    monkeypatch.setattr("companion.training.speed.time.perf_counter", lambda: clock[0])
+    whole = recipe(batch=20, steps=1000)
+    for steps, rounds in ((1, 1), (2, 3), (10, 2)):
+        assert throughput(whole, steps=steps, rounds=rounds, data=TEXT).seconds == 1.0
+    short = throughput(recipe(steps=2), steps=4, rounds=1, data=TEXT)
+    assert (short.seconds, short.steps) == (1.0, 4), "a recipe shorter than what is measured"
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"rounds": 0}, {"steps": 1.5}, {"rounds": True}])
+def test_speed_of_no_steps(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BadParameter, match="must be a whole number of 1 or more"):
+        throughput(recipe(), data=TEXT, **wrong)
 
 
 def test_speed_is_measured() -> None:

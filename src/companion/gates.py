@@ -55,23 +55,31 @@ def quality(
     Arguments:
         errors: of the ends on the held-out split, in percent.
         classes: for the default bound.
-        reference: error of the same recipe when all is well; up to 1.5 times that passes.
+        reference: error of the same recipe when all is well; up to 1.5 times that passes (images).
         max_error: a preset that passes too (small test sets make 1.5 × 2 % a coin toss).
             With neither, half the error of guessing is the bound.
-        guess: of a text, the error of :func:`guessing`. Good models of language err at most
-            positions, so with neither of the two an end must just be below it; and however bad
-            the reference, an end that is not below it fails.
+        guess: of a text, the error of :func:`guessing`; None for images. Good models of language
+            err at most positions, where 1.5 times a normal error is next to no bound. So an end of
+            a text must be below ``guess``, and with a reference it must be right at least half as
+            often as that. An end at or below ``max_error`` passes whatever these say, and without
+            a reference no other does.
     """
     worst = max(errors)
-    bounds = [b for b in (reference and 1.5 * reference, max_error) if b is not None]
     if guess is None:
+        bounds = [b for b in (reference and 1.5 * reference, max_error) if b is not None]
         bound = max(bounds) if bounds else 50 * (1 - 1 / classes)
         passed = all(e <= bound for e in errors)  # NaN is not
         return Gate("G0 quality", passed, f"end errors ≤ {worst:.2f} %, bound {bound:.2f} %")
     preset = -1.0 if max_error is None else max_error
-    bound = max(bounds) if bounds else guess
+    bound = 100.0 if max_error is None else preset
+    if reference is not None:
+        bound = 100 - (100 - reference) / 2
     passed = all(e <= preset or (e <= bound and e < guess) for e in errors)
-    detail = f"bound {max(min(bound, guess), preset):.2f} %"
+    if preset >= min(bound, guess):
+        detail = f"bound {preset:.2f} %"
+    else:
+        rule = f"at most {bound:.2f} % and " if bound < guess else ""
+        detail = f"bound {rule}below {guess:.2f} %"
     guessed = f"always the commonest token: {guess:.2f} %"
     return Gate("G0 quality", passed, f"end errors ≤ {worst:.2f} %, {detail} ({guessed})")
 
@@ -116,22 +124,30 @@ def symmetry(a: Theta, b: Theta, names: Sequence[str], self_gap: float) -> Gate:
     )
 
 
-def noise_independence(permutations: Mapping[str, torch.Tensor]) -> Gate:
-    """G3: no two (key, epoch) pairs share a data order, nor a shifted copy of one.
+def noise_independence(
+    permutations: Mapping[str, torch.Tensor], draws: Mapping[str, bytes] | None = None
+) -> Gate:
+    """G3: no two (key, epoch) pairs share a data order, nor a shifted copy of one, nor draws.
 
     Arguments:
         permutations: name of a (key, epoch) -> its permutation of ``range(n)``, shape (n,). A
             cyclic shift is undone by rotating every permutation so that it starts with 0.
+        draws: name of a (key, epoch) -> what augmentation and dropout drew from it, as bytes.
     """
-    seen: dict[bytes, str] = {}
-    clashes = []
-    for name, order in permutations.items():
+
+    def rotated(order: torch.Tensor) -> bytes:
         start = int((order == 0).nonzero()[0, 0])
-        rotated = torch.roll(order, -start).numpy().tobytes()
-        if rotated in seen:
-            clashes.append(f"{seen[rotated]} = {name}")
-        seen[rotated] = name
+        return torch.roll(order, -start).numpy().tobytes()
+
+    clashes = []
+    for group in ({name: rotated(o) for name, o in permutations.items()}, draws or {}):
+        seen: dict[bytes, str] = {}
+        for name, value in group.items():
+            if value in seen:
+                clashes.append(f"{seen[value]} = {name}")
+            seen[value] = name
     detail = f"{len(clashes)} collisions among {len(permutations)} data orders"
+    detail += f" and {len(draws)} draws" if draws else ""
     return Gate("G3 noise independence", not clashes, "; ".join([detail, *clashes[:3]]))
 
 

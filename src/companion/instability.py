@@ -95,19 +95,25 @@ class Instability:
     ks: tuple[int, ...]
     samples: tuple[Sample, ...] = field(repr=False)
 
+    @property
+    def metric(self) -> str:
+        """The default of every ``metric`` here: ``loss`` for text, ``error`` for images."""
+        return self.samples[0].result.barrier.metric if self.samples else "error"
+
     def at(self, k: int) -> list[Sample]:
         """The pairs forked at step k."""
         return [s for s in self.samples if s.k == k]
 
     def values(
-        self, k: int, split: str = "test", metric: str = "error", definition: str = "mean"
+        self, k: int, split: str = "test", metric: str | None = None, definition: str = "mean"
     ) -> list[tuple[int, float]]:
         """(init, barrier) of every valid pair forked at k."""
+        metric = metric or self.metric
         pairs = [(s.init, s.result.barrier.height(split, metric, definition)) for s in self.at(k)]
         return [(init, v) for init, v in pairs if not math.isnan(v)]
 
     def interval(
-        self, k: int, split: str = "test", metric: str = "error", definition: str = "mean"
+        self, k: int, split: str = "test", metric: str | None = None, definition: str = "mean"
     ) -> Interval | None:
         """Mean barrier at k with its interval, clustered by init; None if no pair is valid."""
         found = self.values(k, split, metric, definition)
@@ -122,11 +128,12 @@ class Instability:
         k: int,
         split: str = "test",
         threshold: float | None = None,
-        metric: str = "error",
+        metric: str | None = None,
     ) -> str:
         """``stable`` if the whole interval is below the threshold, ``unstable`` if it is not below
         anywhere, ``undetermined`` if it straddles it or rests on one init only, whose interval has
         no width; ``invalid`` without a valid pair. Threshold: default :data:`THRESHOLDS`."""
+        metric = metric or self.metric
         limit = threshold_of(metric, threshold)
         interval = self.interval(k, split, metric)
         if interval is None:
@@ -138,9 +145,10 @@ class Instability:
         return "unstable" if interval.low >= limit else "undetermined"
 
     def onset(
-        self, split: str = "test", threshold: float | None = None, metric: str = "error"
+        self, split: str = "test", threshold: float | None = None, metric: str | None = None
     ) -> int | None:
         """The smallest k of the grid from which on the mean barrier stays below the threshold."""
+        metric = metric or self.metric
         limit = threshold_of(metric, threshold)
         below = []
         for k in self.ks:
@@ -286,7 +294,8 @@ def analyse(
         schedule: ``continue``, or ``restart`` for the control of Fig. 4 (all T steps again).
         evaluation, max_error: how barriers are measured, and the preset of gate G0.
         controls: train one copy a second time (gate G1: the null control) and check the data orders
-            (gate G3); both are recorded with every barrier.
+            or, where copies differ in these alone, the draws of augmentation and dropout (gate G3);
+            both are recorded with every barrier.
         store, device, workers: see :mod:`companion.training`.
 
     Raises:
@@ -369,10 +378,12 @@ def through_training(
                 f"steps: {step} must lie above k = {k} and at most at T = {recipe.steps}."
             )
     design = _along(recipe, k, steps, inits, copies)
+    text = datasets.load(recipe.data, str(datasets.resolve_device(device))).kind == "text"
     results = measure(
         list(design.values()),
         evaluation,
-        max_error=50.0,
+        reference_error=100.0 if text else None,  # of text: no bound but guessing
+        max_error=None if text else 50.0,
         store=store,
         device=device,
         workers=workers,

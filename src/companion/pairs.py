@@ -17,9 +17,11 @@ import torch
 from companion import data as datasets
 from companion.connectivity import BN_MODES, Barrier, Measure, Walker, barrier, grid
 from companion.connectivity.paths import plain
-from companion.data import Dataset, Split
+from companion.data import Augmentation, Dataset, Split
+from companion.data.augmentation import draw
 from companion.errors import BadParameter, CorruptEntry, one_of
 from companion.gates import Gate, noise_independence, null_control
+from companion.models import has_dropout
 from companion.pool import run_all
 from companion.runs import Entry, Store
 from companion.theta import cosine_distance, distance, layout
@@ -358,7 +360,11 @@ def _null(run: Run, evaluation: Evaluation, data: Dataset, store: Store, device:
 
 
 def check_noise(runs: Sequence[Run], *, device: str = "cpu", most: int = 200) -> Gate:
-    """Gate G3 over the data orders of ``runs``: the first epochs of each, ``most`` in all."""
+    """Gate G3 over the data orders of ``runs``: the first epochs of each, ``most`` in all.
+
+    Where more labels tell their augmentation apart than their order (``noise="augment"``), copies
+    share orders on purpose: the draws of augmentation and dropout are compared as well.
+    """
     data = datasets.load(runs[0].recipe.data, device)
     labels = sorted({str(run.order): run.order_key() for run in runs}.items())
     n = len(data.train)
@@ -370,4 +376,22 @@ def check_noise(runs: Sequence[Run], *, device: str = "cpu", most: int = 200) ->
         for label, key in labels[:most]
         for epoch in range(per_run)
     }
-    return noise_independence(orders)
+    drawn = sorted({str(run.augment): run for run in runs}.items())
+    draws = {
+        f"draws {label} epoch {epoch}": _drawn(run, epoch, data)
+        for label, run in drawn[:most]
+        for epoch in range(max(1, min(per_run, most // len(drawn))))
+        if len(drawn) > len(labels)
+    }
+    return noise_independence(orders, draws)
+
+
+def _drawn(run: Run, epoch: int, data: Dataset) -> bytes:
+    """What ``run`` draws in an epoch besides its order: flips, crops, shifts, seeds of dropout."""
+    augmentation = Augmentation.parse(run.recipe.augment)
+    made = draw(augmentation, run.augment_key(), epoch, len(data.train), data.train.window)
+    found = [t.numpy().tobytes() for t in made.tensors() if t is not None]
+    if has_dropout(run.recipe.net):
+        first = epoch * (len(data.train) // run.recipe.batch)
+        found.append(repr(run.dropout_key().fold(first).seed()).encode())
+    return b"".join(found)

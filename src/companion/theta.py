@@ -91,17 +91,62 @@ def layout(module: nn.Module) -> Layout:
     )
 
 
+def without_aliases(theta: Theta, ties: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """A state dict with every tied tensor once, under its first name.
+
+    That is what ``torch.func.functional_call`` takes: two names of one tensor are too many for it.
+
+    Arguments:
+        theta: whole or in part; of a tied tensor it may hold either name or both.
+        ties: :attr:`Layout.ties` of the architecture.
+    """
+    out = {n: v for n, v in theta.items() if n not in ties}
+    for alias, first in ties.items():
+        if alias in theta:
+            out.setdefault(first, theta[alias])
+    return out
+
+
+def with_aliases(theta: Theta, ties: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """A state dict in which every further name of a tied tensor holds what its first name holds.
+
+    For networks made of several: an alias that still held another network's tensor would be loaded
+    over the right one. Arguments as of :func:`without_aliases`.
+    """
+    return {**theta, **{alias: theta[first] for alias, first in ties.items() if first in theta}}
+
+
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
     """A detached copy of the module's state dict; later training does not touch it."""
     return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def check_ties(theta: Theta, ties: Mapping[str, str], name: str) -> None:
+    """Refuse a state dict whose two names of one tensor hold different values.
+
+    Loading it would keep one of the two, and not the same one everywhere.
+
+    Arguments:
+        ties: :attr:`Layout.ties` of the architecture; name: what the message calls the network.
+
+    Raises:
+        BadParameter: two entries of a tied tensor differ; the message names both.
+    """
+    for alias, first in ties.items():
+        if alias in theta and first in theta and not torch.equal(theta[alias], theta[first]):
+            raise BadParameter(
+                f"network {name}: {alias} and {first} differ, but the model ties them: one tensor "
+                "for both. Take a model that does not (of gpt: tied=false)."
+            )
 
 
 def check(module: nn.Module, theta: Theta, name: str) -> None:
     """Refuse a state dict that is no finite point of ``module``'s weight space.
 
     Raises:
-        BadParameter: missing or extra entries, a shape that differs, NaN or infinite values;
-            the message names the entry. ``name`` is what the message calls the network.
+        BadParameter: missing or extra entries, a shape that differs, NaN or infinite values, two
+            values of a tied tensor; the message names the entry. ``name`` is what the message
+            calls the network.
     """
     spec = layout(module)
     own = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
@@ -119,6 +164,7 @@ def check(module: nn.Module, theta: Theta, name: str) -> None:
             )
         if v.is_floating_point() and not bool(torch.isfinite(v).all()):
             raise BadParameter(f"network {name}: {k} holds NaN or infinite values; it diverged.")
+    check_ties(theta, spec.ties, name)
 
 
 def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[str]) -> Theta:

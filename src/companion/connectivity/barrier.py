@@ -54,6 +54,11 @@ class Barrier:
         raise KeyError(f"{name} is not among the gates {[g.name for g in self.gates]}")
 
     @property
+    def metric(self) -> str:
+        """What barriers of these data are spoken of in: ``loss`` for text, ``error`` for images."""
+        return "error" if self.guess is None else "loss"
+
+    @property
     def curve(self) -> Curve:
         """The curve under the headline mode."""
         return self.curves[self.bn]
@@ -61,15 +66,20 @@ class Barrier:
     def height(
         self,
         split: str = "test",
-        metric: str = "error",
+        metric: str | None = None,
         definition: str = "mean",
         *,
         bn: str | None = None,
         signed: bool = False,
     ) -> float:
-        """The barrier (points of error, or nats), or NaN if a gate failed. See :class:`Curve`."""
+        """The barrier (points of error, or nats), or NaN if a gate failed. See :class:`Curve`.
+
+        Arguments:
+            metric: ``error`` or ``loss``; None: :attr:`metric`.
+        """
         if not self.valid:
             return math.nan
+        metric = metric or self.metric
         return self.curves[bn or self.bn].height(split, metric, definition, signed=signed)
 
     def judged(
@@ -100,9 +110,8 @@ class Barrier:
         if failed:
             return "INVALID (" + "; ".join(failed) + ")"
         named = "" if self.bn == "none" else f", BatchNorm {self.bn}"
-        heights = [f"{s} {self.height(s):.2f} points" for s in self.curve.values]
-        if self.guess is not None:  # the field speaks of a language model's loss, not its errors
-            heights = [f"{s} {self.height(s, 'loss'):.4f} nats" for s in self.curve.values]
+        form, unit = (".4f", "nats") if self.metric == "loss" else (".2f", "points")
+        heights = [f"{s} {self.height(s):{form}} {unit}" for s in self.curve.values]
         return f"barrier {', '.join(heights)}{named}"
 
     def to_json(self) -> dict[str, Any]:

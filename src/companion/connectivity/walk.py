@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from companion import deadline
 from companion.data import Split
 from companion.errors import BadParameter, one_of
-from companion.theta import Theta, affine, check, layout
+from companion.theta import Theta, affine, check, layout, without_aliases
 
 BN_MODES = ("interpolate", "reestimate", "batch")
 """What BatchNorm does at a point of the path: use the running statistics interpolated like weights;
@@ -133,8 +133,11 @@ class Walker:
         }
 
     def load(self, theta: Theta) -> None:
-        """Put a (partial) state dict into the private copy of the network."""
-        for name, value in theta.items():
+        """Put a (partial) state dict into the private copy of the network.
+
+        Of a tied tensor with both its names, the first name's value counts.
+        """
+        for name, value in without_aliases(theta, self.layout.ties).items():
             self._entries[name].copy_(value)
 
     def _batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -2,7 +2,9 @@
 
 A :class:`Text` is read as often as somebody iterates over it. Its pieces do not depend on how the
 file was read, and end where a word ends and white space begins: every tokeniser here cuts there
-anyway, so the tokens of the pieces are the tokens of the whole.
+anyway, so the tokens of the pieces are the tokens of the whole. Only a text without such a place
+for :data:`LONGEST` characters is cut inside a word, and has other tokens there than it would have
+as a whole.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from companion.errors import CorruptData, MissingData
+from companion.errors import BadParameter, CorruptData, MissingData
 
 BLOCK = 1 << 20  # bytes read at a time
 PIECE = 1 << 16  # characters, at least; a piece ends at the next end of a word
 LONGEST = 1 << 20  # characters, at most: for texts without spaces
-_WORD_END = re.compile(r"\S(?=[ \n])")
+NEAR = 1 << 12  # bytes on either side of where a file is to be cut, to find white space in
+_WORD_END = re.compile(r"\S(?=[ \r\n])")
+_MARK = codecs.BOM_UTF8  # byte order mark: some editors begin a file with it; it is no text
 
 TRAIN_NAMES = ("train",)
 VALID_NAMES = ("validation", "valid", "val")
@@ -33,15 +38,21 @@ class Text:
     Args:
         name: for messages: its file, or what it is.
         blocks: makes a new iterator over its bytes, in blocks of any size.
+        begins: at which byte of its file, for messages.
     """
 
     name: str
     blocks: Callable[[], Iterator[bytes]]
+    begins: int = 0
 
     @classmethod
     def of(cls, name: str, text: str) -> Text:
-        """A text that is in memory."""
-        data = text.encode()
+        """A text that is in memory.
+
+        Raises:
+            BadParameter: it holds half a surrogate pair, which is no character.
+        """
+        data = utf8(text, name)
         return cls(name, lambda: iter([data]))
 
     def sha256(self) -> str:
@@ -52,7 +63,7 @@ class Text:
         return h.hexdigest()
 
     def pieces(self) -> Iterator[str]:
-        """The text, cut at ends of words.
+        """The text, cut at ends of words (see the module).
 
         Raises:
             CorruptData: it is not UTF-8.
@@ -63,7 +74,7 @@ class Text:
             try:
                 held, at = held[at:] + decoder.decode(block), 0
             except UnicodeDecodeError as error:
-                raise self._not_utf8(read) from error
+                raise self._not_utf8(read - len(decoder.getstate()[0]) + error.start) from error
             read += len(block)
             while (end := _cut(held, at)) is not None:
                 yield held[at:end]
@@ -71,12 +82,29 @@ class Text:
         try:
             held = held[at:] + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            raise self._not_utf8(read) from error
+            raise self._not_utf8(read - len(decoder.getstate()[0]) + error.start) from error
         if held:
             yield held
 
-    def _not_utf8(self, read: int) -> CorruptData:
-        return CorruptData(f"{self.name}: not UTF-8, near byte {read:,}. Convert it to UTF-8.")
+    def _not_utf8(self, at: int) -> CorruptData:
+        where = f"at byte {self.begins + at:,} (counted from 0)"
+        return CorruptData(f"{self.name}: not UTF-8 {where}. Convert it to UTF-8.")
+
+
+def utf8(text: str, name: str = "text") -> bytes:
+    """The bytes of a text.
+
+    Raises:
+        BadParameter: it holds half a surrogate pair, which is no character.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise BadParameter(
+            f"{name}: character {error.start:,} (counted from 0) is half of a surrogate pair, "
+            f"{text[error.start]!a}: no character, and UTF-8 has no bytes for it. Read the text "
+            "with its own encoding, or leave such characters out."
+        ) from None
 
 
 def _cut(text: str, start: int) -> int | None:
@@ -133,38 +161,66 @@ def of_files(paths: Sequence[Path], blank: str = "\n") -> Text:
     """
     if paths[0].suffix == ".parquet":
         return Text(str(paths[0]), lambda: _rows(paths, blank, 0, None))
-    return Text(str(paths[0]), lambda: _bytes(paths[0], 0, None))
+    first = _begin(paths[0])
+    return Text(str(paths[0]), lambda: _bytes(paths[0], first, None), first)
 
 
 def split_file(path: Path, percent: int) -> tuple[Text, Text]:
-    """A file cut in two at a line end: train, and the last ``percent`` percent of it, test.
+    """A file cut in two: train, and the last ``percent`` percent of it, test.
+
+    A text is cut at the line end behind that place; where there is none (one long line), at the
+    white space nearest to it; without any there, between two characters. Parquet: between rows.
 
     Raises:
-        CorruptData: it cannot be read, or is too short to be cut.
+        BadParameter: it is too short to be cut.
+        CorruptData: it cannot be read.
     """
-    if path.suffix == ".parquet":
-        n = sum(_open_parquet(path)[1])
-        cut = n * (100 - percent) // 100
-        whole = n
-    else:
-        whole = path.stat().st_size
-        cut = _line_end(path, whole * (100 - percent) // 100)
-    if not 0 < cut < whole:
-        raise CorruptData(
-            f"{path}: too short, or too long a last line, to split off its last {percent} % at a "
-            "line end. Give a folder with train.txt and valid.txt instead."
+    rows = path.suffix == ".parquet"
+    first = 0 if rows else _begin(path)
+    whole = sum(_open_parquet(path)[1]) if rows else path.stat().st_size
+    mark = first + (whole - first) * (100 - percent) // 100
+    cut = mark if rows else _cut_of_file(path, first, mark, whole)
+    if not first < cut < whole:
+        raise BadParameter(
+            f"{path}: too short to split off its last {percent} % ({whole - first:,} "
+            f"{'rows' if rows else 'bytes'}). Give a folder with train.txt and valid.txt instead."
         )
-    reader = _row_range if path.suffix == ".parquet" else _bytes
+    reader = _row_range if rows else _bytes
     return (
-        Text(f"{path} (train)", lambda: reader(path, 0, cut)),
-        Text(f"{path} (test)", lambda: reader(path, cut, None)),
+        Text(f"{path} (train)", lambda: reader(path, first, cut), first),
+        Text(f"{path} (test)", lambda: reader(path, cut, None), 0 if rows else cut),
     )
 
 
-def _line_end(path: Path, start: int) -> int:
+def _begin(path: Path) -> int:
+    """Where the text of a file begins: behind its byte order mark, if it has one."""
+    try:
+        with path.open("rb") as file:
+            return len(_MARK) if file.read(len(_MARK)) == _MARK else 0
+    except OSError as error:
+        raise CorruptData(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def _cut_of_file(path: Path, first: int, mark: int, whole: int) -> int:
+    """Where to cut a text near ``mark``; ``whole``, or ``first``, where it cannot be cut."""
     with path.open("rb") as file:
+        file.seek(mark)
+        line = file.readline(BLOCK)
+        if line.endswith(b"\n") and mark + len(line) < whole:
+            return mark + len(line)
+        start = max(first, mark - NEAR)
         file.seek(start)
-        return start + len(file.readline())
+        around = file.read(2 * NEAR)
+    # Neither white space nor a character's first byte ever is a later byte of another character.
+    for found in (_SPACE, _CHARACTER):
+        places = [start + m.start() for m in found.finditer(around)]
+        if places := [p for p in places if first < p < whole]:
+            return min(places, key=lambda p: abs(p - mark))
+    return whole
+
+
+_SPACE = re.compile(rb"(?<![ \t\r\n])[ \t\r\n]+(?=[^ \t\r\n])")
+_CHARACTER = re.compile(rb"[^\x80-\xbf]")
 
 
 def _bytes(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
@@ -189,16 +245,23 @@ def _open_parquet(path: Path) -> tuple[Callable[[int], list[str | None]], list[i
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
-        names = [f.name for f in schema if types.is_string(f.type) or types.is_large_string(f.type)]
     except (pa.ArrowException, OSError) as error:
         raise CorruptData(f"{path}: cannot be read as parquet: {error}") from None
+
+    def holds_text(kind: Any) -> bool:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        strings = types.is_string(kind) or types.is_large_string(kind)
+        return bool(strings or types.is_string_view(kind))
+
+    names = [f.name for f in schema if holds_text(f.type)]
     if "text" in names:
         column = "text"
     elif len(names) == 1:
         column = names[0]
     else:
         raise CorruptData(
-            f"{path}: no string column called text. Its columns: {', '.join(schema.names)}."
+            f"{path}: no column of strings called text. Its columns: "
+            f"{', '.join(f'{f.name} ({f.type})' for f in schema)}."
         )
 
     def read(group: int) -> list[str | None]:

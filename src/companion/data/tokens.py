@@ -15,7 +15,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import groupby, islice
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from companion.data import arrays
-from companion.data.corpus import Survey, Text, survey
-from companion.errors import CorruptData, MissingData
+from companion.data.corpus import Survey, Text, survey, utf8
+from companion.errors import BadParameter, CorruptData, MissingData
 from companion.locations import runs_root
 
 TOKENIZERS = ("bpe", "gpt2", "bytes")
@@ -66,23 +68,51 @@ class Tokenizer:
         return self.encode_all([text])
 
     def encode_all(self, pieces: Iterable[str]) -> NDArray[Any]:
-        """(T,) tokens of all pieces, one after the other; memory grows by the tokens only."""
+        """(T,) tokens of all pieces, one after the other; memory grows by the tokens only.
+
+        Raises:
+            BadParameter: half a surrogate pair, which is no character.
+        """
         if not self.definition:
-            found = [np.frombuffer(p.encode(), dtype=np.uint8).astype(self.dtype) for p in pieces]
+            found = [np.frombuffer(utf8(p), dtype=np.uint8).astype(self.dtype) for p in pieces]
         else:
-            inner, left, found = self._inner(), iter(pieces), []
+            inner, left, found = self._inner, iter(pieces), []
             while batch := list(islice(left, _BATCH)):
+                for piece in batch:
+                    utf8(piece)
                 for coded in inner.encode_batch_fast(batch, add_special_tokens=False):
                     found.append(np.array(coded.ids, dtype=self.dtype))
         return np.concatenate([np.empty(0, dtype=self.dtype), *found])
 
     def decode(self, tokens: Tensor | NDArray[Any] | Sequence[int]) -> str:
-        """The text of some tokens. Bytes that are no UTF-8 (half a character) show as �."""
-        ids = list(tokens) if isinstance(tokens, Sequence) else tokens.tolist()
+        """The text of some tokens, (T,).
+
+        Bytes that are no UTF-8 (half a character) show as �, and so does every number that is no
+        token: networks have more classes than there are tokens.
+
+        Raises:
+            BadParameter: not one row of tokens.
+        """
+        given = tokens if isinstance(tokens, Sequence) else tokens.tolist()
+        try:
+            ids = [index(i) for i in given]
+        except TypeError:  # rows of rows, one bare number, fractions
+            got = repr(given)[:60] if isinstance(tokens, Sequence) else f"shape {(*tokens.shape,)}"
+            raise BadParameter(
+                f"decode: one row of tokens (T,) is needed, whole numbers; got {got}. "
+                "Decode windows one by one: [tokenizer.decode(row) for row in x]."
+            ) from None
+        return "".join(
+            self._text(list(part)) if known else "\ufffd" * len(list(part))
+            for known, part in groupby(ids, lambda i: 0 <= i < self.vocabulary)
+        )
+
+    def _text(self, ids: list[int]) -> str:
         if not self.definition:
             return bytes(ids).decode(errors="replace")
-        return str(self._inner().decode(ids, skip_special_tokens=False))
+        return str(self._inner.decode(ids, skip_special_tokens=False))
 
+    @cached_property
     def _inner(self) -> Any:
         from tokenizers import Tokenizer as Inner
 

@@ -3,7 +3,7 @@
 >>> build("resnet20:width=8,norm=group", (3, 32, 32), 10, Key("init", 1))
 """
 
-from companion.models.layers import ChannelLayerNorm, PadShortcut, parameter_count
+from companion.models.layers import ChannelLayerNorm, PadShortcut, first_dropout, parameter_count
 from companion.models.own import is_own, source_digest
 from companion.models.spec import build, canonical, describe, has_dropout, names, takes
 
@@ -13,6 +13,7 @@ __all__ = [
     "build",
     "canonical",
     "describe",
+    "first_dropout",
     "has_dropout",
     "is_own",
     "names",

@@ -24,6 +24,7 @@ def gpt(
     tied: str = "true",
     positions: int | str = "window",
     gelu: str = "exact",
+    headbias: str = "false",
 ) -> nn.Module:
     """A decoder-only transformer with Hugging Face's parameter names, so its checkpoints fit.
 
@@ -41,6 +42,8 @@ def gpt(
         positions: learned positions, "window" for L of them. A checkpoint with more (GPT-2: 1024)
             wants its own number here.
         gelu: "exact", or GPT-2's own "tanh" approximation.
+        headbias: "true" adds a bias to the output matrix. GPT-2 has none; networks whose LayerNorms
+            are folded (:func:`companion.rebasin.fold`) have.
 
     Returns: tokens (B, L) int64 → logits (B, L, K); a ``transformers.GPT2LMHeadModel`` whose
     forward returns logits alone. ``transformers`` is imported when the first one is built.
@@ -78,7 +81,7 @@ def gpt(
         "eos_token_id": None,
         "attn_implementation": "sdpa",
     }
-    return gpt_module(config, bias=bias == "true")
+    return gpt_module(config, bias=bias == "true", head_bias=headbias == "true")
 
 
 _MANY = count(1, "learned positions; window is one for each token of a window")
@@ -103,6 +106,7 @@ FAMILIES = {
             "positions": Option(
                 "window", _MANY.meaning, f"'window' or {_MANY.allowed}", _positions
             ),
+            "headbias": choice("false", "a bias of the output matrix", _TRUTH),
             "gelu": choice("exact", "nonlinearity; tanh is GPT-2's approximation", tuple(GELU)),
         },
         gpt,

@@ -56,7 +56,7 @@ class Gpt(GPT2LMHeadModel):
         return out
 
 
-def gpt_module(config: dict[str, Any], *, bias: bool) -> Gpt:
+def gpt_module(config: dict[str, Any], *, bias: bool, head_bias: bool = False) -> Gpt:
     """A :class:`Gpt` with fresh weights from torch's current generator.
 
     Every matrix and embedding is drawn from N(0, 0.02), the two projections of a block that end in
@@ -67,6 +67,7 @@ def gpt_module(config: dict[str, Any], *, bias: bool) -> Gpt:
     Arguments:
         config: of ``transformers.GPT2Config``.
         bias: False takes every bias away, those of the norms too.
+        head_bias: whether the output matrix has one.
     """
     with no_init_weights():
         module = Gpt(GPT2Config(**config))
@@ -78,6 +79,8 @@ def gpt_module(config: dict[str, Any], *, bias: bool) -> Gpt:
                     setattr(parent, name, PlainConv1D(layer.weight))
                 elif isinstance(layer, nn.LayerNorm):
                     layer.register_parameter("bias", None)
+    if head_bias:
+        module.lm_head.register_parameter("bias", nn.Parameter(torch.empty(config["vocab_size"])))
     _draw(module)
     return module
 

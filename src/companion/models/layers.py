@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 NormMaker = Callable[[int], nn.Module]
 """Number of channels → norm layer."""
@@ -17,6 +18,12 @@ NORMS = ("batch", "layer", "group", "none")
 INITS = ("kaiming", "torch", "openlth", "lecun")
 
 _CUT_STD = 0.87962566103423978  # standard deviation of N(0, 1) truncated at two of its own
+
+
+def first_dropout(module: nn.Module) -> str | None:
+    """Name of a layer of ``module`` that drops units while it trains; None if none does."""
+    layers = module.named_modules()
+    return next((n for n, layer in layers if isinstance(layer, _DropoutNd) and layer.p > 0), None)
 
 
 class ChannelLayerNorm(nn.LayerNorm):

@@ -175,6 +175,8 @@ def takes(spec: str) -> str | None:
 def has_dropout(spec: str) -> bool:
     """Whether a network of ours draws random numbers while it trains. False for the user's own.
 
+    By its name, before it is built; of what is built, :func:`companion.models.first_dropout`.
+
     Raises: :class:`BadParameter` as :func:`canonical` does.
     """
     parsed = _parse(spec)

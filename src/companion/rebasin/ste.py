@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +27,7 @@ from companion import deadline
 from companion.connectivity.paths import plain
 from companion.data import Split
 from companion.errors import BadParameter
+from companion.losses import mean_loss
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec
 from companion.rebasin.trace import private
@@ -37,11 +37,6 @@ from companion.theta import Theta, affine, check, layout, without_aliases
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> mean loss, a number with a gradient."""
-
-
-def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats: of (N, K) and (N,), or over all positions of (N, L, K)."""
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,10 @@ class _Work:
             self.entry.write_tensors(weights_name, reached.tensors(full=False))
 
 
+_Groups = dict[tuple[int, int, int], list[_Work]]
+"""(step, length of the trace, last step) -> runs that can be trained together."""
+
+
 def _begin(job: Job, data: Dataset, where: torch.device, store: Store) -> _Work | None:
     """The work that ``job`` needs; None if all its states exist. Its entry must be locked."""
     entry = entry_of(job.run, data, where, store)
@@ -224,18 +228,18 @@ def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -
         return
     loop.check_fit(recipe, data)
     module = loop.build(jobs[0].run, data, where)
-    engine = replicas.choose(module, where, str(like.get("engine", "auto")))
+    engine = replicas.choose(module, where, str(like.get("engine", "auto")), data)
     # Batched matrix products may round otherwise in another batch: always the same number of them.
     most = replicas.most_replicas(recipe, data, where) if engine == "vmap" else 0
     with contextlib.ExitStack() as locks:
-        groups: dict[tuple[int, int, int], list[_Work]] = {}
+        groups: _Groups = {}
         for key in sorted(todo):  # in one order everywhere: nobody waits in a circle
             locks.enter_context(entry_of(todo[key].run, data, where, store).lock())
         for job in todo.values():
             if work := _begin(job, data, where, store):
                 at = (work.state.step, len(work.state.trace), max(work.missing))
                 groups.setdefault(at, []).append(work)
-        for (step, _, stop), group in groups.items():
+        for (step, _, stop), group in _at_once(engine, groups):
             width = int(like.get("replicas", 0)) or most or len(group)
             begun = time.monotonic()
             if stop > step:
@@ -264,6 +268,15 @@ def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -
             for work in group:
                 work.entry.write_json(_MADE_BY, record)
                 work.entry.remove(_RESUME)
+
+
+def _at_once(engine: str, groups: _Groups) -> Iterator[tuple[tuple[int, int, int], list[_Work]]]:
+    """What is trained together. A loop takes one run at a time, so each is stored once it ends."""
+    for at, group in groups.items():
+        if engine in ("loop", "loop-compile"):
+            yield from ((at, [work]) for work in group)
+        else:
+            yield at, group
 
 
 def _save_of(group: Sequence[_Work], m: int, reached: State) -> None:

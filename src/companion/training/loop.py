@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from companion import models
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.errors import BadParameter, Diverged
+from companion.losses import mean_loss
 from companion.pool import one_thread
 from companion.seeds import Key
-from companion.theta import snapshot
+from companion.theta import check_ties, layout, snapshot
+from companion.training.compiled import compiled
 from companion.training.recipe import Recipe, Run
 
 _LOOK_EVERY = 200  # steps between checks that the loss is finite: each one waits for the device
@@ -45,6 +46,13 @@ class State:
             out |= {f"optimizer/{k}": v for k, v in self.optimizer.items()}
         return out | {"trace": self.trace, "step": torch.tensor(self.step)}
 
+    def cpu(self) -> State:
+        """The same on the CPU; there, this very state's tensors."""
+        theta, optimizer = (
+            {k: v.cpu() for k, v in part.items()} for part in (self.theta, self.optimizer)
+        )
+        return State(self.step, theta, optimizer, self.trace.cpu())
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> State:
         """The inverse of :meth:`tensors`."""
@@ -60,11 +68,6 @@ def build(run: Run, data: Dataset, device: torch.device) -> nn.Module:
     module = models.build(run.recipe.net, data.in_shape, data.classes, run.init_key()).to(device)
     # Tensor cores want the channels last; the shapes, and so the state dict, stay as they are.
     return module.to(memory_format=torch.channels_last) if device.type == "cuda" else module
-
-
-def mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats: of (N, K) and (N,), or over the positions of (N, L, K)."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 def decayed(recipe: Recipe, module: nn.Module) -> frozenset[str]:
@@ -137,9 +140,7 @@ def _load_optimizer(
 
 def draws_noise(run: Run, module: nn.Module) -> bool:
     """Whether a training step of the network may draw random numbers: dropout, or one's own."""
-    return models.is_own(run.recipe.net) or any(
-        isinstance(layer, _DropoutNd) and layer.p > 0 for layer in module.modules()
-    )
+    return models.is_own(run.recipe.net) or models.first_dropout(module) is not None
 
 
 @contextlib.contextmanager
@@ -157,13 +158,19 @@ def own_generator(device: torch.device) -> Iterator[Callable[[Key], None]]:
         yield seed
 
 
+def forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A forward pass as a function of the network: what ``torch.compile`` is given."""
+    out: torch.Tensor = module(x)
+    return out
+
+
 def check_fit(recipe: Recipe, data: Dataset) -> None:
     """Refuse, before any work, a recipe that its dataset cannot serve.
 
     Raises:
         BadParameter: batch above the number of training images (of text: windows); a network that
-            does not take the examples' shape; an augmentation wider than the image, or of images
-            for text and the other way round.
+            does not take the examples' shape, or not every token of a vocabulary; an augmentation
+            wider than the image, or of images for text and the other way round.
     """
     text = data.kind == "text"
     things = f"windows of {data.in_shape[0]} tokens" if text else "images"
@@ -183,14 +190,16 @@ def check_fit(recipe: Recipe, data: Dataset) -> None:
     module = models.build(recipe.net, data.in_shape, data.classes, Key("fit")).eval()
     few = data.train.x[:2].cpu()
     wanted = (*data.train.y[:2].shape, data.classes)
+    taken = f"{'tokens' if text else 'images'} of shape {data.in_shape}"
     try:
         with torch.no_grad():
             shape = tuple(module(few).shape)
-    except (RuntimeError, AttributeError) as e:  # a network of the user's own
-        raise BadParameter(
-            f"net: {recipe.net} does not take {'tokens' if text else 'images'} of shape "
-            f"{data.in_shape} ({data.name}): {e}"
-        ) from e
+            if text:  # these windows need not hold the last token, which a GPU would crash on
+                taken = f"the tokens 0 and {data.classes - 1} of a vocabulary of {data.classes}"
+                ends = [torch.full_like(few[0], token) for token in (0, data.classes - 1)]
+                module(torch.stack(ends))
+    except (RuntimeError, AttributeError, IndexError, TypeError, ValueError) as e:  # one's own
+        raise BadParameter(f"net: {recipe.net} does not take {taken} ({data.name}): {e}") from e
     if shape != wanted:
         raise BadParameter(
             f"net: {recipe.net} makes {shape} of {len(few)} {things} of {data.name}; "
@@ -227,16 +236,21 @@ def advance(
             kernels that it fuses round differently.
 
     Raises:
+        BadParameter: a state whose two names of a tied tensor hold different values.
         Diverged: the loss is not finite. Nothing of the broken state was handed to ``save``.
     """
     recipe, device = run.recipe, data.train.x.device
     module = module if module is not None else build(run, data, device)
+    check_ties(state.theta, layout(module).ties, f"{run.recipe.net} at step {state.step}")
     module.load_state_dict(state.theta)
     module.train()
     optimizer = make_optimizer(recipe, module)
     places = _places(optimizer, module)
     _load_optimizer(optimizer, state.optimizer, places)
-    net = torch.compile(module, backend=compiler, dynamic=False) if compiler else module
+    net: Callable[[torch.Tensor], torch.Tensor] = module
+    if compiler:
+        key = (recipe.net, recipe.precision, data.in_shape, data.classes, recipe.batch)
+        net = partial(compiled((forward, *key, str(device), compiler), forward, compiler), module)
     noisy = draws_noise(run, module)
     n, batch = len(data.train), recipe.batch
     per_epoch = n // batch

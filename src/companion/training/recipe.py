@@ -41,7 +41,9 @@ class Recipe:
         lr: peak learning rate.
         weight_decay: as the optimiser defines it (L2 in the gradient for sgd and adam).
         weight_decay_on: ``all`` parameters, or ``matrices``: weights of two or more dimensions that
-            are no embeddings, so neither norms nor biases.
+            are no embeddings, so neither norms nor biases. An embedding is a layer
+            ``nn.Embedding``: one that a network keeps as a bare ``nn.Parameter`` decays. Of a
+            network for text the head decays where it is untied; tied, it is the embedding.
         schedule: ``constant``; ``step``: times ``gamma`` at each of ``milestones`` (fractions of
             T, or steps if above 1); ``cosine``: to 0 at T; ``onecycle``: PyTorch's OneCycleLR with
             cosine annealing, whose rising part is ``warmup``.

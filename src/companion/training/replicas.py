@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from companion import models
 from companion.data import Dataset
@@ -49,9 +48,9 @@ _LOOK_EVERY = 200  # steps between looks at the losses: each one waits for the d
 
 def unfit(module: nn.Module) -> str | None:
     """Why the step of ``module`` cannot be one function of static tensors; None if it can."""
+    if (name := models.first_dropout(module)) is not None:
+        return f"{name} draws random numbers (dropout) that no key names"
     for name, layer in module.named_modules():
-        if isinstance(layer, _DropoutNd) and layer.p > 0:
-            return f"{name} draws random numbers (dropout) that no key names"
         if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.momentum is None:
             return f"{name} averages over all batches (momentum=None), which asks the host"
     return None
@@ -66,16 +65,22 @@ def _batches_well(module: nn.Module) -> bool:
     )
 
 
-def _reads_tokens(module: nn.Module) -> bool:
+def _reads_tokens(module: nn.Module, data: Dataset | None = None) -> bool:
+    """Whether it may hold attention: what it is trained on is text, or it looks tokens up."""
+    if data is not None and data.kind == "text":
+        return True
     return any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) for layer in module.modules())
 
 
-def choose(module: nn.Module, device: torch.device, engine: str = "auto") -> str:
+def choose(
+    module: nn.Module, device: torch.device, engine: str = "auto", data: Dataset | None = None
+) -> str:
     """The engine that ``engine`` stands for.
 
     ``auto``: ``loop`` on a CPU, for networks that :func:`unfit` names and for those that read
-    tokens; on a GPU ``vmap`` for networks of linear maps and LayerNorm alone, ``graphs`` for the
-    others. Not measured yet: benchmarks/README.md, "Engine".
+    tokens (``data`` is text, or they hold an embedding); on a GPU ``vmap`` for networks of linear
+    maps and LayerNorm alone, ``graphs`` for the others. Not measured yet: benchmarks/README.md,
+    "Engine".
 
     Raises:
         BadParameter: no such engine, or one that cannot train this network.
@@ -83,12 +88,12 @@ def choose(module: nn.Module, device: torch.device, engine: str = "auto") -> str
     one_of("engine", engine, ENGINES)
     why = unfit(module)
     if engine == "auto":
-        if device.type == "cpu" or why or _reads_tokens(module):
+        if device.type == "cpu" or why or _reads_tokens(module, data):
             return "loop"
         return "vmap" if _batches_well(module) else "graphs"
     if engine not in ("loop", "loop-compile") and why:
         raise BadParameter(f"engine: {engine!r} cannot train this network: {why}. Use 'loop'.")
-    if engine == "vmap" and _reads_tokens(module):
+    if engine == "vmap" and _reads_tokens(module, data):
         raise BadParameter(
             "engine: 'vmap' does not train networks that read tokens: attention has no batched "
             "form for many replicas. Use 'loop', 'loop-compile', 'graphs' or 'compile'."
@@ -208,7 +213,7 @@ def advance_many(
         capture, backend: see :class:`companion.training.stepper.Stepper`.
 
     Returns:
-        the states at ``stop``, on the CPU unless the engine is ``loop`` or ``loop-compile``.
+        the states at ``stop``, on the CPU.
 
     Raises:
         BadParameter: runs of different recipes, states at different steps; an engine that cannot
@@ -224,16 +229,16 @@ def advance_many(
         raise BadParameter("advance_many: all states must be at one step of their runs.")
     recipe, device, first = runs[0].recipe, data.train.x.device, states[0].step
     module = module if module is not None else loop.build(runs[0], data, device)
-    engine = choose(module, device, engine)
+    engine = choose(module, device, engine, data)
     if engine == "vmap" and recipe.precision == "bf16" and not _batches_well(module):
         raise BadParameter(
             "engine: 'vmap' does not train convolutions or BatchNorm in bf16 (autocast does not "
             "see them under torch.vmap). Use 'graphs', or precision float32."
         )
     wanted = set(checkpoints)
-    attends = models.takes(recipe.net) == "tokens"
-    with reproducible(device, deterministic, strict=attends):
+    with reproducible(device, deterministic, strict=_reads_tokens(module, data)):
         if engine in ("loop", "loop-compile"):
+            # To the CPU one by one: the device need not hold what it has finished.
             return [
                 loop.advance(
                     *(run, state, stop, data),
@@ -242,7 +247,7 @@ def advance_many(
                     save=(lambda s, m=m: save(m, s)) if save else None,  # type: ignore[misc]
                     tick=tick,
                     compiler=backend if engine == "loop-compile" else None,
-                )
+                ).cpu()
                 for m, (run, state) in enumerate(zip(runs, states, strict=True))
             ]
         if stop <= first:

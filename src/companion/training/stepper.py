@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,8 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.data.augmentation import Draws
+from companion.losses import mean_loss
+from companion.training.compiled import compiled
 from companion.training.feed import Epoch
-from companion.training.loop import State, mean_loss
+from companion.training.loop import State
 from companion.training.recipe import Recipe
 from companion.training.stack import Stack
 from companion.training.update import coefficients, update
@@ -49,19 +50,6 @@ def loss_of(template: nn.Module, recipe: Recipe, device: torch.device) -> Loss:
             return mean_loss(logits, y)
 
     return loss
-
-
-_COMPILED: dict[Any, Loss] = {}
-"""What torch.compile made, by everything it depends on: a minute's work, done once a process."""
-
-
-def _compiled(key: Any, loss: Loss, backend: str) -> Loss:
-    if key not in _COMPILED:
-        # Code of its own: torch gives up on code that was compiled for eight different networks.
-        code = loss.__code__.replace(co_name=f"loss_{len(_COMPILED)}")
-        own = FunctionType(code, loss.__globals__, code.co_name, None, loss.__closure__)
-        _COMPILED[key] = torch.compile(own, backend=backend, dynamic=False)
-    return _COMPILED[key]
 
 
 def template_of(module: nn.Module) -> nn.Module:
@@ -109,7 +97,7 @@ class Stepper:
         self._loss = loss_of(template_of(module), recipe, self.device)
         if engine == "compile":
             key = (recipe.net, recipe.precision, data.in_shape, data.classes, recipe.batch)
-            self._loss = _compiled(
+            self._loss = compiled(
                 (*key, str(self.device), stack.theta.dtype, backend), self._loss, backend
             )
         self._streams: list[torch.cuda.Stream] = []
