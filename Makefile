@@ -8,10 +8,12 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules
 
-# What you may set:  make book PROFILE=gpu  ·  make test ARGS="-k barrier"  ·  make PYTHON=python3.12
+# What you may set:  make book PROFILE=gpu  ·  make test ARGS="-k barrier" WORKERS=0  ·  make PYTHON=python3.12
 PROFILE ?= quick
 ARGS ?=
 PORT ?= 8000
+# Processes that share the tests, a file each; 0: none, for a debugger.
+WORKERS ?= auto
 VENV ?= .venv
 # Any Python from 3.11 to 3.13; the first that is found.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; print("yes" * ((3, 11) <= sys.version_info < (3, 14)))' 2>/dev/null),$(p))))
@@ -40,7 +42,7 @@ book: $(BUILT) ## the site: PROFILE=quick (default: minutes on a CPU), gpu or pa
 notebooks: $(NOTEBOOKS) ## build/notebooks/*.ipynb, for papermill or Jupyter
 
 test: $(READY) ## all tests; ARGS="-m 'not slow'" for the quick ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(READY) $(NOTEBOOKS) ## ruff, formatting and types, of the package and of the chapters' cells
 	$(BIN)/ruff check . $(NOTEBOOKS)
