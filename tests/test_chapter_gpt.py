@@ -86,6 +86,22 @@ def test_wikitext_by_one_command(source: Path, tmp_path: Path) -> None:
     assert "WikiText-2" in text.label and "test" in text.label
 
 
+def test_an_untied_network_with_one_head_and_no_biases(source: Path, tmp_path: Path) -> None:
+    net = "gpt:layers=1,width=16,heads=1,bias=false,tied=false"
+    notebook = run(source, tmp_path, **{**TINY, "net": net, "steps": 6, "ks": [2]})
+    figures = {f["name"]: f["data"] for f in entries(notebook, "figure")}
+    assert figures["features"]["places"] == ["block 1", "last norm", "output"]
+    assert "output" in figures["heatmap"]["same"] and "embedding" in figures["heatmap"]["same"]
+
+
+def test_networks_that_did_not_train_end_in_a_sentence(source: Path, tmp_path: Path) -> None:
+    """With gate G0 as it is by default, and too few steps to beat the commonest token."""
+    small = {k: v for k, v in TINY.items() if k != "max_error"}
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        run(source, tmp_path, **{**small, "steps": 4, "ks": [2]})
+    assert caught.value.ename == "BadParameter" and "no pair trained" in caught.value.evalue
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
