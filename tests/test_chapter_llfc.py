@@ -79,6 +79,26 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     assert record["dataset"]["sha256"] == data.load("digits").fingerprint
 
 
+def test_pairs_that_fail_a_gate_leave_gaps_and_no_error(source: Path, tmp_path: Path) -> None:
+    """Every pair of the convolutional network is untrained, and copies part at the very end."""
+    extreme = {"max_error": 15.0, "fork": 0.95, "pairs": 2, "ks": [0]}
+    notebook = run(source, tmp_path, **{**TINY, **extreme})
+    (verdicts,) = entries(notebook, "claims")
+    by_id = {v["claim"]["id"]: v for v in verdicts}
+    assert by_id["A01"]["verdict"] == "not testable at this scale"
+    areas = next(t for t in entries(notebook, "table") if "ROC" in t["caption"])
+    assert {row[2] for row in areas["rows"] if row[0].startswith("resnet8")} == {"—"}
+    drawn = {f["name"]: f["data"] for f in entries(notebook, "figure")}
+    assert "layers" not in drawn["llfc-additivity"]["resnet8:width=2"]
+    written = "".join(
+        output["data"].get("text/markdown", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "data" in output
+    )
+    assert "a factor of nan" not in written
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [

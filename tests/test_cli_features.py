@@ -128,6 +128,16 @@ def test_conditions_and_stitching(nets, thetas, tmp_path):
     assert "Dist_σ" in result.stdout and "opposite signs" in result.stdout
 
 
+def test_conditions_ask_only_about_the_layers_and_do_without_a_relu(nets, tmp_path):
+    out = tmp_path / "x.json"
+    words = (*WORDS, "--conditions", "--stitch", "--layers", "head", "--json", out)
+    result = run("features", nets["a"], nets["b"], *words)
+    assert "no ReLU" in result.output
+    written = json.loads(out.read_text())
+    assert written["conditions"]["weak_additivity"] is None and written["stitching"]
+    assert [x["name"] for x in written["conditions"]["commutativity"]["layers"]] == ["head"]
+
+
 def test_gates(nets):
     same = run("features", nets["a"], nets["a"], *WORDS)
     assert "G0b distinct FAIL" in same.stdout and "INVALID as a statement" in same.stdout

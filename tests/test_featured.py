@@ -18,6 +18,7 @@ from companion.featured_stats import (
     STATISTICS,
     after_first,
     averaged,
+    comparable,
     over_pairs,
     ratios,
     separation,
@@ -171,6 +172,41 @@ def test_statistics_count_valid_pairs_and_leave_out_the_first_layer(
     rising = trend(grid, lambda k, f: k, lambda k, f: 2.0 * k)
     assert rising is not None and (rising.value, rising.n) == (1, 2)
     assert trend({1: found["naive"]}, lambda k, f: k, lambda k, f: k) is None
+
+
+def test_a_mode_that_was_not_measured_is_refused(found: dict[str, list[Featured]]) -> None:
+    one = found["naive"][0]
+    assert one.look("reestimate") is one.look()  # there is no BatchNorm
+    for read in (one.look, one.height):
+        with pytest.raises(BadParameter, match="bn"):
+            read("re-estimate")
+
+
+def test_the_coefficient_is_a_ratio_of_lengths_times_the_cosine(
+    found: dict[str, list[Featured]],
+) -> None:
+    for one in (*found["naive"], *found["weights"]):
+        for x in one.layers():
+            cosine = math.sqrt(x.c[0.5].median * x.twin[0.5].median)
+            assert one.lengths()[x.name] * cosine == pytest.approx(x.c[0.5].median)
+    assert found["naive"][0].lengths()["head"] > found["naive"][0].coefficients()["head"]
+
+
+def test_means_leave_out_the_first_layer_and_count_a_feature_once(
+    found: dict[str, list[Featured]],
+) -> None:
+    one = found["naive"][0]
+    later = list(one.gaps().values())[1:]
+    assert mean_gap(one) == pytest.approx(sum(later) / len(later))
+    look = one.look()
+    twice = replace(look, layers=(*look.layers, replace(look.layers[-1], name="block")))
+    doubled = replace(one, features={"none": twice})
+    assert doubled.gaps() == one.gaps() and ratios(doubled) == ratios(one)
+
+
+def test_only_pairs_with_every_number_are_compared(found: dict[str, list[Featured]]) -> None:
+    one = found["naive"][0]
+    assert comparable([one, replace(one, commutativity=None)]) == [one]
 
 
 def test_the_store_knows_the_kind(found: dict[str, list[Featured]], shared: Store) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from companion import data, models
 from companion.errors import BadParameter
 from companion.features.condition_values import Additivity, Commutativity, LayerCommutativity
-from companion.features.conditions import commutativity, weak_additivity
+from companion.features.conditions import commutativity, measurable, weak_additivity
+from companion.features.measure import features
 from companion.features.theorem import exact, theorem1
 from companion.seeds import Key
 from companion.theta import snapshot
@@ -295,7 +296,7 @@ def test_ratio_is_undefined_where_nothing_differs() -> None:
 
 def test_messages() -> None:
     module, a, b = pair("mlp")
-    with pytest.raises(BadParameter, match="from 0 to 1"):
+    with pytest.raises(BadParameter, match=r"from 0 \(A\) to 1"):
         weak_additivity(module, a, b, TEST, alphas=(0.5, 1.5))
     with pytest.raises(BadParameter, match=r"'head' fits no ReLU.*Those are: layer1\.relu, layer2"):
         weak_additivity(module, a, b, TEST, layers=["head"])
@@ -316,3 +317,32 @@ def test_messages() -> None:
     assert [x.name for x in found.layers] == ["layer1.linear", "layer2.linear"]
     with pytest.raises(BadParameter, match="was not measured"):
         found.layer("head")
+
+
+class Both(nn.Module):
+    """A module called relu and a functional ReLU, in one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.relu, self.head = nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.relu(self.up(x.flatten(1))) - 0.2))
+
+
+def test_a_functional_relu_beside_a_module_of_that_name_is_seen() -> None:
+    one, two = Both(), Both()
+    found = weak_additivity(one, snapshot(one), snapshot(two), TEST)
+    assert len(found.layers) == 2 and found.layers[0].name == "relu"
+    relus, linears = measurable(one, TEST)
+    assert relus == tuple(x.name for x in found.layers) and linears == ("up", "head")
+    assert measurable(one, TEST, ["relu", "head"]) == (("relu",), ("head",))
+    smooth = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Tanh())
+    assert measurable(smooth, TEST) == ((), ("1",))
+
+
+def test_alphas_are_refused_as_features_refuses_them() -> None:
+    module, a, b = pair("mlp")
+    for measure in (weak_additivity, features):
+        with pytest.raises(BadParameter, match="different numbers"):
+            measure(module, a, b, TEST, alphas=(0.5, 0.5))

@@ -12,9 +12,8 @@ Explained in our chapter 3; Zhou et al. 2023.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +27,7 @@ from companion.connectivity.paths import plain
 from companion.connectivity.walk import default_batch
 from companion.data import Dataset, Split
 from companion.errors import BadParameter, one_of
+from companion.featured_values import MODES, Featured, Lemma, mean_gap
 from companion.features import (
     Additivity,
     Commutativity,
@@ -41,6 +41,7 @@ from companion.features import (
     weak_additivity,
     weight_spectra,
 )
+from companion.features.conditions import measurable
 from companion.matchers import Method, key_of, match, weights_of
 from companion.pairs import Pair, normal_error
 from companion.runs import Entry, Store
@@ -49,16 +50,27 @@ from companion.training import Job, build
 
 K = TypeVar("K", bound=Hashable)
 
+__all__ = [
+    "MODES",
+    "PARTS",
+    "Featured",
+    "Lemma",
+    "Scope",
+    "Task",
+    "examine",
+    "jobs_of",
+    "mean_gap",
+    "mixed",
+    "survey",
+]
+
 SEMANTICS = 1
 """Raised by hand when a measurement of the same networks would give other numbers."""
 
 PARTS = ("additivity", "commutativity", "stitching", "spectra")
 """What may be measured besides the features: the two conditions of Theorem 1, the stitching test,
-and the singular values of the weights and features of A and of B as it was trained."""
-
-MODES = ("interpolate", "reestimate")
-"""BatchNorm on the way between A and B: statistics interpolated as in the paper's code, or
-estimated again. A network without BatchNorm has one mode, ``none``."""
+and the singular values of the weights and features of A and of B as it was trained. A condition
+that is about nothing in a network (additivity, without a ReLU) is left out."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,8 @@ class Scope:
 
     Arguments:
         layers: names or patterns, as :func:`companion.features.sites` takes them; None: all.
+            Statistics over layers leave out the first that is measured, so name the network's first
+            linear map, too.
         alphas: of the features between A and B; 0 is A, as everywhere in this book.
         points: of the error's line, odd.
         bn: modes, the first one for the headline; those of :data:`MODES`.
@@ -101,111 +115,6 @@ class Scope:
     def split(self, data: Dataset) -> Split:
         """The test images, or the first of them."""
         return data.test.head(self.test_examples or len(data.test))
-
-
-@dataclass(frozen=True)
-class Lemma:
-    """Lemma 1 on one pair: errors along alpha, in percent, and the bound.
-
-    Arguments:
-        alphas: the line's grid, shape (points,).
-        mixture: error of the mixed logits (1 - alpha) f(A) + alpha f(B): Lemma 1's own object.
-        path: error of the network with interpolated weights, which it bounds if LLFC holds.
-        bound: Err_A + Err_B.
-        examples: images behind each error, so that errors can be compared as counts.
-    """
-
-    alphas: tuple[float, ...]
-    mixture: tuple[float, ...]
-    path: tuple[float, ...]
-    bound: float
-    examples: int
-
-    def _excess(self, errors: Sequence[float]) -> list[int]:
-        """Images above the bound, a whole number at each alpha."""
-        limit = round(self.bound * self.examples / 100)
-        return [round(e * self.examples / 100) - limit for e in errors]
-
-    @property
-    def violations(self) -> int:
-        """At how many alphas the mixed logits are wrong more often than the bound: it must be 0."""
-        return sum(e > 0 for e in self._excess(self.mixture))
-
-    @property
-    def excess(self) -> float:
-        """How far the interpolated network's error rises above the bound at most, in points."""
-        return 100 * max(self._excess(self.path)) / self.examples
-
-
-@dataclass(frozen=True)
-class Featured:
-    """What was measured of a pair under one way of bringing B to A.
-
-    Arguments:
-        pair, method: which.
-        barrier: of the test error and loss on the line from A to B (or pi(B)), with its gates.
-        features: BatchNorm mode -> the features; one entry ``none`` without BatchNorm.
-        mixture: error (%) of the mixed logits on the line's grid; examples: images behind it.
-        additivity, commutativity, stitching: if they were asked for.
-        spectra: ``a`` and ``b`` -> singular values of weights and features, if asked for.
-    """
-
-    pair: Pair
-    method: Method
-    barrier: Barrier
-    features: Mapping[str, Features] = field(repr=False)
-    mixture: tuple[float, ...] = field(repr=False)
-    examples: int
-    additivity: Additivity | None = field(default=None, repr=False)
-    commutativity: Commutativity | None = field(default=None, repr=False)
-    stitching: Stitching | None = field(default=None, repr=False)
-    spectra: Mapping[str, tuple[Spectrum, ...]] = field(default_factory=dict, repr=False)
-
-    @property
-    def valid(self) -> bool:
-        """True if no gate failed."""
-        return self.barrier.valid
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """The BatchNorm modes, headline first."""
-        return tuple(self.features)
-
-    def look(self, bn: str | None = None) -> Features:
-        """The features under a BatchNorm mode; None: the headline's. A network without BatchNorm
-        has one answer to every mode."""
-        return self.features.get(bn or self.modes[0], self.features[self.modes[0]])
-
-    def height(self, bn: str | None = None) -> float:
-        """The test error barrier above the line between the ends, as the paper of this chapter has
-        it (points); NaN if a gate failed."""
-        mode = bn if bn in self.barrier.curves else None
-        return self.barrier.height("test", "error", "linear", bn=mode)
-
-    def gaps(self, alpha: float = 0.5, bn: str | None = None) -> dict[str, float]:
-        """Layer -> E[1 - cos_alpha]."""
-        return {x.name: x.gap[alpha].mean for x in self.look(bn).layers}
-
-    def baselines(self, bn: str | None = None) -> dict[str, float]:
-        """Layer -> E[1 - cos(A, B)]."""
-        return {x.name: x.baseline.mean for x in self.look(bn).layers}
-
-    def ratios(self, alpha: float = 0.5, bn: str | None = None) -> dict[str, float]:
-        """Layer -> E[1 - cos_alpha] / E[1 - cos(A, B)]."""
-        return {x.name: x.ratio(alpha) for x in self.look(bn).layers}
-
-    def coefficients(self, alpha: float = 0.5, bn: str | None = None) -> dict[str, float]:
-        """Layer -> median over samples of the paper's coefficient c."""
-        return {x.name: x.c[alpha].median for x in self.look(bn).layers}
-
-    def lemma(self) -> Lemma:
-        """Lemma 1 along the line. BatchNorm's statistics are interpolated, so that both ends are A
-        and B themselves; with statistics estimated again they would be other networks."""
-        curves = self.barrier.curves
-        curve = curves["interpolate"] if "interpolate" in curves else curves["none"]
-        path = tuple(curve.values["test"]["error"])
-        bound = self.mixture[0] + self.mixture[-1]
-        return Lemma(tuple(curve.alphas), self.mixture, path, bound, self.examples)
 
 
 @dataclass(frozen=True)
@@ -268,10 +177,11 @@ def _measure(task: Task) -> dict[str, Any]:
         "mixture": [plain(e) for e in mixed(module, a, moved, split, line.curve.alphas)],
         "examples": len(split),
     }
-    if "additivity" in scope.parts:
+    relus, linears = measurable(module, split)
+    if "additivity" in scope.parts and relus:
         found = weak_additivity(module, a, moved, split, alphas=scope.alphas, batch=scope.batch)
         out["additivity"] = found.to_json()
-    if "commutativity" in scope.parts:
+    if "commutativity" in scope.parts and linears:
         out["commutativity"] = commutativity(module, a, moved, split, batch=scope.batch).to_json()
     if "stitching" in scope.parts:
         out["stitching"] = stitch(module, a, moved, split, **where).to_json()
@@ -404,9 +314,3 @@ def _read(task: Task, raw: Mapping[str, Any], line: Barrier) -> Featured:
         part("stitching", Stitching.from_json),
         {k: tuple(map(Spectrum.from_json, v)) for k, v in raw.get("spectra", {}).items()},
     )
-
-
-def mean_gap(found: Featured, alpha: float = 0.5, bn: str | None = None) -> float:
-    """E[1 - cos_alpha], averaged over layers; NaN if a gate failed."""
-    values = [v for v in found.gaps(alpha, bn).values() if not math.isnan(v)]
-    return sum(values) / len(values) if values and found.valid else math.nan

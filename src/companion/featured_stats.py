@@ -22,7 +22,7 @@ CONNECTED = 2.0
 
 
 def after_first(values: Mapping[str, float]) -> dict[str, float]:
-    """Layer -> value, without the first site."""
+    """Layer -> value, without the first site that was measured."""
     return dict(list(values.items())[1:])
 
 
@@ -47,7 +47,8 @@ class Ratios:
 def ratios(found: Featured, bn: str | None = None) -> Ratios:
     """:class:`Ratios` of a pair. Layers without a ratio (parallel features) are left out."""
     seen = found.look(bn)
-    rows = np.asarray([[x.ratio(t) for t in seen.alphas] for x in seen.layers[1:]])
+    rows = np.asarray([[x.ratio(t) for t in seen.alphas] for x in found.layers(bn)[1:]])
+    rows = rows.reshape(-1, len(seen.alphas))
     rows = rows[np.isfinite(rows).all(1)]
     if not len(rows):
         return Ratios(math.nan, math.nan)
@@ -94,9 +95,9 @@ def trend(
     return clustered(values, clusters(pairs)) if values else None
 
 
-def _coefficients(f: Featured) -> dict[str, float]:
-    """|log c|: how far a feature's length is from that of the interpolated feature."""
-    return {n: abs(math.log(c)) if c > 0 else math.inf for n, c in f.coefficients().items()}
+def _lengths(f: Featured) -> dict[str, float]:
+    """How far a feature's length is from that of the interpolated feature, as a |log|."""
+    return {n: abs(math.log(v)) for n, v in f.lengths().items()}
 
 
 def _additivity(f: Featured) -> dict[str, float]:
@@ -112,7 +113,7 @@ STATISTICS: Mapping[str, Callable[[Featured], Mapping[str, float]]] = {
     "E[1 − cos½]": lambda f: f.gaps(),
     "E[1 − cos(A, B)]": lambda f: f.baselines(),
     "R, their ratio": lambda f: f.ratios(),
-    "|log c|": _coefficients,
+    "|log of the lengths’ ratio|": _lengths,
     "Dist_σ": _additivity,
     "Dist_com": _commutativity,
     "Dist_com / min(Dist_W, Dist_H)": lambda f: _commutativity(f, relative=True),
@@ -137,6 +138,12 @@ class Separation:
     worst: float
     output: float
     pairs: tuple[int, int]
+
+
+def comparable(found: Sequence[Featured]) -> list[Featured]:
+    """The valid pairs of which every one of :data:`STATISTICS` was measured, so that areas under
+    ROC curves are about the same pairs."""
+    return [f for f in found if f.valid and all(value(f) for value in STATISTICS.values())]
 
 
 def separation(

@@ -19,6 +19,10 @@ Bands = Mapping[str, Mapping[str, Sequence[float]]]
 """layer -> ``mean``, ``low``, ``high`` … or, one level up, what :func:`by_layer` returns."""
 
 
+MOST_NAMES = 14
+"""Layers that are named below one panel at most."""
+
+
 def by_layer(
     ax: Axes,
     series: Mapping[str, Sequence[Mapping[str, float]]],
@@ -65,8 +69,13 @@ def redraw(
     names: bool = True,
     plain: Sequence[str] = (),
 ) -> None:
-    """Draw what :func:`by_layer` returned, now or from a record."""
-    layers = drawn["layers"]
+    """Draw what :func:`by_layer` returned, now or from a record; of many layers every second or
+    third is named. Without any pair the panel says so."""
+    layers = drawn.get("layers") or []
+    if not layers or len(drawn) == 1:
+        ax.text(0.5, 0.5, "no valid pair", transform=ax.transAxes, ha="center", va="center")
+        ax.set_xticks([])
+        return
     at = np.arange(len(layers))
     number = 0
     for label, band in drawn.items():
@@ -95,8 +104,9 @@ def redraw(
         )
     if log:
         ax.set_yscale("log")
-    small = 6.5 if len(layers) > 16 else 8
-    ax.set_xticks(at, layers if names else [""] * len(layers), rotation=90, fontsize=small)
+    every = -(-len(layers) // MOST_NAMES)
+    shown = layers[::every] if names else [""] * len(layers[::every])
+    ax.set_xticks(at[::every], shown, rotation=90, fontsize=8)
     ax.set_xlim(-0.5, len(layers) - 0.5)
     ax.grid(axis="x", visible=False)
 

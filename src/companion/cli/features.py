@@ -158,13 +158,17 @@ def command(
     more: dict[str, Any] = {}
     if conditions:
         from companion.features import commutativity, weak_additivity
+        from companion.features.conditions import measurable
 
-        additive = weak_additivity(module, theta_a, theta_b, test, alphas=rates)
-        commuting = commutativity(module, theta_a, theta_b, test)
+        among = [x.name for x in next(iter(found.values())).layers] if layers else None
+        relus, linears = measurable(module.to(test.x.device), test, among)
+        ends_of = (module, theta_a, theta_b, test)
+        additive = weak_additivity(*ends_of, layers=relus, alphas=rates) if relus else None
+        commuting = commutativity(*ends_of, layers=linears) if linears else None
         _show_conditions(additive, commuting)
         more["conditions"] = {
-            "weak_additivity": additive.to_json(),
-            "commutativity": commuting.to_json(),
+            "weak_additivity": additive and additive.to_json(),
+            "commutativity": commuting and commuting.to_json(),
         }
     if stitch:
         from companion.features import stitch as stitched
@@ -260,26 +264,34 @@ def _show(found: Features, what: str) -> None:
     table(columns, rows, title=f"test error and loss; Lemma 1's bound: {ends}{mode}")
 
 
-def _show_conditions(additive: Additivity, commuting: Commutativity) -> None:
-    middle = min(additive.alphas, key=lambda t: abs(t - 0.5))
-    rows = [
-        [
-            relu.name,
-            f"{small(relu.distance[middle].mean)} ± {small(relu.distance[middle].std)}",
-            small(relu.distance[middle].median),
-            small(relu.whole[middle]),
-            f"{relu.opposite:.2f}",
-        ]
-        for relu in additive.layers
-    ]
+def _show_conditions(additive: Additivity | None, commuting: Commutativity | None) -> None:
     say()
-    columns = ["", ">mean", ">median", ">whole set", ">opposite signs (%)"]
-    table(columns, rows, title=f"weak additivity: Dist_σ at α={_alpha(middle)}")
+    if additive is None:
+        note("weak additivity: there is no ReLU among these layers, so it is left out")
+    else:
+        middle = min(additive.alphas, key=lambda t: abs(t - 0.5))
+        rows = [
+            [
+                relu.name,
+                f"{small(relu.distance[middle].mean)} ± {small(relu.distance[middle].std)}",
+                small(relu.distance[middle].median),
+                small(relu.whole[middle]),
+                f"{relu.opposite:.2f}",
+            ]
+            for relu in additive.layers
+        ]
+        columns = ["", ">mean", ">median", ">whole set", ">opposite signs (%)"]
+        table(columns, rows, title=f"weak additivity: Dist_σ at α={_alpha(middle)}")
+    say()
+    if commuting is None:
+        note(
+            "commutativity: there is no linear layer or convolution among these, so it is left out"
+        )
+        return
     rows = [
         [x.name, *(small(v) for v in (x.com, x.weights, x.inputs, x.ratio))]
         for x in commuting.layers
     ]
-    say()
     columns = ["", ">Dist_com", ">Dist_W", ">Dist_H", ">com / smaller of W, H"]
     table(columns, rows, title="commutativity")
 

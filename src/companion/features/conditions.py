@@ -31,6 +31,7 @@ from companion.features.passes import (
     batches,
     checked,
     own_statistics,
+    rates,
     rows_at_a_time,
     squares,
     tapped,
@@ -64,18 +65,14 @@ def weak_additivity(
         batch: samples a forward pass.
 
     Raises:
-        BadParameter: networks that do not fit, no data, no ReLU, an alpha outside [0, 1].
+        BadParameter: networks that do not fit, no data, no ReLU, an alpha that is outside
+            [0, 1] or given twice.
 
     Source: Zhou et al. 2023, Definition 3, Figures 5 and 6 (claim A6); our chapter 3.
     """
     checked(module, {"A": a, "B": b}, split)
-    alphas = tuple(dict.fromkeys(float(v) for v in alphas))
-    if not alphas or not all(0 <= v <= 1 for v in alphas):
-        raise BadParameter(f"alphas: {list(alphas)} must be numbers from 0 to 1, one or more.")
-    every = [
-        s for s in sites(module, split.x[:2], None, KINDS) if not s.same and _is_relu(module, s)
-    ]
-    found = _asked(every, layers, "ReLU")
+    alphas = rates(alphas)
+    found = _asked(_relus(module, split), layers, "ReLU")
     rows: dict[str, list[Tensor]] = {s.name: [] for s in found}
     size = {s.name: 0 for s in found}
     opposite = {s.name: 0 for s in found}
@@ -140,15 +137,11 @@ def commutativity(
     Raises:
         BadParameter: networks that do not fit, no data, no such layer.
 
-    Source: Zhou et al. 2023, Definition 4, Figures 7 and 16 to 19, equation 9 (claims A7, A12); our
+    Source: Zhou et al. 2023, Section 5, Figures 7 and 16 to 19, equation 9 (claims A7, A12); our
     chapter 3.
     """
     checked(module, {"A": a, "B": b}, split)
-    modules = dict(module.named_modules())
-    every = [
-        s for s in sites(module, split.x[:2], None, KINDS) if _is_linear(modules.get(_path(s.name)))
-    ]
-    found = _asked(every, layers, "linear layer or convolution")
+    found = _asked(_linears(module, split), layers, "linear layer or convolution")
     # Squared norms of: the difference of the two sides, one side, the other; then of the inputs.
     sums = {s.name: [0.0] * 6 for s in found}
     one, two = (tapped(module, t, found, split.x, inputs=True) for t in (a, b))
@@ -174,6 +167,35 @@ def commutativity(
             LayerCommutativity(site.name, site.kind, com, float(_over(weights.double())), inputs)
         )
     return Commutativity(tuple(out), len(split), own_statistics(module))
+
+
+def measurable(
+    module: nn.Module, split: Examples, among: Sequence[str] | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of what the two conditions are about: ReLUs, and linear layers and convolutions.
+
+    Arguments:
+        split: data, on the device of ``module``; among: names of sites to choose from; None: all.
+
+    Returns:
+        the two lists; either may be empty, as the first is of a network with GELUs.
+    """
+    both = (_relus(module, split), _linears(module, split))
+    relus, linears = (
+        tuple(s.name for s in found if among is None or s.name in among) for found in both
+    )
+    return relus, linears
+
+
+def _relus(module: nn.Module, split: Examples) -> list[Site]:
+    found = sites(module, split.x[:2], None, KINDS)
+    return [s for s in found if not s.same and _is_relu(module, s)]
+
+
+def _linears(module: nn.Module, split: Examples) -> list[Site]:
+    modules = dict(module.named_modules())
+    found = sites(module, split.x[:2], None, KINDS)
+    return [s for s in found if _is_linear(modules.get(_path(s.name)))]
 
 
 def _relu_sums(x: Tensor, y: Tensor, alphas: Sequence[float]) -> tuple[Tensor, int]:
@@ -232,7 +254,7 @@ def _is_relu(module: nn.Module, site: Site) -> bool:
     try:
         return isinstance(module.get_submodule(path), nn.ReLU)
     except AttributeError:  # no module: a functional call
-        return path.rpartition(".")[2] == "relu"
+        return path.removesuffix("()").rpartition(".")[2] == "relu"
 
 
 def _is_linear(layer: nn.Module | None) -> bool:

@@ -21,7 +21,7 @@ from companion import deadline
 from companion.connectivity import Score, Walker, classification, has_batchnorm
 from companion.data import Split
 from companion.errors import BadParameter, one_of
-from companion.features.passes import batch_size, checked
+from companion.features.passes import batch_size, checked, rates, scored
 from companion.features.taps import Examples, Site, Taps, sites
 from companion.features.values import Features, LayerFeatures, Stat
 from companion.theta import Theta, affine
@@ -140,15 +140,6 @@ class _Between(Walker):
         return theta
 
 
-def _alphas(alphas: Sequence[float]) -> tuple[float, ...]:
-    found = tuple(float(t) for t in alphas)
-    if not found or len(set(found)) < len(found) or not all(0 <= t <= 1 for t in found):
-        raise BadParameter(
-            f"alphas: {list(alphas)} must be one or more different numbers from 0 (A) to 1 (B)."
-        )
-    return found
-
-
 def _check_positions(x: torch.Tensor, at: Sequence[Site], per: str) -> None:
     """Refuse ``per="position"`` where there are no positions. ``x``: the inputs."""
     if per == "sample":
@@ -195,17 +186,6 @@ def _batch(batch: int | None, walker: Walker, at: Sequence[Site]) -> int:
     return max(1, min(walker.batch, room // max(each, 1)))
 
 
-def _score(
-    score: Score, outputs: torch.Tensor, y: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    if outputs.shape[:-1] != y.shape:
-        raise BadParameter(
-            f"targets {tuple(y.shape)} do not fit outputs {tuple(outputs.shape)}: one class index "
-            "for each row of logits is needed, (N,) or, for tokens, (N, L)."
-        )
-    return score(outputs.flatten(0, -2), y.flatten())
-
-
 def features(
     module: nn.Module,
     a: Theta,
@@ -240,7 +220,7 @@ def features(
 
     Source: Zhou et al. 2023, Definition 2 and Figures 2 to 4; our chapter 3.
     """
-    rates = _alphas(alphas)
+    weights = rates(alphas)
     one_of("bn", bn, MODES)
     one_of("per", per, PER)
     checked(module, {"A": a, "B": b}, split)
@@ -257,10 +237,10 @@ def features(
     kinds = {k: v.dtype for k, v in walker.module.state_dict().items()}
     own = walker.layout.floating + walker.layout.integers
     a, b = ({k: t[k].to(walker.device, kinds[k]) for k in own} for t in (a, b))
-    networks = [walker.network(a, b, t) for t in (0.0, 1.0, *rates)]
+    networks = [walker.network(a, b, t) for t in (0.0, 1.0, *weights)]
     with Taps(walker.module, [s for s in at if not s.same]) as taps:
-        tables, scores = _stream(taps, networks, split, size, rates, per, score)
-    return _collected(at, tables, rates, scores, per, walker.bn)
+        tables, scores = _stream(taps, networks, split, size, weights, per, score)
+    return _collected(at, tables, weights, scores, per, walker.bn)
 
 
 @torch.inference_mode()
@@ -306,7 +286,7 @@ def _stream(
         # In float64 a mixture of logits keeps their order: Lemma 1 holds on counts.
         outputs += [(1 - t) * out_a.double() + t * out_b.double() for t in alphas]
         for row, output in zip(scores, outputs, strict=True):
-            loss, wrong, count = _score(score, output, y)
+            loss, wrong, count = scored(score, output, y)
             row += torch.stack((loss.double(), wrong.double(), torch.full_like(loss, count)))
     return tables, scores
 

@@ -42,6 +42,20 @@ def batch_size(batch: int | None) -> int | None:
     return batch
 
 
+def rates(alphas: Sequence[float]) -> tuple[float, ...]:
+    """Weights of B, as numbers.
+
+    Raises:
+        BadParameter: none, one twice, or one outside [0, 1].
+    """
+    found = tuple(float(t) for t in alphas)
+    if not found or len(set(found)) < len(found) or not all(0 <= t <= 1 for t in found):
+        raise BadParameter(
+            f"alphas: {list(alphas)} must be one or more different numbers from 0 (A) to 1 (B)."
+        )
+    return found
+
+
 def own_statistics(module: nn.Module) -> str:
     """The BatchNorm mode where only A and B run, as they are: ``own``; ``none`` without any."""
     return "own" if has_batchnorm(module) else "none"
