@@ -43,8 +43,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     notebook = run(source, tmp_path, **TINY)
     names = [figure["name"] for figure in entries(notebook, "figure")]
-    expected = ["instability", "heatmap", "parts", "groups", "features", "matching"]
-    assert [name for name in names if name != "recorded"] == expected
+    kinds = ("instability", "heatmap", "parts", "groups", "features", "matching")
+    expected = [f"gpt-{kind}" for kind in kinds]
+    assert [name for name in names if name != "gpt-recorded"] == expected
     (verdicts,) = entries(notebook, "claims")
     assert [v["claim"]["id"] for v in verdicts] == ["B13", *(f"G{n:02d}" for n in range(1, 10))]
     by_id = {v["claim"]["id"]: v for v in verdicts}
@@ -67,7 +68,7 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     # Layers as the paper counts them, and the tied embedding once.
     figures = {f["name"]: f["data"] for f in entries(notebook, "figure")}
     for kind in ("same", "different"):
-        layers = figures["parts"][kind]["layers"]
+        layers = figures["gpt-parts"][kind]["layers"]
         assert len(layers) == len(set(layers)) == 3 + 2 * 3
         assert layers[0] == "embedding = output" and "output" not in layers
 
@@ -90,8 +91,8 @@ def test_an_untied_network_with_one_head_and_no_biases(source: Path, tmp_path: P
     net = "gpt:layers=1,width=16,heads=1,bias=false,tied=false"
     notebook = run(source, tmp_path, **{**TINY, "net": net, "steps": 6, "ks": [2]})
     figures = {f["name"]: f["data"] for f in entries(notebook, "figure")}
-    assert figures["features"]["places"] == ["block 1", "last norm", "output"]
-    assert "output" in figures["heatmap"]["same"] and "embedding" in figures["heatmap"]["same"]
+    assert figures["gpt-features"]["places"] == ["block 1", "last norm", "output"]
+    assert {"output", "embedding"} <= set(figures["gpt-heatmap"]["same"])
 
 
 def test_networks_that_did_not_train_end_in_a_sentence(source: Path, tmp_path: Path) -> None:
