@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from companion import data, models
 from companion.connectivity import (
+    BN_EXAMPLES,
     BN_MODES,
     Barrier,
     Curve,
@@ -397,6 +398,46 @@ def test_networks_without_running_statistics_have_no_mode(spec: str, bn: str) ->
     found = barrier(module, theta(1, spec), theta(2, spec), SPLITS, points=3, bn=bn, max_error=100)
     assert list(found.curves) == ["none"] == [found.bn] and found.gate("G5").passed is None
     assert curve == found.curve and "BatchNorm" not in str(found)
+
+
+def test_reestimation_reads_a_bounded_head_and_the_result_says_how_much() -> None:
+    a, b = theta(0, NORMED), theta(1, NORMED)
+    module, everything = net(0, NORMED), DIGITS.train
+    head = everything.head(64)
+    bounded = Walker(module, SPLITS, bn="reestimate", bn_data=everything, bn_examples=64)
+    by_hand = Walker(module, SPLITS, bn="reestimate", bn_data=head, bn_examples=None)
+    point = [(0.5, 0.5)]
+    assert bounded.walk((a, b), point) == by_hand.walk((a, b), point)
+    assert bounded.bn_examples == by_hand.bn_examples == 64
+    whole = Walker(module, SPLITS, bn="reestimate", bn_data=everything, bn_examples=None)
+    assert whole.bn_examples == len(everything)
+    assert whole.walk((a, b), point) != bounded.walk((a, b), point)
+    assert Walker(module, SPLITS, bn="interpolate", bn_data=everything).bn_examples is None
+
+    found = barrier(
+        module, a, b, SPLITS, points=3, max_error=100, bn="reestimate", bn_data=everything,
+        bn_examples=64,
+    )  # fmt: skip
+    assert "BatchNorm reestimate on 64 inputs" in str(found)
+    assert "re-estimated on 64 training inputs" in found.gate("G5").detail
+    assert {m: c.bn_examples for m, c in found.curves.items()} == {
+        "reestimate": 64, "interpolate": None, "batch": None,
+    }  # fmt: skip
+    assert Barrier.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert "bn_examples" not in found.curves["batch"].to_json()
+
+
+def test_reestimation_is_bounded_by_default() -> None:
+    rows = torch.arange(2500 * 64, dtype=torch.float32).view(2500, 1, 8, 8) / 1e5
+    many = Split(rows, torch.zeros(2500, dtype=torch.int64))
+    walker = Walker(net(0, NORMED), SPLITS, bn="reestimate", bn_data=many)
+    assert walker.bn_examples == BN_EXAMPLES == 2000
+
+
+@pytest.mark.parametrize("wrong", [1, 0, -5, 2.5, True, "all"])
+def test_a_wrong_number_of_inputs_for_reestimation_is_refused(wrong: Any) -> None:
+    with pytest.raises(BadParameter, match=r"bn_examples: .* must be a whole number of 2 or more"):
+        Walker(net(0, NORMED), SPLITS, bn="reestimate", bn_examples=wrong)
 
 
 @pytest.mark.parametrize("mode", ["batch", "reestimate"])

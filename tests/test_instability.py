@@ -567,3 +567,14 @@ def test_onset_looks_at_the_mean_and_the_threshold() -> None:
     found = made_of({0: [[3.0], [0.5]], 10: [[3.0], [1.5]]})
     assert found.onset() is None and found.onset(threshold=2.5) == 0
     assert made_of({0: [[3.0], [0.5]], 10: [[2.0], [1.5]]}).onset() == 0
+
+
+def test_only_networks_with_batchnorm_are_stored_by_what_it_averages_over() -> None:
+    """Entries of other networks keep the keys that they had before it was bounded."""
+    usual, all_of_them = Evaluation(), Evaluation(bn_examples=None)
+    for net in ("mlp", "resnet20:norm=layer", "vgg11:norm=none", "gpt"):
+        assert usual.identity(net) == all_of_them.identity(net)
+        assert "bn_examples" not in usual.identity(net)
+    for net in ("resnet20", "mlp:norm=batch", "my.module:make"):
+        assert usual.identity(net)["bn_examples"] == 2000
+        assert all_of_them.identity(net)["bn_examples"] is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,9 +13,13 @@ import pytest
 import torch
 from joblib import cpu_count
 
-from companion import locations
+from companion import locations, pool
 from companion.errors import BadParameter, StoreUnwritable
-from companion.pool import one_thread, resolve_workers, run_all
+from companion.pool import keep_memory, one_thread, resolve_workers, run_all
+
+
+def glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
 
 
 def look(item: int) -> dict[str, object]:
@@ -47,6 +54,52 @@ def test_one_thread_inside_and_as_before_outside(two_threads: object) -> None:
     with pytest.raises(ZeroDivisionError), one_thread():
         _ = 1 / 0
     assert torch.get_num_threads() == 2
+
+
+def faults_of_steps(keep: bool) -> int:
+    """Page faults of what a training step does: sixteen times 4 MB, then all of it freed."""
+    import resource
+
+    if keep:
+        assert keep_memory()
+
+    def step() -> None:
+        _ = [torch.ones(1 << 20) for _ in range(16)]
+
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not glibc(), reason="glibc's malloc has this option, others do not")
+def test_workers_keep_what_they_free() -> None:
+    """A process of its own each: the option cannot be taken back."""
+    script = "import sys; sys.path.insert(0, {!r}); import test_pool; print(test_pool.{}({}))"
+    here = str(Path(__file__).parent)
+    usual, kept = (
+        int(subprocess.run(
+            [sys.executable, "-c", script.format(here, "faults_of_steps", keep)],
+            check=True, capture_output=True, text=True,
+        ).stdout)
+        for keep in (False, True)
+    )  # fmt: skip
+    assert kept < usual / 4, (usual, kept)
+
+
+def test_workers_are_told_to_keep_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(pool, "keep_memory", lambda: called.append(1))
+    pool._call(str, 3, {}, None)
+    assert called == [1]
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool.ctypes, "CDLL", lambda _: object())
+    assert pool.keep_memory.__wrapped__() is False
+    monkeypatch.setattr(pool.sys, "platform", "darwin")
+    assert pool.keep_memory.__wrapped__() is False
 
 
 def test_workers_are_resolved() -> None:

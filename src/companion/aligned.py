@@ -151,7 +151,7 @@ class Task:
             {
                 "kind": "aligned",
                 "semantics": SEMANTICS,
-                "evaluation": self.evaluation.identity(),
+                "evaluation": self.evaluation.identity(self.pair.a.recipe.net),
                 "method": self.method.identity(),
                 "extras": list(self.extras),
                 "on": self.dataset().fingerprint,
@@ -185,6 +185,7 @@ def _measure(task: Task) -> dict[str, Any]:
         points=task.evaluation.points,
         bn=task.evaluation.bn,
         bn_data=data.train,
+        bn_examples=task.evaluation.bn_examples,
         classes=data.classes,
         same_noise=task.pair.a == task.pair.b,
     )
@@ -222,6 +223,7 @@ def _calibrated(
         points=evaluation.points,
         bn=evaluation.bn,
         bn_data=data.train,
+        bn_examples=evaluation.bn_examples,
     ).curve
 
 

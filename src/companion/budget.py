@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 
 from companion import data as datasets
-from companion.connectivity import BN_MODES, Walker
+from companion.connectivity import BN_MODES
 from companion.errors import CorruptEntry
 from companion.pairs import Evaluation, Pair, entry_of_null, entry_of_pair
 from companion.pool import one_thread, resolve_workers
@@ -159,7 +159,7 @@ def probe(recipe: Recipe, evaluation: Evaluation, device: str) -> Speed:
             spent = wait() - start
         step = spent / most
         splits = evaluation.splits(data)
-        walker = Walker(module, splits, bn=evaluation.bn, bn_data=data.train)
+        walker = evaluation.walker(module, splits, data)
         walker.at(state.theta)
         start = wait()
         walker.at(state.theta)

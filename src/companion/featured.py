@@ -22,7 +22,14 @@ from torch.func import functional_call
 
 from companion import data as datasets
 from companion.aligned import read, run_tasks
-from companion.connectivity import Barrier, barrier, grid, has_batchnorm
+from companion.connectivity import (
+    BN_EXAMPLES,
+    Barrier,
+    barrier,
+    check_bn_examples,
+    grid,
+    has_batchnorm,
+)
 from companion.connectivity.paths import plain
 from companion.connectivity.walk import default_batch
 from companion.data import Dataset, Split
@@ -43,7 +50,7 @@ from companion.features import (
 )
 from companion.features.conditions import measurable
 from companion.matchers import Method, key_of, match, weights_of
-from companion.pairs import Pair, normal_error
+from companion.pairs import Pair, averaging, normal_error
 from companion.runs import Entry, Store
 from companion.theta import Theta
 from companion.training import Job, build
@@ -86,6 +93,7 @@ class Scope:
         bn: modes, the first one for the headline; those of :data:`MODES`.
         parts: of :data:`PARTS`.
         test_examples: how many test images (None: all).
+        bn_examples: training images that ``reestimate`` averages over (None: all).
         batch: images at a time (None: by itself).
     """
 
@@ -95,10 +103,12 @@ class Scope:
     bn: tuple[str, ...] = MODES
     parts: tuple[str, ...] = ("additivity", "commutativity", "stitching")
     test_examples: int | None = None
+    bn_examples: int | None = BN_EXAMPLES
     batch: int | None = None
 
     def __post_init__(self) -> None:
         grid(self.points)
+        check_bn_examples(self.bn_examples)
         for part in self.parts:
             one_of("part", part, PARTS)
         for mode in self.bn:
@@ -107,9 +117,12 @@ class Scope:
             raise BadParameter(f"bn: give at least one of {', '.join(MODES)}.")
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the numbers, for the store."""
+        """What determines the numbers, for the store.
+
+        ``bn_examples`` counts for networks with BatchNorm only: the store's entry adds it.
+        """
         known = asdict(self)
-        known.pop("batch")
+        del known["batch"], known["bn_examples"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
 
     def split(self, data: Dataset) -> Split:
@@ -133,7 +146,8 @@ class Task:
             {
                 "kind": "features",
                 "semantics": SEMANTICS,
-                "scope": self.scope.identity(),
+                "scope": self.scope.identity()
+                | averaging(self.pair.a.recipe.net, self.scope.bn_examples),
                 "method": self.method.identity(),
                 "a": key_of(self.pair.a, self.store, self.device),
                 "b": key_of(self.pair.b, self.store, self.device),
@@ -163,12 +177,14 @@ def _measure(task: Task) -> dict[str, Any]:
         points=scope.points,
         bn=modes[0],
         bn_data=data.train,
+        bn_examples=scope.bn_examples,
         classes=data.classes,
         same_noise=pair.a == pair.b or _equal_inits(pair, a, b),
     )
     where: dict[str, Any] = {"layers": scope.layers, "batch": scope.batch}
+    average: dict[str, Any] = {"bn_data": data.train, "bn_examples": scope.bn_examples}
     seen = [
-        features(module, a, moved, split, alphas=scope.alphas, bn=m, bn_data=data.train, **where)
+        features(module, a, moved, split, alphas=scope.alphas, bn=m, **average, **where)
         for m in modes
     ]
     out: dict[str, Any] = {

@@ -190,12 +190,19 @@ def masks(
     return Gate("G4 masks", not faults, "; ".join(faults[:3]) or f"{len(levels)} rounds nested")
 
 
-def batchnorm(headline: str, modes: Sequence[str]) -> Gate:
-    """G5: with BatchNorm all three modes are logged, and the headline one is named."""
+def batchnorm(headline: str, modes: Sequence[str], average: int | None = None) -> Gate:
+    """G5: with BatchNorm all three modes are logged, and the headline one is named.
+
+    Arguments:
+        headline: the mode that is reported; modes: all that were measured.
+        average: training inputs behind the statistics of ``reestimate``, for the detail.
+    """
     if headline == "none":
         return Gate("G5 BatchNorm mode", None, "no running statistics in this network")
     missing = {"interpolate", "reestimate", "batch"} - set(modes)
-    detail = f"headline {headline}" + (
-        f", not logged: {', '.join(sorted(missing))}" if missing else ""
-    )
+    detail = f"headline {headline}"
+    if average is not None:
+        detail += f", statistics re-estimated on {average:,} training inputs"
+    if missing:
+        detail += f", not logged: {', '.join(sorted(missing))}"
     return Gate("G5 BatchNorm mode", not missing, detail)

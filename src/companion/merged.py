@@ -137,7 +137,7 @@ class Merge:
             {
                 "kind": "merged",
                 "semantics": SEMANTICS,
-                "evaluation": self.evaluation.identity(),
+                "evaluation": self.evaluation.identity(self.runs[0].recipe.net),
                 "on": self.dataset().fingerprint,
                 "runs": [key_of(r, self.store, self.device) for r in self.runs],
             }
@@ -215,7 +215,7 @@ class Halves:
             {
                 "kind": "halves",
                 "semantics": SEMANTICS,
-                "evaluation": self.evaluation.identity(),
+                "evaluation": self.evaluation.identity(self.full.recipe.net),
                 "runs": [
                     key_of(r, self.store, self.device)
                     for r in (self.pair.a, self.pair.b, self.full)

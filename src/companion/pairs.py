@@ -13,9 +13,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from companion import data as datasets
-from companion.connectivity import BN_MODES, Barrier, Measure, Walker, barrier, grid
+from companion import models
+from companion.connectivity import (
+    BN_EXAMPLES,
+    BN_MODES,
+    Barrier,
+    Measure,
+    Walker,
+    barrier,
+    check_bn_examples,
+    grid,
+)
 from companion.connectivity.paths import plain
 from companion.data import Augmentation, Dataset, Split
 from companion.data.augmentation import draw
@@ -52,16 +63,20 @@ class Evaluation:
         bn: headline BatchNorm mode.
         train_examples, test_examples: how many images or windows stand for each split (None = all
             of them): always the same ones, :meth:`companion.data.Split.head`.
+        bn_examples: how many training inputs BatchNorm's mode ``reestimate`` averages over at a
+            point (None = all of them).
     """
 
     points: int = 31
     bn: str = "interpolate"
     train_examples: int | None = None
     test_examples: int | None = None
+    bn_examples: int | None = BN_EXAMPLES
 
     def __post_init__(self) -> None:
         grid(self.points)
         one_of("bn", self.bn, BN_MODES)
+        check_bn_examples(self.bn_examples)
         for name in ("train_examples", "test_examples"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -77,15 +92,29 @@ class Evaluation:
             "test": data.test.head(self.test_examples or whole),
         }
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that determines the numbers, for the store."""
+    def walker(self, module: nn.Module, splits: Mapping[str, Split], data: Dataset) -> Walker:
+        """What measures single points as the lines of pairs are measured."""
+        return Walker(module, splits, bn=self.bn, bn_data=data.train, bn_examples=self.bn_examples)
+
+    def identity(self, net: str) -> dict[str, Any]:
+        """Everything that determines the numbers of a network called ``net``, for the store."""
         return {
             "semantics": SEMANTICS,
             "points": self.points,
             "bn": self.bn,
             "train": self.train_examples,
             "test": self.test_examples,
+            **averaging(net, self.bn_examples),
         }
+
+
+def averaging(net: str, bn_examples: int | None) -> dict[str, Any]:
+    """The part of a store key that says what BatchNorm averages over: of networks that may have it.
+
+    Arguments:
+        net: of a recipe; bn_examples: as :class:`Evaluation` has it.
+    """
+    return {"bn_examples": bn_examples} if models.has_batchnorm(net) else {}
 
 
 @dataclass(frozen=True)
@@ -159,6 +188,7 @@ def _measure(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
         points=evaluation.points,
         bn=evaluation.bn,
         bn_data=data.train,
+        bn_examples=evaluation.bn_examples,
         classes=data.classes,
         same_noise=pair.a == pair.b,
     )
@@ -177,7 +207,7 @@ def _measure(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
             "b_start": distance(b, w_k, names),
             "start_init": distance(w_k, init, names),
         }
-        at = Walker(module, splits, bn=evaluation.bn, bn_data=data.train).at(w_k)
+        at = evaluation.walker(module, splits, data).at(w_k)
         start = {s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()}
     return {"barrier": found.to_json(), "distances": distances, "start": start}
 
@@ -192,7 +222,7 @@ def entry_of_pair(pair: Pair, evaluation: Evaluation, store: Store, device: str)
     return store.entry(
         {
             "kind": "pair",
-            "evaluation": evaluation.identity(),
+            "evaluation": evaluation.identity(pair.a.recipe.net),
             "a": key(pair.a),
             "b": key(pair.b),
             "step": pair.at,
@@ -290,7 +320,8 @@ def normal_error(found: Sequence[Barrier]) -> float | None:
 def entry_of_null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Entry:
     """The store's entry of the null control of a run."""
     key = entry_of(run, datasets.load(run.recipe.data, device), device, store).key
-    return store.entry({"kind": "null", "evaluation": evaluation.identity(), "run": key})
+    known = evaluation.identity(run.recipe.net)
+    return store.entry({"kind": "null", "evaluation": known, "run": key})
 
 
 def check_null(
@@ -352,6 +383,7 @@ def _null(run: Run, evaluation: Evaluation, data: Dataset, store: Store, device:
         points=3,
         bn=evaluation.bn,
         bn_data=data.train,
+        bn_examples=evaluation.bn_examples,
         same_noise=True,
         max_error=100.0,
     )

@@ -126,6 +126,7 @@ def barriers(
             points=evaluation.points,
             bn=evaluation.bn,
             bn_data=dataset.train,
+            bn_examples=evaluation.bn_examples,
             classes=dataset.classes,
             max_error=max_error,
             same_noise=same,

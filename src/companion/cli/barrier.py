@@ -10,6 +10,7 @@ import typer
 
 from companion.cli.console import note, output, say, table, write_json
 from companion.cli.models import reachable
+from companion.cli.options import BnExamples, averaged
 from companion.errors import BadParameter
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def command(
             "measured where there is BatchNorm; this one is the headline."
         ),
     ] = "interpolate",
+    bn_examples: BnExamples = None,
     points: Annotated[int, typer.Option(help="Points of the path, odd.")] = 31,
     layers: Annotated[
         list[str] | None,
@@ -126,7 +128,7 @@ def command(
     from companion.pairs import Evaluation
     from companion.theta import distance, layout
 
-    evaluation = Evaluation(points, bn, train_examples, test_examples)
+    evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
     ends = (read(a), read(b))
     net = named("--model", model, ends, "net")
     name = named("--data", data, ends, "data")
@@ -154,6 +156,7 @@ def command(
         rest=rest,
         bn=bn,
         bn_data=dataset.train,
+        bn_examples=evaluation.bn_examples,
         classes=dataset.classes,
         max_error=max_error,
     )

@@ -12,6 +12,7 @@ from companion.cli.barrier import examples as amount
 from companion.cli.barrier import named, number
 from companion.cli.console import note, output, say, table, write_json
 from companion.cli.models import reachable
+from companion.cli.options import BnExamples, averaged
 from companion.errors import BadParameter, one_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def command(
             "(them, on training data) or both in turn."
         ),
     ] = "both",
+    bn_examples: BnExamples = None,
     examples: Annotated[
         int | None, typer.Option(help="Measure on this many test examples instead of all.")
     ] = None,
@@ -102,6 +104,7 @@ def command(
     output(json, "--json")
     one_of("--bn", bn, BN)
     rates = _alphas(alphas)
+    average = averaged(bn_examples)
     if examples is not None and examples < 1:
         raise BadParameter(f"--examples: {examples} must be 1 or more.")
 
@@ -138,6 +141,7 @@ def command(
             alphas=rates,
             bn=mode if mode in BN[1:] else "interpolate",
             bn_data=dataset.train,
+            bn_examples=average,
             per=per,
         )
         found[one.bn] = one
@@ -242,6 +246,7 @@ def _show(found: Features, what: str) -> None:
             ]
         )
     mode = "" if found.bn == "none" else f", BatchNorm {found.bn}"
+    mode += "" if found.bn_examples is None else f" on {found.bn_examples:,} training examples"
     what = "tokens" if found.per == "position" else what
     say()
     title = f"features: mean ± standard deviation over {found.n:,} {what}, median of c{mode}"

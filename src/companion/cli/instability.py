@@ -12,6 +12,7 @@ import typer
 from companion.cli.barrier import PICTURES, UNITS, number, summary
 from companion.cli.console import output, say, table, write_json
 from companion.cli.models import reachable
+from companion.cli.options import BnExamples, averaged
 from companion.errors import BadParameter, CorruptEntry
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def command(
     final_div: Annotated[float, typer.Option(help="onecycle ends at lr / div / final_div.")] = 1e4,
     augment: Annotated[str, typer.Option(help="none, flip, crop4, …; for text shift.")] = "none",
     precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
+    bn_examples: BnExamples = None,
     points: Annotated[int, typer.Option(help="Points of each path, odd.")] = 31,
     bn: Annotated[
         str, typer.Option(help="BatchNorm on the path: interpolate, reestimate or batch.")
@@ -154,7 +156,7 @@ def command(
             "precision": precision,
         }
     )
-    evaluation = Evaluation(points, bn, train_examples, test_examples)
+    evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
     keep: Literal["reset", "restore"] = "restore" if restore else "reset"
     again: Literal["continue", "restart"] = "restart" if restart else "continue"
     where = str(datasets.resolve_device(device))
@@ -193,7 +195,7 @@ def command(
             "noise": noise,
             "optimizer_at_k": keep,
             "schedule_at_k": again,
-            "evaluation": evaluation.identity(),
+            "evaluation": evaluation.identity(recipe.net),
             "device": where,
             "metric": metric,
             "threshold": limit,

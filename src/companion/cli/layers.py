@@ -10,6 +10,7 @@ import typer
 from companion.cli.barrier import PICTURES, UNITS, examples, named, number
 from companion.cli.console import note, output, say, table, write_json
 from companion.cli.models import reachable
+from companion.cli.options import BnExamples, averaged
 
 if TYPE_CHECKING:
     from companion.layerwise import LayerBarriers
@@ -77,6 +78,7 @@ def command(
     bn: Annotated[
         str, typer.Option(help="What BatchNorm does: interpolate, reestimate or batch.")
     ] = "interpolate",
+    bn_examples: BnExamples = None,
     points: Annotated[
         int, typer.Option(help="Points of each segment, odd; 1 is the middle alone.")
     ] = 3,
@@ -112,7 +114,7 @@ def command(
     from companion import models
     from companion.cli.checkpoints import fit, read, vocabulary
     from companion.layerwise import Sweep, sweep
-    from companion.pairs import Evaluation
+    from companion.pairs import Evaluation, averaging
 
     settings = Sweep(
         by=_by(by),
@@ -125,6 +127,7 @@ def command(
         bn=bn,
         train_examples=train_examples,
         test_examples=test_examples,
+        bn_examples=averaged(bn_examples),
     )
     checkpoints = (read(a), read(b))
     net = named("--model", model, checkpoints, "net")
@@ -160,7 +163,7 @@ def command(
             "b": {"source": b, "sha256": second.sha256, "notes": second.notes},
             "model": models.canonical(net),
             "data": {"name": name, "label": dataset.label, "fingerprint": dataset.fingerprint},
-            "settings": settings.identity(),
+            "settings": settings.identity() | averaging(net, settings.bn_examples),
             "valid": found.valid,
             "heights": _heights(found),
             "layers": found.to_json(),

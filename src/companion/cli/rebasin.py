@@ -11,6 +11,7 @@ from companion.cli import folded, permuted
 from companion.cli.barrier import PICTURES, named, summary
 from companion.cli.console import note, output, say, write_json
 from companion.cli.models import reachable, shape_of
+from companion.cli.options import BnExamples, averaged
 from companion.errors import BadParameter, MissingData, one_of
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def command(
             "measured where there is BatchNorm; this one is the headline."
         ),
     ] = "interpolate",
+    bn_examples: BnExamples = None,
     points: Annotated[int, typer.Option(help="Points of the path, odd.")] = 31,
     train_examples: Annotated[
         int | None, typer.Option(help="Measure on this many training examples instead of all.")
@@ -167,7 +169,7 @@ def command(
     from companion.pairs import Evaluation
     from companion.seeds import Key
 
-    evaluation = Evaluation(points, bn, train_examples, test_examples)
+    evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
     ends = (read(a), read(b))
     net = named("--model", model, ends, "net")
     dataset, shape, count = _examples(data, ends, in_shape, classes, device)

@@ -14,15 +14,18 @@ from companion.connectivity.paths import (
     segment,
 )
 from companion.connectivity.walk import (
+    BN_EXAMPLES,
     BN_MODES,
     Measure,
     Score,
     Walker,
+    check_bn_examples,
     classification,
     has_batchnorm,
 )
 
 __all__ = [
+    "BN_EXAMPLES",
     "BN_MODES",
     "DEFINITIONS",
     "Barrier",
@@ -32,6 +35,7 @@ __all__ = [
     "Score",
     "Walker",
     "barrier",
+    "check_bn_examples",
     "classification",
     "grid",
     "has_batchnorm",

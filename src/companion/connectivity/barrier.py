@@ -11,7 +11,7 @@ from torch import nn
 
 from companion import gates
 from companion.connectivity.paths import Curve, grid, segment, splits_of
-from companion.connectivity.walk import BN_MODES, Walker, has_batchnorm
+from companion.connectivity.walk import BN_EXAMPLES, BN_MODES, Walker, has_batchnorm
 from companion.data import Dataset, Split
 from companion.errors import one_of
 from companion.gates import Gate
@@ -109,7 +109,9 @@ class Barrier:
         failed = [str(g) for g in self.gates if g.passed is False]
         if failed:
             return "INVALID (" + "; ".join(failed) + ")"
+        average = self.curve.bn_examples
         named = "" if self.bn == "none" else f", BatchNorm {self.bn}"
+        named += "" if average is None else f" on {average:,} inputs"
         form, unit = (".4f", "nats") if self.metric == "loss" else (".2f", "points")
         heights = [f"{s} {self.height(s):{form}} {unit}" for s in self.curve.values]
         return f"barrier {', '.join(heights)}{named}"
@@ -147,6 +149,7 @@ def barrier(
     rest: str = "a",
     bn: str = "interpolate",
     bn_data: Split | None = None,
+    bn_examples: int | None = BN_EXAMPLES,
     classes: int | None = None,
     reference_error: float | None = None,
     max_error: float | None = None,
@@ -159,6 +162,7 @@ def barrier(
         module: the architecture; a, b: state dicts of it; data, points, groups, rest: as
             :func:`segment`.
         bn: the headline BatchNorm mode; all three are measured where the network has BatchNorm.
+        bn_data, bn_examples: as :class:`Walker` takes them.
         classes: number of classes, for the default of gate G0 (default: the dataset's own,
             or one more than the largest label).
         reference_error, max_error: percent, for gate G0 (:func:`companion.gates.quality`), on the
@@ -182,7 +186,7 @@ def barrier(
     self_gap = 0.0
     walker = None
     for mode in modes:
-        walker = Walker(module, splits, bn=mode, bn_data=bn_data)
+        walker = Walker(module, splits, bn=mode, bn_data=bn_data, bn_examples=bn_examples)
         curve = segment(module, a, b, data, points=points, groups=groups, rest=rest, walker=walker)
         curves[curve.bn] = curve
         if mode == bn:
@@ -191,6 +195,7 @@ def barrier(
             self_gap = max(abs(mixed[s].loss - at_a[s].loss) for s in splits)
             errors = (at_a[held_out].error, at_b[held_out].error)
     assert walker is not None
+    average = curves["reestimate"].bn_examples if "reestimate" in curves else None
     headline = bn if bn in curves else "none"
     names = walker.layout.parameters
     guess = gates.guessing(splits[held_out])
@@ -198,7 +203,7 @@ def barrier(
         gates.quality(errors, classes, reference=reference_error, max_error=max_error, guess=guess),
         gates.distinct(a, b, names, same_noise=same_noise),
         gates.symmetry(a, b, walker.layout.floating, self_gap),
-        gates.batchnorm(headline, list(curves)),
+        gates.batchnorm(headline, list(curves), average),
         *controls,
     )
     return Barrier(curves, headline, found, distance(a, b, names), classes, errors, guess)

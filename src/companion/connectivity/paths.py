@@ -52,12 +52,15 @@ class Curve:
         values: split -> ``loss`` (nats) or ``error`` (percent) -> one number an alpha.
         bn: the BatchNorm mode, or ``none``.
         sizes: split -> number of examples behind each value.
+        bn_examples: in mode ``reestimate``, the number of training inputs whose statistics each
+            point has; else None.
     """
 
     alphas: tuple[float, ...]
     values: Mapping[str, Mapping[str, tuple[float, ...]]]
     bn: str
     sizes: Mapping[str, int]
+    bn_examples: int | None = None
 
     def ends(self, split: str = "test", metric: str = "error") -> tuple[float, float]:
         """The values at alpha = 0 and 1."""
@@ -105,6 +108,7 @@ class Curve:
             "values": values,
             "bn": self.bn,
             "sizes": dict(self.sizes),
+            **({} if self.bn_examples is None else {"bn_examples": self.bn_examples}),
         }
 
     @classmethod
@@ -114,7 +118,8 @@ class Curve:
             s: {m: tuple(float(x) for x in v) for m, v in ms.items()}
             for s, ms in value["values"].items()
         }
-        return cls(tuple(value["alphas"]), values, value["bn"], dict(value["sizes"]))
+        sizes, average = dict(value["sizes"]), value.get("bn_examples")
+        return cls(tuple(value["alphas"]), values, value["bn"], sizes, average)
 
 
 def segment(
@@ -155,7 +160,8 @@ def segment(
         for split in walker.splits
     }
     sizes = {name: len(s) for name, s in walker.splits.items()}
-    return Curve(tuple(alpha for _, alpha in steps), values, walker.bn, sizes)
+    alphas = tuple(alpha for _, alpha in steps)
+    return Curve(alphas, values, walker.bn, sizes, walker.bn_examples)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from companion.data.dataset import (
     TextCounts,
     TextFacts,
     channel_statistics,
+    head_of,
     standardise,
     stratified_split,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "channel_statistics",
     "check",
     "get",
+    "head_of",
     "load",
     "resolve_device",
     "standardise",

@@ -131,8 +131,14 @@ class Split:
             raise BadParameter(f"head: n = {n}, at least 1 sample is needed.")
         if n >= len(self):
             return self
-        rows = Key("data", "head").permutation(len(self))[:n].to(self.x.device)
-        return Split(self.x[rows], self.y[rows])
+        return Split(head_of(self.x, n), head_of(self.y, n))
+
+
+def head_of(values: Tensor, n: int | None) -> Tensor:
+    """The rows of ``values`` that :meth:`Split.head` takes; None: all, the very tensor."""
+    if n is None or n >= len(values):
+        return values
+    return values[Key("data", "head").permutation(len(values))[:n].to(values.device)]
 
 
 @dataclass(frozen=True)

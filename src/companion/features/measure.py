@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from companion import deadline
-from companion.connectivity import Score, Walker, classification, has_batchnorm
+from companion.connectivity import BN_EXAMPLES, Score, Walker, classification, has_batchnorm
 from companion.data import Split
 from companion.errors import BadParameter, one_of
 from companion.features.passes import batch_size, checked, rates, scored
@@ -196,6 +196,7 @@ def features(
     alphas: Sequence[float] = (0.25, 0.5, 0.75),
     bn: str = "interpolate",
     bn_data: Examples | None = None,
+    bn_examples: int | None = BN_EXAMPLES,
     batch: int | None = None,
     per: str = "sample",
     score: Score = classification,
@@ -210,6 +211,7 @@ def features(
         alphas: from 0 (A) to 1 (B). The paper writes alpha A + (1 - alpha) B.
         bn: one of :data:`MODES`, for all networks; ignored without BatchNorm.
         bn_data: inputs that ``reestimate`` averages over: training data, not augmented.
+        bn_examples: how many of them; None: all.
         batch: inputs a forward pass (default: what suits the network and its feature maps).
         per: ``sample``: one vector an input, flattened; ``position``: for token networks, one
             vector a token.
@@ -230,7 +232,8 @@ def features(
             "augmented; or use bn='interpolate'."
         )
     data = {"test": cast(Split, split)}
-    walker = _Between(module, data, bn=bn, bn_data=cast(Split | None, bn_data), score=score)
+    average = cast(Split | None, bn_data)
+    walker = _Between(module, data, bn=bn, bn_data=average, bn_examples=bn_examples, score=score)
     at = sites(walker.module, split.x[:2], layers)
     _check_positions(split.x, at, per)
     size = _batch(batch, walker, at)
@@ -240,7 +243,7 @@ def features(
     networks = [walker.network(a, b, t) for t in (0.0, 1.0, *weights)]
     with Taps(walker.module, [s for s in at if not s.same]) as taps:
         tables, scores = _stream(taps, networks, split, size, weights, per, score)
-    return _collected(at, tables, weights, scores, per, walker.bn)
+    return _collected(at, tables, weights, scores, per, walker)
 
 
 @torch.inference_mode()
@@ -297,7 +300,7 @@ def _collected(
     alphas: tuple[float, ...],
     scores: torch.Tensor,
     per: str,
-    bn: str,
+    walker: Walker,
 ) -> Features:
     layers: dict[str, LayerFeatures] = {}
     for site in at:
@@ -324,7 +327,8 @@ def _collected(
         alphas=alphas,
         n=next(iter(tables.values())).shape[1],
         per=per,
-        bn=bn,
+        bn=walker.bn,
+        bn_examples=walker.bn_examples,
         predictions=int(rows[0][2]),
         errors=dict(zip("ab", errors, strict=False)),
         losses=dict(zip("ab", losses, strict=False)),
@@ -342,6 +346,7 @@ def both_modes(
     split: Examples,
     *,
     bn_data: Examples | None = None,
+    bn_examples: int | None = BN_EXAMPLES,
     layers: Sequence[str] | None = None,
     alphas: Sequence[float] = (0.25, 0.5, 0.75),
     batch: int | None = None,
@@ -360,6 +365,7 @@ def both_modes(
             alphas=alphas,
             bn=mode,
             bn_data=bn_data,
+            bn_examples=bn_examples,
             batch=batch,
             per=per,
             score=score,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -153,6 +153,7 @@ class Features:
         errors, losses: ``a``, ``b`` -> percent, nats.
         path, path_loss: alpha -> of the network with interpolated weights.
         mixture, mixture_loss: alpha -> of the mixed logits ``(1 - alpha) f(A) + alpha f(B)``.
+        bn_examples: in mode ``reestimate``, the inputs whose statistics each network has.
     """
 
     layers: tuple[LayerFeatures, ...]
@@ -167,6 +168,7 @@ class Features:
     path_loss: Mapping[float, float]
     mixture: Mapping[float, float]
     mixture_loss: Mapping[float, float]
+    bn_examples: int | None = None
 
     def layer(self, name: str) -> LayerFeatures:
         """The site called ``name``.
@@ -214,18 +216,20 @@ class Features:
             **{k: getattr(self, k) for k in ("n", "per", "bn", "predictions")},
             **{k: {e: plain(v) for e, v in getattr(self, k).items()} for k in ("errors", "losses")},
             **{k: {_key(t): plain(v) for t, v in getattr(self, k).items()} for k in _BY_ALPHA},
+            **({} if self.bn_examples is None else {"bn_examples": self.bn_examples}),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Features:
         """The inverse of :meth:`to_json`."""
-        return cls(
+        found = cls(
             tuple(LayerFeatures.from_json(x) for x in value["layers"]),
             tuple(value["alphas"]),
             *(value[k] for k in ("n", "per", "bn", "predictions")),
             *({e: float(v) for e, v in value[k].items()} for k in ("errors", "losses")),
             *({float(t): float(v) for t, v in value[k].items()} for k in _BY_ALPHA),
         )
+        return replace(found, bn_examples=value.get("bn_examples"))
 
 
 _BY_ALPHA = ("path", "path_loss", "mixture", "mixture_loss")

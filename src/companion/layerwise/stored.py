@@ -12,7 +12,7 @@ from companion import data as datasets
 from companion.errors import CorruptEntry
 from companion.layerwise.sweep import sweep
 from companion.layerwise.values import LayerBarriers, Sweep
-from companion.pairs import Evaluation, Pair, normal_error
+from companion.pairs import Evaluation, Pair, averaging, normal_error
 from companion.pool import run_all
 from companion.runs import Entry, Store
 from companion.training import build, entry_of, load_weights, train
@@ -73,7 +73,7 @@ def entry_of_layers(pair: Pair, settings: Sweep, store: Store, device: str) -> E
         {
             "kind": "layers",
             "semantics": SEMANTICS,
-            "sweep": settings.identity(),
+            "sweep": settings.identity() | averaging(pair.a.recipe.net, settings.bn_examples),
             "a": entry_of(pair.a, data, device, store).key,
             "b": entry_of(pair.b, data, device, store).key,
             "step": pair.at,

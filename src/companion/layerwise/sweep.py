@@ -68,7 +68,14 @@ def sweep(
     """
     settings = settings or Sweep()
     splits = splits_of(data)
-    walker = LayerWalker(module, splits, bn=settings.bn, bn_data=bn_data, batch=batch)
+    walker = LayerWalker(
+        module,
+        splits,
+        bn=settings.bn,
+        bn_data=bn_data,
+        bn_examples=settings.bn_examples,
+        batch=batch,
+    )
     walker.chosen = batch is not None
     for theta, name in ((a, "A"), (b, "B")):
         check(walker.module, theta, name)
@@ -101,7 +108,7 @@ def sweep(
             rest,
             chosen.draw,
             distance(a, b, _parameters(paths[key].names, walker.layout)),
-            Curve(settings.alphas, _values(found[key]), walker.bn, sizes),
+            Curve(settings.alphas, _values(found[key]), walker.bn, sizes, walker.bn_examples),
         )
         for chosen, rest, key in wanted
     )
@@ -253,6 +260,7 @@ def _full(
             points=max(3, settings.points),
             bn=settings.bn,
             bn_data=bn_data,
+            bn_examples=settings.bn_examples,
             classes=classes,
             max_error=max_error,
             same_noise=same_noise,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from companion.connectivity import BN_MODES, Barrier, Curve, grid
+from companion.connectivity import BN_EXAMPLES, BN_MODES, Barrier, Curve, check_bn_examples, grid
 from companion.errors import BadParameter, one_of
 
 KINDS = ("single", "shallow", "deep", "random", "window")
@@ -44,6 +44,7 @@ class Sweep:
         bn: what BatchNorm does, one of :data:`companion.connectivity.BN_MODES`.
         train_examples, test_examples: images that stand for each split (None: all), for stored
             pairs (:func:`companion.layerwise.measure`) and the command line.
+        bn_examples: training inputs that ``bn="reestimate"`` averages over at a point (None: all).
         seed: of the random orders and directions.
     """
 
@@ -59,6 +60,7 @@ class Sweep:
     bn: str = "interpolate"
     train_examples: int | None = None
     test_examples: int | None = None
+    bn_examples: int | None = BN_EXAMPLES
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,6 +79,7 @@ class Sweep:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise BadParameter(f"{field}: {value!r} must be a whole number of {least} or more.")
+        check_bn_examples(self.bn_examples)
         for field in ("train_examples", "test_examples"):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -95,9 +98,13 @@ class Sweep:
         return (0.5,) if self.points == 1 else tuple(alpha for _, alpha in grid(self.points))
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the numbers, for the store; defaults are left out."""
+        """What determines the numbers, for the store; defaults are left out.
+
+        ``bn_examples`` counts for networks with BatchNorm only: the store's entry adds it.
+        """
         blank = Sweep()
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields.pop("bn_examples")
         return {
             k: [[n, list(g)] for n, g in v]
             if k == "subsets"

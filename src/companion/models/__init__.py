@@ -5,7 +5,15 @@
 
 from companion.models.layers import ChannelLayerNorm, PadShortcut, first_dropout, parameter_count
 from companion.models.own import is_own, source_digest
-from companion.models.spec import build, canonical, describe, has_dropout, names, takes
+from companion.models.spec import (
+    build,
+    canonical,
+    describe,
+    has_batchnorm,
+    has_dropout,
+    names,
+    takes,
+)
 
 __all__ = [
     "ChannelLayerNorm",
@@ -14,6 +22,7 @@ __all__ = [
     "canonical",
     "describe",
     "first_dropout",
+    "has_batchnorm",
     "has_dropout",
     "is_own",
     "names",

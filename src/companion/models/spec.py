@@ -183,6 +183,17 @@ def has_dropout(spec: str) -> bool:
     return parsed.family is not None and parsed.values.get("dropout", 0) > 0
 
 
+def has_batchnorm(spec: str) -> bool:
+    """Whether a network may keep running statistics; True for the user's own, which is not built.
+
+    By its name; of what is built, :func:`companion.connectivity.has_batchnorm`.
+
+    Raises: :class:`BadParameter` as :func:`canonical` does.
+    """
+    parsed = _parse(spec)
+    return parsed.family is None or parsed.values.get("norm") == "batch"
+
+
 def _check_data(spec: str, family: Family | None, in_shape: Any, classes: Any) -> Shape:
     try:
         shape = tuple(index(n) for n in in_shape)

@@ -22,7 +22,7 @@ from scipy.optimize import brentq
 from torch import nn
 
 from companion import deadline
-from companion.connectivity import Curve, Walker, classification, grid
+from companion.connectivity import BN_EXAMPLES, Curve, Walker, classification, grid
 from companion.data import Split
 from companion.errors import BadParameter
 from companion.theta import Theta, affine, check
@@ -185,6 +185,7 @@ def calibrated_curve(
     points: int = 31,
     bn: str = "interpolate",
     bn_data: Split | None = None,
+    bn_examples: int | None = BN_EXAMPLES,
     temperature_at: float | None = None,
 ) -> CalibratedCurve:
     """Loss and error from network A to network B, the temperature fitted anew at each point.
@@ -198,7 +199,7 @@ def calibrated_curve(
         evaluate: name -> where to measure, e.g. ``{"test": …}``; may hold ``fit`` itself too.
         points, bn: as :func:`companion.connectivity.segment`.
         bn_data: what mode ``reestimate`` averages over (default: a split called ``train``, or
-            ``fit``).
+            ``fit``); bn_examples: how many inputs of it (None: all).
         temperature_at: use this temperature everywhere instead of fitting one.
 
     Returns:
@@ -219,7 +220,7 @@ def calibrated_curve(
         splits[where] = fit
     logits = _Collector()
     average = bn_data if bn_data is not None else splits.get("train", fit)
-    walker = Walker(module, splits, bn=bn, bn_data=average, score=logits)
+    walker = Walker(module, splits, bn=bn, bn_data=average, bn_examples=bn_examples, score=logits)
     check(walker.module, a, "A")
     check(walker.module, b, "B")
     ends = [{k: v.to(walker.device) for k, v in t.items()} for t in (a, b)]
@@ -240,7 +241,8 @@ def calibrated_curve(
         errors = {n: tuple(m[n].error for m in measured) for n in evaluate}
         values = {n: {"loss": loss[n], "error": errors[n]} for n in evaluate}
         sizes = {n: len(s) for n, s in evaluate.items()}
-        return Curve(tuple(alpha for _, alpha in steps), values, walker.bn, sizes)
+        alphas = tuple(alpha for _, alpha in steps)
+        return Curve(alphas, values, walker.bn, sizes, walker.bn_examples)
 
     return CalibratedCurve(
         curve({n: tuple(v[n] for v in losses) for n in evaluate}),
