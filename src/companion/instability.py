@@ -105,18 +105,35 @@ class Instability:
         return [s for s in self.samples if s.k == k]
 
     def values(
-        self, k: int, split: str = "test", metric: str | None = None, definition: str = "mean"
+        self,
+        k: int,
+        split: str = "test",
+        metric: str | None = None,
+        definition: str = "mean",
+        bn: str | None = None,
     ) -> list[tuple[int, float]]:
-        """(init, barrier) of every valid pair forked at k."""
+        """(init, barrier) of every valid pair forked at k; ``bn``: None, the headline mode."""
         metric = metric or self.metric
-        pairs = [(s.init, s.result.barrier.height(split, metric, definition)) for s in self.at(k)]
+        pairs = [
+            (s.init, s.result.barrier.height(split, metric, definition, bn=bn)) for s in self.at(k)
+        ]
         return [(init, v) for init, v in pairs if not math.isnan(v)]
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The BatchNorm modes that were measured; ``("none",)`` without BatchNorm."""
+        return tuple(self.samples[0].result.barrier.curves) if self.samples else ()
+
     def interval(
-        self, k: int, split: str = "test", metric: str | None = None, definition: str = "mean"
+        self,
+        k: int,
+        split: str = "test",
+        metric: str | None = None,
+        definition: str = "mean",
+        bn: str | None = None,
     ) -> Interval | None:
         """Mean barrier at k with its interval, clustered by init; None if no pair is valid."""
-        found = self.values(k, split, metric, definition)
+        found = self.values(k, split, metric, definition, bn)
         return clustered([v for _, v in found], [i for i, _ in found]) if found else None
 
     def invalid(self) -> list[Sample]:
