@@ -8,10 +8,13 @@ import warnings
 import torch
 
 from companion.errors import BadParameter, DeviceUnavailable
+from companion.numerics import fix_cublas_workspace
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """The device a name stands for, checked to exist on this machine.
+
+    Before a GPU is handed out, cuBLAS gets its workspace: see :mod:`companion.numerics`.
 
     Args:
         name: ``"cpu"``; ``"cuda"`` (the current GPU) or ``"cuda:N"``; ``"auto"`` is ``cuda`` where
@@ -41,6 +44,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
             f"device: {name} was asked for, but torch {torch.__version__} sees no GPU here. "
             f"Use cpu, or auto for a GPU where there is one.{why}"
         )
+    fix_cublas_workspace()
     index = int(match.group(2)) if match.group(2) else torch.cuda.current_device()
     if index >= count:
         raise DeviceUnavailable(

@@ -14,6 +14,7 @@ from companion import models
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.errors import BadParameter, Diverged
 from companion.losses import mean_loss
+from companion.numerics import exact_float32
 from companion.pool import one_thread
 from companion.seeds import Key
 from companion.theta import check_ties, layout, snapshot
@@ -294,7 +295,8 @@ def advance(
         )
 
     calm = one_thread() if device.type == "cpu" else contextlib.nullcontext()
-    with calm, own_generator(device) as seed:
+    exact = exact_float32(recipe.precision == "float32")
+    with calm, exact, own_generator(device) as seed:
         for step in range(state.step, stop):
             now, position = divmod(step, per_epoch)
             if now != epoch:

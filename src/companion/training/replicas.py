@@ -19,7 +19,6 @@ is fastest is measured by ``benchmarks/engine.py``. Source: our benchmarks/READM
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -31,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from companion import models
 from companion.data import Dataset
 from companion.errors import BadParameter, Diverged, one_of
+from companion.numerics import exact_float32, fix_cublas_workspace
 from companion.pool import one_thread
 from companion.training import loop
 from companion.training.feed import Feed
@@ -150,7 +150,8 @@ def reproducible(device: torch.device, on: bool = True, *, strict: bool = False)
 
     Turns on :func:`torch.use_deterministic_algorithms` and turns ``cudnn.benchmark`` off. cuBLAS
     wants ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the environment before its first call of the
-    process; it is set here if nobody set it. Operations without a deterministic form are let
+    process; it is set here if nobody set it, and :func:`companion.data.resolve_device`, which comes
+    earlier, sets it too. Operations without a deterministic form are let
     through: in our networks that is at most max-pooling's gradient, a sum of one term as our
     windows do not overlap. Attention has deterministic kernels but uses them only when ``strict``:
     then an operation without a deterministic form is an error. Whether the bits are the same is
@@ -159,7 +160,7 @@ def reproducible(device: torch.device, on: bool = True, *, strict: bool = False)
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fix_cublas_workspace()
     cudnn = torch.backends.cudnn
     already = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -262,7 +263,8 @@ def advance_many(
             backend=backend,
         )
         calm = one_thread() if device.type == "cpu" else torch.cuda.device(device)
-        with calm, Feed(full_runs, data) as feed:
+        exact = exact_float32(recipe.precision == "float32")
+        with calm, exact, Feed(full_runs, data) as feed:
             return _train(stepper, runs, states, stop, feed, wanted, save, tick)
 
 
