@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import toybook
 from typer.testing import CliRunner
 
@@ -22,6 +23,8 @@ from companion.cli import app
 from companion.errors import BadParameter, CorruptData, CorruptEntry, OutOfTime
 from companion.pool import run_all
 from companion.runs import Store
+from companion.training import engine as training_engine
+from companion.training import engines
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTER = """\
@@ -252,6 +255,44 @@ def test_pieces_give_the_numbers_of_one_recording(root, tmp_path, monkeypatch):
     assert {**stable(path), "name": "whole"} == whole
     again = {e.key: e.files() for e in Store().entries() if e.identity["kind"] == "run"}
     assert again == weights
+
+
+@pytest.fixture
+def as_if_cuda(monkeypatch):
+    """The CPU in the GPU's place: training goes its way through the store."""
+    monkeypatch.setattr(training_engine, "_on_gpu", lambda device: True)
+
+
+def test_the_engine_reaches_every_training(root, store, monkeypatch, as_if_cuda):
+    """Trunks, copies and the null control, and no cell of the chapter says a word about it."""
+    monkeypatch.chdir(root)
+    done = cli("record", "01_toy", "--profile", "other", "--engine", "graphs")
+    assert done.exit_code == 0, done.output
+    runs = [e for e in store.entries() if e.identity["kind"] == "run"]
+    trained = [e.read_json("made-by.json") for e in runs if "made-by.json" in e.files()]
+    assert len(runs) == 10 and {t["engine"] for t in trained} == {"graphs"} and len(trained) == 10
+    assert engines.current() == "auto"
+
+
+def test_on_a_gpu_only_a_dry_run_probes(root, monkeypatch):
+    """A probe costs a second or two a recipe, of a time that is lent."""
+    asked = []
+    real = budget.probe
+
+    def probe(recipe, **where):
+        asked.append(recipe)
+        return real(recipe, **where)
+
+    monkeypatch.setattr(recording, "probe", probe)
+    monkeypatch.setattr(recording, "resolve_device", lambda _: torch.device("cuda"))
+    said = []
+    recording.record(ready(root), dry_run=True, say=said.append)
+    assert len(asked) == 1 and "estimate: " in said[-1]
+    said.clear()
+    recording.record(ready(root), say=said.append)
+    assert len(asked) == 1 and "--dry-run makes one" in said[-1]
+    recording.record(ready(root), say=said.append)
+    assert "nothing is left to compute" in said[-1]
 
 
 def test_the_limit_stops_training_in_other_processes(store):
@@ -560,6 +601,7 @@ def test_the_real_profiles_fit_their_chapters():
         (["01_toy", "--profile", "other", "-p", "lr=1e-3"], "YAML reads 1e-3 as text"),
         (["01_toy", "--profile", "other", "-p", "lr"], "is not NAME=VALUE"),
         (["01_toy", "--profile", "other", "--time-limit", "0"], "above 0 seconds"),
+        (["01_toy", "--profile", "other", "--engine", "graph"], "Did you mean 'graphs'?"),
         (["01_toy", "--profile", "other", "--name", "../x"], "is needed as a file name"),
         (["01_toy", "--profile", "other", "--root", "nowhere"], "there is no book in"),
     ],

@@ -38,16 +38,19 @@ from companion.book import parameters
 from companion.book.layout import Book
 from companion.budget import Cost, Probe, count, estimate, probe
 from companion.chapter import Cell, cells
+from companion.data import resolve_device
 from companion.errors import (
     BadParameter,
     CompanionError,
     CorruptEntry,
     OutOfTime,
     StoreUnwritable,
+    one_of,
 )
 from companion.figures import to_json
 from companion.recorded import FORMAT, LIMIT, folder, hardware
 from companion.runs import Store
+from companion.training import ENGINES, using
 
 MARGIN_S = 20.0
 """A recording stops this long before its limit (a tenth of it, if that is less): time to store."""
@@ -190,6 +193,11 @@ class _Piece:
                 f"{cost.missing_runs} of {cost.runs} runs to train ({cost.missing_steps:,} of "
                 f"{cost.steps:,} steps), {cost.missing_pairs} of {cost.pairs} pairs to measure"
             )
+        missing = any(cost.missing_steps or cost.missing_pairs for cost in costs)
+        if missing and not self.dry_run and resolve_device(b.device).type == "cuda":
+            # A probe takes one or two seconds a recipe, and here they may be counted.
+            self.say("no estimate while recording on a GPU; --dry-run makes one")
+            return
         speed: Probe = partial(probe, evaluation=b.evaluation, device=b.device)
         seconds = sum(
             estimate(
@@ -225,6 +233,7 @@ def record(
     started: float | None = None,
     dry_run: bool = False,
     commit: str | None = None,
+    engine: str = "auto",
     say: Callable[[str], None] = print,
 ) -> Path | None:
     """Run the chapter's cells and write the result.
@@ -235,16 +244,19 @@ def record(
             have stopped; None: no limit.
         dry_run: print the budget and stop.
         commit: of the code, where git is not at hand.
+        engine: one of :data:`companion.training.ENGINES`, for all training on a GPU.
         say: prints one line.
 
     Returns:
         the file; None after a dry run.
 
     Raises:
+        BadParameter: no such engine, or a limit of no time.
         OutOfTime: stopped before the limit; the same call goes on. No result is written.
         RecordingFailed: a cell failed, or the result is larger than :data:`LIMIT` bytes.
     """
     began = time.monotonic()
+    one_of("--engine", engine, ENGINES)
     end = None
     if time_limit is not None:
         if not time_limit > 0:
@@ -254,7 +266,7 @@ def record(
     piece = _Piece(recording, dry_run, say, sys.stdout)
     entry = Store().entry(recording.identity())
     try:
-        with page.captured(piece.on_budget) as found, deadline.until(end):
+        with page.captured(piece.on_budget) as found, deadline.until(end), using(engine):
             _run_cells(piece)
     except _Planned:
         return None

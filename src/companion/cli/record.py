@@ -49,6 +49,13 @@ def command(
     commit: Annotated[
         str | None, typer.Option(help="Of this copy of the code, where git is not at hand.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What trains on a GPU: auto (each network's own), loop, loop-compile, graphs, "
+            "vmap or compile. Where it fails, a simpler one takes over."
+        ),
+    ] = "auto",
     root: Annotated[
         Path | None, typer.Option(help="The root of the book; default: this folder, or ours.")
     ] = None,
@@ -76,6 +83,7 @@ def command(
             started=_STARTED,
             dry_run=dry_run,
             commit=commit,
+            engine=engine,
             say=say,
         )
     except OutOfTime as e:
