@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from companion import closing, deadline
 from companion import data as datasets
-from companion import deadline
 from companion.data import Dataset
 from companion.errors import CompanionError, CorruptEntry, one_of
 from companion.pool import run_all
@@ -435,6 +435,8 @@ def train(
                 entry_of(job.run, datasets.load(job.run.recipe.data, where), where, store), job
             )
         ]
+        if todo:
+            closing.check()
         todo.sort(key=lambda j: j.run.first_step - max((*j.weights, *j.states), default=0))
         if _on_gpu(torch.device(where)):
             alike: Mapping[str, Any] = {"engine": engine}
@@ -466,6 +468,8 @@ def load_weights(
 def _load(
     run: Run, step: int, job: Job, kinds: tuple[int, ...], store: Store | None, device: str
 ) -> State:
+    # What is made of weights is a measurement too, and would be of this machine.
+    closing.check(what="a checkpoint")
     store, where = store or Store(), datasets.resolve_device(device)
     entry = entry_of(run, datasets.load(run.recipe.data, where), where, store)
     for _ in range(3):

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from companion import models
+from companion import closing, models
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.errors import BadParameter, Diverged
 from companion.losses import mean_loss
@@ -240,6 +240,7 @@ def advance(
         BadParameter: a state whose two names of a tied tensor hold different values.
         Diverged: the loss is not finite. Nothing of the broken state was handed to ``save``.
     """
+    closing.check()
     recipe, device = run.recipe, data.train.x.device
     module = module if module is not None else build(run, data, device)
     check_ties(state.theta, layout(module).ties, f"{run.recipe.net} at step {state.step}")

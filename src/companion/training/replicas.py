@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from companion import models
+from companion import closing, models
 from companion.data import Dataset
 from companion.errors import BadParameter, Diverged, one_of
 from companion.numerics import exact_float32, fix_cublas_workspace
@@ -247,6 +247,7 @@ def advance_many(
         Diverged: a loss is not finite; the first such run is named. Nothing of a broken state was
             handed to ``save``, of any run.
     """
+    closing.check()
     if not runs or len(runs) != len(states):
         raise BadParameter(f"advance_many: {len(runs)} runs and {len(states)} states.")
     if len({run.recipe for run in runs}) > 1:
