@@ -21,7 +21,7 @@ from companion import data as datasets
 from companion.connectivity import Walker
 from companion.data import Dataset
 from companion.errors import BadParameter, Diverged, OutOfTime
-from companion.pairs import check_null
+from companion.pairs import Evaluation, check_null
 from companion.runs import Store
 from companion.theta import snapshot
 from companion.training import (
@@ -34,6 +34,7 @@ from companion.training import (
     advance_many,
     build,
     engine,
+    engines,
     entry_of,
     load_state,
     load_weights,
@@ -629,11 +630,18 @@ def test_what_is_no_fault_of_the_engine_goes_through(
 
 
 def test_a_null_control_takes_no_other_engine(
-    store: Store, as_if_cuda: list[Any], broken: dict[str, BaseException]
+    store: Store,
+    as_if_cuda: list[Any],
+    broken: dict[str, BaseException],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its bits are compared, so another engine's would say nothing."""
     run = Run(recipe())
     train([Job(run, weights=(40,))], store=store)
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "working", lambda *_: "loop")  # it has failed since, elsewhere
+        gate = check_null(run, Evaluation(points=5), store=store)
+    assert gate.passed and as_if_cuda[-1] == ("vmap", 1, 1)
     broken["vmap"] = RuntimeError("out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
         check_null(run, store=store)

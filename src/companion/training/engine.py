@@ -297,7 +297,8 @@ def _train_group(
     """
     recipe, rest = group[0].job.run.recipe, list(group)
     while rest:
-        engine = engines.working(recipe, engine)
+        if not only and (instead := engines.working(recipe, engine)) != engine:
+            engine, width = instead, 0
         # A loop takes one run at a time, so that each is stored once it ends.
         part = rest[: 1 if engine in ("loop", "loop-compile") else width or len(rest)]
         try:
