@@ -39,6 +39,8 @@ from companion import (
 )
 from companion.book.layout import Book
 from companion.cli import app
+from companion.data import Split
+from companion.data.windows import save_windows
 from companion.errors import (
     BadParameter,
     CorruptData,
@@ -443,7 +445,7 @@ def test_a_stopped_recording_is_closed_on_another_machine(root, far, monkeypatch
     before = [e.key for e in far.entries()]
     done = cli("record", "01_toy", "--profile", "other", "--close", "--time-limit", "1")
     assert done.exit_code == 0, done.output
-    assert "closed: 4 of 4 pairs are measured; missing: nothing" in done.output
+    assert "closed; missing: nothing" in done.output and "to train" not in done.output
     found = content(root / "data/recorded/01_toy/other.json")
     assert found["closed"] is True and found["missing"] == {}
     assert found["hardware"] == "NVIDIA H100" and found["provenance"]["device"] == "cuda:0"
@@ -455,7 +457,7 @@ def test_a_stopped_recording_is_closed_on_another_machine(root, far, monkeypatch
     # Of weights nothing is made: the caption that counts their tensors is lost, and no number is.
     assert "closed before" in found["figures"]["instability"]["caption"]
     (problem,) = found["problems"]
-    assert "a checkpoint is needed, not measured before the recording was closed" in problem
+    assert "a checkpoint: not measured before the recording was closed" in problem
     assert [e.key for e in far.entries()] == before and closing.device() is None
     again = content(recording.close(ready(root), say=str))
     assert {**again, "date": None} == {**found, "date": None}, "it may be closed again"
@@ -468,7 +470,7 @@ def test_what_is_missing_is_left_out_and_counted(root, far):
     said = []
     found = content(recording.close(ready(root), say=said.append))
     assert found["missing"] == {"null": 1, "pair": 1}
-    assert said[-1].startswith("closed: 3 of 4 pairs are measured")
+    assert said == ["closed; missing: 1 × null, 1 × pair"]
     # Half of the pairs at a k would have an interval of no width: the k counts as not measured.
     curve = found["figures"]["instability"]["data"]["mlp, test"]
     assert curve["k"] == [k for k in (0, 3) if k != start] and curve["pairs"] == [2]
@@ -572,6 +574,14 @@ def test_nothing_is_computed_while_a_recording_is_closed(work, device, store):
     with closing.closed({"device": device}), pytest.raises(NotMeasured, match="before the recor"):
         work()
     assert not list(store.entries())
+
+
+def test_windows_have_their_name_while_a_recording_is_closed(store):
+    split = Split.windows(torch.arange(41), 8)
+    with closing.closed({"device": "cpu"}):
+        digest = save_windows(split, store)
+    assert not list(store.entries())
+    assert save_windows(split, store) == digest and len(list(store.entries())) == 1
 
 
 # Without the book's tools

@@ -92,4 +92,4 @@ def check(entries: Sequence[Entry] = (), what: str = "a training") -> None:
     """
     if active():
         lacks(entries)
-        raise NotMeasured(f"{what} is needed, {WHY}.")
+        raise NotMeasured(f"{what}: {WHY}.")

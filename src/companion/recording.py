@@ -182,13 +182,14 @@ class _Piece:
     def on_budget(self, declared: page.Budget) -> None:
         """Print what is to be done and how long it may take; stop here if that was all."""
         self.budget = declared
+        if closing.active():
+            return
         with contextlib.redirect_stdout(self.stdout):  # the cells' own output goes nowhere
             self.announce()
         if self.dry_run:
             raise _Planned
-        if not closing.active():
-            with contextlib.suppress(StoreUnwritable):
-                self.entry.write_json(_MACHINE, self.machine())
+        with contextlib.suppress(StoreUnwritable):
+            self.entry.write_json(_MACHINE, self.machine())
 
     def machine(self) -> dict[str, Any]:
         """Where this is measured: what :func:`closing.closed` takes."""
@@ -212,8 +213,6 @@ class _Piece:
                 f"{cost.missing_runs} of {cost.runs} runs to train ({cost.missing_steps:,} of "
                 f"{cost.steps:,} steps), {cost.missing_pairs} of {cost.pairs} pairs to measure"
             )
-        if closing.active():
-            return
         missing = any(cost.missing_steps or cost.missing_pairs for cost in costs)
         if missing and not self.dry_run and resolve_device(b.device).type == "cuda":
             # A probe takes one or two seconds a recipe, and here they may be counted.
@@ -346,8 +345,10 @@ def close(
     piece = _Piece(recording, entry, False, commit, say, sys.stdout)
     with page.captured(piece.on_budget) as found, closing.closed(machine) as lacking:
         _run_cells(piece)
-        costs = piece.costs() if piece.budget else []
     missing = {kind: len(keys) for kind, keys in sorted(lacking.items())}
+    if not found.all("claims") or not found.all("provenance"):
+        said = "\n".join(recording.problems)
+        raise RecordingFailed(f"--close: too much is missing ({missing}). Left out:\n{said}")
     document = _document(recording, found, commit)
     counts = ", ".join(f"{number} × {kind}" for kind, number in missing.items())
     for claim in document["claims"]:
@@ -363,8 +364,7 @@ def close(
         )
     document |= _spent(own)
     document |= {"closed": True, "missing": missing}
-    pairs, there = sum(c.pairs for c in costs), sum(c.pairs - c.missing_pairs for c in costs)
-    say(f"closed: {there} of {pairs} pairs are measured; missing: {missing or 'nothing'}")
+    say(f"closed; missing: {counts or 'nothing'}")
     return _write(recording.target, document)
 
 
