@@ -52,14 +52,29 @@ def test_the_engines_are_measured_and_one_is_chosen(tmp_path: Path) -> None:
     """The tiny version: every engine that runs without a compiler, the floor, the checks."""
     done = script(
         *("engine.py", "--device", "cpu", "--copies", "1", "2", "--seconds", "0.05"),
-        *("--nets", "resnet20", "lenet", "--engines", "loop", "vmap", "graphs"),
+        *("--nets", "resnet20", "lenet", "gpt", "--engines", "loop", "vmap", "graphs"),
         *("--json", tmp_path / "engine.json"),
     )
     found = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
     check_machine(found["machine"])
-    assert {(r["net"], r["engine"]) for r in found["rows"]} >= {
-        (net, engine) for net in ("resnet20", "lenet") for engine in ("loop", "vmap", "graphs")
+    assert {(r["net"], r["engine"], r["replicas"]) for r in found["rows"]} == {
+        *(
+            (net, engine, m)
+            for net in ("resnet20", "lenet")
+            for m in (1, 2)
+            for engine in ["graphs"]
+        ),
+        *(("resnet20", "vmap", 2), ("lenet", "vmap", 1), ("lenet", "vmap", 2)),
+        *(("gpt", "graphs", 1), *((net, "loop", 1) for net in ("resnet20", "lenet", "gpt"))),
     }
+    assert all(r["tokens_per_second"] > 0 for r in found["rows"] if r["net"] == "gpt")
+    assert all(r["times_the_floor"] > 0 for r in found["rows"])
+    # The device's own, measured: no number of another one is typed in.
+    assert found["ceilings"].keys() == {"bf16", "float32", "bytes"}
+    assert all(1e6 < rate < 1e17 for rate in found["ceilings"].values())
+    for bound in found["floor"].values():
+        seconds = bound["flop_per_step"] / found["ceilings"]["float32"]
+        assert bound["seconds_per_step_operations"] == pytest.approx(seconds)
     assert not [r for r in found["rows"] if "error" in r] and found["left_out"] == []
     for check in found["checks"].values():
         assert check == dict.fromkeys(
@@ -75,23 +90,27 @@ def test_the_engines_are_measured_and_one_is_chosen(tmp_path: Path) -> None:
 
 
 def test_the_floor_counts_what_the_paper_counts() -> None:
-    """Multiply-adds of the fact sheet: 40.8M for ResNet-20, 0.266M for LeNet, 313M for VGG-16."""
+    """Multiply-adds of the fact sheet: 40.8M for ResNet-20, 0.266M for LeNet, 313M for VGG-16.
+
+    Of the GPT: 12 width squared a block and token, the output matrix, and attention's half square.
+    """
     code = (
         "import engine, torch\n"
+        "ceiling = {'bf16': 8e14, 'float32': 6.7e13, 'bytes': 4.3e12}\n"
         "for c in engine.cases(False):\n"
         "    import dataclasses\n"
-        "    c = dataclasses.replace(c, images=256)\n"
-        "    f = engine.floor(c, engine.images(c, torch.device('cpu')))\n"
-        "    print(f['multiply_adds_per_image'], f['flop_per_step'])\n"
+        "    c = dataclasses.replace(c, examples=256)\n"
+        "    f = engine.floor(c, engine.random_data(c, torch.device('cpu')), ceiling)\n"
+        "    print(f['multiply_adds_per_example'], f['flop_per_step'])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
-    for (adds, flop), (paper, gflop) in zip(
-        found, ((40.8e6, 31.3), (0.266e6, 0.096), (313e6, 241)), strict=True
-    ):
+    gpt = 256 * (12 * 12 * 768**2 + 8192 * 768) + 12 * 256**2 * 768
+    expected = ((40.8e6, 31.3), (0.266e6, 0.096), (313e6, 241), (gpt, 6 * 50 * gpt / 1e9))
+    for (adds, flop), (paper, gflop) in zip(found, expected, strict=True):
         assert adds == pytest.approx(paper, rel=0.01)
         assert flop / 1e9 == pytest.approx(gflop, rel=0.01)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -13,15 +14,45 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import toybook
 from typer.testing import CliRunner
 
-from companion import archive, budget, chapter, deadline, page, pairs, recorded, recording
+from companion import (
+    aligned,
+    archive,
+    budget,
+    chapter,
+    claims,
+    closing,
+    deadline,
+    federated,
+    layerwise,
+    merged,
+    page,
+    pairs,
+    partly,
+    provenance,
+    recorded,
+    recording,
+    training,
+)
 from companion.book.layout import Book
 from companion.cli import app
-from companion.errors import BadParameter, CorruptData, CorruptEntry, OutOfTime
+from companion.data import Split
+from companion.data.windows import save_windows
+from companion.errors import (
+    BadParameter,
+    CorruptData,
+    CorruptEntry,
+    MissingData,
+    NotMeasured,
+    OutOfTime,
+)
 from companion.pool import run_all
 from companion.runs import Store
+from companion.training import Recipe, Run, engines
+from companion.training import engine as training_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTER = """\
@@ -110,6 +141,7 @@ provenance.show(
 )
 ```
 """
+TOY = Recipe(net="mlp:widths=8", data="digits", steps=20)
 UNSTABLE = {"date", "seconds", "pieces"}  # what two recordings may differ in
 
 
@@ -254,6 +286,44 @@ def test_pieces_give_the_numbers_of_one_recording(root, tmp_path, monkeypatch):
     assert again == weights
 
 
+@pytest.fixture
+def as_if_cuda(monkeypatch):
+    """The CPU in the GPU's place: training goes its way through the store."""
+    monkeypatch.setattr(training_engine, "_on_gpu", lambda device: True)
+
+
+def test_the_engine_reaches_every_training(root, store, monkeypatch, as_if_cuda):
+    """Trunks, copies and the null control, and no cell of the chapter says a word about it."""
+    monkeypatch.chdir(root)
+    done = cli("record", "01_toy", "--profile", "other", "--engine", "graphs")
+    assert done.exit_code == 0, done.output
+    runs = [e for e in store.entries() if e.identity["kind"] == "run"]
+    trained = [e.read_json("made-by.json") for e in runs if "made-by.json" in e.files()]
+    assert len(runs) == 10 and {t["engine"] for t in trained} == {"graphs"} and len(trained) == 10
+    assert engines.current() == "auto"
+
+
+def test_on_a_gpu_only_a_dry_run_probes(root, monkeypatch):
+    """A probe costs a second or two a recipe, of a time that is lent."""
+    asked = []
+    real = budget.probe
+
+    def probe(recipe, **where):
+        asked.append(recipe)
+        return real(recipe, **where)
+
+    monkeypatch.setattr(recording, "probe", probe)
+    monkeypatch.setattr(recording, "resolve_device", lambda _: torch.device("cuda"))
+    said = []
+    recording.record(ready(root), dry_run=True, say=said.append)
+    assert len(asked) == 1 and "estimate: " in said[-1]
+    said.clear()
+    recording.record(ready(root), say=said.append)
+    assert len(asked) == 1 and "--dry-run makes one" in said[-1]
+    recording.record(ready(root), say=said.append)
+    assert "nothing is left to compute" in said[-1]
+
+
 def test_the_limit_stops_training_in_other_processes(store):
     with deadline.until(time.monotonic()), pytest.raises(OutOfTime):
         run_all(abs, [1, 2], workers=2)
@@ -286,7 +356,6 @@ def test_measured_pairs_need_no_networks(root, tmp_path, monkeypatch):
 
 def test_a_null_control_that_was_stopped_goes_on_and_leaves_nothing(store, monkeypatch):
     from companion.instability import copy
-    from companion.training import Recipe
 
     run = copy(Recipe(net="mlp:widths=4", data="digits", steps=30), 0, 2, 1)
     evaluation = pairs.Evaluation(points=3, train_examples=20, test_examples=20)
@@ -299,6 +368,220 @@ def test_a_null_control_that_was_stopped_goes_on_and_leaves_nothing(store, monke
     assert len(resumed) == 1 and resumed[0].identity["again"] is True
     assert pairs.check_null(run, evaluation).passed
     assert len(list(store.entries())) == before + 1
+
+
+# Closed before its end
+
+
+FAR = CHAPTER
+for _old, _new in (  # device as a parameter, weights and the onset in a caption, a third claim
+    ("lr: float = 0.05\n", 'lr: float = 0.05\ndevice: str = "auto"\n'),
+    ('"device": "cpu",', '"device": device,'),
+    ('device="cpu",', "device=device,"),
+    ("use_style()\n", "use_style()\ndevice = str(data.resolve_device(device))\n"),
+    ("import Recipe\n", "import Recipe, load_weights\n"),
+    ("for k in ks}", "for k in ks if found.interval(k)}"),
+    (
+        "fig, ax = plt.subplots()\n",
+        "start = load_weights(instability.trunk(recipe, 0), 0, device=device)\n"
+        "onset = found.onset()\nfig, ax = plt.subplots()\n",
+    ),
+    ("at k = 0: {means[0].value:.3f}.", "has its onset at {onset}; {len(start)} tensors."),
+    ('"C02", None)]', '"C02", onset is None), claims.judge("C03", 0.5)]'),
+    ('{recipe.net}",', "{recipe.net}, {provenance.record()['gpu']['name']}\","),
+):
+    assert FAR.count(_old) == 1, _old
+    FAR = FAR.replace(_old, _new)
+GPU = {"name": "NVIDIA H100", "cuda": "13.0"}
+
+
+@pytest.fixture
+def far(root, tmp_path, monkeypatch):
+    """A store that a recording on a GPU left behind: its numbers and times, and no weights."""
+    (root / "chapters" / "01_toy.md").write_text(FAR)
+    real, machine = Run.identity, recording._Piece.machine
+    record = provenance.record
+
+    def there(self, fingerprint, device):
+        return real(self, fingerprint, "cuda")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "identity", there)
+        patch.setattr(provenance, "record", lambda **more: record(**more) | {"gpu": GPU})
+        patch.setattr(
+            recording._Piece, "machine", lambda self: machine(self) | {"device": "cuda:0"}
+        )
+        patch.setattr(page, "emit", _no_claims(page.emit))
+        with pytest.raises(recording.RecordingFailed):  # stopped at its last cell
+            recording.record(ready(root), say=str)
+    kinds = {"pair", "null", "recording"}
+    moved = archive.export(
+        [e for e in Store().entries() if e.identity["kind"] in kinds], tmp_path / "far.tar"
+    )
+    assert moved.entries == 6
+    monkeypatch.setenv("COMPANION_RUNS", str(tmp_path / "here"))
+    archive.import_(tmp_path / "far.tar", Store())
+    return Store()
+
+
+def _no_claims(emit):
+    def some(data, entry):
+        if "claims" in entry:
+            raise RuntimeError("stopped")
+        emit(data, entry)
+
+    return some
+
+
+def lose(store, *kinds):
+    """Take the first entry of each kind out of a store."""
+    for kind in kinds:
+        next(e for e in store.entries() if e.identity["kind"] == kind).discard()
+
+
+def test_a_stopped_recording_is_closed_on_another_machine(root, far, monkeypatch):
+    """The numbers and the machine of the GPU, on one that has none; nothing is computed."""
+    monkeypatch.chdir(root)
+    before = [e.key for e in far.entries()]
+    done = cli("record", "01_toy", "--profile", "other", "--close", "--time-limit", "1")
+    assert done.exit_code == 0, done.output
+    assert "closed; missing: nothing" in done.output and "to train" not in done.output
+    found = content(root / "data/recorded/01_toy/other.json")
+    assert found["closed"] is True and found["missing"] == {}
+    assert found["hardware"] == "NVIDIA H100" and found["provenance"]["device"] == "cuda:0"
+    assert found["scale"].endswith("NVIDIA H100") and found["pieces"] == 1
+    assert found["parameters"]["device"] == "auto"
+    assert [c["verdict"] for c in found["claims"]].count(claims.NOT_TESTABLE) == 0
+    curve = found["figures"]["instability"]["data"]["mlp, test"]
+    assert curve["k"] == [0, 3] and curve["pairs"] == [2, 2]
+    # Of weights nothing is made: the caption that counts their tensors is lost, and no number is.
+    assert "closed before" in found["figures"]["instability"]["caption"]
+    (problem,) = found["problems"]
+    assert "a checkpoint: not measured before the recording was closed" in problem
+    assert [e.key for e in far.entries()] == before and closing.device() is None
+    again = content(recording.close(ready(root), say=str))
+    assert {**again, "date": None} == {**found, "date": None}, "it may be closed again"
+
+
+def test_what_is_missing_is_left_out_and_counted(root, far):
+    lost = next(e for e in far.entries() if e.identity["kind"] == "pair")
+    start = lost.identity["start"][1]
+    lose(far, "pair", "null")
+    said = []
+    found = content(recording.close(ready(root), say=said.append))
+    assert found["missing"] == {"null": 1, "pair": 1}
+    assert said == ["closed; missing: 1 × null, 1 × pair"]
+    # Half of the pairs at a k would have an interval of no width: the k counts as not measured.
+    curve = found["figures"]["instability"]["data"]["mlp, test"]
+    assert curve["k"] == [k for k in (0, 3) if k != start] and curve["pairs"] == [2]
+    by_id = {c["claim"]["id"]: c for c in found["claims"]}
+    assert by_id["C02"]["verdict"] == claims.NOT_TESTABLE  # it needs the onset, over all k
+    assert by_id["C02"]["note"] == closing.WHY
+    assert by_id["C03"]["verdict"] != claims.NOT_TESTABLE
+    assert by_id["C03"]["note"].endswith("missing: 1 × null, 1 × pair")
+    assert any("the onset: pairs at k" in problem for problem in found["problems"])
+    record = recorded.load("01_toy", root)[0]
+    assert "closed before its end; missing: 1 × null, 1 × pair" in record.title
+    assert "closed before its end" in recorded.sentence("01_toy", [record])
+
+
+def test_closing_under_the_parameters_that_are_whole(root, far):
+    """Fewer fork steps than the recording was stopped with: the store says where it ran."""
+    for entry in list(far.entries()):
+        if entry.identity.get("start", [0, 0])[1] == 3:
+            entry.discard()
+    found = content(recording.close(ready(root, "ks=[0]"), say=str))
+    assert found["missing"] == {} and found["hardware"] == "NVIDIA H100"
+    assert found["claims"][1]["verdict"] != claims.NOT_TESTABLE
+
+
+def test_what_cannot_be_closed(root, far, store, monkeypatch):
+    monkeypatch.chdir(root)
+    assert (
+        "leave --dry-run out"
+        in cli("record", "01_toy", "--profile", "other", "--close", "--dry-run").output
+    )
+    for entry in list(far.entries()):
+        if entry.identity["kind"] == "pair":
+            entry.discard()
+    with pytest.raises(recording.RecordingFailed, match=r"nothing that a claim needs.*'pair': 4"):
+        # C03 stands for no measurement in this toy: leave it out.
+        path = root / "chapters" / "01_toy.md"
+        path.write_text(path.read_text().replace(', claims.judge("C03", 0.5)', ""))
+        recording.close(ready(root), say=str)
+    lose(far, "recording")
+    with pytest.raises(BadParameter, match="where 01_toy was recorded; it does not say"):
+        recording.close(ready(root), say=str)
+    target = ready(root).target
+    target.parent.mkdir(parents=True)
+    target.write_text("{}")
+    with pytest.raises(BadParameter, match="is there already, and was not closed"):
+        recording.close(ready(root), say=str)
+
+
+def test_a_statement_that_fails_takes_its_names_with_it():
+    """Else the next figure would be drawn from the last one's numbers."""
+    source = """
+drawn = 1
+drawn = missing()
+shown.append(drawn)
+for name in ("a", "b"):
+    shown.append(name)
+    missing()
+shown.append(name)
+drawn = 2
+shown.append(drawn)
+verdicts = [judge("C01", 1.0), judge("C02", missing())]
+others = [missing(), 1]
+"""
+    namespace = {"shown": [], "missing": closing.check, "judge": claims.judge}
+    failed = []
+    with closing.closed({"device": "cpu"}):
+        partly.execute(
+            *(ast.parse(source), "x.py", namespace, partly.Left()),
+            lambda statement, error: failed.append((statement.lineno, type(error))),
+        )
+    assert namespace["shown"] == ["a", 2] and "name" not in namespace
+    assert failed == [(line, NotMeasured) for line in (3, 5, 11, 12)]
+    assert [v.note for v in namespace["verdicts"]] == ["", closing.WHY]
+    assert "others" not in namespace and "_companion_saved" not in namespace
+
+
+@pytest.mark.parametrize("error", [MissingData("x"), BadParameter("x"), OutOfTime("x")])
+def test_what_has_nothing_to_do_with_missing_numbers_ends_it(error):
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):
+        partly.execute(ast.parse("fail()"), "x.py", {"fail": fail}, partly.Left(), print)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: training.load_weights(Run(TOY)),
+        lambda: training.load_state(Run(TOY), 3),
+        lambda: training.train([training.Job(Run(TOY), weights=(20,))]),
+        lambda: training.throughput(TOY, steps=2, rounds=1),
+        lambda: aligned.align(aligned.pairs_of(TOY, 1)),
+        lambda: layerwise.measure(aligned.pairs_of(TOY, 1)),
+        lambda: merged.merge_runs([[Run(TOY), Run(TOY, init=1)]]),
+        lambda: federated.measure([(federated.Federation(recipe=TOY, every=10), 0)]),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_nothing_is_computed_while_a_recording_is_closed(work, device, store):
+    with closing.closed({"device": device}), pytest.raises(NotMeasured, match="before the recor"):
+        work()
+    assert not list(store.entries())
+
+
+def test_windows_have_their_name_while_a_recording_is_closed(store):
+    split = Split.windows(torch.arange(41), 8)
+    with closing.closed({"device": "cpu"}):
+        digest = save_windows(split, store)
+    assert not list(store.entries())
+    assert save_windows(split, store) == digest and len(list(store.entries())) == 1
 
 
 # Without the book's tools
@@ -560,6 +843,7 @@ def test_the_real_profiles_fit_their_chapters():
         (["01_toy", "--profile", "other", "-p", "lr=1e-3"], "YAML reads 1e-3 as text"),
         (["01_toy", "--profile", "other", "-p", "lr"], "is not NAME=VALUE"),
         (["01_toy", "--profile", "other", "--time-limit", "0"], "above 0 seconds"),
+        (["01_toy", "--profile", "other", "--engine", "graph"], "Did you mean 'graphs'?"),
         (["01_toy", "--profile", "other", "--name", "../x"], "is needed as a file name"),
         (["01_toy", "--profile", "other", "--root", "nowhere"], "there is no book in"),
     ],

@@ -8,7 +8,9 @@ agree with the loop to 1e-9. What only a GPU can show is marked ``gpu``.
 from __future__ import annotations
 
 import statistics
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +20,8 @@ from torch import nn
 from companion import data as datasets
 from companion.connectivity import Walker
 from companion.data import Dataset
-from companion.errors import BadParameter, Diverged
-from companion.pairs import check_null
+from companion.errors import BadParameter, Diverged, OutOfTime
+from companion.pairs import Evaluation, check_null
 from companion.runs import Store
 from companion.theta import snapshot
 from companion.training import (
@@ -32,6 +34,7 @@ from companion.training import (
     advance_many,
     build,
     engine,
+    engines,
     entry_of,
     load_state,
     load_weights,
@@ -39,6 +42,7 @@ from companion.training import (
     made_by,
     replicas,
     train,
+    using,
 )
 from companion.training.feed import Feed
 from companion.training.stepper import Stepper
@@ -413,8 +417,7 @@ def test_jobs_train_in_groups(store: Store, as_if_cuda: list[Any], tmp_path: Pat
     jobs = [Job(c, weights=(20, 40)) for c in copies]
     jobs += [Job(Run(what, order=7), weights=(40,)), Job(Run(recipe(lr=0.05)), weights=(40,))]
     train(jobs, store=store, at_once=2)
-    width = replicas.MOST
-    assert sorted(as_if_cuda) == [("vmap", 1, width)] * 4 + [("vmap", 2, width)]
+    assert sorted(as_if_cuda) == [("vmap", 1, 1)] * 4 + [("vmap", 2, 2)]
     for copy in copies:
         assert sorted(entry_of(copy, DIGITS, "cpu", store).files()) == [
             "made-by.json",
@@ -501,6 +504,185 @@ def test_the_null_control_trains_as_the_stored_run_was(store: Store, as_if_cuda:
     gate = check_null(runs[1], store=store)
     assert gate.passed and gate.value == 0
     assert as_if_cuda == [("graphs", 3, 3), ("graphs", 1, 3)]
+
+
+def test_stacked_replicas_are_one_of_a_few_numbers(store: Store, as_if_cuda: list[Any]) -> None:
+    """The next of a few widths: not always 27, and not every number, as bits depend on it."""
+    most = [replicas.stacked(count, 27) for count in range(1, 28)]
+    assert most == [1, 2, 4, 4, *[9] * 5, *[16] * 7, *[27] * 11]
+    assert [replicas.stacked(count, 11) for count in (3, 9, 10, 11, 12)] == [4, 9, 11, 11, 12]
+    jobs = [Job(Run(recipe(), order=i), weights=(40,)) for i in range(3)]
+    train(jobs, store=store)
+    assert as_if_cuda == [("vmap", 3, 4)] and made_by(jobs[0].run, store=store)["replicas"] == 4
+    gate = check_null(jobs[1].run, store=store)
+    assert gate.passed and as_if_cuda[1:] == [("vmap", 1, 4)]
+
+
+def test_a_run_stopped_in_company_goes_on_alone_with_the_same_bits(
+    store: Store, as_if_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of replicas it began with is kept beside what it can go on from."""
+    jobs = [Job(Run(recipe(), order=i), weights=(40,)) for i in range(3)]
+    whole = Store(store.root / "other")
+    train(jobs, store=whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "RESUME_EVERY_S", 0.0)
+        real, left = Stepper.step, iter(range(30))
+
+        def step(self: Stepper) -> None:
+            if next(left) == 29:
+                raise KeyboardInterrupt
+            real(self)
+
+        patch.setattr(Stepper, "step", step)
+        train(jobs, store=store)
+    found, expected = (load_weights(jobs[1].run, store=s) for s in (store, whole))
+    assert as_if_cuda[-1] == ("vmap", 1, 4)
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+    train(jobs, store=store)
+    assert as_if_cuda[-1] == ("vmap", 2, 4), "the others, too"
+
+
+@pytest.fixture
+def broken(as_if_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, BaseException]:
+    """engine -> what it raises when it is to train."""
+    raised: dict[str, BaseException] = {}
+    real = replicas.advance_many
+
+    def sometimes(*args: Any, **options: Any) -> Any:
+        if error := raised.get(options["engine"]):
+            as_if_cuda.append((options["engine"], "fails"))
+            raise error
+        return real(*args, **options)
+
+    monkeypatch.setattr(replicas, "advance_many", sometimes)
+    return raised
+
+
+def test_a_simpler_engine_takes_over(
+    store: Store,
+    as_if_cuda: list[Any],
+    broken: dict[str, BaseException],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once a call, with a word in the log; what is kept says which engine it was."""
+    broken |= {"vmap": RuntimeError("no batching rule\nand more"), "compile": OSError("no gcc")}
+    jobs = [Job(Run(recipe(), order=i), weights=(40,)) for i in range(4)]
+    train(jobs, store=store, at_once=2)
+    assert as_if_cuda == [("vmap", "fails"), ("graphs", 2, 2), ("graphs", 2, 2)]
+    assert made_by(jobs[0].run, store=store)["engine"] == "graphs"
+    (said,) = caplog.messages
+    assert said.startswith(f"the engine 'vmap' cannot train {MLP} on digits (lr 0.1, T = 40); ")
+    assert said.endswith("'graphs' takes over. RuntimeError: no batching rule")
+    as_if_cuda.clear()
+    broken["graphs"] = RuntimeError("operation not permitted when stream is capturing")
+    train(
+        [Job(Run(recipe(), order=i), weights=(40,)) for i in (8, 9)], store=store, engine="compile"
+    )
+    expected = [("compile", "fails"), ("graphs", "fails"), *[("loop", 1, 1)] * 2]
+    assert as_if_cuda == expected and len(caplog.messages) == 3
+    as_if_cuda.clear()
+    broken["loop-compile"] = RuntimeError("no compiler")
+    train([Job(Run(recipe(), order=7), weights=(40,))], store=store, engine="loop-compile")
+    assert as_if_cuda == [("loop-compile", "fails"), ("loop", 1, 1)]
+    broken["loop"] = RuntimeError("the last one is an error")
+    with pytest.raises(RuntimeError, match="the last one"):
+        train([Job(Run(recipe(), order=6), weights=(40,))], store=store)
+
+
+def test_what_a_failed_engine_held_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Stepper and its tensors live on in the error's frames: first they go, then the cache."""
+
+    class Held:
+        pass
+
+    alive: list[weakref.ref[Held]] = []
+    order: list[str] = []
+
+    def attempt(*rest: Any) -> None:
+        order.append(rest[-2])
+        if rest[-2] == "graphs":
+            held = Held()
+            alive.append(weakref.ref(held))
+            raise RuntimeError("capture failed")
+
+    def empty_cache() -> None:
+        assert alive[0]() is None
+        order.append("empty_cache")
+
+    monkeypatch.setattr(engine, "_advance", attempt)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    split = SimpleNamespace(x=SimpleNamespace(device=torch.device("cuda")))
+    group: Any = [SimpleNamespace(job=Job(Run(recipe())))]
+    data: Any = SimpleNamespace(train=split)
+    engine._train_group(group, 40, data, nn.Linear(1, 1), "graphs", 0, False)
+    assert order == ["graphs", "empty_cache", "loop"]
+
+
+@pytest.mark.parametrize("error", [Diverged("x"), OutOfTime("x"), KeyboardInterrupt()])
+def test_what_is_no_fault_of_the_engine_goes_through(
+    error: BaseException, store: Store, as_if_cuda: list[Any], broken: dict[str, BaseException]
+) -> None:
+    broken["vmap"] = error
+    with pytest.raises(type(error)):
+        train([Job(Run(recipe()), weights=(40,))], store=store)
+    assert as_if_cuda == [("vmap", "fails")]
+
+
+def test_a_null_control_takes_no_other_engine(
+    store: Store,
+    as_if_cuda: list[Any],
+    broken: dict[str, BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its bits are compared, so another engine's would say nothing."""
+    run = Run(recipe())
+    train([Job(run, weights=(40,))], store=store)
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "working", lambda *_: "loop")  # it has failed since, elsewhere
+        gate = check_null(run, Evaluation(points=5), store=store)
+    assert gate.passed and as_if_cuda[-1] == ("vmap", 1, 1)
+    broken["vmap"] = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        check_null(run, store=store)
+
+
+def test_an_engine_for_everything_inside(
+    store: Store, as_if_cuda: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through everything that trains, where it is not told otherwise, and only inside."""
+    with using("graphs"):
+        with using("auto"):
+            load_weights(Run(recipe(), order=1), store=store)
+        with using("loop"):
+            train([Job(Run(recipe(), order=2), weights=(40,))], store=store)
+        train([Job(Run(recipe(), order=3), weights=(40,))], store=store)
+        train([Job(Run(recipe(), order=4), weights=(40,))], store=store, engine="vmap")
+    load_state(Run(recipe(), order=5), 3, store=store)
+    assert [call[0] for call in as_if_cuda] == ["graphs", "loop", "graphs", "vmap", "vmap"]
+    with (
+        pytest.raises(BadParameter, match=r"engine: 'graph' is not known.*'graphs'"),
+        using("graph"),
+    ):
+        pass
+    assert not caplog.messages
+    # A chapter trains several networks; one that the engine cannot train gets a simpler one.
+    half = recipe(net=f"{MLP},norm=batch", precision="bf16", steps=3)
+    as_if_cuda.clear()
+    with using("vmap"):
+        train([Job(Run(half, order=i), weights=(3,)) for i in (1, 2)], store=store, at_once=1)
+    assert [call[0] for call in as_if_cuda] == ["graphs"] * 2
+    (said,) = caplog.messages
+    assert "'vmap' does not train convolutions or BatchNorm in bf16" in said
+
+
+def test_on_a_cpu_the_loop_trains_whatever_is_asked_for(store: Store) -> None:
+    run, start = Run(recipe()), starts([Run(recipe())])[0]
+    expected = advance(run, start, 40, DIGITS)
+    with using("graphs"):
+        found = load_weights(run, store=store)
+    assert all(torch.equal(found[k], v) for k, v in expected.theta.items())
+    assert made_by(run, store=store) == {}
 
 
 # ---- what only a GPU shows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from companion.training.stepper import Stepper
 
 CUDA = torch.device("cuda", 0)
 DIGITS = datasets.load("digits")
+REAL_GRAPH = torch.cuda.graph
 calls: list[str] = []
 
 
@@ -59,13 +61,26 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     def inside(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def graph(*_: Any, **options: Any) -> contextlib.AbstractContextManager[None]:
+        # By its real signature, which a release of torch could change.
+        inspect.signature(REAL_GRAPH).bind(*_, **options)
+        calls.append(f"capture {options['capture_error_mode']}")
+        return contextlib.nullcontext()
+
+    def cross_entropy(logits: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        calls.append("loss under vmap" if torch._C._functorch.is_batchedtensor(logits) else "loss")
+        return real_loss(logits, *rest, **options)
+
+    real_loss = torch.nn.functional.cross_entropy
+
     black = DIGITS.black.shape
     for name, stand_in in {
         "torch.cuda.Stream": FakeStream,
         "torch.cuda.CUDAGraph": FakeGraph,
         "torch.cuda.current_stream": lambda *_: FakeStream(),
         "torch.cuda.stream": inside,
-        "torch.cuda.graph": inside,
+        "torch.cuda.graph": graph,
+        "torch.nn.functional.cross_entropy": cross_entropy,
         "torch.cuda.device": inside,
         "torch.cuda.synchronize": lambda *_: None,
         "torch.cuda.is_bf16_supported": lambda *_: True,
@@ -142,6 +157,10 @@ def test_a_step_stays_on_its_device(
         stepper.step()
         losses = stepper.losses()
         assert stepper.capture and calls.count("replay") == 2
+        assert calls.count("capture thread_local") == 1, "a Feed's threads do not end it"
+        # Under vmap the loss would be a gather: one call for all replicas instead of that.
+        assert calls.count("loss") == 4 * (1 if engine == "vmap" else 3)
+        assert "loss under vmap" not in calls
         # Three warm steps and the captured one, each replica on its own stream, joined each time.
         assert calls.count("wait_event") == (0 if engine == "vmap" else 4 * 3)
         assert calls.count("wait_stream") == 2 + (0 if engine == "vmap" else 4 * 3)

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from companion import closing
 from companion import data as datasets
 from companion.aligned_stats import clusters, interval
 from companion.connectivity import Barrier, Curve, Measure, Walker, barrier
@@ -369,7 +370,8 @@ def run_tasks(
     if not tasks:
         return []
     store, device = tasks[0].store, tasks[0].device
-    if any(read(task.entry()) is None for task in tasks):
+    if missing := [e for task in tasks if read(e := task.entry()) is None]:
+        closing.check(missing, f"{len(missing)} of {len(tasks)} measurements")
         train(jobs, store=store, device=device, workers=workers)
     return run_all(stored, tasks, workers=workers, device=device, label=label)
 

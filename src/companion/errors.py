@@ -42,6 +42,10 @@ class OutOfTime(CompanionError):
     """A time limit was reached. What was finished is stored; the same call goes on from there."""
 
 
+class NotMeasured(CompanionError):
+    """A recording is being closed, and this would have to be computed first."""
+
+
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     """``value`` if it is one of ``allowed``; else :class:`BadParameter` with a hint."""
     choices = list(allowed)

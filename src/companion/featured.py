@@ -50,6 +50,7 @@ from companion.features import (
 )
 from companion.features.conditions import measurable
 from companion.matchers import Method, key_of, match, weights_of
+from companion.numerics import exact_evaluation
 from companion.pairs import Pair, averaging, normal_error
 from companion.runs import Entry, Store
 from companion.theta import Theta
@@ -220,6 +221,7 @@ def _equal_inits(pair: Pair, a: Theta, b: Theta) -> bool:
     return pair.at == 0 and all(torch.equal(v, b[n]) for n, v in a.items())
 
 
+@exact_evaluation()
 @torch.inference_mode()
 def mixed(
     module: nn.Module, a: Theta, b: Theta, split: Split, alphas: Sequence[float]

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from companion import closing, deadline
 from companion import data as datasets
-from companion import deadline
 from companion.connectivity import Measure, Walker
 from companion.data import Dataset, Split
 from companion.errors import BadParameter, CorruptEntry
@@ -362,6 +362,8 @@ def measure(
     """
     store, where = store or Store(), str(datasets.resolve_device(device))
     items = [(federation, seed, store, where) for federation, seed in wanted]
+    if missing := [e for item in items if _known(e := _entry(*item)) is None]:
+        closing.check(missing, f"{len(missing)} of {len(items)} federations")
     for federation, seed in wanted:  # refuse what cannot be, before anything trains
         data = datasets.load(federation.recipe.data, where)
         check_fit(federation.recipe, data)

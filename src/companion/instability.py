@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from companion import closing
 from companion import data as datasets
 from companion.budget import Plan
-from companion.errors import BadParameter, one_of
+from companion.errors import BadParameter, NotMeasured, one_of
 from companion.gates import Gate
 from companion.models import has_dropout
 from companion.pairs import Evaluation, Pair, PairResult, check_noise, check_null, measure
@@ -112,7 +113,13 @@ class Instability:
         definition: str = "mean",
         bn: str | None = None,
     ) -> list[tuple[int, float]]:
-        """(init, barrier) of every valid pair forked at k; ``bn``: None, the headline mode."""
+        """(init, barrier) of every valid pair forked at k; ``bn``: None, the headline mode.
+
+        While a recording is closed, none unless all pairs at k are measured: an interval over the
+        inits that happened to come first would look narrower than it is.
+        """
+        if not self.measured(k):
+            return []
         metric = metric or self.metric
         pairs = [
             (s.init, s.result.barrier.height(split, metric, definition, bn=bn)) for s in self.at(k)
@@ -135,6 +142,10 @@ class Instability:
         """Mean barrier at k with its interval, clustered by init; None if no pair is valid."""
         found = self.values(k, split, metric, definition, bn)
         return clustered([v for _, v in found], [i for i, _ in found]) if found else None
+
+    def measured(self, k: int) -> bool:
+        """Whether all pairs forked at k are measured; only closing a recording misses any."""
+        return all(s.result.measured for s in self.at(k))
 
     def invalid(self) -> list[Sample]:
         """Pairs that failed a gate."""
@@ -164,7 +175,13 @@ class Instability:
     def onset(
         self, split: str = "test", threshold: float | None = None, metric: str | None = None
     ) -> int | None:
-        """The smallest k of the grid from which on the mean barrier stays below the threshold."""
+        """The smallest k of the grid from which on the mean barrier stays below the threshold.
+
+        Raises:
+            NotMeasured: while a recording is closed, if pairs are missing at a k.
+        """
+        if missing := [k for k in self.ks if not self.measured(k)]:
+            raise NotMeasured(f"the onset: pairs at k = {missing} are {closing.WHY}.")
         metric = metric or self.metric
         limit = threshold_of(metric, threshold)
         below = []

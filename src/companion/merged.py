@@ -23,6 +23,7 @@ from companion.connectivity.walk import has_batchnorm
 from companion.data import Dataset, Split, text
 from companion.errors import BadParameter
 from companion.matchers import Method, examples_a_pass, key_of, match, spec_of, weights_of
+from companion.numerics import exact_evaluation
 from companion.pairs import Evaluation, Pair
 from companion.rebasin import calibration
 from companion.rebasin.calibration import ensemble_logprobs, prior_shift
@@ -95,6 +96,7 @@ def _from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Reading]]:
     return {name: {s: one(r) for s, r in splits.items()} for name, splits in value.items()}
 
 
+@exact_evaluation()
 @torch.inference_mode()
 def logits_of(
     module: nn.Module, theta: Theta, x: torch.Tensor, batch: int | None = None

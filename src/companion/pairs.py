@@ -8,6 +8,7 @@ barrier between them (forks, independent inits, checkpoints along training) goes
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from companion import closing, models
 from companion import data as datasets
-from companion import models
 from companion.connectivity import (
     BN_EXAMPLES,
     BN_MODES,
     Barrier,
+    Curve,
     Measure,
     Walker,
     barrier,
@@ -31,7 +33,7 @@ from companion.connectivity.paths import plain
 from companion.data import Augmentation, Dataset, Split
 from companion.data.augmentation import draw
 from companion.errors import BadParameter, CorruptEntry, one_of
-from companion.gates import Gate, noise_independence, null_control
+from companion.gates import Gate, guessing, noise_independence, null_control
 from companion.models import has_dropout
 from companion.pool import run_all
 from companion.runs import Entry, Store
@@ -168,6 +170,34 @@ class PairResult:
     distances: dict[str, float]
     start: dict[str, Measure]
 
+    @property
+    def measured(self) -> bool:
+        """False for what stands in for a pair that is missing while a recording is closed."""
+        return all(g.name != _MISSING.name for g in self.barrier.gates)
+
+
+_MISSING = Gate("measured", False, closing.WHY)
+
+
+def _missing(pair: Pair, evaluation: Evaluation, device: str) -> PairResult:
+    """What stands in for a pair that is not measured: no number of it is valid."""
+    data = datasets.load(pair.a.recipe.data, device)
+    splits = evaluation.splits(data)
+    alphas = tuple(b for _, b in grid(evaluation.points))
+    unknown = dict.fromkeys(("loss", "error"), (math.nan,) * len(alphas))
+    sizes = {name: len(split) for name, split in splits.items()}
+    curve = Curve(alphas, dict.fromkeys(splits, unknown), evaluation.bn, sizes)
+    # Gate G0 comes first, where it is asked again under other bounds.
+    gates = (Gate("G0 quality", False, closing.WHY), _MISSING)
+    ends, guess = (math.nan, math.nan), guessing(splits["test"])
+    found = Barrier(
+        {evaluation.bn: curve}, evaluation.bn, gates, math.nan, data.classes, ends, guess
+    )
+    shared = ("a_start", "b_start", "start_init") if pair.start else ()
+    names = ("ab", "cosine", "a_init", "b_init", *shared)
+    nowhere = dict.fromkeys(splits, Measure(math.nan, math.nan)) if pair.start else {}
+    return PairResult(found, dict.fromkeys(names, math.nan), nowhere)
+
 
 def _measure(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
     pair, evaluation, store, device = item
@@ -286,6 +316,19 @@ def measure(
     where = str(datasets.resolve_device(device))
     # What was measured needs no weights: a store may hold the numbers alone.
     missing = [p for p in pairs if not _is_measured(entry_of_pair(p, evaluation, store, where))]
+    if missing and closing.active():
+        closing.lacks([entry_of_pair(p, evaluation, store, where) for p in missing])
+        known = iter(
+            measure(
+                [p for p in pairs if p not in missing],
+                evaluation,
+                reference_error=reference_error,
+                max_error=max_error,
+                store=store,
+                device=where,
+            )
+        )
+        return [_missing(p, evaluation, where) if p in missing else next(known) for p in pairs]
     train(
         [job for pair in missing for job in pair.jobs()], store=store, device=where, workers=workers
     )
@@ -340,6 +383,11 @@ def check_null(
     device = str(datasets.resolve_device(device))
     data = datasets.load(run.recipe.data, device)
     entry = entry_of_null(run, evaluation, store, device)
+    if known := _known(entry, "gate.json"):
+        return Gate(**known)
+    if closing.active():
+        closing.lacks([entry])
+        return Gate("G1 null control", None, closing.WHY)
     with entry.lock():
         if known := _known(entry, "gate.json"):
             return Gate(**known)

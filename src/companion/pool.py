@@ -21,7 +21,7 @@ from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import process_executor
 from tqdm import tqdm
 
-from companion import deadline, locations
+from companion import closing, deadline, locations
 from companion.errors import BadParameter
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def run_all(
     end = deadline.current()
     out: list[R] = []
     with bar:
-        if count <= 1 or torch.device(device).type != "cpu":
+        if count <= 1 or torch.device(device).type != "cpu" or closing.active():
             for item in items:
                 deadline.check()
                 with one_thread():

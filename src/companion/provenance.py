@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from companion import page
+from companion import closing, page
 from companion.errors import BadParameter
 from companion.figures import to_json
 from companion.locations import checkout
@@ -53,6 +53,8 @@ def record(**extra: Any) -> dict[str, Any]:
     }
     if clash := sorted(set(entry) & set(extra)):
         raise BadParameter(f"provenance.record: {', '.join(clash)} is filled in already.")
+    # While a recording is closed: of where its numbers come from.
+    entry |= closing.origin()
     return entry | {name: to_json(value, name) for name, value in extra.items()}
 
 

@@ -67,14 +67,25 @@ class Record:
         return str(self.data["dataset"]["name"])
 
     @property
+    def unfinished(self) -> str:
+        """What is missing, in words, if the recording was closed before its end; else empty."""
+        if not self.data.get("closed"):
+            return ""
+        counts = ", ".join(f"{n} × {kind}" for kind, n in self.data.get("missing", {}).items())
+        return f"closed before its end; missing: {counts or 'nothing that counts'}"
+
+    @property
     def title(self) -> str:
-        """Name, scale with hardware, and date, in words."""
-        return f"{self.name}: {self.data['scale']} ({self.data['date']})"
+        """Name, scale with hardware, and date, in words; and whether it is whole."""
+        closed = f"; {self.unfinished}" if self.unfinished else ""
+        return f"{self.name}: {self.data['scale']} ({self.data['date']}{closed})"
 
     @property
     def short(self) -> str:
         """Name, dataset, hardware and date: what a number in a table has to say."""
-        return f"{self.name}: {self.dataset}, {self.data['hardware']}, {self.data['date']}"
+        closed = ", closed before its end" if self.unfinished else ""
+        where = f"{self.data['hardware']}, {self.data['date']}"
+        return f"{self.name}: {self.dataset}, {where}{closed}"
 
 
 def folder(root: Path) -> Path:
@@ -149,6 +160,7 @@ def sentence(chapter: str, records: Sequence[Record]) -> str:
     lines = [
         f"- `{r.name}`: {r.data['scale']}; {r.data['date']}, {r.data['hardware']}, "
         f"{r.data['seconds'] / 60:.1f} minutes of computation"
+        + (f"; {r.unfinished}" if r.unfinished else "")
         for r in records
     ]
     return "Recorded:\n\n" + "\n".join(lines)

@@ -5,7 +5,8 @@
 The chapter is the only definition of its experiments. Its code cells run here one after the other,
 without Jupyter; what they put on the page (:mod:`companion.page`) is kept instead of shown. Runs
 and pairs go to the run store as always, so a recording that was stopped goes on where it was, also
-from a store that was carried to another machine (``companion runs export``). The result is
+from a store that was carried to another machine (``companion runs export``); or it is closed with
+what is measured by then (:func:`close`), on any machine. The result is
 ``data/recorded/<chapter>/<name>.json``, and nothing else is written outside the store.
 
 What is read back from these files: :mod:`companion.recorded`.
@@ -33,21 +34,24 @@ from uuid import uuid4
 
 import yaml
 
-from companion import deadline, page
+from companion import claims, closing, deadline, page, partly, provenance
 from companion.book import parameters
 from companion.book.layout import Book
 from companion.budget import Cost, Probe, count, estimate, probe
 from companion.chapter import Cell, cells
+from companion.data import resolve_device
 from companion.errors import (
     BadParameter,
     CompanionError,
     CorruptEntry,
     OutOfTime,
     StoreUnwritable,
+    one_of,
 )
 from companion.figures import to_json
 from companion.recorded import FORMAT, LIMIT, folder, hardware
-from companion.runs import Store
+from companion.runs import Entry, Store
+from companion.training import ENGINES, using
 
 MARGIN_S = 20.0
 """A recording stops this long before its limit (a tenth of it, if that is less): time to store."""
@@ -55,6 +59,10 @@ MARGIN_S = 20.0
 
 class RecordingFailed(CompanionError):
     """A cell of the chapter failed, or its result cannot be written."""
+
+
+_MACHINE = "machine.json"
+_ORIGIN = ("code", "python", "packages", "os", "cpu", "gpu")  # of a provenance record
 
 
 class _Planned(Exception):
@@ -160,21 +168,36 @@ def _check_folder(path: Path) -> None:
 
 @dataclass
 class _Piece:
-    """One call's share of a recording."""
+    """One call's share of a recording. ``left``: names that closing it has left out."""
 
     recording: Recording
+    entry: Entry
     dry_run: bool
+    commit: str | None
     say: Callable[[str], None]
     stdout: TextIO
     budget: page.Budget | None = None
+    left: partly.Left = field(default_factory=partly.Left)
 
     def on_budget(self, declared: page.Budget) -> None:
         """Print what is to be done and how long it may take; stop here if that was all."""
         self.budget = declared
+        if closing.active():
+            return
         with contextlib.redirect_stdout(self.stdout):  # the cells' own output goes nowhere
             self.announce()
         if self.dry_run:
             raise _Planned
+        with contextlib.suppress(StoreUnwritable):
+            self.entry.write_json(_MACHINE, self.machine())
+
+    def machine(self) -> dict[str, Any]:
+        """Where this is measured: what :func:`closing.closed` takes."""
+        assert self.budget is not None
+        found = {k: v for k, v in provenance.record().items() if k in _ORIGIN}
+        if found["code"] is None and self.commit:
+            found["code"] = {"commit": self.commit, "changed": None}
+        return {"device": str(resolve_device(self.budget.device)), **found}
 
     def costs(self) -> list[Cost]:
         assert self.budget is not None
@@ -190,6 +213,11 @@ class _Piece:
                 f"{cost.missing_runs} of {cost.runs} runs to train ({cost.missing_steps:,} of "
                 f"{cost.steps:,} steps), {cost.missing_pairs} of {cost.pairs} pairs to measure"
             )
+        missing = any(cost.missing_steps or cost.missing_pairs for cost in costs)
+        if missing and not self.dry_run and resolve_device(b.device).type == "cuda":
+            # A probe takes one or two seconds a recipe, and here they may be counted.
+            self.say("no estimate while recording on a GPU; --dry-run makes one")
+            return
         speed: Probe = partial(probe, evaluation=b.evaluation, device=b.device)
         seconds = sum(
             estimate(
@@ -225,6 +253,7 @@ def record(
     started: float | None = None,
     dry_run: bool = False,
     commit: str | None = None,
+    engine: str = "auto",
     say: Callable[[str], None] = print,
 ) -> Path | None:
     """Run the chapter's cells and write the result.
@@ -235,26 +264,29 @@ def record(
             have stopped; None: no limit.
         dry_run: print the budget and stop.
         commit: of the code, where git is not at hand.
+        engine: one of :data:`companion.training.ENGINES`, for all training on a GPU.
         say: prints one line.
 
     Returns:
         the file; None after a dry run.
 
     Raises:
+        BadParameter: no such engine, or a limit of no time.
         OutOfTime: stopped before the limit; the same call goes on. No result is written.
         RecordingFailed: a cell failed, or the result is larger than :data:`LIMIT` bytes.
     """
     began = time.monotonic()
+    one_of("--engine", engine, ENGINES)
     end = None
     if time_limit is not None:
         if not time_limit > 0:
             raise BadParameter(f"--time-limit: {time_limit:g} must be above 0 seconds.")
         start = began if started is None else started
         end = start + time_limit - min(MARGIN_S, time_limit / 10)
-    piece = _Piece(recording, dry_run, say, sys.stdout)
     entry = Store().entry(recording.identity())
+    piece = _Piece(recording, entry, dry_run, commit, say, sys.stdout)
     try:
-        with page.captured(piece.on_budget) as found, deadline.until(end):
+        with page.captured(piece.on_budget) as found, deadline.until(end), using(engine):
             _run_cells(piece)
     except _Planned:
         return None
@@ -268,13 +300,110 @@ def record(
     if dry_run:
         say("the chapter declares no budget (page.budget): nothing to estimate")
         return None
-    pieces = []
-    for name in sorted(entry.files()):
-        with contextlib.suppress(CorruptEntry):  # a lost time is no reason to lose the numbers
-            pieces.append(float(entry.read_json(name)["seconds"]))
     document = _document(recording, found, commit)
-    document |= {"seconds": round(sum(pieces), 1), "pieces": len(pieces)}
+    return _write(recording.target, document | _spent([entry]))
+
+
+def _spent(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Seconds and pieces of recordings."""
+    pieces = []
+    for entry in entries:
+        for name in sorted(n for n in entry.files() if n.startswith("piece-")):
+            with contextlib.suppress(CorruptEntry):  # a lost time is no reason to lose the numbers
+                pieces.append(float(entry.read_json(name)["seconds"]))
+    return {"seconds": round(sum(pieces), 1), "pieces": len(pieces)}
+
+
+def close(
+    recording: Recording,
+    *,
+    commit: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the result of a recording that was stopped, from what is measured. Nothing is computed.
+
+    It needs the numbers alone, on any machine: ``companion runs export FILE --kind pair --kind null
+    --kind recording`` and whatever else the chapter measures. What is missing is left out and
+    counted (``missing`` in the file, kind of entry -> number); claims that need it are "not
+    testable". Where inits or fork steps are missing altogether, closing it under parameters that
+    name those that are there gives more.
+
+    Args:
+        recording: from :func:`prepare`, with the parameters of the stopped one, or others under
+            which more is whole.
+        commit: of the code, where neither git nor the stopped recording says.
+        say: prints one line.
+
+    Raises:
+        BadParameter: the store does not say where this chapter was recorded, or names several
+            machines; the file is there already, from a recording that was not closed.
+        RecordingFailed: nothing that a claim needs is measured.
+    """
+    _check_unfinished(recording.target)
+    entry = Store().entry(recording.identity())
+    own, machine = _origin(entry, recording)
+    piece = _Piece(recording, entry, False, commit, say, sys.stdout)
+    with page.captured(piece.on_budget) as found, closing.closed(machine) as lacking:
+        _run_cells(piece)
+    missing = {kind: len(keys) for kind, keys in sorted(lacking.items())}
+    if not found.all("claims") or not found.all("provenance"):
+        said = "\n".join(recording.problems)
+        raise RecordingFailed(f"--close: too much is missing ({missing}). Left out:\n{said}")
+    document = _document(recording, found, commit)
+    counts = ", ".join(f"{number} × {kind}" for kind, number in missing.items())
+    for claim in document["claims"]:
+        if claim["verdict"] == claims.NOT_TESTABLE:
+            claim["note"] = claim["note"] or closing.WHY
+        elif missing:  # a mean over fewer pairs, a maximum over fewer points
+            said = f"closed before everything was measured, missing: {counts}"
+            claim["note"] = f"{claim['note']}; {said}" if claim["note"] else said
+    if all(claim["verdict"] == claims.NOT_TESTABLE for claim in document["claims"]):
+        raise RecordingFailed(
+            f"--close: nothing that a claim needs is measured (missing: {missing}). Import the "
+            "archive of the recording first (companion runs import FILE)."
+        )
+    document |= _spent(own)
+    document |= {"closed": True, "missing": missing}
+    say(f"closed; missing: {counts or 'nothing'}")
     return _write(recording.target, document)
+
+
+def _check_unfinished(path: Path) -> None:
+    """Refuse to replace a whole recording by one that is closed."""
+    try:
+        known = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        known = {}
+    if not (isinstance(known, dict) and known.get("closed")):
+        raise BadParameter(
+            f"--close: {path} is there already, and was not closed. Give another --name."
+        )
+
+
+def _origin(entry: Entry, recording: Recording) -> tuple[list[Entry], dict[str, Any]]:
+    """The stopped recordings of the chapter, and the one machine they ran on.
+
+    The recording's own entry; without one, all of the chapter, for one that is closed under other
+    parameters than it was stopped with.
+    """
+    alike = [
+        e
+        for e in entry.store.entries()
+        if (e.identity.get("kind"), e.identity.get("chapter")) == ("recording", recording.chapter)
+    ]
+    found = [e for e in (entry,) if _MACHINE in e] or [e for e in alike if _MACHINE in e]
+    machines = [dict(e.read_json(_MACHINE)) for e in found]
+    places = sorted({f"{m['device']}, {hardware(m)}" for m in machines})
+    if len(places) != 1:
+        said = f"it names {' and '.join(places)}" if places else "it does not say"
+        raise BadParameter(
+            f"--close: the run store has to say where {recording.chapter} was recorded; {said}. "
+            "Take the entries of that recording along (companion runs export --kind recording), "
+            "and close it with its own parameters."
+        )
+    return found, machines[0]
 
 
 def _run_cells(piece: _Piece) -> None:
@@ -300,6 +429,9 @@ def _execute(source: str, line: int, path: str, namespace: dict[str, Any], piece
     try:
         tree = ast.parse(source, path)
         ast.increment_lineno(tree, line - 1)
+        if closing.active():
+            partly.execute(tree, path, namespace, piece.left, partial(_note, piece, where))
+            return
         exec(compile(tree, path, "exec", dont_inherit=True), namespace)
     except (CompanionError, _Planned):
         raise
@@ -318,6 +450,12 @@ def _execute(source: str, line: int, path: str, namespace: dict[str, Any], piece
         import matplotlib.pyplot as plt
 
         plt.close("all")
+
+
+def _note(piece: _Piece, where: str, statement: ast.stmt, error: Exception) -> None:
+    """A statement of a recording that is closed is left out."""
+    what = f"{type(error).__name__}: {error}"
+    piece.recording.problems.append(f"{where}, line {statement.lineno}: {what}")
 
 
 def _document(r: Recording, found: page.Captured, commit: str | None) -> dict[str, Any]:

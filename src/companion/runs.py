@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 
-from companion import locations
+from companion import closing, locations
 from companion.errors import BadParameter, CorruptEntry, StoreUnwritable
 
 _TEMPORARY = ".tmp-"
@@ -101,7 +101,11 @@ class Entry:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Exclusive across processes (and hosts, as far as the file system locks)."""
+        """Exclusive across processes (and hosts, as far as the file system locks).
+
+        Whoever locks an entry is about to make it, which is refused while a recording is closed.
+        """
+        closing.check([self], f"an entry of the kind {self.identity.get('kind')!r}")
         lock = FileLock(self.store.root / ".locks" / f"{self.key}.lock")
         try:
             Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)

@@ -49,17 +49,35 @@ def command(
     commit: Annotated[
         str | None, typer.Option(help="Of this copy of the code, where git is not at hand.")
     ] = None,
+    close: Annotated[
+        bool,
+        typer.Option(
+            "--close",
+            help="Write the file of a recording that was stopped from what is measured; compute "
+            "nothing. Also on a machine without a GPU, after companion runs import.",
+        ),
+    ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What trains on a GPU: auto (each network's own), loop, loop-compile, graphs, "
+            "vmap or compile. Where it fails, a simpler one takes over."
+        ),
+    ] = "auto",
     root: Annotated[
         Path | None, typer.Option(help="The root of the book; default: this folder, or ours.")
     ] = None,
 ) -> None:
     """Run a chapter's experiments and write data/recorded/CHAPTER/NAME.json, and nothing else.
 
+    With --close no experiment runs: the file has what is measured, and says what is missing.
+
     Exit codes: 0 written; 75 stopped before the time limit (run the same command again); 2 the
     input is wrong; 1 anything else.
     """
     from companion.book.layout import Book
     from companion.locations import book_root
+    from companion.recording import close as closed
     from companion.recording import prepare, record
 
     where = root or book_root()
@@ -69,20 +87,28 @@ def command(
         )
     recording = prepare(Book(where.resolve()), chapter, profile, setting or [], name)
     say(f"{chapter}, profile {profile}: {dict(recording.values) or 'its own parameters'}")
+    if close and dry_run:
+        raise BadParameter("record: --close computes nothing; leave --dry-run out.")
     try:
-        path = record(
-            recording,
-            time_limit=time_limit,
-            started=_STARTED,
-            dry_run=dry_run,
-            commit=commit,
-            say=say,
-        )
+        path: Path | None
+        if close:
+            path = closed(recording, commit=commit, say=say)
+        else:
+            path = record(
+                recording,
+                time_limit=time_limit,
+                started=_STARTED,
+                dry_run=dry_run,
+                commit=commit,
+                engine=engine,
+                say=say,
+            )
     except OutOfTime as e:
         say(str(e))
         say(f"To continue: companion {shlex.join(sys.argv[1:])}")
         raise typer.Exit(75) from None
     if path is not None:
+        word = "left out" if close else "a picture failed, its numbers are not in the file"
         for problem in recording.problems:
-            note(f"a picture failed, its numbers are not in the file: {problem}")
+            note(f"{word}: {problem}")
         say(f"recorded in {path} ({path.stat().st_size / 1000:.0f} kB)")

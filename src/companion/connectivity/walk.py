@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from companion import deadline
 from companion.data import Split, head_of
 from companion.errors import BadParameter, one_of
+from companion.numerics import exact_evaluation
 from companion.theta import Theta, affine, check, layout, without_aliases
 
 BN_MODES = ("interpolate", "reestimate", "batch")
@@ -200,6 +201,7 @@ class Walker:
         """Loss and error of the network as loaded, on every split."""
         return self._read([self._sums()])[0]
 
+    @exact_evaluation()
     @torch.inference_mode()
     def _sums(self) -> torch.Tensor:
         """Summed loss, errors and predictions of each split, (splits, 3) float64 on the device.

@@ -7,11 +7,16 @@ import warnings
 
 import torch
 
+from companion import closing
 from companion.errors import BadParameter, DeviceUnavailable
+from companion.numerics import fix_cublas_workspace
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """The device a name stands for, checked to exist on this machine.
+
+    Before a GPU is handed out, cuBLAS gets its workspace: see :mod:`companion.numerics`. While a
+    recording is closed no GPU has to be here, and ``"auto"`` is where it was measured.
 
     Args:
         name: ``"cpu"``; ``"cuda"`` (the current GPU) or ``"cuda:N"``; ``"auto"`` is ``cuda`` where
@@ -27,8 +32,12 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     name = str(name)
     if not (match := re.fullmatch(r"(auto|cpu|cuda)|cuda:(\d+)", name)):
         raise BadParameter(f"device: {name!r} is not known. Allowed: auto, cpu, cuda, cuda:N.")
+    if name == "auto":
+        name = closing.device() or name
     if name == "cpu":
         return torch.device("cpu")
+    if closing.active():
+        return torch.device("cuda", int(name.partition(":")[2] or 0))
     # A driver too old for this build of torch shows as a warning and "no GPU": part of our message.
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -41,6 +50,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
             f"device: {name} was asked for, but torch {torch.__version__} sees no GPU here. "
             f"Use cpu, or auto for a GPU where there is one.{why}"
         )
+    fix_cublas_workspace()
     index = int(match.group(2)) if match.group(2) else torch.cuda.current_device()
     if index >= count:
         raise DeviceUnavailable(
@@ -48,3 +58,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
             f"{', '.join(f'cuda:{i}' for i in range(count))}."
         )
     return torch.device("cuda", index)
+
+
+def memory_of(device: torch.device) -> torch.device:
+    """Where tensors for ``device`` lie: there; on the CPU while a recording is closed."""
+    return torch.device("cpu") if closing.active() else device

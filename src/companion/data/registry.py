@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from companion.data import text
 from companion.data.dataset import Dataset, Split, TextFacts, channel_statistics, standardise
-from companion.data.device import resolve_device
+from companion.data.device import memory_of, resolve_device
 from companion.data.hub import from_hub
 from companion.data.parts import SEPARATOR, Part, split_name
 from companion.data.pictures import CIFAR10_JPEG, user_images
@@ -105,7 +105,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Dataset:
         MissingData: files are missing; the message names them, the folder and the command.
         CorruptData: files are damaged; the message names the file.
     """
-    target = resolve_device(device)
+    target = memory_of(resolve_device(device))
     base, part, source = _asked(name)
     root = data_root()
     files, missing = source.files(root)

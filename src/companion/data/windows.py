@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from companion import closing
 from companion.data.dataset import Split
 from companion.errors import BadParameter, CorruptData
 
@@ -51,6 +52,8 @@ def save_windows(split: Split, store: Store) -> str:
         StoreUnwritable: no space, or no permission.
     """
     digest = windows_digest(split)
+    if closing.active():  # what was measured names them, and nothing else is measured on them
+        return digest
     entry = store.entry(_identity(digest))
     with entry.lock():
         if _FILE not in entry:

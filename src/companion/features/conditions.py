@@ -38,6 +38,7 @@ from companion.features.passes import (
 )
 from companion.features.taps import KINDS, Examples, Site, sites
 from companion.features.values import Stat
+from companion.numerics import exact_evaluation
 from companion.theta import Theta
 
 
@@ -270,6 +271,7 @@ def _weight(layer: nn.Module) -> Tensor:
     return found.detach()
 
 
+@exact_evaluation()
 def _apply(layer: nn.Module, h: Tensor, weight: Tensor) -> Tensor:
     """The layer's operation with another weight and no bias."""
     if isinstance(layer, _ConvNd):

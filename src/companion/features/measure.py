@@ -24,6 +24,7 @@ from companion.errors import BadParameter, one_of
 from companion.features.passes import batch_size, checked, rates, scored
 from companion.features.taps import Examples, Site, Taps, sites
 from companion.features.values import Features, LayerFeatures, Stat
+from companion.numerics import exact_evaluation
 from companion.theta import Theta, affine
 
 MODES = ("interpolate", "reestimate")
@@ -127,6 +128,7 @@ class Products:
 class _Between(Walker):
     """The walker, as the maker of networks on the segment."""
 
+    @exact_evaluation()
     @torch.no_grad()
     def network(self, a: Theta, b: Theta, alpha: float) -> Theta:
         """``(1 - alpha) A + alpha B`` with its BatchNorm statistics settled; at the ends A or B."""

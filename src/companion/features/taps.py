@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from companion.errors import BadParameter, one_of
+from companion.numerics import exact_evaluation
 from companion.theta import Theta
 
 KINDS = ("conv", "linear", "norm", "activation", "block", "pool", "module", "output")
@@ -186,6 +187,7 @@ class Taps:
             state[name].data = value
         return self
 
+    @exact_evaluation()
     def run(
         self, x: torch.Tensor, visit: Visit | None = None
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from companion.numerics import exact_evaluation
 from companion.theta import Theta, layout
 
 
@@ -166,6 +167,7 @@ class Replay:
         for name, value in theta.items():
             self._entries[name].data = value
 
+    @exact_evaluation()
     @torch.no_grad()
     def record(self, x: torch.Tensor) -> Tape:
         """Run the network as loaded and keep what its modules return."""
@@ -178,6 +180,7 @@ class Replay:
             self._recorder = None
         return recorder.tape
 
+    @exact_evaluation()
     @torch.no_grad()
     def run(self, x: torch.Tensor, tape: Tape | None = None, cut: float = 0.0) -> Any:
         """Outputs of the network as loaded.

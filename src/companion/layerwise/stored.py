@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from companion import closing
 from companion import data as datasets
 from companion.errors import CorruptEntry
 from companion.layerwise.sweep import sweep
@@ -55,6 +56,9 @@ def measure(
     store, settings = store or Store(), settings or Sweep()
     where = str(datasets.resolve_device(device))
     missing = [p for p in pairs if not _is_measured(entry_of_layers(p, settings, store, where))]
+    if missing:
+        lacking = [entry_of_layers(p, settings, store, where) for p in missing]
+        closing.check(lacking, f"{len(missing)} of {len(pairs)} sweeps of layers")
     train(
         [job for pair in missing for job in pair.jobs()], store=store, device=where, workers=workers
     )

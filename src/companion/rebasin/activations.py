@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from companion import deadline
 from companion.data import Split
 from companion.errors import BadParameter, one_of
+from companion.numerics import exact_evaluation
 from companion.rebasin.assignment import assign, assign_nested
 from companion.rebasin.matching import Matching
 from companion.rebasin.sites import Keep, Look, Watch, find, looks, taken_apart
@@ -116,6 +117,7 @@ class _Add(Watch):
             self.sums[look].add(kept, look.samples(out))
 
 
+@exact_evaluation()
 def activation_matching(
     spec: Spec,
     module: nn.Module,

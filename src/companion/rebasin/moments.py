@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from companion import deadline
 from companion.errors import BadParameter
+from companion.numerics import exact_evaluation
 from companion.rebasin.trace import private
 from companion.theta import Theta, layout
 
@@ -222,6 +223,7 @@ class Copy:
         for name, value in theta.items():
             state[name].copy_(value)
 
+    @exact_evaluation()
     @torch.no_grad()
     def run(
         self,

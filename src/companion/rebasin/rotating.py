@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from companion import deadline
 from companion.data import Split
 from companion.errors import BadParameter, one_of
+from companion.numerics import exact_evaluation
 from companion.rebasin.activations import Sums, activation_matching
 from companion.rebasin.assignment import assign, assign_nested, prices
 from companion.rebasin.descent import State, device_of, dot
@@ -312,6 +313,7 @@ def _turns_inside(problem: _Problem, q: Tensor, perms: dict[str, Tensor]) -> dic
     return inner
 
 
+@exact_evaluation()
 @torch.no_grad()
 def _streams(folding: Folding, a: Theta, b: Theta, x: Tensor, batch: int) -> Tensor:
     """Inner products of all pairs of coordinates of A's and B's stream, float64 (D, D)."""

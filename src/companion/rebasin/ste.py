@@ -28,6 +28,7 @@ from companion.connectivity.paths import plain
 from companion.data import Split
 from companion.errors import BadParameter
 from companion.losses import mean_loss
+from companion.numerics import exact_evaluation
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec
 from companion.rebasin.trace import private
@@ -99,6 +100,7 @@ class Midpoint:
         return mean if math.isfinite(mean) else math.inf
 
 
+@exact_evaluation()
 def straight_through(
     spec: Spec,
     module: nn.Module,

@@ -13,6 +13,7 @@ from companion.training.engine import (
     train,
     train_one,
 )
+from companion.training.engines import ENGINES, using
 from companion.training.jobs import Job, merge
 from companion.training.loop import State, advance, build, check_fit, make_optimizer
 from companion.training.recipe import SEMANTICS, Fork, Recipe, Run, recipe_from
@@ -20,6 +21,7 @@ from companion.training.replicas import advance_many
 from companion.training.speed import Throughput, throughput
 
 __all__ = [
+    "ENGINES",
     "SEMANTICS",
     "Fork",
     "Job",
@@ -41,4 +43,5 @@ __all__ = [
     "throughput",
     "train",
     "train_one",
+    "using",
 ]

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from companion import closing, deadline
 from companion import data as datasets
-from companion import deadline
 from companion.data import Dataset
-from companion.errors import CorruptEntry, one_of
+from companion.errors import CompanionError, CorruptEntry, one_of
 from companion.pool import run_all
 from companion.runs import Entry, Store
 from companion.theta import snapshot
-from companion.training import loop, replicas
+from companion.training import engines, loop, replicas
 from companion.training.jobs import Job, merge
 from companion.training.loop import State
 from companion.training.recipe import Recipe, Run
@@ -101,12 +102,16 @@ def _latest(entry: Entry, before: int) -> State | None:
 
 @dataclass
 class _Work:
-    """A job that holds its entry's lock: what is missing of it, and where its training starts."""
+    """A job that holds its entry's lock: what is missing of it, and where its training starts.
+
+    ``made``: how what is stored of it was trained, on a GPU.
+    """
 
     job: Job
     entry: Entry
     missing: set[int]
     state: State
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, reached: State) -> None:
         """Store a wanted state, or one to resume from."""
@@ -120,8 +125,8 @@ class _Work:
             self.entry.write_tensors(weights_name, reached.tensors(full=False))
 
 
-_Groups = dict[tuple[int, int, int], list[_Work]]
-"""(step, length of the trace, last step) -> runs that can be trained together."""
+_Groups = dict[tuple[int, int, int, int], list[_Work]]
+"""(step, length of the trace, last step, width so far) -> runs that can be trained together."""
 
 
 def _begin(job: Job, data: Dataset, where: torch.device, store: Store) -> _Work | None:
@@ -131,7 +136,7 @@ def _begin(job: Job, data: Dataset, where: torch.device, store: Store) -> _Work 
     if not missing:
         return None
     state = _latest(entry, min(missing)) or _origin(job.run, data, where, store)
-    work = _Work(job, entry, missing, state)
+    work = _Work(job, entry, missing, state, _made_by(entry))
     if state.step in missing:
         work.save(state)
     return work
@@ -208,7 +213,10 @@ def made_by(run: Run, *, store: Store | None = None, device: str = "cpu") -> dic
     with everything that is not training (compiling, saving checkpoints) in it.
     """
     store, where = store or Store(), datasets.resolve_device(device)
-    entry = entry_of(run, datasets.load(run.recipe.data, where), where, store)
+    return _made_by(entry_of(run, datasets.load(run.recipe.data, where), where, store))
+
+
+def _made_by(entry: Entry) -> dict[str, Any]:
     try:
         return dict(entry.read_json(_MADE_BY)) if _MADE_BY in _files(entry) else {}
     except CorruptEntry as e:
@@ -228,60 +236,142 @@ def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -
         return
     loop.check_fit(recipe, data)
     module = loop.build(jobs[0].run, data, where)
-    engine = replicas.choose(module, where, str(like.get("engine", "auto")), data)
-    # Batched matrix products may round otherwise in another batch: always the same number of them.
-    most = replicas.most_replicas(recipe, data, where) if engine == "vmap" else 0
+    engine = _engine(recipe, module, data, where, str(like.get("engine", "auto")))
     with contextlib.ExitStack() as locks:
         groups: _Groups = {}
         for key in sorted(todo):  # in one order everywhere: nobody waits in a circle
             locks.enter_context(entry_of(todo[key].run, data, where, store).lock())
         for job in todo.values():
             if work := _begin(job, data, where, store):
-                at = (work.state.step, len(work.state.trace), max(work.missing))
+                width = int(like.get("replicas", 0)) or _width_so_far(work, engine)
+                at = (work.state.step, len(work.state.trace), max(work.missing), width)
                 groups.setdefault(at, []).append(work)
-        for (step, _, stop), group in _at_once(engine, groups):
-            width = int(like.get("replicas", 0)) or most or len(group)
-            begun = time.monotonic()
-            if stop > step:
-                done = replicas.advance_many(
-                    [w.job.run for w in group],
-                    [w.state for w in group],
-                    *(stop, data),
-                    engine=engine,
-                    module=module,
-                    checkpoints={s for w in group for s in w.missing} - {stop},
-                    # A state that only another run of the group wants is not this one's.
-                    save=functools.partial(_save_of, group),
-                    tick=_clock(),
-                    width=width,
-                )
-                for work, reached in zip(group, done, strict=True):
-                    work.save(reached)
-            record = {
-                "engine": engine,
-                "replicas": max(width, len(group)),
-                "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
-                "torch": torch.__version__,
-                "steps": stop - step,
-                "seconds": round(time.monotonic() - begun, 3),
-            }
-            for work in group:
-                work.entry.write_json(_MADE_BY, record)
-                work.entry.remove(_RESUME)
+        for (_, _, stop, width), group in groups.items():
+            # Trained like another run, it is to have its bits, which no other engine gives.
+            _train_group(group, stop, data, module, engine, width, only="replicas" in like)
 
 
-def _at_once(engine: str, groups: _Groups) -> Iterator[tuple[tuple[int, int, int], list[_Work]]]:
-    """What is trained together. A loop takes one run at a time, so each is stored once it ends."""
-    for at, group in groups.items():
-        if engine in ("loop", "loop-compile"):
-            yield from ((at, [work]) for work in group)
+def _engine(
+    recipe: Recipe, module: torch.nn.Module, data: Dataset, where: torch.device, asked: str
+) -> str:
+    """The engine that ``asked`` stands for here.
+
+    What a caller asks for by name it gets, or an error. What :func:`companion.training.using` asks
+    for is meant for many networks, and one of them may need a simpler engine.
+    """
+    wish = engines.current()
+    if asked != "auto" or wish == "auto":
+        return replicas.choose(module, where, asked, data)
+    wish = engines.working(recipe, wish)
+    while why := replicas.why_not(wish, module, data, recipe.precision):
+        log.warning("%s on %s: %s", recipe.net, recipe.data, why)
+        wish = engines.fall_back(recipe, wish) or "loop"
+    return wish
+
+
+def _width_so_far(work: _Work, engine: str) -> int:
+    """The width that what is stored of a run was computed with, where its bits may depend on it."""
+    begun = work.state.step > work.job.run.first_step
+    same = engine == "vmap" and work.made.get("engine") == engine
+    return int(work.made.get("replicas", 0)) if begun and same else 0
+
+
+def _train_group(
+    group: Sequence[_Work],
+    stop: int,
+    data: Dataset,
+    module: torch.nn.Module,
+    engine: str,
+    width: int,
+    only: bool,
+) -> None:
+    """Train runs from their states to ``stop`` and store what is missing of them.
+
+    A simpler engine takes over where one fails (a capture, a compiler, a lack of memory), from
+    where the runs were when they came in. Not with ``only``, and not where training itself ended:
+    a time limit, a loss that is not finite, a full disk.
+
+    Arguments:
+        module: of their architecture, to compute with.
+        width: compute with so many replicas; 0: with as many as the engine likes.
+    """
+    recipe, rest = group[0].job.run.recipe, list(group)
+    while rest:
+        if not only and (instead := engines.working(recipe, engine)) != engine:
+            engine, width = instead, 0
+        # A loop takes one run at a time, so that each is stored once it ends.
+        part = rest[: 1 if engine in ("loop", "loop-compile") else width or len(rest)]
+        try:
+            _advance(part, stop, data, module, engine, width)
+        except CompanionError:
+            raise
+        except Exception as error:
+            simpler = None if only else engines.fall_back(recipe, engine)
+            if simpler is None:
+                raise
+            first = next(iter(str(error).splitlines()), "")
+            log.warning(
+                "the engine %r cannot train %s on %s (lr %g, T = %d); %r takes over. %s: %s",
+                *(engine, recipe.net, recipe.data, recipe.lr, recipe.steps, simpler),
+                *(type(error).__name__, first),
+            )
+            engine, width = simpler, 0
         else:
-            yield at, group
+            rest = rest[len(part) :]
+            continue
+        # Here the error is gone, and with its frames what they held of the device's memory.
+        if data.train.x.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
-def _save_of(group: Sequence[_Work], m: int, reached: State) -> None:
+def _advance(
+    group: Sequence[_Work],
+    stop: int,
+    data: Dataset,
+    module: torch.nn.Module,
+    engine: str,
+    width: int,
+) -> None:
+    """:func:`_train_group` with one engine."""
+    where, recipe = data.train.x.device, group[0].job.run.recipe
+    if engine == "vmap" and not width:
+        width = replicas.stacked(len(group), replicas.most_replicas(recipe, data, where))
+    width = width or len(group)
+    begun, first = time.monotonic(), group[0].state.step
+    how: dict[str, Any] = {
+        "engine": engine,
+        "replicas": max(width, len(group)),
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+    if stop > first:
+        done = replicas.advance_many(
+            [w.job.run for w in group],
+            [w.state for w in group],
+            *(stop, data),
+            engine=engine,
+            module=module,
+            checkpoints={s for w in group for s in w.missing} - {stop},
+            # A state that only another run of the group wants is not this one's.
+            save=functools.partial(_save_of, group, how),
+            tick=_clock(),
+            width=width,
+        )
+        for work, reached in zip(group, done, strict=True):
+            work.save(reached)
+    how |= {"steps": stop - first, "seconds": round(time.monotonic() - begun, 3)}
+    for work in group:
+        work.entry.write_json(_MADE_BY, how)
+        work.entry.remove(_RESUME)
+
+
+def _save_of(group: Sequence[_Work], how: Mapping[str, Any], m: int, reached: State) -> None:
     wanted = any(reached.step in work.missing for work in group)
     if reached.step in group[m].missing or not wanted:
+        if group[m].made != how:  # whoever goes on from here does it in the same way
+            group[m].entry.write_json(_MADE_BY, how)
+            group[m].made = dict(how)
         group[m].save(reached)
 
 
@@ -320,13 +410,15 @@ def train(
 
     On a CPU every run has a process (:mod:`companion.pool`); on a GPU jobs of one recipe are
     trained as replicas (:mod:`companion.training.replicas`) with one of its engines, at most
-    ``at_once`` (0: as many as fit, see :func:`companion.training.replicas.most_replicas`).
+    ``at_once`` (0: as many as fit, see :func:`companion.training.replicas.most_replicas`). Engine
+    ``auto`` is what :func:`companion.training.using` says, else the network's own. Where an engine
+    fails, a simpler one takes over, and the log says so.
 
     The longest runs start first. Ctrl-C or a kill loses at most :data:`RESUME_EVERY_S` seconds of
     each run at work; the same call then goes on from there with the same bits. Raises as
     :func:`train_one`; a first cheap pass over all jobs refuses what does not fit before any trains.
     """
-    one_of("engine", engine, replicas.ENGINES)
+    one_of("engine", engine, engines.ENGINES)
     store = store or Store()
     where = str(datasets.resolve_device(device))
     generations: list[list[Job]] = []
@@ -344,11 +436,14 @@ def train(
                 entry_of(job.run, datasets.load(job.run.recipe.data, where), where, store), job
             )
         ]
+        if todo:
+            closing.check()
         todo.sort(key=lambda j: j.run.first_step - max((*j.weights, *j.states), default=0))
         if _on_gpu(torch.device(where)):
             alike: Mapping[str, Any] = {"engine": engine}
             items = [(chunk, store, where, alike) for chunk in _chunks(todo, where, at_once)]
-            run_all(_train_together, items, workers=1, device=where, label=label)
+            with engines.using("auto"):  # an engine that fails is not tried again in this call
+                run_all(_train_together, items, workers=1, device=where, label=label)
             continue
         run_all(
             _train, [(j, store, where) for j in todo], workers=workers, device=where, label=label
@@ -374,6 +469,8 @@ def load_weights(
 def _load(
     run: Run, step: int, job: Job, kinds: tuple[int, ...], store: Store | None, device: str
 ) -> State:
+    # What is made of weights is a measurement too, and would be of this machine.
+    closing.check(what="a checkpoint")
     store, where = store or Store(), datasets.resolve_device(device)
     entry = entry_of(run, datasets.load(run.recipe.data, where), where, store)
     for _ in range(3):

@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from companion import models
+from companion import closing, models
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.errors import BadParameter, Diverged
 from companion.losses import mean_loss
+from companion.numerics import exact_float32
 from companion.pool import one_thread
 from companion.seeds import Key
 from companion.theta import check_ties, layout, snapshot
@@ -239,6 +240,7 @@ def advance(
         BadParameter: a state whose two names of a tied tensor hold different values.
         Diverged: the loss is not finite. Nothing of the broken state was handed to ``save``.
     """
+    closing.check()
     recipe, device = run.recipe, data.train.x.device
     module = module if module is not None else build(run, data, device)
     check_ties(state.theta, layout(module).ties, f"{run.recipe.net} at step {state.step}")
@@ -294,7 +296,8 @@ def advance(
         )
 
     calm = one_thread() if device.type == "cpu" else contextlib.nullcontext()
-    with calm, own_generator(device) as seed:
+    exact = exact_float32(recipe.precision == "float32")
+    with calm, exact, own_generator(device) as seed:
         for step in range(state.step, stop):
             now, position = divmod(step, per_epoch)
             if now != epoch:

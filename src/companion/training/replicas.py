@@ -19,7 +19,6 @@ is fastest is measured by ``benchmarks/engine.py``. Source: our benchmarks/READM
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -28,20 +27,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from companion import models
+from companion import closing, models
 from companion.data import Dataset
 from companion.errors import BadParameter, Diverged, one_of
+from companion.numerics import exact_float32, fix_cublas_workspace
 from companion.pool import one_thread
 from companion.training import loop
+from companion.training.engines import ENGINES
 from companion.training.feed import Feed
 from companion.training.loop import State
 from companion.training.recipe import Recipe, Run
 from companion.training.stepper import Stepper
 
-ENGINES = ("auto", "loop", "loop-compile", "vmap", "graphs", "compile")
-
 MOST = 27
 """Replicas at once, at most: 3 inits with 9 copies each. More would not fill the device better."""
+
+_WIDTHS = (1, 2, 4, 9, 16)
 
 _LOOK_EVERY = 200  # steps between looks at the losses: each one waits for the device
 
@@ -72,6 +73,27 @@ def _reads_tokens(module: nn.Module, data: Dataset | None = None) -> bool:
     return any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) for layer in module.modules())
 
 
+def why_not(
+    engine: str, module: nn.Module, data: Dataset | None = None, precision: str = "float32"
+) -> str | None:
+    """Why ``engine`` cannot train ``module`` on ``data`` in ``precision``; None if it can."""
+    if engine in ("auto", "loop", "loop-compile"):
+        return None
+    if why := unfit(module):
+        return f"{engine!r} cannot train this network: {why}. Use 'loop'."
+    if engine == "vmap" and _reads_tokens(module, data):
+        return (
+            "'vmap' does not train networks that read tokens: attention has no batched form for "
+            "many replicas. Use 'loop', 'loop-compile', 'graphs' or 'compile'."
+        )
+    if engine == "vmap" and precision == "bf16" and not _batches_well(module):
+        return (
+            "'vmap' does not train convolutions or BatchNorm in bf16 (autocast does not see them "
+            "under torch.vmap). Use 'graphs', or precision float32."
+        )
+    return None
+
+
 def choose(
     module: nn.Module, device: torch.device, engine: str = "auto", data: Dataset | None = None
 ) -> str:
@@ -86,19 +108,22 @@ def choose(
         BadParameter: no such engine, or one that cannot train this network.
     """
     one_of("engine", engine, ENGINES)
-    why = unfit(module)
     if engine == "auto":
-        if device.type == "cpu" or why or _reads_tokens(module, data):
+        if device.type == "cpu" or unfit(module) or _reads_tokens(module, data):
             return "loop"
         return "vmap" if _batches_well(module) else "graphs"
-    if engine not in ("loop", "loop-compile") and why:
-        raise BadParameter(f"engine: {engine!r} cannot train this network: {why}. Use 'loop'.")
-    if engine == "vmap" and _reads_tokens(module, data):
-        raise BadParameter(
-            "engine: 'vmap' does not train networks that read tokens: attention has no batched "
-            "form for many replicas. Use 'loop', 'loop-compile', 'graphs' or 'compile'."
-        )
+    if why := why_not(engine, module, data):
+        raise BadParameter(f"engine: {why}")
     return engine
+
+
+def stacked(count: int, most: int) -> int:
+    """With how many replicas ``vmap`` computes ``count`` runs, where ``most`` fit.
+
+    Batched matrix products may round otherwise with another number of them, so it is one of a few
+    numbers; and not always the largest, or one run alone would cost as much as 27.
+    """
+    return max(count, min(next((w for w in _WIDTHS if w >= count), most), most))
 
 
 def replica_bytes(module: nn.Module, recipe: Recipe, data: Dataset) -> int:
@@ -150,7 +175,8 @@ def reproducible(device: torch.device, on: bool = True, *, strict: bool = False)
 
     Turns on :func:`torch.use_deterministic_algorithms` and turns ``cudnn.benchmark`` off. cuBLAS
     wants ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the environment before its first call of the
-    process; it is set here if nobody set it. Operations without a deterministic form are let
+    process; it is set here if nobody set it, and :func:`companion.data.resolve_device`, which comes
+    earlier, sets it too. Operations without a deterministic form are let
     through: in our networks that is at most max-pooling's gradient, a sum of one term as our
     windows do not overlap. Attention has deterministic kernels but uses them only when ``strict``:
     then an operation without a deterministic form is an error. Whether the bits are the same is
@@ -159,7 +185,7 @@ def reproducible(device: torch.device, on: bool = True, *, strict: bool = False)
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fix_cublas_workspace()
     cudnn = torch.backends.cudnn
     already = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -203,7 +229,7 @@ def advance_many(
     Arguments:
         runs: M runs of one recipe. states: where each starts, all at one step.
         data: on the device to train on.
-        engine: one of :data:`ENGINES`.
+        engine: one of :data:`companion.training.ENGINES`.
         module: a network of the right architecture, on that device; its weights do not count.
         checkpoints: steps at which ``save(m, state)`` is called for each m, with a copy.
         tick: asked after every step; True = ``save`` all states here too (resume points).
@@ -221,6 +247,7 @@ def advance_many(
         Diverged: a loss is not finite; the first such run is named. Nothing of a broken state was
             handed to ``save``, of any run.
     """
+    closing.check()
     if not runs or len(runs) != len(states):
         raise BadParameter(f"advance_many: {len(runs)} runs and {len(states)} states.")
     if len({run.recipe for run in runs}) > 1:
@@ -230,11 +257,8 @@ def advance_many(
     recipe, device, first = runs[0].recipe, data.train.x.device, states[0].step
     module = module if module is not None else loop.build(runs[0], data, device)
     engine = choose(module, device, engine, data)
-    if engine == "vmap" and recipe.precision == "bf16" and not _batches_well(module):
-        raise BadParameter(
-            "engine: 'vmap' does not train convolutions or BatchNorm in bf16 (autocast does not "
-            "see them under torch.vmap). Use 'graphs', or precision float32."
-        )
+    if why := why_not(engine, module, data, recipe.precision):
+        raise BadParameter(f"engine: {why}")
     wanted = set(checkpoints)
     with reproducible(device, deterministic, strict=_reads_tokens(module, data)):
         if engine in ("loop", "loop-compile"):
@@ -262,7 +286,8 @@ def advance_many(
             backend=backend,
         )
         calm = one_thread() if device.type == "cpu" else torch.cuda.device(device)
-        with calm, Feed(full_runs, data) as feed:
+        exact = exact_float32(recipe.precision == "float32")
+        with calm, exact, Feed(full_runs, data) as feed:
             return _train(stepper, runs, states, stop, feed, wanted, save, tick)
 
 

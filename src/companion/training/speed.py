@@ -29,7 +29,7 @@ class Throughput:
         steps, rounds: how much was measured, after a warm-up that does not count.
         examples: images or windows a step. tokens: to predict in a step; 0 for images.
         device: name of the GPU, or ``cpu`` (one thread, as every run of ours there).
-        engine: of :data:`companion.training.replicas.ENGINES`. precision: of the recipe.
+        engine: of :data:`companion.training.ENGINES`. precision: of the recipe.
     """
 
     seconds: float

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.data.augmentation import Draws
-from companion.losses import mean_loss
+from companion.losses import mean_loss, mean_losses
 from companion.training.compiled import compiled
 from companion.training.feed import Epoch
 from companion.training.loop import State
@@ -31,7 +31,27 @@ from companion.training.update import coefficients, update
 
 _WARM = 3  # steps before a capture: libraries choose and load their kernels, compilers compile
 
+Logits = Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
 Loss = Callable[[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor], Tensor]
+
+
+def cast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Inside, a pass computes in the recipe's precision."""
+    if recipe.precision != "bf16":
+        return contextlib.nullcontext()
+    # A graph may not keep autocast's cache, whose tensors would be freed between replays.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def logits_of(template: nn.Module, recipe: Recipe, device: torch.device) -> Logits:
+    """(parameters, buffers, x) -> logits of one replica; buffers may be written."""
+
+    def logits(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        with cast(recipe, device):
+            out: Tensor = functional_call(template, (parameters, buffers), (x,))
+            return out
+
+    return logits
 
 
 def loss_of(template: nn.Module, recipe: Recipe, device: torch.device) -> Loss:
@@ -40,14 +60,8 @@ def loss_of(template: nn.Module, recipe: Recipe, device: torch.device) -> Loss:
     def loss(
         parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor
     ) -> Tensor:
-        # A graph may not keep autocast's cache, whose tensors would be freed between replays.
-        with (
-            torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-            if recipe.precision == "bf16"
-            else contextlib.nullcontext()
-        ):
-            logits = functional_call(template, (parameters, buffers), (x,))
-            return mean_loss(logits, y)
+        with cast(recipe, device):
+            return mean_loss(functional_call(template, (parameters, buffers), (x,)), y)
 
     return loss
 
@@ -94,7 +108,9 @@ class Stepper:
         self._graph: torch.cuda.CUDAGraph | None = None
         black = data.black.to(data.train.x) if data.kind == "images" else None
         self._augmenter = Augmenter(data.train, Augmentation.parse(recipe.augment), black)
-        self._loss = loss_of(template_of(module), recipe, self.device)
+        template = template_of(module)
+        self._logits = logits_of(template, recipe, self.device)
+        self._loss = loss_of(template, recipe, self.device)
         if engine == "compile":
             key = (recipe.net, recipe.precision, data.in_shape, data.classes, recipe.batch)
             self._loss = compiled(
@@ -169,7 +185,11 @@ class Stepper:
         stack, buffers = self.stack, self.stack.moving()
         if self._stacked:
             leaves = self._leaves[0]
-            losses = vmap(self._loss)(leaves, buffers, x, y)
+            logits = vmap(self._logits)(leaves, buffers, x)
+            # Not under vmap, where the loss is a gather: the deterministic gradient of that is a
+            # scatter, slow beside the step of a small network.
+            with cast(self.recipe, self.device):
+                losses = mean_losses(logits, y)
             # Replicas share nothing: the gradient of the sum is every replica's own.
             grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
             self._keep(stack.grad, grads, losses, self._losses)
@@ -263,7 +283,13 @@ class Stepper:
             here.wait_stream(side)
             torch.cuda.synchronize()
             graph: Any = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # The threads of a Feed go on meanwhile, and what they ask of the device is none of the
+            # capture's: only this thread's mistakes may end it. A capture that fails leaves torch
+            # on its stream, hence the stream around it.
+            with (
+                torch.cuda.stream(here),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
                 self.one_step()
         captured: torch.cuda.CUDAGraph = graph
         return captured
