@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
     "net": "resnet8:width=4,norm=none",
     "plain": "vgg11:width=2,norm=layer",
-    "others": ["resnet8:width=2,norm=none"],
+    "others": ["resnet8:width=2,norm=batch"],
     "steps": 40,
     "batch": 32,
     "inits": 1,
@@ -71,6 +71,8 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     assert "one pair" in by_id["B01"]["note"]
     (command,) = entries(notebook, "rerun")
     assert "-p steps 40" in command and "-p dataset" not in command
+    rows = [row for table in entries(notebook, "table") for row in table["rows"]]
+    assert any("resnet8:width=2, T = 40, BatchNorm re-estimated" in str(row) for row in rows)
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load("digits").fingerprint
     assert record["residual"]["net"] == models.canonical(TINY["net"])

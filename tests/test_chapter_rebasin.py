@@ -133,7 +133,16 @@ def test_a_network_with_batchnorm_on_images_of_the_users_own(source: Path, tmp_p
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load(name).fingerprint
     by_name = {f["name"]: f for f in entries(notebook, "figure")}
-    assert "weight matching, BatchNorm reset, test" in by_name["rebasin-width"]["data"]
+    drawn = by_name["rebasin-width"]["data"]
+    assert "weight matching, statistics interpolated, test" in drawn
+    # The mode of the headline is named, and it is what is drawn without a mode's name.
+    (scale,) = {c["scale"] for group in entries(notebook, "claims") for c in group}
+    assert "BatchNorm reestimate" in scale
+    assert "BatchNorm reestimate" in by_name["rebasin-line"]["caption"]
+    assert (
+        drawn["weight matching, test"]["mean"]
+        != drawn["weight matching, statistics interpolated, test"]["mean"]
+    )
 
 
 @pytest.mark.parametrize(

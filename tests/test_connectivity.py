@@ -427,6 +427,19 @@ def test_reestimation_reads_a_bounded_head_and_the_result_says_how_much() -> Non
     assert "bn_examples" not in found.curves["batch"].to_json()
 
 
+def test_reestimation_does_not_ask_the_device_for_a_counter() -> None:
+    """PyTorch's own cumulative average, momentum=None, reads a counter for every norm and batch."""
+    seen = []
+    module = net(0, NORMED)
+    walker = Walker(module, SPLITS, bn="reestimate", batch=50)
+    for norm in walker._norms():
+        norm.register_forward_pre_hook(lambda m, _: seen.append(m.momentum) if m.training else None)
+    before = [m.momentum for m in walker._norms()]
+    walker.at(theta(1, NORMED))
+    assert seen[:2] == [1.0, 1.0] and None not in seen and len(set(seen)) == 5  # 230 images
+    assert [m.momentum for m in walker._norms()] == before
+
+
 def test_reestimation_is_bounded_by_default() -> None:
     rows = torch.arange(2500 * 64, dtype=torch.float32).view(2500, 1, 8, 8) / 1e5
     many = Split(rows, torch.zeros(2500, dtype=torch.int64))
