@@ -34,7 +34,7 @@ PACKAGE := $(shell find src/companion -name '*.py' -not -path '*/book/*' -not -p
 	$(shell find data/recorded -name '*.json' -o -type d 2>/dev/null) $(wildcard data/claims.yaml)
 PAGES := $(wildcard *.md) _config.yml _toc.yml references.bib $(wildcard book/*) $(wildcard src/companion/book/*.py)
 
-.PHONY: book notebooks test lint format serve clean distclean help
+.PHONY: book notebooks test lint format serve gpu-pack clean distclean help
 
 book: $(BUILT) ## the site: PROFILE=quick (default: minutes on a CPU), gpu or paper
 	@printf 'The book is ready:\n  %s\n  file://%s\n' '$(SITE)' '$(abspath $(SITE))'
@@ -56,6 +56,9 @@ format: $(READY) ## format the package and the chapters' cells, and mend what ru
 
 serve: $(BUILT) ## the site at http://localhost:8000 (PORT=...); it also opens from the disk
 	$(BIN)/python -m http.server --bind localhost --directory '$(dir $(SITE))' $(PORT)
+
+gpu-pack: ## gpu-pack/: the data and the commit for benchmarks/on_gpu.py; CARRY=DIR: and what a first call left
+	@$(PYTHON) benchmarks/gpu_pack.py $(if $(CARRY),--carry '$(CARRY)')
 
 clean: ## remove what was built; training runs (runs/) and .venv stay
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,497 @@
+"""How long the records of a GPU's few minutes may train, from the speed that was just measured.
+
+A record that does not reach its end is worth little, so each is sized to its slot: the number of
+training steps T is what fits with a factor of two to spare. Everything here is arithmetic on plain
+values: no torch, nothing is run. What is recorded is the table :data:`DESIGNS`.
+
+Words: *M* networks of one recipe train side by side; a *step* here is one step of all M of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import comb
+from typing import Any
+
+SPARE = 2.0
+"""A record has to be done in this fraction (one over it) of the time that its slot leaves."""
+START_S = 20.0
+"""Imports, the device's context, data, captured steps: what each record pays before it trains."""
+GAIN = 1.25
+"""Another engine than `auto`'s own choice has to reach this many times its T to be taken."""
+
+AUTO = {"lenet": "vmap", "resnet20": "graphs", "vgg16": "graphs", "gpt": "loop"}
+"""What `--engine auto` trains the benchmark's networks with (``companion.training.replicas``)."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds of one step of M networks together, and seconds until the first step."""
+
+    step_s: float
+    ready_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a device does in a second, as measured, or as estimated beforehand.
+
+    Arguments:
+        rates: (network, engine) -> M -> rate.
+        failed: (network, engine) that raised an error; they are not chosen.
+        image_s: network -> seconds to evaluate one image at one point of a line.
+        again_s: the same to re-estimate BatchNorm's statistics from one image.
+        measured: whether any of it comes from this device.
+    """
+
+    rates: Mapping[tuple[str, str], Mapping[int, Rate]]
+    image_s: Mapping[str, float]
+    again_s: Mapping[str, float] = field(default_factory=dict)
+    failed: frozenset[tuple[str, str]] = frozenset()
+    measured: bool = False
+
+    def step_s(self, net: str, engine: str, copies: int) -> float | None:
+        """Seconds of one step of ``copies`` networks; None if nothing is known of that engine.
+
+        From the nearest larger M that was measured: fewer networks do not take longer. Beyond the
+        largest, as if one group ran after the other.
+        """
+        known = self.rates.get((net, engine))
+        if not known or (net, engine) in self.failed:
+            return None
+        larger = [m for m in known if m >= copies]
+        if larger:
+            return known[min(larger)].step_s
+        most = max(known)
+        return known[most].step_s * copies / most
+
+    def ready_s(self, net: str, engine: str) -> float:
+        """Seconds until the first step: capturing, or compiling."""
+        return max((r.ready_s for r in self.rates.get((net, engine), {}).values()), default=0.0)
+
+
+# Estimated before anything ran on a GPU. Only what `auto` uses: nothing is known of the others.
+GUESS = Speeds(
+    rates={
+        ("lenet", "vmap"): {1: Rate(0.25e-3), 9: Rate(0.35e-3), 27: Rate(0.6e-3)},
+        ("resnet20", "graphs"): {1: Rate(1.2e-3), 4: Rate(2.3e-3), 9: Rate(3e-3), 27: Rate(8e-3)},
+        ("vgg16", "graphs"): {1: Rate(2.5e-3), 9: Rate(12e-3), 27: Rate(36e-3)},
+        ("gpt", "loop"): {1: Rate(34e-3)},
+    },
+    image_s={"lenet": 0.2e-6, "resnet20": 3e-6, "vgg16": 20e-6, "gpt": 300e-6},
+    again_s={"resnet20": 3e-6, "vgg16": 20e-6},
+)
+
+
+def speeds(document: Mapping[str, Any] | None) -> Speeds:
+    """The measured speeds, from what ``engine.py`` and ``pair_cost.py`` wrote.
+
+    A network of which nothing was measured keeps its estimate; one of which something was has only
+    what was measured.
+    """
+    if document is None:
+        return GUESS
+    rates: dict[tuple[str, str], dict[int, Rate]] = {}
+    failed = set()
+    for row in document.get("rows", []):
+        which = (str(row["net"]), str(row["engine"]))
+        if "error" in row or not row.get("finite", True):
+            failed.add(which)
+        elif row.get("deterministic", True) and row.get("steps_per_second_each"):
+            # One replica after the other: a step of M of them takes M times as long.
+            one_by_one = which[1].startswith("loop")
+            count = 1 if one_by_one else int(row["replicas"])
+            rate = Rate(1 / float(row["steps_per_second_each"]), float(row.get("ready_s", 0)))
+            rates.setdefault(which, {})[count] = rate
+    # An engine that trains 9 at once and fails at 27 is still an engine.
+    failed -= set(rates)
+    seen = {net for net, _ in (*rates, *failed)}
+    guessed = {which: found for which, found in GUESS.rates.items() if which[0] not in seen}
+    costs = document.get("pairs", {}).items()
+    image_s = {net: float(cost["image_s"]) for net, cost in costs}
+    again_s = {net: float(cost["reestimated_image_s"]) for net, cost in costs}
+    return Speeds(
+        rates={**guessed, **rates},
+        image_s={**GUESS.image_s, **image_s},
+        again_s={**GUESS.again_s, **again_s},
+        failed=frozenset(failed),
+        measured=bool(rates),
+    )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a record trains of one network.
+
+    Arguments:
+        net: the network of the engine's benchmark that it is like.
+        copies: M, how many train at once.
+        rounds: how many such groups train for all T steps, one after the other.
+        cost: seconds of a step as a multiple of the benchmark's network.
+    """
+
+    net: str
+    copies: int
+    rounds: float
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a record measures on lines between networks.
+
+    Arguments:
+        net: as in :class:`Load`; count: pairs; points: of a line.
+        images: evaluated at each point, train and test together.
+        modes: ways to treat BatchNorm, each a line of its own; 1 without BatchNorm.
+        reestimated: images from which statistics are estimated anew at each point of one mode.
+        point_s: seconds that a point costs however few images it has.
+    """
+
+    net: str
+    count: int
+    points: int
+    images: int
+    modes: int = 1
+    reestimated: int = 0
+    point_s: float = 0.005
+
+    def seconds(self, known: Speeds) -> float:
+        """All of them together."""
+        point = self.modes * (self.images * known.image_s[self.net] + self.point_s)
+        point += self.reestimated * known.again_s.get(self.net, 0.0)
+        return self.count * self.points * point
+
+
+@dataclass(frozen=True)
+class Design:
+    """One record: what it runs, and what that costs.
+
+    Arguments:
+        stage: its name in the table.
+        chapter, profile, name: of ``companion record``.
+        settings: ``NAME=VALUE`` beside T and the fork steps.
+        least, most: bounds of T; below the first it is left out.
+        shares: fork steps as shares of T; none: the chapter's own.
+        limit_s: its slot; least_s: in a shorter one it is not begun.
+        fixed_s: what is neither a step nor a pair, such as matching.
+        dry: only prepare it and say what it would cost.
+    """
+
+    stage: str
+    chapter: str
+    profile: str
+    name: str
+    settings: tuple[str, ...]
+    loads: tuple[Load, ...]
+    pairs: tuple[Pairs, ...]
+    least: int
+    most: int
+    limit_s: float
+    shares: tuple[float, ...] = ()
+    fixed_s: float = 0.0
+    least_s: float = 45.0
+    dry: bool = False
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A design with its T: the settings for ``-p``, the engine (None: auto), seconds expected."""
+
+    steps: int
+    settings: tuple[str, ...]
+    engine: str | None
+    expected_s: float
+    measured: bool = False
+
+
+def sensible(steps: float) -> int:
+    """A round number of steps that is not larger."""
+    for above, unit in ((10_000, 1000), (3000, 500), (500, 100), (100, 50), (1, 10)):
+        if steps >= above:
+            return int(steps // unit * unit)
+    return 0
+
+
+def seconds(design: Design, known: Speeds, engine: str | None) -> tuple[float, float] | None:
+    """Seconds a step, and seconds besides, of a whole design; None if a speed is not known."""
+    each = besides = 0.0
+    for load in design.loads:
+        which = engine or AUTO[load.net]
+        step = known.step_s(load.net, which, load.copies)
+        if step is None:
+            return None
+        each += step * load.cost * load.rounds
+        besides += known.ready_s(load.net, which)
+    besides += design.fixed_s + sum(p.seconds(known) for p in design.pairs)
+    return each, besides
+
+
+def size(design: Design, slot_s: float, known: Speeds, engines: Sequence[str] = ()) -> Sized | None:
+    """The largest T whose record ends in its slot with a factor of two to spare.
+
+    Arguments:
+        design: what to record; slot_s: seconds that it gets, its start included.
+        known: speeds; engines: those that may be asked for instead of `auto`.
+
+    Returns:
+        None if even the least T does not fit.
+    """
+    margin = min(20.0, slot_s / 10)  # `companion record` stops this long before its limit
+    free = (slot_s - margin - START_S) / SPARE
+    found: list[Sized] = []
+    for engine in (None, *engines):
+        costs = seconds(design, known, engine)
+        if costs is None:
+            continue
+        each, besides = costs
+        steps = sensible(min(design.most, (free - besides) / each))
+        if steps < design.least:
+            continue
+        chosen = [*design.settings, f"steps={steps}"]
+        if design.shares:
+            forks = sorted({round(steps * share) for share in design.shares})
+            chosen.append(f"ks=[{','.join(map(str, forks))}]")
+        took = START_S + besides + steps * each
+        found.append(Sized(steps, tuple(chosen), engine, round(took, 1), known.measured))
+    if not found:
+        return None
+    best = max(found, key=lambda s: s.steps)
+    own = next((s for s in found if s.engine is None), None)
+    return best if own is None or best.steps >= GAIN * own.steps else own
+
+
+# ---- what is recorded
+
+TRAIN_EXAMPLES = 2000
+TEST_EXAMPLES = 10_000
+POINTS = 31
+REESTIMATED = 50_000
+
+
+def instability(
+    noisy: str,
+    forks: int,
+    inits: int,
+    copies: int,
+    *,
+    norm: bool = False,
+    controls: bool = True,
+    kinds: int = 0,
+) -> tuple[tuple[Load, ...], tuple[Pairs, ...]]:
+    """What chapter 1 trains and measures: Algorithm 1 on two networks, and what belongs to it.
+
+    Arguments:
+        noisy: the unstable network; the stable one is LeNet, at three fork steps.
+        forks: number of fork steps; inits, copies: of each.
+        norm: whether the unstable network has BatchNorm.
+        controls: the restarted schedule, the smaller learning rate, independent networks, and
+            pairs along training; kinds: of noise, each alone.
+    """
+    each = inits * comb(copies, 2)
+    extra = (forks - 1) + 1 + 1 + kinds if controls else 0
+    # One round more for trunks and the null control, which train in small groups.
+    loads = (Load(noisy, inits * copies, forks + 1 + extra), Load("lenet", inits * copies, 3 + 1))
+    count = forks * each
+    if controls:
+        count += (forks + kinds) * each + max(inits, 2) + 10 * inits
+    images = TRAIN_EXAMPLES + TEST_EXAMPLES
+    modes, again = (3, REESTIMATED) if norm else (1, 0)
+    return loads, (
+        Pairs(noisy, count, POINTS, images, modes, again),
+        Pairs("lenet", 3 * each, POINTS, images),
+    )
+
+
+_CIFAR = instability("resnet20", 4, 3, 2, norm=True, kinds=2)
+_MNIST = instability("lenet", 4, 3, 3)
+
+DESIGNS = (
+    Design(
+        stage="01 ResNet-20",
+        chapter="01_instability",
+        profile="gpu",
+        name="gpu-cifar10-jpeg",
+        settings=(
+            "dataset=cifar10-jpeg",
+            "inits=3",
+            "copies=2",
+            f"train_examples={TRAIN_EXAMPLES}",
+        ),
+        loads=_CIFAR[0],
+        pairs=_CIFAR[1],
+        least=1000,
+        most=12_000,
+        shares=(0, 0.01, 0.03, 0.1),
+        limit_s=150,
+    ),
+    Design(
+        stage="02 ResNet-20 LayerNorm",
+        chapter="02_git_rebasin",
+        profile="gpu",
+        name="gpu-cifar10-jpeg",
+        settings=(
+            "dataset=cifar10-jpeg",
+            "width=64",
+            "widths=[16]",
+            "many=0",
+            "points=11",
+            f"train_examples={TRAIN_EXAMPLES}",
+        ),
+        # LayerNorm over channels costs more than BatchNorm; 4 times the width, 16 times the work.
+        loads=(Load("resnet20", 6, 1, 1.5), Load("vgg16", 6, 1, 2.5)),
+        pairs=(Pairs("resnet20", 20, 11, 12_000), Pairs("vgg16", 20, 11, 12_000)),
+        least=1000,
+        most=12_000,
+        limit_s=120,
+        fixed_s=8,
+    ),
+    Design(
+        stage="01 MNIST",
+        chapter="01_instability",
+        profile="paper-mnist",
+        name="gpu-mnist",
+        settings=(f"train_examples={TRAIN_EXAMPLES}",),
+        loads=_MNIST[0],
+        pairs=_MNIST[1],
+        least=4000,
+        most=24_000,
+        shares=(0, 1 / 240, 1 / 48, 1 / 12),
+        limit_s=150,
+    ),
+    Design(
+        stage="04 ResNet-18",
+        chapter="04_layerwise",
+        profile="gpu",
+        name="gpu-cifar10-jpeg",
+        settings=(
+            "dataset=cifar10-jpeg",
+            "inits=2",
+            "looks=5",
+            "draws=2",
+            f"train_examples={TRAIN_EXAMPLES}",
+            "clients=5",
+            "client_steps=200",
+            "seeds=1",
+            "max_error=60",
+        ),
+        # ResNet-18, VGG-11 and the gentle recipe; a step of 64 examples each.
+        loads=(Load("vgg16", 4, 1), Load("vgg16", 4, 1, 0.5), Load("vgg16", 4, 1)),
+        pairs=(Pairs("vgg16", 2 * 60, 3, 12_000),),
+        least=400,
+        most=23_000,
+        limit_s=100,
+        fixed_s=5,
+    ),
+    Design(
+        stage="05 GPT",
+        chapter="05_gpt",
+        profile="gpu",
+        name="gpu-wikitext2",
+        settings=(
+            "net=gpt:layers=6,width=384,heads=6,bias=false,dropout=0.2",
+            "windows=96",
+            "train_windows=24",
+        ),
+        # The benchmark's network has ten times the weights; this one is bound by launches.
+        loads=(Load("gpt", 1, 9, 0.25),),
+        pairs=(Pairs("gpt", 60, 11, 120),),
+        least=200,
+        most=1500,
+        shares=(0, 1 / 8, 3 / 8),
+        limit_s=100,
+    ),
+    Design(
+        stage="03 MNIST",
+        chapter="03_llfc",
+        profile="paper-mnist",
+        name="gpu-mnist",
+        settings=("widths=[128,256]", "pairs=3"),
+        # Three widths of one perceptron, and copies that part at four fork steps.
+        loads=(Load("lenet", 6, 6, 1.5),),
+        pairs=(Pairs("lenet", 40, 9, 20_000),),
+        least=3000,
+        most=30_000,
+        shares=(0, 0.01, 0.1),
+        limit_s=100,
+        fixed_s=10,
+    ),
+)
+"""The records, the most valuable first."""
+
+TINY = (
+    Design(
+        stage="01 digits",
+        chapter="01_instability",
+        profile="quick",
+        name="rehearsal",
+        settings=(
+            "unstable=mlp:widths=8",
+            "stable=mlp:widths=4x2",
+            "inits=2",
+            "copies=2",
+            "train_examples=50",
+            "device=cpu",
+            "workers=1",
+        ),
+        loads=(Load("lenet", 4, 12),),
+        pairs=(Pairs("lenet", 20, 31, 400),),
+        least=20,
+        most=40,
+        shares=(0, 0.25),
+        limit_s=45,
+        least_s=10,
+    ),
+    Design(
+        stage="02 digits",
+        chapter="02_git_rebasin",
+        profile="quick",
+        name="rehearsal",
+        settings=(
+            "net=mlp:widths={width}x2",
+            "width=16",
+            "widths=[4,8]",
+            "pairs=2",
+            "many=0",
+            "halves=0",
+            "split=false",
+            "wide_decay=0",
+            "map_pairs=0",
+            "ste_steps=0",
+            "points=3",
+            "train_examples=50",
+            "device=cpu",
+            "workers=1",
+        ),
+        loads=(Load("lenet", 4, 3),),
+        pairs=(Pairs("lenet", 20, 3, 400),),
+        least=20,
+        most=40,
+        limit_s=45,
+        least_s=10,
+    ),
+    *(
+        Design(
+            stage=f"{chapter[:2]} prepared",
+            chapter=chapter,
+            profile="quick",
+            name="rehearsal",
+            settings=(*settings, "device=cpu", "workers=1"),
+            loads=(Load("lenet", 4, 3),),
+            pairs=(),
+            least=10,
+            most=20,
+            limit_s=30,
+            least_s=10,
+            dry=True,
+        )
+        for chapter, settings in (
+            ("04_layerwise", ("net=resnet8:width=4,norm=none", "plain=mlp:widths=8", "others=[]")),
+            ("05_gpt", ("net=gpt:layers=1,width=8,heads=2", "ks=[0,5]", "windows=8")),
+            ("03_llfc", ("net=mlp:widths={width}x2", "width=8", "widths=[4]", "spawned=[]")),
+        )
+    ),
+)
+"""The same on a CPU, so small that only its running counts: two are recorded, the others prepared
+up to the point where they would begin to train."""
