@@ -1,4 +1,6 @@
-"""Write the tables of benchmarks/README.md from the results. No number there is typed by hand.
+"""Write the tables of benchmarks/README.md and data/recorded/README.md from results and records.
+
+No number there is typed by hand.
 
 python benchmarks/report.py            rewrite what stands between the markers
 python benchmarks/report.py --check    exit code 1 if that would change anything
@@ -9,13 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+import yaml
+
+HERE = Path(__file__).resolve().parent
+RECORDED = HERE.parent / "data" / "recorded"
 
 
 def rows(header: list[str], body: list[list[str]]) -> str:
@@ -228,6 +234,113 @@ def features(found: dict[str, Any]) -> str:
     )
 
 
+def engine(results: Sequence[dict[str, Any]]) -> str:
+    """Every card's table: steps a second of each engine, and what a run of the recipe costs."""
+    if not results:
+        return (
+            "**Not yet measured on a GPU.** There is no `benchmarks/results/engine-*.json`, so "
+            "this section has no GPU number: what follows is reasoned, and checked on a CPU as far "
+            "as a CPU can. `python3 benchmarks/on_gpu.py` measures it."
+        )
+    return "\n\n".join(one_card(found) for found in results)
+
+
+def one_card(found: dict[str, Any]) -> str:
+    """One card: choice, table, checks, and where it was measured."""
+    body, failed = [], []
+    order = {net: number for number, net in enumerate(found["floor"])}
+    good = [row for row in found["rows"] if "error" not in row and "seconds_per_copy" in row]
+    for row in sorted(good, key=lambda r: (order.get(r["net"], 99), r["seconds_per_copy"])):
+        name = row["engine"]
+        name += "" if row.get("deterministic", True) else ", not deterministic"
+        rate, floor = row.get("steps_per_second_each"), row.get("times_the_floor")
+        body.append(
+            [
+                row["net"],
+                name,
+                f"{row['replicas']}",
+                f"{rate:,.0f}" if rate else "–",
+                f"{row['seconds_per_copy']:,.2f}",
+                f"{floor:,.1f}×" if floor else "–",
+                f"{row['gigabytes']:.1f}" if "gigabytes" in row else "–",
+                f"{row['ready_s']:.1f}" if "ready_s" in row else "–",
+            ]
+        )
+    for row in found["rows"]:
+        if "error" in row:
+            what = row["error"].splitlines()[0][:160]
+            failed.append(f"- {row['net']}, `{row['engine']}`, M = {row['replicas']}: {what}")
+    chosen = [
+        f"{net}: `{best['engine']}` with M = {best['replicas']}, {best['seconds_per_copy']:.2f} s "
+        f"a copy, target {best['target_s']:g} s "
+        + ("met" if best["seconds_per_copy"] <= best["target_s"] else "missed")
+        for net, best in found["choice"].items()
+    ]
+    checks = []
+    for name, check in found["checks"].items():
+        said = check.get("error") or ", ".join(
+            f"{what.replace('_', ' ')} {gap:.0e}" if gap else f"{what.replace('_', ' ')} 0"
+            for what, gap in check.items()
+        )
+        checks.append(f"- {name}: {said}")
+    header = ["network", "engine", "M", "steps / s each", "s a copy", "× floor", "GB", "ready, s"]
+    left = [f"{net} `{name}` M = {m}" for net, name, m in found["left_out"]]
+    versions = found["machine"]["packages"]
+    parts = [
+        f"**{found['device']}.** Fastest: {'; '.join(chosen)}." if chosen else "",
+        rows(header, body),
+        "Largest differences of weights, of the same training done twice over:\n\n"
+        + "\n".join(checks)
+        if checks
+        else "",
+        "Failed:\n\n" + "\n".join(failed) if failed else "",
+        f"Left out for lack of time: {', '.join(left)}." if left else "",
+        f"Measured on {found['machine']['date']} by `engine.py`: {found['device']}, Python "
+        f"{found['machine']['python']}, torch {versions['torch']}. A copy is the whole recipe, "
+        "shared among the M that train at once; the floor is below.",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+# ---- recorded files
+
+
+def literal(value: Any) -> str:
+    """A parameter's value as ``-p`` reads it back: bare text where YAML leaves it as it is."""
+    if isinstance(value, str) and yaml.safe_load(value) == value:
+        return value
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def command(document: dict[str, Any]) -> str:
+    """The command that made a record, from what the record says of itself."""
+    words = ["companion", "record", document["chapter"], "--profile", document["profile"]]
+    for name, value in document["overrides"].items():
+        words += ["-p", f"{name}={literal(value)}"]
+    return shlex.join([*words, "--name", document["name"]])
+
+
+def recorded(documents: Sequence[dict[str, Any]]) -> str:
+    """One row a file: the command that makes it, what it is, how long it took and where."""
+    body = []
+    for one in documents:
+        minutes, pieces = one["seconds"] / 60, one["pieces"]
+        took = f"{one['seconds']:.0f} s" if minutes < 1.5 else f"{minutes:.1f} minutes"
+        took += f" in {pieces} pieces" if pieces > 1 else ""
+        # A pipe would end the cell.
+        line = command(one).replace("|", "\\|")
+        what = f"{one['scale']}; {one['date']}".replace("|", "\\|")
+        file = f"{one['chapter']}/{one['name']}.json"
+        body.append([f"`{file}`", f"`{line}`", what, f"{took}, {one['hardware']}"])
+    table = "\n".join(
+        f"| {' | '.join(line)} |"
+        for line in [["file", "command", "what", "measured"], ["---"] * 4, *body]
+    )
+    gpus = sorted({one["hardware"] for one in documents if not one["hardware"].startswith("CPU")})
+    last = f"From a GPU: {', '.join(gpus)}." if gpus else "**None is from a GPU yet.**"
+    return f"{table}\n\n{last}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pool": pool,
     "barrier": barrier,
@@ -237,18 +350,32 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def between(text: str, name: str, body: str, where: str) -> str:
+    """The text with what stands between a table's markers replaced."""
+    pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
+    text, count = re.subn(pattern, lambda m: f"{m[1]}\n{body}\n\n{m[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        sys.exit(f"{where}: the markers of {name} are missing or doubled")
+    return text
+
+
+def load(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def render(text: str, results: Path) -> str:
     """The README with everything between its markers made anew."""
     for name, table in TABLES.items():
-        found = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
-        body = f"\n{table(found)}\n\n"
-        text, count = re.subn(
-            pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL
-        )
-        if count != 1:
-            sys.exit(f"README.md: the markers of {name} are missing or doubled")
-    return text
+        text = between(text, name, table(load(results / f"{name}.json")), "README.md")
+    cards = [load(path) for path in sorted(results.glob("engine-*.json"))]
+    return between(text, "engine", engine(cards), "README.md")
+
+
+def render_recorded(text: str, folder: Path) -> str:
+    """The records' README, its table made anew from the files beside it."""
+    documents = [load(path) for path in sorted(folder.glob("*/*.json"))]
+    return between(text, "recorded", recorded(documents), "data/recorded/README.md")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -257,12 +384,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--readme", type=Path, default=HERE / "README.md")
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--recorded", type=Path, default=RECORDED, help="the records' folder")
     options = parser.parse_args(arguments)
-    old = options.readme.read_text(encoding="utf-8")
-    new = render(old, options.results)
-    if options.check and new != old:
-        sys.exit("benchmarks/README.md is not what its results say: run benchmarks/report.py")
-    options.readme.write_text(new, encoding="utf-8")
+    made = {
+        options.readme: (render, options.results, "benchmarks/README.md"),
+        options.recorded / "README.md": (
+            render_recorded,
+            options.recorded,
+            "data/recorded/README.md",
+        ),
+    }
+    for path, (make, folder, name) in made.items():
+        old = path.read_text(encoding="utf-8")
+        new = make(old, folder)
+        if options.check and new != old:
+            sys.exit(f"{name} is not what its results say: run benchmarks/report.py")
+        if new != old:
+            path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

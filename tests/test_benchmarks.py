@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from companion.book.layout import Book
+from companion.recording import _setting, prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def script(name: str, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -266,7 +272,7 @@ def test_barrier_without_a_dataset(tmp_path, monkeypatch):
 def test_report(results, tmp_path):
     readme = tmp_path / "README.md"
     shutil.copy(BENCHMARKS / "README.md", readme)
-    words = ("--readme", readme, "--results", results)
+    words = ("--readme", readme, "--results", results, "--recorded", records(tmp_path))
     script("report.py", *words, "--check", code=1)  # it shows the committed results
     script("report.py", *words)
     script("report.py", *words, "--check")
@@ -285,10 +291,81 @@ def contenders(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [c for case in found.get("cases", [found]) for c in case["contenders"]]
 
 
+def records(tmp_path: Path) -> Path:
+    """A copy of the committed records, to be written beside."""
+    return Path(shutil.copytree(ROOT / "data" / "recorded", tmp_path / "recorded"))
+
+
 def test_the_committed_tables_are_those_of_the_committed_results():
     script("report.py", "--check")
     for path in sorted((BENCHMARKS / "results").glob("*.json")):
         found = json.loads(path.read_text())
         check_machine(found["machine"])
-        assert found["settings"]["repeats"] >= 5
-        assert path.stat().st_size < 20_000
+        if found["benchmark"] != "engine":  # which has rows, not turns
+            assert found["settings"]["repeats"] >= 5
+            assert path.stat().st_size < 20_000
+
+
+def test_the_records_table_follows_the_files(tmp_path: Path) -> None:
+    folder = records(tmp_path)
+    readme = tmp_path / "README.md"
+    shutil.copy(BENCHMARKS / "README.md", readme)
+    words = ("--readme", readme, "--recorded", folder)
+    script("report.py", *words, "--check")
+    made = json.loads((folder / "01_instability/cpu-mnist.json").read_text())
+    made |= {"name": "gpu-mnist", "profile": "gpu", "hardware": "A card", "pieces": 1, "seconds": 9}
+    (folder / "01_instability/gpu-mnist.json").write_text(json.dumps(made))
+    done = script("report.py", *words, "--check", code=1)
+    assert "data/recorded/README.md is not what its results say" in done.stderr
+    script("report.py", *words)
+    text = (folder / "README.md").read_text()
+    assert "`companion record 01_instability --profile gpu -p dataset=mnist" in text
+    assert "9 s, A card |" in text and "From a GPU: A card." in text
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "data/recorded").glob("*/*.json")), ids=lambda p: f"{p.parent.name}"
+)
+def test_a_records_command_makes_that_record(path: Path) -> None:
+    """The command in the table, read back as the program reads it."""
+    document = json.loads(path.read_text())
+    words = shlex.split(report.command(document))
+    settings = [words[i + 1] for i, word in enumerate(words) if word == "-p"]
+    book = Book(ROOT)
+    asked = prepare(book, document["chapter"], document["profile"], settings, words[-1])
+    assert asked.overrides == document["overrides"] and asked.name == document["name"]
+
+
+@pytest.mark.parametrize(
+    "value", ["mnist", "true", "12", "1e-3", "text: a", "", None, True, 0.5, [1, 2], ["a b", None]]
+)
+def test_a_parameter_is_written_as_it_is_read(value: Any) -> None:
+    (name, found) = _setting(f"x={report.literal(value)}")
+    assert name == "x" and found == value and type(found) is type(value)
+
+
+def test_the_engines_table(tmp_path: Path) -> None:
+    """Nothing measured, one card, two cards; a row that failed is said to have."""
+    assert "Not yet measured on a GPU" in report.engine([])
+    row = {"net": "lenet", "engine": "vmap", "replicas": 9, "deterministic": True}
+    good = {"steps_per_second_each": 2900.4, "seconds_per_copy": 0.92, "times_the_floor": 24.0}
+    found = {
+        "device": "A card",
+        "floor": {"lenet": {}},
+        "checks": {"lenet, vmap": {"twice": 0.0, "replay_minus_eager": 1e-7}},
+        "rows": [
+            {**row, **good, "gigabytes": 0.4, "ready_s": 1.5},
+            {**row, "engine": "compile", "error": "RuntimeError: no compiler\nmore"},
+        ],
+        "left_out": [["lenet", "loop", 1]],
+        "choice": {
+            "lenet": {"engine": "vmap", "replicas": 9, "seconds_per_copy": 0.92, "target_s": 2.0}
+        },
+        "machine": {"date": "2026-01-01", "python": "3.12.3", "packages": {"torch": "2.11.0"}},
+    }
+    text = report.engine([found, found | {"device": "Another"}])
+    assert text.count("| lenet | vmap | 9 | 2,900 | 0.92 | 24.0× | 0.4 | 1.5 |") == 2
+    assert "**A card.** Fastest: lenet: `vmap` with M = 9, 0.92 s a copy, target 2 s met." in text
+    assert "- lenet, `compile`, M = 9: RuntimeError: no compiler\n" in text
+    assert "- lenet, vmap: twice 0, replay minus eager 1e-07" in text
+    assert "Left out for lack of time: lenet `loop` M = 1." in text
