@@ -9,7 +9,7 @@ Words: *M* networks of one recipe train side by side; a *step* here is one step 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import comb
 from typing import Any
@@ -172,6 +172,7 @@ class Design:
         stage: its name in the table.
         chapter, profile, name: of ``companion record``.
         settings: ``NAME=VALUE`` beside T and the fork steps.
+        engines: that may train all of it instead of `auto`, if they are clearly faster.
         least, most: bounds of T; below the first it is left out.
         shares: fork steps as shares of T; none: the chapter's own.
         limit_s: its slot; least_s: in a shorter one it is not begun.
@@ -190,6 +191,8 @@ class Design:
     most: int
     limit_s: float
     shares: tuple[float, ...] = ()
+    # Not vmap, whose grouped convolutions are measured in float32; perceptrons get it from `auto`.
+    engines: tuple[str, ...] = ("graphs", "compile", "loop-compile", "loop")
     fixed_s: float = 0.0
     least_s: float = 45.0
     dry: bool = False
@@ -228,12 +231,12 @@ def seconds(design: Design, known: Speeds, engine: str | None) -> tuple[float, f
     return each, besides
 
 
-def size(design: Design, slot_s: float, known: Speeds, engines: Sequence[str] = ()) -> Sized | None:
+def size(design: Design, slot_s: float, known: Speeds, choose: bool = False) -> Sized | None:
     """The largest T whose record ends in its slot with a factor of two to spare.
 
     Arguments:
         design: what to record; slot_s: seconds that it gets, its start included.
-        known: speeds; engines: those that may be asked for instead of `auto`.
+        known: speeds; choose: whether another engine than `auto` can be asked for.
 
     Returns:
         None if even the least T does not fit.
@@ -241,7 +244,7 @@ def size(design: Design, slot_s: float, known: Speeds, engines: Sequence[str] = 
     margin = min(20.0, slot_s / 10)  # `companion record` stops this long before its limit
     free = (slot_s - margin - START_S) / SPARE
     found: list[Sized] = []
-    for engine in (None, *engines):
+    for engine in (None, *(design.engines if choose else ())):
         costs = seconds(design, known, engine)
         if costs is None:
             continue
@@ -264,10 +267,11 @@ def size(design: Design, slot_s: float, known: Speeds, engines: Sequence[str] = 
 
 # ---- what is recorded
 
-TRAIN_EXAMPLES = 2000
-TEST_EXAMPLES = 10_000
-POINTS = 31
-REESTIMATED = 50_000
+TRAIN_EXAMPLES, TEST_EXAMPLES = 2000, 5000
+"""Images that stand for the splits on a line, where a chapter asks how many."""
+POINTS, LOOKS = 11, 3
+REESTIMATED = 2000
+"""Images that BatchNorm's statistics are re-estimated from (``companion.connectivity``)."""
 
 
 def instability(
@@ -277,7 +281,7 @@ def instability(
     copies: int,
     *,
     norm: bool = False,
-    controls: bool = True,
+    controls: bool = False,
     kinds: int = 0,
 ) -> tuple[tuple[Load, ...], tuple[Pairs, ...]]:
     """What chapter 1 trains and measures: Algorithm 1 on two networks, and what belongs to it.
@@ -286,16 +290,15 @@ def instability(
         noisy: the unstable network; the stable one is LeNet, at three fork steps.
         forks: number of fork steps; inits, copies: of each.
         norm: whether the unstable network has BatchNorm.
-        controls: the restarted schedule, the smaller learning rate, independent networks, and
-            pairs along training; kinds: of noise, each alone.
+        controls: the restarted schedule, the smaller learning rate, and ``kinds`` of noise alone.
     """
     each = inits * comb(copies, 2)
-    extra = (forks - 1) + 1 + 1 + kinds if controls else 0
-    # One round more for trunks and the null control, which train in small groups.
-    loads = (Load(noisy, inits * copies, forks + 1 + extra), Load("lenet", inits * copies, 3 + 1))
-    count = forks * each
-    if controls:
-        count += (forks + kinds) * each + max(inits, 2) + 10 * inits
+    # A round is what trains at once: the copies of a fork step, then independent networks. One
+    # more for trunks and the null control, which train in small groups.
+    rounds, count = forks + 2, forks * each + max(inits, 2) + 2 * LOOKS * inits
+    if controls:  # at each fork step but the first, at the first, and at the first for each kind
+        rounds, count = rounds + forks + kinds, count + (forks + kinds) * each
+    loads = (Load(noisy, inits * copies, rounds), Load("lenet", inits * copies, 3 + 1))
     images = TRAIN_EXAMPLES + TEST_EXAMPLES
     modes, again = (3, REESTIMATED) if norm else (1, 0)
     return loads, (
@@ -304,8 +307,14 @@ def instability(
     )
 
 
-_CIFAR = instability("resnet20", 4, 3, 2, norm=True, kinds=2)
-_MNIST = instability("lenet", 4, 3, 3)
+_MEASURED = (
+    f"points={POINTS}",
+    f"looks={LOOKS}",
+    f"train_examples={TRAIN_EXAMPLES}",
+    f"test_examples={TEST_EXAMPLES}",
+)
+_CIFAR = instability("resnet20", 4, 3, 2, norm=True)
+_MNIST = instability("lenet", 4, 3, 3, controls=True)
 
 DESIGNS = (
     Design(
@@ -317,14 +326,17 @@ DESIGNS = (
             "dataset=cifar10-jpeg",
             "inits=3",
             "copies=2",
-            f"train_examples={TRAIN_EXAMPLES}",
+            "controls=false",
+            # All three modes are measured; the headline is that of the other records.
+            "bn=interpolate",
+            *_MEASURED,
         ),
         loads=_CIFAR[0],
         pairs=_CIFAR[1],
-        least=1000,
+        least=1500,
         most=12_000,
         shares=(0, 0.01, 0.03, 0.1),
-        limit_s=150,
+        limit_s=180,
     ),
     Design(
         stage="02 ResNet-20 LayerNorm",
@@ -336,15 +348,16 @@ DESIGNS = (
             "width=64",
             "widths=[16]",
             "many=0",
-            "points=11",
+            "points=7",
             f"train_examples={TRAIN_EXAMPLES}",
         ),
         # LayerNorm over channels costs more than BatchNorm; 4 times the width, 16 times the work.
         loads=(Load("resnet20", 6, 1, 1.5), Load("vgg16", 6, 1, 2.5)),
-        pairs=(Pairs("resnet20", 20, 11, 12_000), Pairs("vgg16", 20, 11, 12_000)),
-        least=1000,
+        # Three pairs, each by four methods; 1.5 times VGG-16's evaluation.
+        pairs=(Pairs("resnet20", 12, 7, 12_000), Pairs("vgg16", 12, 7, 18_000)),
+        least=1200,
         most=12_000,
-        limit_s=120,
+        limit_s=240,
         fixed_s=8,
     ),
     Design(
@@ -352,37 +365,41 @@ DESIGNS = (
         chapter="01_instability",
         profile="paper-mnist",
         name="gpu-mnist",
-        settings=(f"train_examples={TRAIN_EXAMPLES}",),
+        settings=_MEASURED,
         loads=_MNIST[0],
         pairs=_MNIST[1],
-        least=4000,
+        # The paper's length is the point of it: rather none than a short one.
+        least=12_000,
         most=24_000,
         shares=(0, 1 / 240, 1 / 48, 1 / 12),
-        limit_s=150,
+        limit_s=240,
     ),
     Design(
         stage="04 ResNet-18",
         chapter="04_layerwise",
         profile="gpu",
         name="gpu-cifar10-jpeg",
+        # Half the width: all layers of the full one are evaluated longer than a slot lasts.
         settings=(
             "dataset=cifar10-jpeg",
+            "net=resnet18:width=32",
+            "plain=vgg11:norm=none,width=32",
             "inits=2",
-            "looks=5",
-            "draws=2",
+            "looks=3",
+            "draws=1",
             f"train_examples={TRAIN_EXAMPLES}",
             "clients=5",
             "client_steps=200",
             "seeds=1",
             "max_error=60",
         ),
-        # ResNet-18, VGG-11 and the gentle recipe; a step of 64 examples each.
-        loads=(Load("vgg16", 4, 1), Load("vgg16", 4, 1, 0.5), Load("vgg16", 4, 1)),
-        pairs=(Pairs("vgg16", 2 * 60, 3, 12_000),),
-        least=400,
+        # Batches of 64 for both networks, of 256 for the gentle recipe.
+        loads=(Load("vgg16", 4, 1, 0.45), Load("vgg16", 4, 1, 1.2)),
+        pairs=(Pairs("vgg16", 450, 1, 4000),),
+        least=600,
         most=23_000,
-        limit_s=100,
-        fixed_s=5,
+        limit_s=180,
+        fixed_s=8,
     ),
     Design(
         stage="05 GPT",
@@ -396,11 +413,13 @@ DESIGNS = (
         ),
         # The benchmark's network has ten times the weights; this one is bound by launches.
         loads=(Load("gpt", 1, 9, 0.25),),
-        pairs=(Pairs("gpt", 60, 11, 120),),
-        least=200,
+        pairs=(Pairs("gpt", 60, 11, 20),),
+        least=300,
         most=1500,
         shares=(0, 1 / 8, 3 / 8),
-        limit_s=100,
+        # It has dropout, and with dropout only a loop trains.
+        engines=("loop-compile",),
+        limit_s=150,
     ),
     Design(
         stage="03 MNIST",
@@ -411,10 +430,10 @@ DESIGNS = (
         # Three widths of one perceptron, and copies that part at four fork steps.
         loads=(Load("lenet", 6, 6, 1.5),),
         pairs=(Pairs("lenet", 40, 9, 20_000),),
-        least=3000,
+        least=6000,
         most=30_000,
         shares=(0, 0.01, 0.1),
-        limit_s=100,
+        limit_s=150,
         fixed_s=10,
     ),
 )
@@ -431,12 +450,16 @@ TINY = (
             "stable=mlp:widths=4x2",
             "inits=2",
             "copies=2",
+            "controls=false",
+            "points=5",
+            "looks=2",
             "train_examples=50",
+            "test_examples=50",
             "device=cpu",
             "workers=1",
         ),
         loads=(Load("lenet", 4, 12),),
-        pairs=(Pairs("lenet", 20, 31, 400),),
+        pairs=(Pairs("lenet", 20, 5, 100),),
         least=20,
         most=40,
         shares=(0, 0.25),

@@ -154,13 +154,18 @@ class Stage:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
-    for sign, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
-        # The group outlives its leader while a child of it does.
+    """End a process and all that it started; return when they are gone, as their memory has to be.
+
+    Those that do not listen are killed. The group outlives its leader while a child of it does.
+    """
+    for sign, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 1.0)):
+        until = time.monotonic() + patience
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            while time.monotonic() < until:
+                process.poll()  # a leader that nobody waits for stays in its group
+                os.killpg(process.pid, 0)
+                time.sleep(0.02)
 
 
 def run(step: Step, limit_s: float, site: Site) -> Outcome:
@@ -352,8 +357,7 @@ def recording(design: Design) -> Stage:
         if notes.get("sized"):  # it goes on as it began: another T would be other runs
             sized = Sized(**notes["sized"])
         else:
-            engines = ("graphs", "vmap", "compile", "loop-compile", "loop")
-            found = size(design, slot, known, engines if offers("--engine") else ())
+            found = size(design, slot, known, choose=offers("--engine"))
             if found is None:
                 return f"does not fit: {design.least} steps need more than its {slot:.0f} s"
             sized = found
@@ -465,6 +469,21 @@ def pack(site: Site, state: dict[str, Any], limit: int = LIMIT) -> None:
             break
         dropped.append(max(sizes, key=lambda kind: sizes[kind]))
     temporary.replace(target)
+    shutil.copy(target, site.work / gpu_pack.CARRY)  # for a call with another --out, here
+
+
+def earlier(site: Site, asked: Path | None) -> Path | None:
+    """The archive to go on from: the one asked for, that of the same --out, or the last one that
+    this machine made of the same commit (on a borrowed machine --out may be empty each time)."""
+    if asked or (site.out / gpu_pack.CARRY).is_file():
+        return asked or site.out / gpu_pack.CARRY
+    last = site.work / gpu_pack.CARRY
+    with contextlib.suppress(OSError, tarfile.TarError, KeyError, ValueError):
+        with tarfile.open(last) as tar:
+            content = tar.extractfile("stages.json")
+            if content and json.load(content)["commit"] == site.commit:
+                return last
+    return None
 
 
 def restore(site: Site, archive: Path) -> dict[str, Any]:
@@ -693,10 +712,11 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, stop)
     try:
         furnish(site, options.pack)
-        carried = options.carry or out / gpu_pack.CARRY
+        carried = earlier(site, options.carry)
         state: dict[str, Any] = {"format": 1, "stages": []}
-        if options.carry or carried.is_file():
+        if carried:
             state = restore(site, carried)
+            print(f"going on from {carried}", flush=True)
         found = "a CPU, as a rehearsal" if tiny else card() or "no GPU"
         cards = [*state.get("cards", []), found]
         state |= {"commit": commit, "cards": list(dict.fromkeys(cards)), "not carried": []}

@@ -2,71 +2,86 @@
 
     python benchmarks/pair_cost.py --json pairs.json
 
-The networks and the random images are those of ``engine.py``. Beside it what re-estimating
-BatchNorm's statistics costs an image, which is most of a pair of such networks.
-On a CPU it runs a tiny version that shows only that it runs.
+Random images of the real size; the time does not depend on what they show. Beside it what
+re-estimating BatchNorm's statistics costs an image. On a CPU it runs a tiny version that shows only
+that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from engine import Case, cases, images, wait
 from harness import write
 
-from companion.connectivity import Walker, has_batchnorm
+from companion import models
+from companion.connectivity import Walker
+from companion.data import Split, resolve_device
+from companion.seeds import Key
 from companion.theta import snapshot
-from companion.training import Run, build
+
+# By the names of the engine's benchmark: the network, a small one in its place, and an image.
+NETS = {
+    "resnet20": ("resnet20", "resnet8:width=4", (3, 32, 32)),
+    "lenet": ("lenet-300-100", "mlp:widths=16", (1, 28, 28)),
+    "vgg16": ("vgg16", "vgg11:width=4", (3, 32, 32)),
+}
 
 
-def cost(case: Case, device: torch.device, seconds: float) -> dict[str, float]:
+def cost(
+    spec: str, shape: tuple[int, ...], images: int, device: torch.device, seconds: float
+) -> dict[str, float]:
     """Seconds an image, evaluated once and re-estimated from; medians over the turns."""
-    data = images(replace(case, images=min(case.images, 10_000)), device)
-    module = build(Run(case.recipe), data, device)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(images, *shape, generator=draw)
+    split = Split(x.to(device), torch.randint(10, (images,), generator=draw).to(device))
+    module = models.build(spec, shape, 10, Key("pair cost")).to(device)
     theta = snapshot(module)
 
-    def point(bn: str) -> float:
-        walker = Walker(module, {"train": data.train}, bn=bn, bn_data=data.train)
-        walker.at(theta)
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def point(walker: Walker) -> float:
+        walker.at(theta)  # libraries choose their kernels
         took: list[float] = []
         until = time.perf_counter() + seconds
         while len(took) < 3 or time.perf_counter() < until:
-            wait(device)
-            start = time.perf_counter()
+            start = wait()
             walker.at(theta)
-            wait(device)
-            took.append(time.perf_counter() - start)
-        return sorted(took)[len(took) // 2]
+            took.append(wait() - start)
+        return statistics.median(took)
 
-    once = point("interpolate")
-    found = {"image_s": once / len(data.train), "reestimated_image_s": 0.0}
-    if has_batchnorm(module):
-        more = max(point("reestimate") - once, 0.0)
-        found["reestimated_image_s"] = more / len(data.train)
-    return found
+    once = point(Walker(module, {"train": split}))
+    again = Walker(module, {"train": split}, bn="reestimate", bn_examples=None)
+    more = max(point(again) - once, 0.0) if again.bn == "reestimate" else 0.0
+    return {"image_s": once / images, "reestimated_image_s": more / images}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure each network and write after each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--nets", nargs="+", default=["resnet20", "lenet", "vgg16"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--seconds", type=float, default=0.5, help="of measuring, per mode")
     parser.add_argument("--json", type=Path, help="write the result here, after every network")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = resolve_device(options.device)
     tiny = device.type == "cpu"
     if tiny:
         torch.set_num_threads(1)
-    known = {case.name: case for case in cases(tiny)}
     result: dict[str, dict[str, float]] = {}
-    for net in options.nets:
-        result[net] = found = cost(known[net], device, options.seconds)
-        print(f"{net}: " + ", ".join(f"{k} {1e6 * v:.3g} µs" for k, v in found.items()), flush=True)
+    for name in options.nets:
+        large, small, shape = NETS[name]
+        spec, images = (small, 200) if tiny else (large, 10_000)
+        result[name] = found = cost(spec, shape, images, device, options.seconds)
+        print(
+            f"{name}: " + ", ".join(f"{k} {1e6 * v:.3g} µs" for k, v in found.items()), flush=True
+        )
         if options.json:
             write(options.json, {"benchmark": "pairs", "pairs": result})
 

@@ -197,6 +197,20 @@ def test_a_second_call_goes_on(site: Site, tmp_path: Path) -> None:
     assert third["stages"][2]["seconds"] >= second["stages"][2]["seconds"]
 
 
+def test_where_a_call_goes_on_from(site: Site, tmp_path: Path) -> None:
+    """What is asked for, the same folder, or this machine's last call of the same commit."""
+    asked, own = tmp_path / "asked.tar.gz", site.out / gpu_pack.CARRY
+    assert on_gpu.earlier(site, None) is None
+    go(site, stub("first", "print(1)"))
+    assert on_gpu.earlier(site, None) == own and on_gpu.earlier(site, asked) == asked
+    own.unlink()
+    assert on_gpu.earlier(site, None) == site.work / gpu_pack.CARRY
+    other = Site(site.out, site.work, "another commit", tiny=True)
+    assert on_gpu.earlier(other, None) is None
+    (site.work / gpu_pack.CARRY).write_bytes(b"no archive")
+    assert on_gpu.earlier(site, None) is None
+
+
 def test_a_call_that_is_ended_from_outside_ends_its_stage(tmp_path: Path) -> None:
     """SIGTERM: the process is ended, what is done is packed, the table is printed."""
     pid = tmp_path / "pid"
@@ -334,7 +348,7 @@ def test_a_record_is_sized_and_asked_for(site: Site) -> None:
     assert words[words.index("--time-limit") + 1] == "8995"
     assert words[words.index("--commit") + 1] == "abc" and "steps=12000" in words
     assert words[words.index("--root") + 1] == str(site.book)
-    assert stage.plan(site, 46, {}) == "does not fit: 1000 steps need more than its 46 s"
+    assert stage.plan(site, 46, {}) == "does not fit: 1500 steps need more than its 46 s"
     # What stopped goes on as it began, in whatever slot.
     again = stage.plan(site, 46, json.loads(json.dumps(planned.notes)))
     assert isinstance(again, Planned) and "steps=12000" in again.steps[0].words
