@@ -478,12 +478,13 @@ def earlier(site: Site, asked: Path | None) -> Path | None:
     if asked or (site.out / gpu_pack.CARRY).is_file():
         return asked or site.out / gpu_pack.CARRY
     last = site.work / gpu_pack.CARRY
-    with contextlib.suppress(OSError, tarfile.TarError, KeyError, ValueError):
+    try:
         with tarfile.open(last) as tar:
             content = tar.extractfile("stages.json")
-            if content and json.load(content)["commit"] == site.commit:
-                return last
-    return None
+            same = content is not None and json.load(content)["commit"] == site.commit
+    except (OSError, tarfile.TarError, KeyError, ValueError):
+        return None
+    return last if same else None
 
 
 def restore(site: Site, archive: Path) -> dict[str, Any]:
