@@ -463,7 +463,7 @@ TINY = (
         least=20,
         most=40,
         shares=(0, 0.25),
-        limit_s=45,
+        limit_s=90,
         least_s=10,
     ),
     Design(
@@ -492,7 +492,7 @@ TINY = (
         pairs=(Pairs("lenet", 20, 3, 100),),
         least=20,
         most=40,
-        limit_s=45,
+        limit_s=90,
         least_s=10,
     ),
     *(
@@ -506,7 +506,7 @@ TINY = (
             pairs=(),
             least=10,
             most=20,
-            limit_s=30,
+            limit_s=90,
             least_s=10,
             dry=True,
         )

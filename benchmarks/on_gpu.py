@@ -252,7 +252,7 @@ def right(tiny: bool) -> Stage:
             return "done", summary
         return "failed", f"{why(outcomes)} ({summary})"
 
-    return Stage("right", 60, 15, plan, finish)
+    return Stage("right", 90 if tiny else 60, 15, plan, finish)
 
 
 def speed(tiny: bool) -> Stage:
@@ -277,9 +277,9 @@ def speed(tiny: bool) -> Stage:
         if tiny:
             return Planned(
                 (
-                    engines(1, "lenet resnet20 vgg16", "loop graphs vmap", "1 2", 30, 0.02),
-                    Step(python(*pairs, "0.01"), 20),
-                    engines(2, "gpt", "loop graphs", "1 2", 20, 0.02),
+                    engines(1, "lenet resnet20 vgg16", "loop graphs vmap", "1 2", 60, 0.02),
+                    Step(python(*pairs, "0.01"), 40),
+                    engines(2, "gpt", "loop graphs", "1 2", 40, 0.02),
                 )
             )
         return Planned(
@@ -310,7 +310,7 @@ def speed(tiny: bool) -> Stage:
         ]
         return "done", "; ".join([*best, *(f"left: {line}" for line in bad)])
 
-    return Stage("speed", 45 if tiny else 100, 15, plan, finish)
+    return Stage("speed", 90 if tiny else 100, 15, plan, finish)
 
 
 def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
