@@ -439,6 +439,9 @@ DESIGNS = (
 )
 """The records, the most valuable first."""
 
+SLOW = 300.0
+"""Seconds that a stage of a rehearsal may take: it has to end on a machine that is busy, too."""
+
 TINY = (
     Design(
         stage="01 digits",
@@ -463,7 +466,7 @@ TINY = (
         least=20,
         most=40,
         shares=(0, 0.25),
-        limit_s=90,
+        limit_s=SLOW,
         least_s=10,
     ),
     Design(
@@ -492,7 +495,7 @@ TINY = (
         pairs=(Pairs("lenet", 20, 3, 100),),
         least=20,
         most=40,
-        limit_s=90,
+        limit_s=SLOW,
         least_s=10,
     ),
     *(
@@ -506,7 +509,7 @@ TINY = (
             pairs=(),
             least=10,
             most=20,
-            limit_s=90,
+            limit_s=SLOW,
             least_s=10,
             dry=True,
         )

@@ -285,7 +285,7 @@ def one_card(found: dict[str, Any]) -> str:
     checks = []
     for name, check in found["checks"].items():
         said = check.get("error") or ", ".join(
-            f"{what.replace('_', ' ')} {gap:.0e}" if gap else f"{what.replace('_', ' ')} 0"
+            f"{what.replace('_', ' ')} " + ("not finite" if gap is None else f"{gap:.0e}")
             for what, gap in check.items()
         )
         checks.append(f"- {name}: {said}")

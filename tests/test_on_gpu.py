@@ -314,6 +314,23 @@ def test_the_first_error(log: str, line: str) -> None:
     assert on_gpu.first_error(log) == line
 
 
+def test_half_a_result_and_no_number_cost_no_stage(site: Site) -> None:
+    """A benchmark that was killed while it wrote, and one that diverged."""
+    stage = on_gpu.speed(tiny=True)
+    stage.plan(site, 30, {})
+    row = {"net": "lenet", "engine": "vmap", "replicas": 9, "seconds_per_copy": 2.0}
+    whole = {
+        "rows": [{**row, "deterministic": True}],
+        "choice": {"lenet": {"target_s": None}},
+        "checks": {"lenet": {"twice": float("nan")}},
+    }
+    (site.work / "speed/1.json").write_text(json.dumps(whole))
+    (site.work / "speed/2.json").write_text(json.dumps(whole)[:50])
+    state, result = stage.finish(site, [Outcome(0, ""), Outcome(None, "")], {})
+    assert state == "done" and result.startswith("lenet vmap M=9: 2 s a copy; left: killed")
+    assert json.loads((site.out / "engine.json").read_text())["checks"]["lenet"]["twice"] is None
+
+
 def test_results_of_several_calls_are_one() -> None:
     def part(net: str, engine: str, seconds: float, **more: Any) -> dict[str, Any]:
         row = {"net": net, "engine": engine, "replicas": 9, "seconds_per_copy": seconds}
@@ -480,11 +497,11 @@ def test_it_starts_without_torch() -> None:
 def test_the_rehearsal(tmp_path: Path) -> None:
     """Every stage, tiny, on this CPU; then a second call, and the results into place."""
     out = tmp_path / "out"
-    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(out)]
+    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(out), "--minutes", "20"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     log = (out / "log.txt").read_text()
-    assert done.returncode == 0, done.stdout + log[-3000:]
+    assert done.returncode == 0, f"{log}\n{done.stderr}\n{done.stdout}"
     state = json.loads((out / "stages.json").read_text())
     assert [row["name"] for row in state["stages"]] == [s.name for s in on_gpu.stages(True)]
     assert {row["state"] for row in state["stages"]} == {"done"}, done.stdout
