@@ -551,7 +551,10 @@ def table(state: Mapping[str, Any]) -> str:
     if any(row["state"] in ("unfinished", "failed", "left out") for row in state["stages"]):
         lines.append("A second call goes on: with the same --out, or with --carry carry.tar.gz.")
         if any(row["state"] == "unfinished" for row in state["stages"]) and offers("--close"):
-            lines.append("An unfinished record becomes a file with `companion record … --close`.")
+            lines.append(
+                "Or close an unfinished record with what is measured: `companion runs import` of "
+                "the archive's store.tar, and the record's command with --close."
+            )
     return "\n".join(lines) + "\n"
 
 
