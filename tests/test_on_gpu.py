@@ -509,7 +509,7 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     assert len(list(out.rglob("*"))) == 5 <= 8
     assert not list(tmp_path.glob("companion-rehearsal-*"))
     engine = json.loads((out / "engine.json").read_text())
-    assert {"lenet", "resnet20", "vgg16"} <= set(engine["choice"])
+    assert {"lenet", "resnet20", "vgg16", "gpt"} <= set(engine["choice"])
     assert set(engine["pairs"]) == {"lenet", "resnet20", "vgg16"}
     assert "| lenet | " in report.engine([engine])
 
