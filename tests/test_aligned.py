@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from typer.main import get_command
 
 from companion import data
 from companion.aligned import (
@@ -24,6 +26,7 @@ from companion.aligned import (
 )
 from companion.aligned_stats import failures, trend
 from companion.budget import Plan, count
+from companion.cli import app
 from companion.cli.runs import describe, is_current
 from companion.connectivity import Barrier, Curve, Walker
 from companion.errors import BadParameter
@@ -31,6 +34,7 @@ from companion.gates import Gate
 from companion.matchers import gradient, weights_of
 from companion.merged import merge_runs, read_logits, split_runs
 from companion.pairs import Evaluation, Pair
+from companion.rebasin import ste, straight_through
 from companion.rebasin.repair import repair
 from companion.runs import Store
 from companion.theta import layout
@@ -78,6 +82,32 @@ def test_a_second_call_reads_the_store(store: Store, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("companion.aligned.train", lambda *_, **__: None)
     with pytest.raises(AssertionError, match="measured again"):  # another question
         align(pairs, [Method("weights", starts=2)], FEW, workers=1)
+
+
+def test_only_what_is_missing_is_trained_for(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Measured pairs need no networks: those may be gone, and one new pair brings none back."""
+    first, second = pairs_of(replace(RECIPE, steps=20), 2)
+    align([first], ["naive"], FEW, max_error=100.0, workers=1)
+    runs = [e for e in store.entries() if e.identity["kind"] == "run"]
+    for entry in runs:
+        entry.discard()
+    align([first, second], ["naive"], FEW, max_error=100.0, workers=1)
+    there = {e.key for e in store.entries() if e.identity["kind"] == "run"}
+    assert len(there) == 2 and there.isdisjoint(e.key for e in runs)
+    # A damaged entry is said, and measured again.
+    damaged = next(e for e in store.entries() if e.identity["kind"] == "aligned")
+    next(damaged.path.glob("value*")).write_text("{")
+    align([first, second], ["naive"], FEW, max_error=100.0, workers=1)
+    assert "discarded and measured again" in caplog.text
+
+
+def test_the_straight_through_estimator_has_one_default() -> None:
+    (shown,) = [p.help for p in get_command(app).commands["rebasin"].params if p.name == "steps"]
+    assert Method("ste").steps == ste.STEPS
+    assert inspect.signature(straight_through).parameters["steps"].default == ste.STEPS
+    assert f"default {ste.STEPS}" in shown
 
 
 def test_extras_a_temperature_never_hurts_and_repair_is_read_at_the_midpoint(store: Store) -> None:

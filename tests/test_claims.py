@@ -212,6 +212,18 @@ def test_a_malformed_claim_says_what_and_where(tmp_path, change, message):
     assert "claims.yaml, entry 2 (X2)" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [("claims: []\npapers: {}\nclaims: []\n", "claims"), ("papers: {a: A, a: B}\n", "a")],
+)
+def test_a_key_that_stands_twice_is_refused_at_every_depth(tmp_path, text, key):
+    """PyYAML keeps the last one and says nothing; one paper stood twice in the file that ships."""
+    path = tmp_path / "claims.yaml"
+    path.write_text(text)
+    with pytest.raises(BadParameter, match=f"the key '{key}' stands twice"):
+        claims_file.registry(path)
+
+
 def test_a_malformed_file_says_so(tmp_path):
     path = write(tmp_path, ENTRY, ENTRY)
     with pytest.raises(BadParameter, match="X1 is used twice"):

@@ -565,24 +565,26 @@ def test_gc_removes_what_no_longer_counts_and_asks_first(small_store):
     orphan = small_store.entry({**ends, "b": old.key, "evaluation": today})
     before = small_store.entry({**ends, "b": "1" * 64, "evaluation": {**today, "semantics": 0}})
     unknown = small_store.entry({"kind": "of another instrument"})
-    for entry in (old, child, orphan, before, unknown):
+    clients = {"kind": "federated", "clients": 2}
+    averaged = small_store.entry({**clients, "semantics": 0})
+    for entry in (old, child, orphan, before, unknown, averaged):
         entry.write_json("x.json", [1, 2, 3])
     leftover = unknown.path / ".tmp-of-a-killed-write"
     leftover.write_bytes(b"12345")
     os.utime(leftover, (0, 0))
-    gone = {old.key, child.key, orphan.key, before.key}
+    gone = {old.key, child.key, orphan.key, before.key, averaged.key}
     byte_count = 5 + sum(
-        f.stat().st_size for e in (old, child, orphan, before) for f in e.path.iterdir()
+        f.stat().st_size for e in (old, child, orphan, before, averaged) for f in e.path.iterdir()
     )
 
     dry = run("runs", "gc", "--dry-run").stdout
-    assert f"5 to remove, {size(byte_count)}," in dry
+    assert f"6 to remove, {size(byte_count)}," in dry
     assert all(key in dry for key in gone)
     refused = run("runs", "gc", input="n\n", code=1)
     assert "Delete them?" in refused.stdout
     assert leftover.exists()
     assert {e.key for e in small_store.entries()} == {*kept, *gone, unknown.key}
-    assert f"removed 5, {size(byte_count)}" in run("runs", "gc", "--yes").stdout
+    assert f"removed 6, {size(byte_count)}" in run("runs", "gc", "--yes").stdout
     assert {e.key for e in small_store.entries()} == {*kept, unknown.key}
     assert not leftover.exists()
 

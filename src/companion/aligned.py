@@ -14,6 +14,7 @@ chapter 2; Git Re-Basin (Ainsworth et al. 2023).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ __all__ = [
     "placed",
     "spec_of",
 ]
+
+log = logging.getLogger("companion")
 
 SEMANTICS = 1
 """Raised by hand when a measurement of the same networks would give other numbers."""
@@ -162,6 +165,10 @@ class Task:
             }
         )
 
+    def jobs(self) -> list[Job]:
+        """What has to be trained before."""
+        return jobs_of(self.pair)
+
     def measure(self) -> dict[str, Any]:
         """The value, JSON-able."""
         return _measure(self)
@@ -248,6 +255,8 @@ class Measurement(Protocol):
 
     def entry(self) -> Entry: ...
 
+    def jobs(self) -> list[Job]: ...
+
     def measure(self) -> dict[str, Any]: ...
 
 
@@ -269,7 +278,8 @@ def read(entry: Entry) -> dict[str, Any] | None:
         value: dict[str, Any] | None = (
             entry.read_json("value.json") if "value.json" in entry else None
         )
-    except CorruptEntry:
+    except CorruptEntry as e:
+        log.warning("%s; it is discarded and measured again", e)
         entry.discard()
         return None
     return value
@@ -317,7 +327,7 @@ def align(
         for method in chosen
         for pair in pairs
     ]
-    raw = run_tasks(tasks, [r for p in pairs for r in jobs_of(p)], workers, label)
+    raw = run_tasks(tasks, workers, label)
     lines = [Barrier.from_json(r["barrier"]) for r in raw]
     if reference_error is None:
         reference_error = normal_error(lines)
@@ -363,15 +373,18 @@ def jobs_of(pair: Pair) -> list[Job]:
     return [Job(pair.a, weights=(pair.at,)), Job(pair.b, weights=(pair.at,))]
 
 
-def run_tasks(
-    tasks: Sequence[Measurement], jobs: Sequence[Job], workers: int, label: str
-) -> list[dict[str, Any]]:
-    """Train ``jobs`` if any task is not in the store yet, then :func:`stored` of every task."""
+def run_tasks(tasks: Sequence[Measurement], workers: int, label: str) -> list[dict[str, Any]]:
+    """Train what tasks that are not in the store yet need, then :func:`stored` of every task.
+
+    What is measured needs no networks: they may be gone from the store.
+    """
     if not tasks:
         return []
     store, device = tasks[0].store, tasks[0].device
-    if missing := [e for task in tasks if read(e := task.entry()) is None]:
-        closing.check(missing, f"{len(missing)} of {len(tasks)} measurements")
+    if missing := [task for task in tasks if read(task.entry()) is None]:
+        entries = [task.entry() for task in missing]
+        closing.check(entries, f"{len(missing)} of {len(tasks)} measurements")
+        jobs = [job for task in missing for job in task.jobs()]
         train(jobs, store=store, device=device, workers=workers)
     return run_all(stored, tasks, workers=workers, device=device, label=label)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from companion import plainyaml
 from companion.errors import BadParameter
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
@@ -85,7 +86,7 @@ def _cell(body: list[str], start: int, where: str) -> Cell:
     if skip < len(body) and not body[skip].strip():
         skip += 1
     try:
-        values = yaml.safe_load(options) or {}
+        values = plainyaml.load(options) or {}
     except yaml.YAMLError as error:
         raise BadParameter(f"{where}: the cell's options are not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from companion import plainyaml
 from companion.errors import BadParameter, MissingData
 from companion.locations import checkout
 
@@ -94,7 +95,7 @@ def _file(path: Path | None) -> Path:
 @lru_cache(maxsize=4)
 def _parse(text: str, where: str) -> _Registry:
     try:
-        document = yaml.safe_load(text)
+        document = plainyaml.load(text)
     except yaml.YAMLError as error:
         raise BadParameter(f"{where} is not valid YAML: {error}") from error
     if not isinstance(document, dict) or set(document) != {"papers", "claims"}:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call
 
 from companion import data as datasets
-from companion.aligned import read, run_tasks
+from companion.aligned import run_tasks
 from companion.connectivity import (
     BN_EXAMPLES,
     Barrier,
@@ -156,6 +156,10 @@ class Task:
             }
         )
 
+    def jobs(self) -> list[Job]:
+        """What has to be trained before."""
+        return jobs_of(self.pair)
+
     def measure(self) -> dict[str, Any]:
         """The value, JSON-able."""
         return _measure(self)
@@ -275,11 +279,7 @@ def examine(
     store, scope = store or Store(), scope or Scope()
     where = str(datasets.resolve_device(device))
     tasks = [Task(pair, _method(m), scope, store, where) for pair, m in pairs]
-    raw = [read(task.entry()) for task in tasks]
-    missing = [i for i, known in enumerate(raw) if known is None]
-    jobs = [job for i in missing for job in jobs_of(tasks[i].pair)]
-    made = run_tasks([tasks[i] for i in missing], jobs, workers, label)
-    values = [known or made.pop(0) for known in raw]
+    values = run_tasks(tasks, workers, label)
     lines = [Barrier.from_json(value["barrier"]) for value in values]
     out = []
     for task, value, line in zip(tasks, values, lines, strict=True):

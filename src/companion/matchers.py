@@ -25,7 +25,7 @@ from companion.rebasin.matching import Matching, bound
 from companion.rebasin.rotating import TOKENS, activation_rotation, rotation_matching
 from companion.rebasin.rotation import Rotation
 from companion.rebasin.spec import Spec
-from companion.rebasin.ste import straight_through
+from companion.rebasin.ste import STEPS, straight_through
 from companion.rebasin.weights import greedy, objective, weight_matching
 from companion.runs import Store
 from companion.seeds import Key
@@ -62,7 +62,7 @@ class Method:
     starts: int = 1
     statistic: str = "moment"
     examples: int | None = None
-    steps: int = 40
+    steps: int = STEPS
     batch: int = 256
     lr: float = 0.01
     label: int | str = 0

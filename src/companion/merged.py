@@ -196,8 +196,7 @@ def merge_runs(
         raise BadParameter("merge_runs: a group needs two runs or more.")
     store, where = store or Store(), str(datasets.resolve_device(device))
     tasks = [Merge(tuple(g), evaluation or Evaluation(), on, store, where) for g in groups]
-    jobs = [job for task in tasks for job in task.jobs()]
-    raw = run_tasks(tasks, jobs, workers, "merging many")
+    raw = run_tasks(tasks, workers, "merging many")
     return [_from_json(r["readings"]) for r in raw]
 
 
@@ -295,6 +294,5 @@ def split_runs(
         Halves(p, f, evaluation or Evaluation(), store, where)
         for p, f in zip(pairs, full, strict=True)
     ]
-    jobs = [job for task in tasks for job in task.jobs()]
-    raw = run_tasks(tasks, jobs, workers, "split data")
+    raw = run_tasks(tasks, workers, "split data")
     return [_from_json(r["readings"]) for r in raw]

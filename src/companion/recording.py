@@ -34,7 +34,7 @@ from uuid import uuid4
 
 import yaml
 
-from companion import claims, closing, deadline, page, partly, provenance
+from companion import claims, closing, deadline, page, partly, plainyaml, provenance
 from companion.book import parameters
 from companion.book.layout import Book
 from companion.budget import Cost, Probe, count, estimate, probe
@@ -149,7 +149,7 @@ def _setting(text: str) -> tuple[str, Any]:
     if not (equals and name.isidentifier()):
         raise BadParameter(f"-p: {text!r} is not NAME=VALUE, such as dataset=mnist.")
     try:
-        return name, yaml.safe_load(value)
+        return name, plainyaml.load(value)
     except yaml.YAMLError as error:
         raise BadParameter(f"-p {name}: {value!r} is not valid YAML.") from error
 

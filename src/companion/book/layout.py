@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from companion import plainyaml
 from companion.errors import BadParameter, CompanionError, one_of
 
 
@@ -56,7 +57,7 @@ class Book:
         """The pages of ``_toc.yml`` in order, without suffix, the front page first."""
         path = self.root / "_toc.yml"
         try:
-            toc = yaml.safe_load(path.read_text(encoding="utf-8"))
+            toc = plainyaml.load(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise BookError(
                 "_toc.yml: there is no such file; is this the root of the book?"

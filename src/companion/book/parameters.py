@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from companion import plainyaml
 from companion.book.layout import Book
 from companion.errors import BadParameter
 
@@ -109,7 +110,7 @@ def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[
         return {}
     where = f"chapters/profiles/{profile}/{path.name}"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = plainyaml.load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise BadParameter(f"{where} is not valid YAML: {error}") from error
     if values is None:

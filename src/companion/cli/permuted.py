@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 METHODS = ("weights", "activations", "ste", "greedy", "units")
 STARTS = ("weights", "units")
-STEPS = 200
 
 
 def permuted(
@@ -91,6 +90,7 @@ def _match(
 ) -> Matching:
     from companion import rebasin
     from companion.matchers import examples_a_pass
+    from companion.rebasin import ste
 
     a, b = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))
     if method in STARTS:
@@ -102,5 +102,5 @@ def _match(
     batch = examples_a_pass(train.x)
     if method == "activations":
         return rebasin.activation_matching(spec, module, a, b, train, batch=batch)
-    steps = STEPS if steps is None else steps
+    steps = ste.STEPS if steps is None else steps
     return rebasin.straight_through(spec, module, a, b, train, steps=steps, batch=batch, key=key)

@@ -86,9 +86,7 @@ def command(
     starts: Annotated[
         int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
     ] = 1,
-    steps: Annotated[
-        int | None, typer.Option(help=f"Optimiser steps of ste (default {permuted.STEPS}).")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of ste (default 200).")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random in the matching.")] = 0,
     bn: Annotated[
         str,

@@ -82,12 +82,19 @@ def _describe(identity: Mapping[str, Any], kind: object) -> str:
 def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     """A predicate on identities: would this version of the code still ask for that entry?
 
-    A run counts while its own semantics and those of all runs it forks from are today's; a pair, a
-    sweep of layers or a null control while its own are. Whatever refers by key to a run that is in
+    A run counts while its own semantics and those of all runs it forks from are today's; what is
+    measured, and a federation, while its own are. Whatever refers by key to a run that is in
     the store, and is old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
-    from companion import aligned, featured, pairs, training
+    from companion import aligned, featured, federated, pairs, training
     from companion.layerwise import stored
+
+    today = {
+        **dict.fromkeys(("aligned", "merged", "halves"), aligned.SEMANTICS),
+        "layers": stored.SEMANTICS,
+        "features": featured.SEMANTICS,
+        "federated": federated.SEMANTICS,
+    }
 
     def run_current(identity: Mapping[str, Any]) -> bool:
         fork = identity.get("fork")
@@ -107,12 +114,8 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
         fields = [field if isinstance(field, list) else [field] for field in identity.values()]
         if not old.isdisjoint(v for field in fields for v in field if isinstance(v, str)):
             return False
-        if kind in ("aligned", "merged", "halves") and identity["semantics"] != aligned.SEMANTICS:
+        if kind in today and identity.get("semantics") != today[kind]:
             return False
-        if kind == "layers":
-            return bool(identity.get("semantics") == stored.SEMANTICS)
-        if kind == "features":
-            return bool(identity.get("semantics") == featured.SEMANTICS)
         measured = identity.get("evaluation", {}) if kind in _EVALUATED else None
         return measured is None or measured.get("semantics") == pairs.SEMANTICS
 

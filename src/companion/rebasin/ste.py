@@ -100,6 +100,10 @@ class Midpoint:
         return mean if math.isfinite(mean) else math.inf
 
 
+STEPS = 200
+"""Optimiser steps, unless told otherwise. The authors take 250 epochs."""
+
+
 @exact_evaluation()
 def straight_through(
     spec: Spec,
@@ -108,7 +112,7 @@ def straight_through(
     b: Theta,
     train: Split,
     *,
-    steps: int,
+    steps: int = STEPS,
     batch: int = 500,
     lr: float = 1e-2,
     momentum: float = 0.9,
