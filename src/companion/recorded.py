@@ -188,7 +188,7 @@ def curves(
                 if mean is not None
             }
             for label, s in data.items()
-            if isinstance(s, dict) and label.endswith(", test")
+            if isinstance(s, dict) and label.endswith(", test") and s["k"]  # some pair was valid
         }
         if series:
             title = f"{record.name}: {record.dataset}, T = {data['T']}\n"
