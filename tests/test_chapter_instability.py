@@ -86,6 +86,9 @@ def test_batchnorm_is_drawn_in_three_modes_and_controls_can_be_left_out(
     by_id = {v["claim"]["id"]: v for v in verdicts}
     for name in ("C05", "C06", "C28"):
         assert "controls were left out" in by_id[name]["note"], name
+    for name in ("C03", "C27"):  # twelve steps: no share of a training
+        assert "training was cut short" in by_id[name]["note"], name
+        assert by_id[name]["verdict"] == "not testable at this scale", name
     line = figures["line"]["data"]["error"]
     assert len(line["alpha"]) == few["points"]
 
