@@ -91,6 +91,23 @@ def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Pat
     assert record["dataset"]["sha256"] == data.load(name).fingerprint
 
 
+def test_chapter_1s_networks_with_chosen_checkpoints_and_no_controls(
+    source: Path, tmp_path: Path
+) -> None:
+    few = {**TINY, "net": "resnet8:width=4", "others": [], "checkpoints": [10], "controls": False}
+    notebook = run(source, tmp_path, **{**few, "steps": 24, "window": 2})
+    heat = next(f for f in entries(notebook, "figure") if f["name"] == "heatmap")
+    assert heat["data"]["steps"] == [0, 10, 24]
+    (verdicts,) = entries(notebook, "claims")
+    by_id = {v["claim"]["id"]: v for v in verdicts}
+    for name in ("B11", "B14"):
+        assert "controls were left out" in by_id[name]["note"], name
+    assert "has BatchNorm" in by_id["B01"]["note"]
+    (record,) = entries(notebook, "provenance")
+    assert record["residual"]["schedule"] == "step"  # as chapter 1 trains them
+    assert record["residual"]["weight_decay"] == 1e-4
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
@@ -99,6 +116,7 @@ def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Pat
         ({"inits": 0}, ["inits", "1 or more"]),
         ({"looks": 1}, ["looks", "2 or more"]),
         ({"window": 50}, ["window", "50"]),
+        ({"checkpoints": [10, 99]}, ["checkpoints", "99", "0 to 40"]),
         ({"batch": 5000}, ["batch", "5000", "1437"]),
         ({"clients": 400}, ["400 clients"]),
         ({"dataset": "cifar100"}, ["cifar100", "companion data get cifar100"]),
