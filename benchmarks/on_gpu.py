@@ -62,6 +62,8 @@ MEASURED = (
 """Kinds of entries that travel: all but the runs, whose weights are large."""
 
 SETTLED = ("done", "given up")
+GOES_ON = ("unfinished", "interrupted")
+"""States of a stage that goes on with what it was sized for: another T would be other runs."""
 
 
 # ---- one process, and where
@@ -107,7 +109,8 @@ class Site:
             "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # the default runs 8 streams side by side
             "COMPANION_RUNS": str(self.work / "runs"),
             "COMPANION_DATA": str(self.data or self.work / "data"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
+            # Compiled kernels are loaded from there, which a memory file system may not allow.
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / "companion-inductor"),
             **({"CUDA_VISIBLE_DEVICES": ""} if self.tiny else {}),
         }
 
@@ -548,7 +551,7 @@ def table(state: Mapping[str, Any]) -> str:
         lines.append("The calls ran on different cards: compare numbers of one card only.")
     if state.get("not carried"):
         lines.append(f"too large to come back, left behind: {', '.join(state['not carried'])}")
-    if any(row["state"] in ("unfinished", "failed", "left out") for row in state["stages"]):
+    if any(row["state"] in (*GOES_ON, "failed", "left out") for row in state["stages"]):
         lines.append("A second call goes on: with the same --out, or with --carry carry.tar.gz.")
         if any(row["state"] == "unfinished" for row in state["stages"]) and offers("--close"):
             lines.append(
@@ -565,6 +568,14 @@ def card() -> str:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=10)
         return done.stdout.strip().splitlines()[0] if done.returncode == 0 else ""
     return ""
+
+
+def ask_anew(state: dict[str, Any], found: str) -> None:
+    """Measure the speed again on a card that no call before ran on: records are sized by it."""
+    if state.get("cards") and found not in state["cards"]:
+        for row in state["stages"]:
+            if row["name"] == "speed":
+                row |= {"state": "new", "attempts": 0}
 
 
 def go(
@@ -589,7 +600,7 @@ def go(
                 row |= {"state": "left out", "result": "no time was left for it"}
             continue
         # Sized anew, unless it goes on where it stopped.
-        notes = old["notes"] if old["state"] == "unfinished" else {}
+        notes = old["notes"] if old["state"] in GOES_ON else {}
         start = time.monotonic()
         begin = site.log.stat().st_size if site.log.exists() else 0
         with site.log.open("a", encoding="utf-8") as log:
@@ -602,7 +613,7 @@ def go(
                 continue
             print(f"{stage.name}: at most {slot:.0f} s", flush=True)
             # Should this call be ended from outside, the next one knows that it was at work.
-            row |= {"state": "failed", "result": "the call ended while it ran"}
+            row |= {"state": "interrupted", "result": "the call ended while it ran"}
             row |= {"notes": dict(planned.notes)}
             outcomes = []
             for step in planned.steps:
@@ -733,6 +744,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"going on from {carried}", flush=True)
         found = "a CPU, as a rehearsal" if tiny else card() or "no GPU"
         cards = [*state.get("cards", []), found]
+        ask_anew(state, found)
         state |= {"commit": commit, "cards": list(dict.fromkeys(cards)), "not carried": []}
         go(site, stages(tiny), state, began + 60 * options.minutes)
     finally:

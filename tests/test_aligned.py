@@ -273,6 +273,16 @@ def test_merging_reads_inputs_mean_merged_and_ensemble(store: Store) -> None:
         merge_runs([runs[:1]], FEW)
 
 
+def test_a_mean_with_batchnorm_reads_as_many_images_as_its_lines(store: Store) -> None:
+    recipe = Recipe(net="mlp:widths=16,norm=batch", data="digits", steps=30, batch=64)
+    runs = [independent(recipe, n) for n in range(2)]
+    found = [
+        merge_runs([runs], replace(FEW, bn_examples=n), workers=1)[0]["mean"]["test"].loss
+        for n in (64, None)
+    ]
+    assert found[0] != found[1]
+
+
 def test_split_data_is_read_on_the_whole_and_corrected_for_its_classes(store: Store) -> None:
     parts = [replace(RECIPE, data=f"digits@split-{p}") for p in "ab"]
     pairs = pairs_of(parts[0], 1, other=parts[1])

@@ -234,9 +234,39 @@ def test_a_call_that_is_ended_from_outside_ends_its_stage(tmp_path: Path) -> Non
     call.send_signal(signal.SIGTERM)
     said, _ = call.communicate(timeout=60)
     assert call.returncode == 128 + signal.SIGTERM and gone(int(pid.read_text()))
-    assert re.search(r"^hangs +failed +\d+  the call ended while it ran$", said, re.M)
+    assert re.search(r"^hangs +interrupted +\d+  the call ended while it ran$", said, re.M)
     state = json.loads((tmp_path / "out" / "stages.json").read_text())
-    assert [row["state"] for row in state["stages"]] == ["done", "failed"]
+    assert [row["state"] for row in state["stages"]] == ["done", "interrupted"]
+    assert state["stages"][1]["attempts"] == 0  # it was not its fault
+
+
+@pytest.mark.parametrize("was", ["unfinished", "interrupted", "failed"])
+def test_what_was_at_work_goes_on_with_what_it_was_sized_for(tmp_path: Path, was: str) -> None:
+    """Another T would be other runs; only what failed is sized anew."""
+    site, seen = on_gpu.Site(tmp_path / "out", tmp_path / "work", "abc"), []
+    site.out.mkdir()
+    site.work.mkdir()
+
+    def plan(site: Site, slot: float, notes: Mapping[str, Any]) -> str:
+        seen.append(dict(notes))
+        return "enough"
+
+    row = {"name": "a", "state": was, "seconds": 1.0, "attempts": 0, "notes": {"T": 5}}
+    stage = on_gpu.Stage("a", 60, 0, plan, lambda *_: ("done", ""))
+    on_gpu.go(site, [stage], {"stages": [row], "commit": "abc"}, time.monotonic() + 100)
+    assert seen == [{"T": 5} if was != "failed" else {}]
+
+
+def test_another_card_is_measured_anew() -> None:
+    def state() -> dict[str, Any]:
+        rows = [{"name": n, "state": "done", "attempts": 1} for n in ("right", "speed")]
+        return {"cards": ["H100"], "stages": rows}
+
+    same, other = state(), state()
+    on_gpu.ask_anew(same, "H100")
+    on_gpu.ask_anew(other, "H200")
+    assert [row["state"] for row in same["stages"]] == ["done", "done"]
+    assert [row["state"] for row in other["stages"]] == ["done", "new"]
 
 
 # ---- what comes back

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ from companion import (
     training,
 )
 from companion.book.layout import Book
+from companion.chapter import cells
 from companion.cli import app
 from companion.data import Split
 from companion.data.windows import save_windows
@@ -49,6 +51,7 @@ from companion.errors import (
     NotMeasured,
     OutOfTime,
 )
+from companion.gates import Gate
 from companion.pool import run_all
 from companion.runs import Store
 from companion.training import Recipe, Run, engines
@@ -887,3 +890,34 @@ def test_a_network_without_a_valid_pair_leaves_no_empty_curve():
     assert steps == 10 and list(series) == ["mlp, test"]
     said = recorded.extremes(record, "instability")
     assert said == "mlp, test 4.0 points at k = 0, 1.0 at k = 5"
+
+
+@pytest.mark.parametrize("chapter", Book(ROOT).chapters())
+def test_every_verdict_of_a_chapter_can_be_left_out_by_itself(chapter):
+    """Closing judges a list of verdicts call by call, and needs each one's id: no loops in it."""
+    source = (ROOT / "chapters" / f"{chapter}.md").read_text(encoding="utf-8")
+    code = "\n".join(cell.source for cell in cells(source, chapter))
+    lists = [
+        node.value
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Assign | ast.AugAssign) and "verdicts" in ast.unparse(node)[:10]
+    ]
+    assert lists
+    for found in lists:
+        assert isinstance(found, ast.List)
+        for element in found.elts:
+            assert isinstance(element, ast.Call), ast.unparse(element)[:80]
+            assert element.args[0].value in claims.registry()
+
+
+def test_a_null_control_that_failed_is_known_when_a_recording_is_closed(store, monkeypatch):
+    recipe = Recipe(net="mlp:widths=8", data="digits", steps=5, batch=32)
+    few = pairs.Evaluation(points=3, train_examples=20, test_examples=20)
+    failed = Gate("G1 null control", False, "bits differ", 0.5)
+    monkeypatch.setattr(pairs, "_null", lambda *_: failed)
+    assert pairs.check_null(Run(recipe), few) == failed
+    with closing.closed({"device": "cpu"}) as lacking:
+        assert pairs.check_null(Run(recipe), few) == failed and not lacking
+        other = pairs.check_null(Run(replace(recipe, lr=0.2)), few)
+    assert other.passed is None and set(lacking) == {"null"}
+    assert pairs.check_null(Run(recipe), few) == failed  # it was run again

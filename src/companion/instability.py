@@ -21,6 +21,7 @@ from typing import Literal
 from companion import closing
 from companion import data as datasets
 from companion.budget import Plan
+from companion.connectivity import Barrier
 from companion.errors import BadParameter, NotMeasured, one_of
 from companion.gates import Gate
 from companion.models import has_dropout
@@ -129,7 +130,18 @@ class Instability:
     @property
     def modes(self) -> tuple[str, ...]:
         """The BatchNorm modes that were measured; ``("none",)`` without BatchNorm."""
-        return tuple(self.samples[0].result.barrier.curves) if self.samples else ()
+        return tuple(self._measured.curves) if self.samples else ()
+
+    @property
+    def headline(self) -> str:
+        """The BatchNorm mode of the headline; ``none`` without BatchNorm."""
+        return self._measured.bn if self.samples else "none"
+
+    @property
+    def _measured(self) -> Barrier:
+        """The first barrier that is measured; only closing a recording misses any."""
+        there = [s.result for s in self.samples if s.result.measured]
+        return (there or [self.samples[0].result])[0].barrier
 
     def interval(
         self,

@@ -20,7 +20,7 @@ from companion import data as datasets
 from companion.aligned import SEMANTICS, run_tasks
 from companion.connectivity.paths import plain
 from companion.connectivity.walk import has_batchnorm
-from companion.data import Dataset, Split, text
+from companion.data import Dataset, Split, head_of, text
 from companion.errors import BadParameter
 from companion.matchers import Method, examples_a_pass, key_of, match, spec_of, weights_of
 from companion.numerics import exact_evaluation
@@ -112,11 +112,16 @@ def logits_of(
     return torch.cat([functional_call(module, own, (part,)).flatten(0, -2) for part in parts])
 
 
-def _mean(module: nn.Module, thetas: Sequence[Theta], data: Dataset) -> Theta:
-    """The mean of networks, integers from the first; BatchNorm's statistics estimated again."""
+def _mean(
+    module: nn.Module, thetas: Sequence[Theta], data: Dataset, evaluation: Evaluation
+) -> Theta:
+    """The mean of networks, integers from the first; BatchNorm's statistics estimated again, from
+    as many training images as on the lines between two networks."""
     share, lay = [1 / len(thetas)] * len(thetas), layout(module)
     theta = with_aliases({**thetas[0], **affine(thetas, share, lay.floating)}, lay.ties)
-    return reset_batchnorm(module, theta, data.train.x) if has_batchnorm(module) else theta
+    if not has_batchnorm(module):
+        return theta
+    return reset_batchnorm(module, theta, head_of(data.train.x, evaluation.bn_examples))
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,10 @@ class Merge:
         merged = merge_many(spec, thetas)
         moved = [spec.permute(t, p) for t, p in zip(thetas, merged.perms, strict=True)]
         networks: dict[str, Theta] = {f"input {i}": t for i, t in enumerate(thetas)}
-        networks |= {"mean": _mean(module, thetas, data), "merged": _mean(module, moved, data)}
+        networks |= {
+            n: _mean(module, these, data, self.evaluation)
+            for n, these in (("mean", thetas), ("merged", moved))
+        }
         found: dict[str, dict[str, Reading]] = {}
         for name, split in self.evaluation.splits(data).items():
             logits = {n: logits_of(module, t, split.x) for n, t in networks.items()}
@@ -239,8 +247,8 @@ class Halves:
         networks = {
             "A": a,
             "B": b,
-            "mean of A and B": _mean(module, (a, b), data),
-            "merged": _mean(module, (a, moved), data),
+            "mean of A and B": _mean(module, (a, b), data, self.evaluation),
+            "merged": _mean(module, (a, moved), data, self.evaluation),
             "full data": full,
         }
 

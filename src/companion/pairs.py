@@ -186,13 +186,12 @@ def _missing(pair: Pair, evaluation: Evaluation, device: str) -> PairResult:
     alphas = tuple(b for _, b in grid(evaluation.points))
     unknown = dict.fromkeys(("loss", "error"), (math.nan,) * len(alphas))
     sizes = {name: len(split) for name, split in splits.items()}
-    curve = Curve(alphas, dict.fromkeys(splits, unknown), evaluation.bn, sizes)
+    mode = evaluation.bn if models.has_batchnorm(pair.a.recipe.net) else "none"
+    curve = Curve(alphas, dict.fromkeys(splits, unknown), mode, sizes)
     # Gate G0 comes first, where it is asked again under other bounds.
     gates = (Gate("G0 quality", False, closing.WHY), _MISSING)
     ends, guess = (math.nan, math.nan), guessing(splits["test"])
-    found = Barrier(
-        {evaluation.bn: curve}, evaluation.bn, gates, math.nan, data.classes, ends, guess
-    )
+    found = Barrier({mode: curve}, mode, gates, math.nan, data.classes, ends, guess)
     shared = ("a_start", "b_start", "start_init") if pair.start else ()
     names = ("ab", "cosine", "a_init", "b_init", *shared)
     nowhere = dict.fromkeys(splits, Measure(math.nan, math.nan)) if pair.start else {}
@@ -360,6 +359,9 @@ def normal_error(found: Sequence[Barrier]) -> float | None:
     return min(ends[len(ends) // 2], guessing / 2 / 1.5) if ends else None
 
 
+_FAILED = "failed.json"
+
+
 def entry_of_null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Entry:
     """The store's entry of the null control of a run."""
     key = entry_of(run, datasets.load(run.recipe.data, device), device, store).key
@@ -386,14 +388,16 @@ def check_null(
     if known := _known(entry, "gate.json"):
         return Gate(**known)
     if closing.active():
+        if failed := _known(entry, _FAILED):
+            return Gate(**failed)
         closing.lacks([entry])
         return Gate("G1 null control", None, closing.WHY)
     with entry.lock():
         if known := _known(entry, "gate.json"):
             return Gate(**known)
         gate = _null(run, evaluation, data, store, device)
-        if gate.passed:
-            entry.write_json("gate.json", asdict(gate))
+        # One that failed is run again, but whoever closes the recording has to know of it.
+        entry.write_json("gate.json" if gate.passed else _FAILED, asdict(gate))
         return gate
 
 

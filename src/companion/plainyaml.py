@@ -14,15 +14,18 @@ class _Once(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<" may stand there more than once
+                continue
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     "while constructing a mapping",
                     node.start_mark,
                     f"the key {key!r} stands twice",
                     key_node.start_mark,
                 )
-            seen.add(key)
+            if isinstance(key, Hashable):  # PyYAML itself refuses the others
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 

@@ -206,8 +206,9 @@ def reset_batchnorm(
 ) -> dict[str, torch.Tensor]:
     """``theta`` with BatchNorm's running statistics estimated again: reset, cumulative average.
 
-    The numbers are those of the walker's mode ``reestimate``. REPAIR found the reset itself
-    necessary for stability, and augmented training images to work somewhat better than plain ones.
+    The numbers are those of the walker's mode ``reestimate`` on the same inputs. REPAIR found the
+    reset itself necessary for stability, and augmented training images to work somewhat better than
+    plain ones.
 
     Arguments:
         module: the architecture, not changed; theta: a state dict of it, not changed.
