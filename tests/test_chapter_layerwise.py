@@ -95,13 +95,17 @@ def test_chapter_1s_networks_with_chosen_checkpoints_and_no_controls(
     source: Path, tmp_path: Path
 ) -> None:
     few = {**TINY, "net": "resnet8:width=4", "others": [], "checkpoints": [10], "controls": False}
-    notebook = run(source, tmp_path, **{**few, "steps": 24, "window": 2})
+    notebook = run(source, tmp_path, **{**few, "steps": 24, "together": False})
+    names = [figure["name"] for figure in entries(notebook, "figure")]
+    assert "layers" in names and not {"cumulative", "directions"} & set(names)
     heat = next(f for f in entries(notebook, "figure") if f["name"] == "heatmap")
     assert heat["data"]["steps"] == [0, 10, 24]
     (verdicts,) = entries(notebook, "claims")
     by_id = {v["claim"]["id"]: v for v in verdicts}
     for name in ("B11", "B14"):
         assert "controls were left out" in by_id[name]["note"], name
+    for name in ("B04", "B05", "B06", "B10"):
+        assert "groups of layers and random directions were left out" in by_id[name]["note"], name
     assert "has BatchNorm" in by_id["B01"]["note"]
     (record,) = entries(notebook, "provenance")
     assert record["residual"]["schedule"] == "step"  # as chapter 1 trains them
