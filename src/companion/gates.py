@@ -15,6 +15,10 @@ import torch
 from companion.data import Split
 from companion.theta import Theta, affine, distance, shares_storage
 
+UNLEARNED = 15.0
+"""Percent of its own training images that a network still gets wrong when its training was cut
+short: verdicts about what training ends with are not asked of it."""
+
 
 @dataclass(frozen=True)
 class Gate:
