@@ -921,3 +921,16 @@ def test_a_null_control_that_failed_is_known_when_a_recording_is_closed(store, m
         other = pairs.check_null(Run(replace(recipe, lr=0.2)), few)
     assert other.passed is None and set(lacking) == {"null"}
     assert pairs.check_null(Run(recipe), few) == failed  # it was run again
+
+
+def test_no_two_chapters_have_a_figure_of_one_name():
+    """A label stands once in a book; the figure of a record may be drawn in one chapter so far."""
+    owners = {}
+    for chapter in Book(ROOT).chapters():
+        source = (ROOT / "chapters" / f"{chapter}.md").read_text(encoding="utf-8")
+        for cell in cells(source, chapter):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "figures.publish":
+                    owners.setdefault(ast.unparse(node.args[1]), set()).add(chapter)
+    assert len(owners) > 30
+    assert not {name: found for name, found in owners.items() if len(found) > 1}
