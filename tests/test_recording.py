@@ -926,11 +926,11 @@ def test_a_null_control_that_failed_is_known_when_a_recording_is_closed(store, m
 def test_no_two_chapters_have_a_figure_of_one_name():
     """A label stands once in a book; the figure of a record may be drawn in one chapter so far."""
     owners = {}
-    for chapter in Book(ROOT).chapters():
-        source = (ROOT / "chapters" / f"{chapter}.md").read_text(encoding="utf-8")
-        for cell in cells(source, chapter):
+    for page_name in Book(ROOT).chapters():
+        source = (ROOT / "chapters" / f"{page_name}.md").read_text(encoding="utf-8")
+        for cell in cells(source, page_name):
             for node in ast.walk(ast.parse(cell.source)):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "figures.publish":
-                    owners.setdefault(ast.unparse(node.args[1]), set()).add(chapter)
+                    owners.setdefault(ast.unparse(node.args[1]), set()).add(page_name)
     assert len(owners) > 30
     assert not {name: found for name, found in owners.items() if len(found) > 1}
