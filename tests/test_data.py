@@ -910,7 +910,7 @@ def real(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         pytest.skip(f"{name} is not under COMPANION_DATA")
 
 
-def test_real_mnist(monkeypatch):
+def test_real_mnist(monkeypatch, tmp_path):
     real(monkeypatch, "mnist")
     report = data.check("mnist")
     assert [f.checksum for f in report.files] == ["ok"] * 4
@@ -919,7 +919,12 @@ def test_real_mnist(monkeypatch):
     assert dataset.train.y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert abs(float(dataset.train.x.mean())) < 1e-3
     assert abs(float(dataset.train.x.std()) - 1) < 1e-3
-    first = torchvision.datasets.MNIST(REAL, train=False)[0][0]
+    raw = tmp_path / "MNIST" / "raw"  # torchvision itself reads unzipped files only
+    raw.mkdir(parents=True)
+    for path in (Path(REAL) / "MNIST" / "raw").iterdir():
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        (raw / path.name.removesuffix(".gz")).write_bytes(content)
+    first = torchvision.datasets.MNIST(tmp_path, train=False)[0][0]
     steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
     assert torch.equal(dataset.test.x[0], transforms.Compose(steps)(first))
 

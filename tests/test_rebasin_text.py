@@ -17,7 +17,7 @@ from companion.errors import BadParameter
 from companion.federated import Federation, average, client_data
 from companion.matchers import Method, examples_a_pass, gradient, match
 from companion.merged import _mean, logits_of, read_logits, split_runs
-from companion.pairs import Pair
+from companion.pairs import Evaluation, Pair
 from companion.rebasin import derive, merge_many, repair, straight_through
 from companion.rebasin.calibration import calibrated_curve
 from companion.seeds import Key
@@ -117,7 +117,7 @@ def test_merging_copies_of_one_network_gives_it_back() -> None:
 
 def test_a_mean_has_no_network_of_its_own_under_an_alias() -> None:
     a, b = theta(1), theta(2)
-    mean = _mean(net(), [a, b], TEXT)
+    mean = _mean(net(), [a, b], TEXT, Evaluation())
     assert torch.allclose(mean[WTE], (a[WTE] + b[WTE]) / 2) and torch.equal(mean[HEAD], mean[WTE])
     for one in average([a, b], [1, 1], layout(net()), None):
         assert torch.equal(one[HEAD], mean[WTE])
