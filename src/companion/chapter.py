@@ -86,7 +86,7 @@ def _cell(body: list[str], start: int, where: str) -> Cell:
     if skip < len(body) and not body[skip].strip():
         skip += 1
     try:
-        values = plainyaml.load(options) or {}
+        values = plainyaml.parse(options) or {}
     except yaml.YAMLError as error:
         raise BadParameter(f"{where}: the cell's options are not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -95,7 +95,7 @@ def _file(path: Path | None) -> Path:
 @lru_cache(maxsize=4)
 def _parse(text: str, where: str) -> _Registry:
     try:
-        document = plainyaml.load(text)
+        document = plainyaml.parse(text)
     except yaml.YAMLError as error:
         raise BadParameter(f"{where} is not valid YAML: {error}") from error
     if not isinstance(document, dict) or set(document) != {"papers", "claims"}:

@@ -29,7 +29,7 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load(text: str) -> Any:
+def parse(text: str) -> Any:
     """The document as plain values.
 
     Raises:

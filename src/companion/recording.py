@@ -149,7 +149,7 @@ def _setting(text: str) -> tuple[str, Any]:
     if not (equals and name.isidentifier()):
         raise BadParameter(f"-p: {text!r} is not NAME=VALUE, such as dataset=mnist.")
     try:
-        return name, plainyaml.load(value)
+        return name, plainyaml.parse(value)
     except yaml.YAMLError as error:
         raise BadParameter(f"-p {name}: {value!r} is not valid YAML.") from error
 

@@ -57,7 +57,7 @@ class Book:
         """The pages of ``_toc.yml`` in order, without suffix, the front page first."""
         path = self.root / "_toc.yml"
         try:
-            toc = plainyaml.load(path.read_text(encoding="utf-8"))
+            toc = plainyaml.parse(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise BookError(
                 "_toc.yml: there is no such file; is this the root of the book?"

@@ -110,7 +110,7 @@ def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[
         return {}
     where = f"chapters/profiles/{profile}/{path.name}"
     try:
-        values = plainyaml.load(path.read_text(encoding="utf-8"))
+        values = plainyaml.parse(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise BadParameter(f"{where} is not valid YAML: {error}") from error
     if values is None:
