@@ -177,7 +177,7 @@ class Design:
         shares: fork steps as shares of T; none: the chapter's own.
         limit_s: its slot; least_s: in a shorter one it is not begun.
         fixed_s: what is neither a step nor a pair, such as matching.
-        dry: only prepare it and say what it would cost.
+        tiny: settings that make it so small that only its running counts, beside ``settings``.
     """
 
     stage: str
@@ -195,6 +195,25 @@ class Design:
     engines: tuple[str, ...] = ("graphs", "compile", "loop-compile", "loop")
     fixed_s: float = 0.0
     least_s: float = 45.0
+    tiny: tuple[str, ...] = ()
+
+    @property
+    def trial(self) -> Trial:
+        """The record with its ``tiny`` settings."""
+        merged = dict(setting.split("=", 1) for setting in (*self.settings, *self.tiny))
+        return Trial(
+            self.stage, self.chapter, self.profile, tuple(f"{k}={v}" for k, v in merged.items())
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A record that only has to run, or with ``dry`` to be prepared."""
+
+    stage: str
+    chapter: str
+    profile: str
+    settings: tuple[str, ...]
     dry: bool = False
 
 
@@ -336,6 +355,15 @@ DESIGNS = (
         most=12_000,
         shares=(0, 0.01, 0.03, 0.1),
         limit_s=180,
+        tiny=(
+            "steps=60",
+            "ks=[0,20]",
+            "inits=2",
+            "points=3",
+            "looks=2",
+            "train_examples=500",
+            "test_examples=500",
+        ),
     ),
     Design(
         stage="02 ResNet-20 LayerNorm",
@@ -359,6 +387,15 @@ DESIGNS = (
         most=12_000,
         limit_s=240,
         fixed_s=8,
+        tiny=(
+            "steps=60",
+            "points=3",
+            "width=16",
+            "widths=[8]",
+            "pairs=2",
+            "train_examples=500",
+            "test_examples=500",
+        ),
     ),
     Design(
         stage="01 MNIST",
@@ -373,6 +410,16 @@ DESIGNS = (
         most=24_000,
         shares=(0, 1 / 240, 1 / 48, 1 / 12),
         limit_s=240,
+        tiny=(
+            "steps=200",
+            "ks=[0,20]",
+            "inits=2",
+            "copies=2",
+            "points=3",
+            "looks=2",
+            "train_examples=500",
+            "test_examples=500",
+        ),
     ),
     Design(
         stage="04 ResNet-18",
@@ -400,6 +447,16 @@ DESIGNS = (
         most=23_000,
         limit_s=180,
         fixed_s=8,
+        tiny=(
+            "steps=40",
+            "net=resnet18:width=8",
+            "plain=vgg11:norm=none,width=8",
+            "looks=2",
+            "clients=2",
+            "client_steps=10",
+            "train_examples=500",
+            "test_examples=500",
+        ),
     ),
     Design(
         stage="05 GPT",
@@ -420,6 +477,13 @@ DESIGNS = (
         # It has dropout, and with dropout only a loop trains.
         engines=("loop-compile",),
         limit_s=150,
+        tiny=(
+            "steps=24",
+            "ks=[0,6]",
+            "windows=8",
+            "train_windows=4",
+            "net=gpt:layers=2,width=64,heads=2,bias=false,dropout=0.2",
+        ),
     ),
     Design(
         stage="03 MNIST",
@@ -435,6 +499,7 @@ DESIGNS = (
         shares=(0, 0.01, 0.1),
         limit_s=150,
         fixed_s=10,
+        tiny=("steps=100", "ks=[0,20]", "widths=[32]", "pairs=2"),
     ),
 )
 """The records, the most valuable first."""
@@ -498,27 +563,15 @@ TINY = (
         limit_s=SLOW,
         least_s=10,
     ),
-    *(
-        Design(
-            stage=f"{chapter[:2]} prepared",
-            chapter=chapter,
-            profile="quick",
-            name="rehearsal",
-            settings=(*settings, "device=cpu", "workers=1"),
-            loads=(Load("lenet", 4, 3),),
-            pairs=(),
-            least=10,
-            most=20,
-            limit_s=SLOW,
-            least_s=10,
-            dry=True,
-        )
-        for chapter, settings in (
-            ("04_layerwise", ("net=resnet8:width=4,norm=none", "plain=mlp:widths=8", "others=[]")),
-            ("05_gpt", ("net=gpt:layers=1,width=8,heads=2", "ks=[0,5]", "windows=8")),
-            ("03_llfc", ("net=mlp:widths={width}x2", "width=8", "widths=[4]", "spawned=[]")),
-        )
-    ),
 )
-"""The same on a CPU, so small that only its running counts: two are recorded, the others prepared
-up to the point where they would begin to train."""
+"""The same on a CPU, so small that only its running counts."""
+
+TRIALS = tuple(
+    Trial(chapter, chapter, "quick", (*settings, "device=cpu", "workers=1", "steps=20"), dry=True)
+    for chapter, settings in (
+        ("04_layerwise", ("net=resnet8:width=4,norm=none", "plain=mlp:widths=8", "others=[]")),
+        ("05_gpt", ("net=gpt:layers=1,width=8,heads=2", "ks=[0,5]", "windows=8")),
+        ("03_llfc", ("net=mlp:widths={width}x2", "width=8", "widths=[4]", "spawned=[]")),
+    )
+)
+"""For the rehearsal: prepared up to the point where they would begin to train."""

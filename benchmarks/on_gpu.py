@@ -6,10 +6,12 @@
     python benchmarks/on_gpu.py --rehearse --out DIR           # anywhere: the same, tiny, on a CPU
 
 The stages run in order of worth, each in processes of its own and for a limited time; one that
-fails or hangs stops no other, and what is done is on disk before the next one starts. A second
-call goes on where the first stopped: with the same ``--out``, or with ``--carry`` and the archive
-that the first one left. The machine needs a plain ``python3`` with torch, and neither git nor
-Jupyter nor a network.
+fails or hangs stops no other, and what is done is on disk before the next one starts. First every
+record is tried out, all side by side and tiny, beside the tests: what breaks should break in the
+first minute. The records run ``--lanes`` at a time, as none of them fills the device all the while.
+A second call goes on where the first stopped: with the same ``--out``, or with ``--carry`` and the
+archive that the first one left; ``--stages tried right speed`` is a first call that only looks.
+The machine needs a plain ``python3`` with torch, and neither git nor Jupyter nor a network.
 
 ``--out`` gets five files, each below 16 MB: ``table.txt``, ``log.txt``, ``stages.json``,
 ``engine.json`` and ``carry.tar.gz``, which holds the others' state, the records, and the measured
@@ -32,14 +34,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gpu_pack
-from gpu_sizes import DESIGNS, SLOW, TINY, Design, Sized, size, speeds
+from gpu_sizes import DESIGNS, SLOW, TINY, TRIALS, Design, Sized, Trial, size, speeds
 
 ROOT = Path(__file__).resolve().parents[1]
 PACK_S = 15.0
@@ -52,6 +56,8 @@ ATTEMPTS = 2
 """A stage that failed is tried once more, in the next call."""
 ROOM = 8_000_000_000
 """Bytes that have to be free in memory for the run store to lie there."""
+LANES = 2
+"""Records that run at a time."""
 UNFINISHED = 75
 """Exit code of a record that stopped before its limit; the same command goes on."""
 
@@ -133,10 +139,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a stage will do: its processes, and what the next call has to know of it."""
+    """What a stage will do: its processes, and what the next call has to know of it.
+
+    Arguments:
+        together: they run side by side, instead of one after the other.
+    """
 
     steps: tuple[Step, ...]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,8 @@ class Stage:
         plan: given the seconds it gets and its notes of an earlier call: the processes, or why it
             is left out.
         finish: the outcomes -> state (``done``, ``failed``, ``unfinished``) and result.
+        group: stages of one group that follow each other may run side by side; without one it has
+            the machine to itself.
     """
 
     name: str
@@ -155,6 +168,7 @@ class Stage:
     least_s: float
     plan: Callable[[Site, float, Mapping[str, Any]], Planned | str]
     finish: Callable[[Site, Sequence[Outcome], Mapping[str, Any]], tuple[str, str]]
+    group: str = ""
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -172,35 +186,74 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
                 time.sleep(0.02)
 
 
-def run(step: Step, limit_s: float, site: Site) -> Outcome:
-    """Run a process in a group of its own, its output at the end of the log."""
+class Desk:
+    """Processes at work, so that all of them can be ended at once, and the one log they share."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.stopped = False
+        self._working: set[subprocess.Popen[bytes]] = set()
+
+    def start(self, process: subprocess.Popen[bytes]) -> None:
+        with self.lock:
+            self._working.add(process)
+            stopped = self.stopped
+        if stopped:
+            end_group(process)
+
+    def done(self, process: subprocess.Popen[bytes]) -> None:
+        with self.lock:
+            self._working.discard(process)
+
+    def stop(self) -> None:
+        """End every process, and each that starts from now on."""
+        with self.lock:
+            self.stopped = True
+            working = list(self._working)
+        for process in working:
+            end_group(process)
+
+
+def run(step: Step, limit_s: float, site: Site, desk: Desk | None = None) -> Outcome:
+    """Run a process in a group of its own; what it said goes to the end of the log when it ends."""
+    desk = desk or Desk()
     limit = min(limit_s, step.limit_s)
-    with site.log.open("ab") as log:
-        log.write(f"$ {shlex.join(step.words)}  # at most {limit:.0f} s\n".encode())
-        log.flush()
-        begin = log.tell()
-        start = time.monotonic()
+    head = f"$ {shlex.join(step.words)}  # at most {limit:.0f} s\n"
+    start = time.monotonic()
+    with tempfile.TemporaryFile(dir=site.work) as own:
         process = subprocess.Popen(
             step.words,
             cwd=ROOT,
             env=site.environment(),
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=own,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         code: int | None = None
         try:
+            desk.start(process)
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             pass
         finally:
             end_group(process)
-    said = site.log.read_bytes()[begin:].decode(errors="replace")
-    how = "killed at its limit" if code is None else f"exit code {code}"
-    with site.log.open("a", encoding="utf-8") as end:
-        end.write(f"# {how}, {time.monotonic() - start:.1f} s\n")
-    return Outcome(code, said)
+            desk.done(process)
+            own.seek(0)
+            said = own.read()
+            how = "killed at its limit" if code is None else f"exit code {code}"
+            foot = f"# {how}, {time.monotonic() - start:.1f} s\n"
+            with desk.lock, site.log.open("ab") as log:
+                log.write(head.encode() + shortened(said, LOG_LIMIT) + foot.encode())
+    return Outcome(code, said.decode(errors="replace"))
+
+
+def shortened(said: bytes, limit: int) -> bytes:
+    """Without its middle, if it is longer than allowed."""
+    if len(said) <= limit:
+        return said
+    cut = f"\n… {len(said) - limit:,} bytes cut …\n".encode()
+    return said[: limit // 2] + cut + said[-(limit // 2) :]
 
 
 def first_error(log: str) -> str:
@@ -256,7 +309,38 @@ def right(tiny: bool) -> Stage:
             return "done", summary
         return "failed", f"{why(outcomes)} ({summary})"
 
-    return Stage("right", SLOW if tiny else 60, 15, plan, finish)
+    return Stage("right", SLOW if tiny else 110, 15, plan, finish, group="right")
+
+
+def tried(tiny: bool, trials: Sequence[Trial]) -> Stage:
+    """Every record, so small that only its running counts, all side by side; nothing is kept."""
+
+    def plan(site: Site, slot: float, notes: Mapping[str, Any]) -> Planned:
+        steps = []
+        for number, trial in enumerate(trials):
+            words = ["-m", "companion", "record", trial.chapter, "--profile", trial.profile]
+            for setting in trial.settings:
+                words += ["-p", setting]
+            words += ["--name", f"tried-{number}", "--commit", site.commit]
+            words += ["--root", str(site.book), *(["--dry-run"] if trial.dry else [])]
+            steps.append(Step(python(*words), slot))
+        return Planned(tuple(steps), {}, together=True)
+
+    def finish(
+        site: Site, outcomes: Sequence[Outcome], notes: Mapping[str, Any]
+    ) -> tuple[str, str]:
+        for path in site.recorded.glob("*/tried-*.json"):
+            path.unlink()
+        bad = [
+            f"{trial.stage}: {why([outcome])}"
+            for trial, outcome in zip(trials, outcomes, strict=True)
+            if outcome.code != 0
+        ]
+        if bad:
+            return "failed", f"{len(bad)} of {len(trials)}: " + "; ".join(bad)
+        return "done", f"{len(trials)} of {len(trials)} records run"
+
+    return Stage("tried", SLOW if tiny else 110, 15, plan, finish, group="right")
 
 
 def speed(tiny: bool) -> Stage:
@@ -379,7 +463,6 @@ def recording(design: Design) -> Stage:
             words += ["-p", setting]
         words += ["--name", design.name, "--commit", site.commit, "--root", str(site.book)]
         words += ["--engine", sized.engine] if sized.engine else []
-        words += ["--dry-run"] if design.dry else []
         words += ["--time-limit", f"{slot - 5:.0f}"]  # the process needs a moment to end, too
         return Planned((Step(python(*words), slot),), {"sized": asdict(sized)})
 
@@ -392,18 +475,20 @@ def recording(design: Design) -> Stage:
         source = "measured" if sized.measured else "guessed"
         how += f", {sized.expected_s:.0f} s expected from {source} speeds"
         if outcomes[0].code == 0:
-            return "done", f"{'prepared' if design.dry else design.name}: {how}"
+            return "done", f"{design.name}: {how}"
         if outcomes[0].code == UNFINISHED:
             said = [line for line in outcomes[0].log.splitlines() if "Stored:" in line]
             return "unfinished", f"{how}. {said[-1] if said else 'It goes on in the next call.'}"
         return "failed", f"{why(outcomes)} ({how})"
 
-    return Stage(design.stage, design.limit_s, design.least_s, plan, finish)
+    return Stage(design.stage, design.limit_s, design.least_s, plan, finish, group="records")
 
 
 def stages(tiny: bool) -> tuple[Stage, ...]:
     """All of them, the most valuable first."""
-    return (right(tiny), speed(tiny), *(recording(d) for d in (TINY if tiny else DESIGNS)))
+    designs = TINY if tiny else DESIGNS
+    trials = TRIALS if tiny else tuple(d.trial for d in designs)
+    return (tried(tiny, trials), right(tiny), speed(tiny), *(recording(d) for d in designs))
 
 
 # ---- state, archive and table
@@ -520,20 +605,10 @@ def restore(site: Site, archive: Path) -> dict[str, Any]:
     return state
 
 
-def trim(path: Path, begin: int, limit: int) -> None:
-    """Cut the middle out of what a log holds from ``begin`` on, if it is longer than allowed."""
-    with path.open("r+b") as log:
-        log.seek(0, os.SEEK_END)
-        length = log.tell() - begin
-        if length <= limit:
-            return
-        log.seek(begin)
-        first = log.read(limit // 2)
-        log.seek(-limit // 2, os.SEEK_END)
-        last = log.read()
-        log.seek(begin)
-        log.write(first + f"\n… {length - limit:,} bytes cut …\n".encode() + last)
-        log.truncate()
+def trim(path: Path, limit: int) -> None:
+    """Cut the middle out of a log that is longer than allowed."""
+    if path.stat().st_size > limit:
+        path.write_bytes(shortened(path.read_bytes(), limit))
 
 
 def table(state: Mapping[str, Any]) -> str:
@@ -578,62 +653,110 @@ def ask_anew(state: dict[str, Any], found: str) -> None:
                 row |= {"state": "new", "attempts": 0}
 
 
+def groups(todo: Sequence[Stage]) -> list[list[Stage]]:
+    """Stages that may run side by side: those of one group that follow each other."""
+    found: list[list[Stage]] = []
+    for stage in todo:
+        if stage.group and found and found[-1][0].group == stage.group:
+            found[-1].append(stage)
+        else:
+            found.append([stage])
+    return found
+
+
 def go(
-    site: Site, todo: Sequence[Stage], state: dict[str, Any], until: float, archive: int = LIMIT
+    site: Site,
+    todo: Sequence[Stage],
+    state: dict[str, Any],
+    until: float,
+    archive: int = LIMIT,
+    lanes: int = LANES,
 ) -> dict[str, Any]:
-    """Run the stages that are not settled, until ``until`` (``time.monotonic``) at the latest."""
+    """Run the stages that are not settled, until ``until`` (``time.monotonic``) at the latest.
+
+    Arguments:
+        lanes: stages of one group that run at a time.
+    """
+    desk = Desk()
     rows = {row["name"]: row for row in state.get("stages", [])}
+    others = [name for name in rows if name not in {stage.name for stage in todo}]
 
     def save() -> None:
-        state["stages"] = [rows[s.name] for s in todo if s.name in rows]
+        state["stages"] = [rows[n] for n in (*others, *(s.name for s in todo)) if n in rows]
         pack(site, state, archive)
 
-    for stage in todo:
-        old = rows.get(stage.name, {"seconds": 0.0, "attempts": 0, "notes": {}, "state": "new"})
-        if old["state"] in SETTLED:
-            continue
+    def work(stage: Stage) -> None:
         slot = min(stage.limit_s, until - PACK_S - time.monotonic())
-        row = {**old, "name": stage.name}
-        rows[stage.name] = row
-        if slot < stage.least_s:
-            if old["state"] in ("new", "left out"):
-                row |= {"state": "left out", "result": "no time was left for it"}
-            continue
+        start = time.monotonic()
+        with desk.lock:
+            old = rows.get(stage.name, {"seconds": 0.0, "attempts": 0, "notes": {}, "state": "new"})
+            if old["state"] in SETTLED or desk.stopped:
+                return
+            row = rows[stage.name] = {**old, "name": stage.name}
+            if slot < stage.least_s:
+                if old["state"] in ("new", "left out"):
+                    row |= {"state": "left out", "result": "no time was left for it"}
+                return
+            with site.log.open("a", encoding="utf-8") as log:
+                log.write(f"=== {stage.name}: {slot:.0f} s\n")
         # Sized anew, unless it goes on where it stopped.
         notes = old["notes"] if old["state"] in GOES_ON else {}
-        start = time.monotonic()
-        begin = site.log.stat().st_size if site.log.exists() else 0
-        with site.log.open("a", encoding="utf-8") as log:
-            log.write(f"=== {stage.name}: {slot:.0f} s\n")
+        found: dict[str, Any]
         try:
             planned = stage.plan(site, slot, notes)
             if isinstance(planned, str):
                 row |= {"state": "left out", "result": planned}
                 print(f"{stage.name}: left out, {planned}", flush=True)
-                continue
+                return
             print(f"{stage.name}: at most {slot:.0f} s", flush=True)
             # Should this call be ended from outside, the next one knows that it was at work.
             row |= {"state": "interrupted", "result": "the call ended while it ran"}
             row |= {"notes": dict(planned.notes)}
-            outcomes = []
-            for step in planned.steps:
-                left = start + slot - time.monotonic()
-                if left > 1:
-                    outcomes.append(run(step, left, site))
-            row["state"], row["result"] = stage.finish(site, outcomes, planned.notes)
+            outcomes = processes(planned, start + slot)
+            if desk.stopped:
+                return
+            ended, said = stage.finish(site, outcomes, planned.notes)
+            found = {"state": ended, "result": said}
         except Exception as error:  # of the plan or of reading results: the others still run
-            row |= {"state": "failed", "result": f"{type(error).__name__}: {error}"}
-        finally:
-            if row["state"] != "left out":
-                row["seconds"] = round(old["seconds"] + time.monotonic() - start, 1)
-                row["attempts"] = old["attempts"] + (row["state"] == "failed")
+            found = {"state": "failed", "result": f"{type(error).__name__}: {error}"}
+        with desk.lock:
+            row |= found
+            row["seconds"] = round(old["seconds"] + time.monotonic() - start, 1)
+            row["attempts"] = old["attempts"] + (row["state"] == "failed")
             if row["state"] == "failed" and row["attempts"] >= ATTEMPTS:
                 row["state"] = "given up"
-            trim(site.log, begin, LOG_LIMIT)
-            trim(site.log, 0, LOGS_LIMIT)
+            trim(site.log, LOGS_LIMIT)
             save()
-        print(f"{stage.name}: {row['state']}, {row['seconds']:.0f} s, {row['result']}", flush=True)
-    save()
+        said = f"{row['state']}, {row['seconds']:.0f} s, {row['result']}"
+        print(f"{stage.name}: {said}", flush=True)
+
+    def processes(planned: Planned, deadline: float) -> list[Outcome]:
+        def one(step: Step) -> Outcome | None:
+            left = deadline - time.monotonic()
+            return run(step, left, site, desk) if left > 1 and not desk.stopped else None
+
+        if not planned.together:
+            done = [one(step) for step in planned.steps]
+        else:
+            with ThreadPoolExecutor(max(1, len(planned.steps))) as pool:
+                done = list(pool.map(one, planned.steps))
+        return [outcome for outcome in done if outcome is not None]
+
+    try:
+        for group in groups(todo):
+            with ThreadPoolExecutor(max(1, lanes)) as pool:
+                try:
+                    # The main thread only waits, so that a signal reaches it.
+                    futures = [pool.submit(work, stage) for stage in group]
+                    wait(futures, return_when=FIRST_EXCEPTION)
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    desk.stop()
+                    raise
+    finally:
+        save()
     return state
 
 
@@ -694,6 +817,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=6.0, help="for everything together")
     parser.add_argument("--out", type=Path, help="gets the results; five files")
     parser.add_argument("--carry", type=Path, help="carry.tar.gz of an earlier call: go on")
+    parser.add_argument(
+        "--stages", nargs="+", metavar="NAME", help="only these, by the beginning of their names"
+    )
+    parser.add_argument("--lanes", type=int, default=LANES, help="records that run at a time")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU, in a minute")
     parser.add_argument("--unpack", type=Path, metavar="DIR", help="results into place, at home")
     parser.add_argument("--pack", type=Path, default=ROOT / gpu_pack.FOLDER)
@@ -746,7 +873,8 @@ def main(arguments: list[str] | None = None) -> int:
         cards = [*state.get("cards", []), found]
         ask_anew(state, found)
         state |= {"commit": commit, "cards": list(dict.fromkeys(cards)), "not carried": []}
-        go(site, stages(tiny), state, began + 60 * options.minutes)
+        todo = [s for s in stages(tiny) if s.name.startswith(tuple(options.stages or [""]))]
+        go(site, todo, state, began + 60 * options.minutes, lanes=options.lanes)
     finally:
         if (out / "table.txt").is_file():
             print((out / "table.txt").read_text(encoding="utf-8"), flush=True)

@@ -14,11 +14,13 @@ from gpu_sizes import (
     SPARE,
     START_S,
     TINY,
+    TRIALS,
     Design,
     Load,
     Pairs,
     Rate,
     Speeds,
+    Trial,
     seconds,
     sensible,
     size,
@@ -191,6 +193,13 @@ def test_the_counts_are_those_of_the_chapters_budget(
 
 
 # ---- the table
+
+
+@pytest.mark.parametrize("one", [*(d.trial for d in DESIGNS), *TRIALS], ids=lambda t: t.stage)
+def test_the_chapters_take_what_is_tried_out(one: Trial) -> None:
+    """Every parameter of a trial is one of its chapter."""
+    asked = prepare(Book(ROOT), one.chapter, one.profile, one.settings, "tried")
+    assert asked.parameters()["steps"] <= 200
 
 
 @pytest.mark.parametrize("one", [*DESIGNS, *TINY], ids=lambda d: d.stage)

@@ -39,11 +39,13 @@ def site(tmp_path: Path) -> Site:
     return made
 
 
-def stub(name: str, *code: str, limit: float = 30, least: float = 0) -> Stage:
+def stub(name: str, *code: str, limit: float = 30, least: float = 0, **more: Any) -> Stage:
     """A stage whose processes are these programs."""
+    together = more.pop("together", False)
 
     def plan(site: Site, slot: float, notes: Mapping[str, Any]) -> Planned:
-        return Planned(tuple(Step((sys.executable, "-c", c), slot) for c in code), {"slot": slot})
+        steps = tuple(Step((sys.executable, "-c", c), slot) for c in code)
+        return Planned(steps, {"slot": slot}, together)
 
     def finish(
         site: Site, outcomes: Sequence[Outcome], notes: Mapping[str, Any]
@@ -54,13 +56,16 @@ def stub(name: str, *code: str, limit: float = 30, least: float = 0) -> Stage:
             return "unfinished", "more to do"
         return "failed", on_gpu.why(outcomes)
 
-    return Stage(name, limit, least, plan, finish)
+    return Stage(name, limit, least, plan, finish, **more)
 
 
-def go(site: Site, *todo: Stage, minutes: float = 5, state: Any = None) -> dict[str, Any]:
+def go(
+    site: Site, *todo: Stage, minutes: float = 5, state: Any = None, lanes: int = 1
+) -> dict[str, Any]:
     """One call."""
     until = time.monotonic() + 60 * minutes
-    return on_gpu.go(site, todo, state or {"commit": "abc", "cards": ["A card"]}, until)
+    state = state or {"commit": "abc", "cards": ["A card"]}
+    return on_gpu.go(site, todo, state, until, lanes=lanes)
 
 
 def gone(pid: int) -> bool:
@@ -154,6 +159,76 @@ def test_children_know_where_they_are(site: Site) -> None:
     assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     assert environment["PYTHONUNBUFFERED"] == "1" and environment["MPLBACKEND"] == "Agg"
+
+
+# ---- side by side
+
+
+def meet(folder: Path, own: str, other: str) -> str:
+    """A program that ends well once the other one runs, and badly if it never does."""
+    return (
+        "import pathlib, time\n"
+        f"folder = pathlib.Path({str(folder)!r})\n"
+        f"(folder / {own!r}).touch()\n"
+        "until = time.monotonic() + 20\n"
+        f"while not (folder / {other!r}).exists():\n"
+        "    assert time.monotonic() < until, 'alone'\n"
+        "    time.sleep(0.02)\n"
+        f"print('met', {own!r})"
+    )
+
+
+def test_records_run_side_by_side_and_others_alone(site: Site, tmp_path: Path) -> None:
+    """Two of one group meet; the stages of another group wait for them; the log is not mixed."""
+    first = stub("a", meet(tmp_path, "a", "b"), group="records")
+    second = stub("b", meet(tmp_path, "b", "a"), group="records")
+    after = stub("c", meet(tmp_path, "c", "a"))
+    assert [[s.name for s in g] for g in on_gpu.groups([after, first, second, after])] == [
+        ["c"],
+        ["a", "b"],
+        ["c"],
+    ]
+    found = go(site, first, second, after, lanes=2)
+    assert [row["state"] for row in found["stages"]] == ["done"] * 3
+    assert [row["name"] for row in found["stages"]] == ["a", "b", "c"]
+    log = site.log.read_text()
+    assert log.count("met a") == 1 and re.search(r"# at most \d+ s\nmet b\n# exit code 0", log)
+
+
+def test_the_processes_of_one_stage_side_by_side(site: Site, tmp_path: Path) -> None:
+    codes = (meet(tmp_path, "a", "b"), meet(tmp_path, "b", "a"))
+    (row,) = go(site, stub("both", *codes, together=True))["stages"]
+    assert row["state"] == "done" and row["result"] == "met b"
+
+
+def test_every_record_is_tried_out_and_none_is_kept(site: Site) -> None:
+    """What fails is named by its stage; the files that were written for it go."""
+    trials = [d.trial for d in DESIGNS]
+    stage = on_gpu.tried(False, trials)
+    planned = stage.plan(site, 60, {})
+    assert isinstance(planned, Planned) and planned.together and len(planned.steps) == len(DESIGNS)
+    assert all("steps=" in " ".join(step.words) for step in planned.steps)
+    (site.recorded / "01_instability").mkdir(parents=True)
+    (site.recorded / "01_instability/tried-0.json").write_text("{}")
+    (site.recorded / "01_instability/gpu-mnist.json").write_text("{}")
+    well, bad = Outcome(0, ""), Outcome(1, "x\nRuntimeError: no such kernel\n")
+    state, said = stage.finish(site, [well, bad, *[well] * (len(trials) - 2)], {})
+    assert state == "failed"
+    assert (
+        said == f"1 of {len(trials)}: {trials[1].stage}: exit code 1: RuntimeError: no such kernel"
+    )
+    assert [p.name for p in site.recorded.glob("*/*")] == ["gpu-mnist.json"]
+    assert stage.finish(site, [well] * len(trials), {})[0] == "done"
+
+
+def test_only_some_stages_and_the_rest_is_remembered(site: Site) -> None:
+    """A call for some stages keeps what an earlier one knows of the others."""
+    first = go(site, stub("a", "print(1)"), stub("b", "raise SystemExit(1)"))
+    again = go(site, stub("b", "print(2)"), state=first)
+    assert [(row["name"], row["state"]) for row in again["stages"]] == [
+        ("a", "done"),
+        ("b", "done"),
+    ]
 
 
 # ---- time, and the second call
@@ -535,7 +610,8 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     state = json.loads((out / "stages.json").read_text())
     assert [row["name"] for row in state["stages"]] == [s.name for s in on_gpu.stages(True)]
     assert {row["state"] for row in state["stages"]} == {"done"}, done.stdout
-    assert "passed" in state["stages"][0]["result"] and "expected from measured" in done.stdout
+    assert "3 of 3 records run" in state["stages"][0]["result"]
+    assert "passed" in state["stages"][1]["result"] and "expected from measured" in done.stdout
     assert len(list(out.rglob("*"))) == 5 <= 8
     assert not list(tmp_path.glob("companion-rehearsal-*"))
     engine = json.loads((out / "engine.json").read_text())
