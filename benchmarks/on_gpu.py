@@ -113,6 +113,8 @@ class Site:
             "MPLBACKEND": "Agg",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # read at the first product of a process
             "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # the default runs 8 streams side by side
+            # Several processes share the cores; each with all of them would slow all of them.
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4)),
             "COMPANION_RUNS": str(self.work / "runs"),
             "COMPANION_DATA": str(self.data or self.work / "data"),
             # Compiled kernels are loaded from there, which a memory file system may not allow.

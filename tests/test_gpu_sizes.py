@@ -64,6 +64,9 @@ def test_a_step_takes_as_long_as_the_next_larger_group() -> None:
     assert [known.step_s("lenet", "vmap", m) for m in (1, 2, 9)] == [1.0, 2.0, 2.0]
     assert known.step_s("lenet", "vmap", 27) == 6.0  # three groups, one after the other
     assert known.step_s("lenet", "graphs", 1) is None
+    # Captured steps are not padded: five networks cost what lies between three and nine.
+    steps = Speeds({("resnet20", "graphs"): {3: Rate(2.0), 9: Rate(5.0)}}, {})
+    assert [steps.step_s("resnet20", "graphs", m) for m in (1, 3, 5, 9)] == [2.0, 2.0, 3.0, 5.0]
 
 
 def test_measured_speeds_replace_estimates_network_by_network() -> None:

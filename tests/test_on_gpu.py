@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -462,7 +463,7 @@ def test_results_of_several_calls_are_one() -> None:
 
 
 def test_a_record_is_sized_and_asked_for(site: Site) -> None:
-    stage = on_gpu.recording(DESIGNS[0])
+    stage = on_gpu.recording(replace(DESIGNS[0], most=12_000))
     planned = stage.plan(site, 9000, {})
     assert isinstance(planned, Planned)
     words = planned.steps[0].words

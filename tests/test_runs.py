@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from companion.errors import BadParameter, CompanionError, CorruptEntry, StoreUnwritable
 from companion.runs import Entry, Store, canonical, digest
@@ -514,3 +515,21 @@ def test_a_planted_pickle_is_never_run(entry: Entry, tmp_path: Path) -> None:
             entry.read_json(name)
     assert entry.verify() == []
     assert next(iter(entry.store.entries())).identity == entry.identity
+
+
+def test_tensors_come_back_in_the_order_they_were_written_in(tmp_path: Path) -> None:
+    """What takes "the middle matrix" of a state dict takes another one if they do not."""
+    names = ["z", "head.weight", "b", "a", "m.0", "m.10", "m.2"]
+    entry = Store(tmp_path).entry({"kind": "order"})
+    tensors = {n: torch.full((i + 1,), float(i)) for i, n in enumerate(names)}
+    tensors["count"] = torch.tensor(3)  # other types are stored apart
+    entry.write_tensors("w.safetensors", tensors)
+    for _ in range(5):
+        assert list(entry.read_tensors("w.safetensors")) == [*names, "count"]
+
+
+def test_tensors_of_an_older_store_come_back_in_one_order(tmp_path: Path) -> None:
+    """Without a note of the order it is that of the file, the same at every load."""
+    entry = Store(tmp_path).entry({"kind": "order"})
+    entry._write("w.safetensors", save({n: torch.zeros(1) for n in "gcfa"}))
+    assert [list(entry.read_tensors("w.safetensors")) for _ in range(5)] == [list("acfg")] * 5

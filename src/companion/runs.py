@@ -86,6 +86,16 @@ def _unwritable(folder: Path, e: OSError) -> StoreUnwritable:
     )
 
 
+def _order(raw: bytes) -> list[str]:
+    """Names of a safetensors file as they were written; of one without that note, by position."""
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    noted = header.pop("__metadata__", {}).get("order")
+    if noted is not None:
+        return [str(name) for name in json.loads(noted)]
+    return sorted(header, key=lambda name: header[name]["data_offsets"])
+
+
+
 @dataclass(frozen=True)
 class Entry:
     """One entry of a store. Holding one costs nothing and touches no file."""
@@ -181,21 +191,25 @@ class Entry:
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Store tensors as ``name`` (``….safetensors``). Shared storage is stored apart.
 
+        The format has no order of its own, so the order of ``tensors`` is stored beside them.
+
         Raises:
             StoreUnwritable: no space, or no permission; nothing half-written stays.
         """
         flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-        self._write(name, save_bytes(flat))
+        self._write(name, save_bytes(flat, {"order": json.dumps(list(flat))}))
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Load tensors to the CPU after verifying their checksum.
+        """Load tensors to the CPU after verifying their checksum, in the order they were written in.
 
         Raises:
             KeyError: not stored.
             CorruptEntry: stored, but the bytes are not those that were written.
         """
         try:
-            return load_bytes(self._read(name))
+            raw = self._read(name)
+            loaded = load_bytes(raw)
+            return {name: loaded[name] for name in _order(raw)}
         except SafetensorError as e:
             raise CorruptEntry(f"run store: {self.path / name} is no safetensors file") from e
 

@@ -233,7 +233,7 @@ def plane(
     names = walker.layout.parameters
     for theta, name in ((origin, "origin"), (a, "A"), (b, "B")):
         check(walker.module, theta, name)
-    o, u, v = (flatten(t, names) for t in (origin, a, b))
+    o, u, v = (flatten(t, names).to(walker.device) for t in (origin, a, b))
     u, v = u - o, v - o
     ax = float(u.norm())
     bx = float(u @ v) / ax if ax else 0.0
