@@ -200,7 +200,7 @@ class Entry:
         self._write(name, save_bytes(flat, {"order": json.dumps(list(flat))}))
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Load tensors to the CPU after verifying their checksum, in the order they were written in.
+        """Load tensors to the CPU after verifying their checksum, in the order of writing.
 
         Raises:
             KeyError: not stored.
