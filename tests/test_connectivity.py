@@ -560,6 +560,20 @@ def test_plane() -> None:
         assert table[3][1] == pytest.approx(getattr(own, metric), rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.gpu
+def test_a_plane_takes_networks_from_any_device() -> None:
+    """One network as loaded, on the CPU, another as matched, on the GPU."""
+    module = nn.Linear(2, 3)
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    split = Split(x, torch.arange(8) % 3)
+    ends = [{k: torch.randn_like(v) for k, v in module.state_dict().items()} for _ in range(3)]
+    there = Split(split.x.cuda(), split.y.cuda())
+    mixed = [ends[0], {k: v.cuda() for k, v in ends[1].items()}, ends[2]]
+    found = plane(module, *mixed, {"test": there}, points=3)
+    expected = plane(module, *ends, {"test": split}, points=3)
+    assert found.x == pytest.approx(expected.x)
+
+
 def test_plane_reaches_beyond_its_networks() -> None:
     found = plane(net(0), corner(0, 0), corner(2, 0), corner(1, 3), SPLITS, points=3, margin=0.25)
     assert found.x == pytest.approx([-0.5, 1, 2.5], abs=1e-5)

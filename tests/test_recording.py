@@ -195,6 +195,8 @@ def test_a_recording_holds_what_a_reader_needs(root):
         "steps": 24,
         "lr": 0.1,
     }
+    # What is said of the code counts, also where git knows another commit.
+    assert found["provenance"]["code"] == {"commit": "abc", "changed": None}
     assert len(found["source"]) == 64 and found["seconds"] > 0 and found["pieces"] == 1
     assert [c["claim"]["id"] for c in found["claims"]] == ["C01", "C02"]
     curve = found["figures"]["instability"]["data"]["mlp, test"]

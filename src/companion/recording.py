@@ -195,7 +195,7 @@ class _Piece:
         """Where this is measured: what :func:`closing.closed` takes."""
         assert self.budget is not None
         found = {k: v for k, v in provenance.record().items() if k in _ORIGIN}
-        if found["code"] is None and self.commit:
+        if self.commit:
             found["code"] = {"commit": self.commit, "changed": None}
         return {"device": str(resolve_device(self.budget.device)), **found}
 
@@ -263,7 +263,7 @@ def record(
         time_limit: seconds after ``started`` (``time.monotonic``; default: now) before which to
             have stopped; None: no limit.
         dry_run: print the budget and stop.
-        commit: of the code, where git is not at hand.
+        commit: of the code, if it is not what git says here (a copy without its history).
         engine: one of :data:`companion.training.ENGINES`, for all training on a GPU.
         say: prints one line.
 
@@ -467,7 +467,7 @@ def _document(r: Recording, found: page.Captured, commit: str | None) -> dict[st
             f"chapters/{r.chapter}.md: a recording needs verdicts (claims.show), and provenance "
             "with `dataset` and `device` (provenance.show); the chapter shows no such thing."
         )
-    if provenance.get("code") is None and commit:
+    if commit:
         provenance = {**provenance, "code": {"commit": commit, "changed": None}}
     document = {
         "format": FORMAT,

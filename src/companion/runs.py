@@ -95,7 +95,6 @@ def _order(raw: bytes) -> list[str]:
     return sorted(header, key=lambda name: header[name]["data_offsets"])
 
 
-
 @dataclass(frozen=True)
 class Entry:
     """One entry of a store. Holding one costs nothing and touches no file."""

@@ -47,7 +47,7 @@ def command(
         str, typer.Option(help="Of the file; default: the profile and what -p changes.")
     ] = "",
     commit: Annotated[
-        str | None, typer.Option(help="Of this copy of the code, where git is not at hand.")
+        str | None, typer.Option(help="Of this copy of the code, where git does not know it.")
     ] = None,
     close: Annotated[
         bool,
