@@ -44,10 +44,11 @@ notebooks: $(NOTEBOOKS) ## build/notebooks/*.ipynb, for papermill or Jupyter
 test: $(READY) ## all tests; ARGS="-m 'not slow'" for the quick ones
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-lint: $(READY) $(NOTEBOOKS) ## ruff, formatting and types, of the package and of the chapters' cells
+lint: $(READY) $(NOTEBOOKS) ## ruff, formatting, types and the direction of imports, of the package and the chapters' cells
 	$(BIN)/ruff check . $(NOTEBOOKS)
 	$(BIN)/ruff format --check . $(NOTEBOOKS)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(READY) ## format the package and the chapters' cells, and mend what ruff can mend
 	$(BIN)/ruff check --fix

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from companion import data as datasets
 from companion import models
 from companion.connectivity import segment
+from companion.core.errors import MissingData
+from companion.core.seeds import Key
+from companion.core.theta import snapshot
 from companion.data import Split
-from companion.errors import MissingData
-from companion.pairs import Evaluation
-from companion.seeds import Key
-from companion.theta import snapshot
+from companion.experiments.pairs import Evaluation
 
 BATCH = 500  # the walker's own; a DataLoader with a smaller one would be slower
 NETS = ("mlp:widths=100x5", "resnet8:norm=group,width=8")

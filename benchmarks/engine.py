@@ -31,9 +31,9 @@ import torch
 from harness import machine, write
 from torch import nn
 
+from companion.core.numerics import exact_float32
+from companion.core.theta import snapshot
 from companion.data import Dataset, Split, resolve_device
-from companion.numerics import exact_float32
-from companion.theta import snapshot
 from companion.training import Recipe, Run, State, advance, advance_many, build
 from companion.training.feed import Feed
 from companion.training.replicas import most_replicas, replica_bytes, reproducible

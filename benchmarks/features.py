@@ -36,11 +36,11 @@ from torch import nn
 
 from companion import data as datasets
 from companion import models
+from companion.core.errors import MissingData
+from companion.core.seeds import Key
+from companion.core.theta import affine, layout, snapshot
 from companion.data import Split
-from companion.errors import MissingData
 from companion.features import Features, features, sites
-from companion.seeds import Key
-from companion.theta import affine, layout, snapshot
 
 ALPHAS = (0.25, 0.5, 0.75)
 BATCH = 500

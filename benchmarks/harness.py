@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from companion import provenance
+from companion.report import provenance
 
 BUSY = 0.1
 """Share of the cores that other programs may use before and after a turn that counts."""

@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from companion import data as datasets
 from companion import models
+from companion.core.errors import MissingData
+from companion.core.seeds import Key
+from companion.core.theta import snapshot
 from companion.data import Split
-from companion.errors import MissingData
+from companion.experiments.pairs import Evaluation
 from companion.layerwise import Groups, Sweep, layer_groups, sweep
-from companion.pairs import Evaluation
-from companion.seeds import Key
-from companion.theta import snapshot
 
 BATCH = 256
 ALPHAS = (0.0, 0.5, 1.0)

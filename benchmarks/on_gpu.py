@@ -289,11 +289,11 @@ def python(*words: str | Path) -> tuple[str, ...]:
 
 def right(tiny: bool) -> Stage:
     """The tests that need a GPU; in a rehearsal what a CPU can run of their kind."""
-    files = ["replicas", "training", "data", "seeds", "features"]
-    chosen = ["-m", "gpu", "-k", "not compile", *(f"tests/test_{name}.py" for name in files)]
+    folders = ["training", "data", "core", "connectivity", "features"]
+    chosen = ["-m", "gpu", "-k", "not compile", *(f"tests/{name}" for name in folders)]
     if tiny:
         asked = "engines_agree_with_the_loop_in_float64 or the_null_control_trains"
-        chosen = ["-k", asked, "tests/test_replicas.py"]
+        chosen = ["-k", asked, "tests/training/test_replicas.py"]
     # A new warning of a new torch must not fail a test here; the project's options do that.
     plain = ["-q", "-W", "default", "-o", "addopts=", "-p", "no:cacheprovider"]
 

@@ -19,9 +19,9 @@ from harness import write
 
 from companion import models
 from companion.connectivity import Walker
+from companion.core.seeds import Key
+from companion.core.theta import snapshot
 from companion.data import Split, resolve_device
-from companion.seeds import Key
-from companion.theta import snapshot
 
 # By the names of the engine's benchmark: the network, a small one in its place, and an image.
 NETS = {

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from companion import data as datasets
 from companion import models
+from companion.core.runs import Store
+from companion.core.theta import snapshot
 from companion.data import Augmentation, Augmenter, Dataset
-from companion.runs import Store
-from companion.theta import snapshot
 from companion.training import Job, Recipe, Run, State, advance, build, train
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]

@@ -37,9 +37,9 @@ from harness import Contender, Patience, alternate, machine, ratio, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from companion.core.seeds import Key
+from companion.core.theta import distance, layout
 from companion.rebasin import Spec, derive, weight_matching
-from companion.seeds import Key
-from companion.theta import distance, layout
 
 HERE = Path(__file__).parent
 NOISE = 0.01  # of each tensor's standard deviation

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from companion.runs import Store
+from companion.core.runs import Store
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

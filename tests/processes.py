@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from companion import data
-from companion.errors import CompanionError
-from companion.runs import Store
+from companion.core.errors import CompanionError
+from companion.core.runs import Store
 from companion.training import Job, Recipe, Run, engine, entry_of, train_one
 
 

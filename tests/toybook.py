@@ -45,7 +45,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from companion import claims, figures, provenance
+from companion.report import claims, figures, provenance
 
 figures.use_style()
 parameters = {"n": n, "slope": slope, "ks": ks}

@@ -13,7 +13,7 @@ from companion.book import notebooks as _notebooks
 from companion.book import site
 from companion.book.layout import Book
 from companion.book.stage import stage as _stage
-from companion.errors import CompanionError
+from companion.core.errors import CompanionError
 
 app = typer.Typer(
     add_completion=False,

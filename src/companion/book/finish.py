@@ -17,9 +17,9 @@ from typing import Any
 
 from companion.book.layout import Book, BookError
 from companion.book.parameters import declared, substituted
-from companion.figures import label
-from companion.locations import data_root, runs_root
-from companion.recorded import Record
+from companion.core.locations import data_root, runs_root
+from companion.report.figures import label
+from companion.report.recorded import Record
 
 #: Keys that papermill and nbclient put into metadata: times, paths, durations.
 _NOISE = ("papermill", "execution")

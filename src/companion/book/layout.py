@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from companion import plainyaml
-from companion.errors import BadParameter, CompanionError, one_of
+from companion.core import plainyaml
+from companion.core.errors import BadParameter, CompanionError, one_of
 
 
 class BookError(CompanionError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from companion.book import parameters
 from companion.book.layout import Book, BookError
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 

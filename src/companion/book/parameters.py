@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from companion import plainyaml
 from companion.book.layout import Book
-from companion.errors import BadParameter
+from companion.core import plainyaml
+from companion.core.errors import BadParameter
 
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _COMPUTED = object()  # a default that is not a literal: nothing to compare a type with

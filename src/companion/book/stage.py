@@ -17,10 +17,10 @@ from pathlib import Path
 
 import nbformat
 
-from companion import claims, recorded
 from companion.book.finish import Page, finish
 from companion.book.layout import Book, BookError
 from companion.book.notebooks import read
+from companion.report import claims, recorded
 
 #: Where the front page takes the scoreboard.
 MARKER = "<!-- scoreboard -->"

@@ -35,7 +35,7 @@ from companion.cli import (
     runs,
 )
 from companion.cli.console import error, warning
-from companion.errors import (
+from companion.core.errors import (
     BadParameter,
     CompanionError,
     CorruptData,

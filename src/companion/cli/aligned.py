@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from companion.cli.barrier import UNITS, heights, number
 from companion.cli.console import say, table
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from companion.connectivity import Barrier
+    from companion.core.theta import Theta
     from companion.data import Dataset
-    from companion.pairs import Evaluation
+    from companion.experiments.pairs import Evaluation
     from companion.rebasin import Matching, Spec
-    from companion.theta import Theta
 
 RESET = 1.0
 """Points of error barrier by which re-estimated BatchNorm must be better to be recommended."""
@@ -111,7 +111,7 @@ def barriers(
     import torch
 
     from companion.connectivity import barrier
-    from companion.theta import layout
+    from companion.core.theta import layout
 
     equal = all(torch.equal(here.a[n], here.b[n]) for n in layout(here.module).parameters)
     if equal:
@@ -197,7 +197,7 @@ def merged(
         alpha: 0 is A. form: ``reset``, ``forward``, ``closed`` or ``none``.
     """
     from companion.connectivity import Walker, has_batchnorm
-    from companion.matchers import examples_a_pass
+    from companion.experiments.matchers import examples_a_pass
     from companion.rebasin import repair
     from companion.rebasin.repair import merge
 

@@ -11,7 +11,7 @@ import typer
 from companion.cli.console import note, output, say, table, write_json
 from companion.cli.models import reachable
 from companion.cli.options import BnExamples, averaged
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:
     from companion.cli.checkpoints import Checkpoint
@@ -125,8 +125,8 @@ def command(
     from companion import models
     from companion.cli.checkpoints import fit, read, vocabulary
     from companion.connectivity import barrier
-    from companion.pairs import Evaluation
-    from companion.theta import distance, layout
+    from companion.core.theta import distance, layout
+    from companion.experiments.pairs import Evaluation
 
     evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
     ends = (read(a), read(b))

@@ -19,9 +19,9 @@ from safetensors.torch import load as load_bytes
 from torch import nn
 
 from companion.cli.runs import describe, stored_steps
-from companion.errors import BadParameter
-from companion.runs import Store
-from companion.theta import Theta, check, layout
+from companion.core.errors import BadParameter
+from companion.core.runs import Store
+from companion.core.theta import Theta, check, layout
 from companion.training import State
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 
 _PIPED = 200  # columns, where no terminal says how many: a key must not be cut in a log file
 
@@ -92,8 +92,8 @@ def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
     """Write a result with where it comes from; NaN and infinities become null. None: nothing."""
     if path is None:
         return
-    from companion import provenance
-    from companion.figures import to_json
+    from companion.report import provenance
+    from companion.report.figures import to_json
 
     whole = {**value, "provenance": provenance.record()}
     try:

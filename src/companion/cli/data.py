@@ -19,9 +19,9 @@ Name = Annotated[str, typer.Argument(help="A name that `companion data list` sho
 @app.command("list", epilog="Example: companion data list")
 def list_() -> None:
     """Show every dataset that has a name, whether it is here, and how to get it."""
+    from companion.core.locations import data_root
     from companion.data import catalogue
     from companion.data.parts import ALLOWED
-    from companion.locations import data_root
 
     rows = [
         (

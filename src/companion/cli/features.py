@@ -13,13 +13,13 @@ from companion.cli.barrier import named, number
 from companion.cli.console import note, output, say, table, write_json
 from companion.cli.models import reachable
 from companion.cli.options import BnExamples, averaged
-from companion.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of
 
 if TYPE_CHECKING:
+    from companion.connectivity.gates import Gate
     from companion.features import Features
     from companion.features.condition_values import Additivity, Commutativity
     from companion.features.stitching import Stitching
-    from companion.gates import Gate
 
 EXAMPLE = (
     "Example: companion features a.safetensors b.safetensors --model resnet20 --data cifar10 "
@@ -109,11 +109,11 @@ def command(
         raise BadParameter(f"--examples: {examples} must be 1 or more.")
 
     from companion import data as datasets
-    from companion import gates, models
+    from companion import models
     from companion.cli.checkpoints import fit, read, vocabulary
-    from companion.connectivity import has_batchnorm
+    from companion.connectivity import gates, has_batchnorm
+    from companion.core.theta import layout
     from companion.features import features
-    from companion.theta import layout
 
     checkpoints = (read(a), read(b))
     net = named("--model", model, checkpoints, "net")

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 from companion.cli.aligned import Aligned
 from companion.cli.console import say
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from companion.core.theta import Theta
     from companion.data import Dataset
     from companion.rebasin.rotation import Rotation
-    from companion.theta import Theta
 
 METHODS = ("folded", "rotated", "rotated-heads", "rotated-activations")
 
@@ -35,7 +35,7 @@ def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: in
         BadParameter: there is none.
     """
     from companion import models
-    from companion.seeds import Key
+    from companion.core.seeds import Key
 
     if models.is_own(net):
         raise BadParameter(
@@ -73,7 +73,7 @@ def rotated(
         BadParameter: no GPT network, or one whose folded form has no name. Unproven: a function
             changed.
     """
-    from companion.matchers import Method, turn
+    from companion.experiments.matchers import Method, turn
     from companion.rebasin import fold, function_gap
     from companion.rebasin.folding import TOLERANCE
 

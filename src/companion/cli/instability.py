@@ -13,12 +13,12 @@ from companion.cli.barrier import PICTURES, UNITS, number, summary
 from companion.cli.console import output, say, table, write_json
 from companion.cli.models import reachable
 from companion.cli.options import BnExamples, averaged
-from companion.errors import BadParameter, CorruptEntry
+from companion.core.errors import BadParameter, CorruptEntry
 
 if TYPE_CHECKING:
+    from companion.core.runs import Store
     from companion.data import Dataset
-    from companion.instability import Instability
-    from companion.runs import Store
+    from companion.experiments.instability import Instability
     from companion.training import Job, Recipe
 
 EXAMPLE = (
@@ -127,9 +127,9 @@ def command(
     output(plot, "--plot", PICTURES)
 
     from companion import data as datasets
-    from companion.instability import analyse, threshold_of
-    from companion.pairs import Evaluation
-    from companion.runs import Store
+    from companion.core.runs import Store
+    from companion.experiments.instability import analyse, threshold_of
+    from companion.experiments.pairs import Evaluation
     from companion.training import check_fit, recipe_from
 
     grid = numbers("--ks", ks, int)
@@ -230,7 +230,7 @@ def _jobs(
     schedule: Literal["continue", "restart"],
 ) -> list[Job]:
     """Every run that takes part and has something to train, with the states wanted of it."""
-    from companion.instability import copy, trunk
+    from companion.experiments.instability import copy, trunk
     from companion.training import Job, merge
 
     jobs = []

@@ -113,8 +113,8 @@ def command(
     from companion import data as datasets
     from companion import models
     from companion.cli.checkpoints import fit, read, vocabulary
+    from companion.experiments.pairs import Evaluation, averaging
     from companion.layerwise import Sweep, sweep
-    from companion.pairs import Evaluation, averaging
 
     settings = Sweep(
         by=_by(by),

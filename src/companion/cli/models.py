@@ -73,9 +73,9 @@ def show(
 ) -> None:
     """Show one network: canonical name, options, number of parameters, layers."""
     from companion import models
+    from companion.core.seeds import Key
+    from companion.core.theta import layout
     from companion.models.own import is_own
-    from companion.seeds import Key
-    from companion.theta import layout
 
     reachable(spec)
     data = data or _SHAPE_OF[models.takes(spec) or "images"]

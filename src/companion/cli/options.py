@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 
 BnExamples = Annotated[
     int | None,

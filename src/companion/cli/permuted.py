@@ -6,16 +6,16 @@ import time
 from typing import TYPE_CHECKING
 
 from companion.cli.aligned import Aligned, in_files_form, show
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from companion.core.seeds import Key
+    from companion.core.theta import Theta
     from companion.data import Dataset
     from companion.rebasin import Matching, Spec
-    from companion.seeds import Key
-    from companion.theta import Theta
 
 METHODS = ("weights", "activations", "ste", "greedy", "units")
 STARTS = ("weights", "units")
@@ -89,7 +89,7 @@ def _match(
     key: Key,
 ) -> Matching:
     from companion import rebasin
-    from companion.matchers import examples_a_pass
+    from companion.experiments.matchers import examples_a_pass
     from companion.rebasin import ste
 
     a, b = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from companion import figures
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.report import figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from companion.connectivity import Barrier
-    from companion.instability import Instability
+    from companion.experiments.instability import Instability
     from companion.layerwise import LayerBarriers
 
 _COLOURS = {"test": figures.OKABE_ITO["blue"], "train": figures.OKABE_ITO["vermillion"]}

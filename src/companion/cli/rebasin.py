@@ -12,14 +12,14 @@ from companion.cli.barrier import PICTURES, named, summary
 from companion.cli.console import note, output, say, write_json
 from companion.cli.models import reachable, shape_of
 from companion.cli.options import BnExamples, averaged
-from companion.errors import BadParameter, MissingData, one_of
+from companion.core.errors import BadParameter, MissingData, one_of
 
 if TYPE_CHECKING:
     import torch
 
     from companion.cli.checkpoints import Checkpoint
+    from companion.core.seeds import Key
     from companion.data import Dataset
-    from companion.seeds import Key
 
 EXAMPLE = (
     "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
@@ -163,9 +163,9 @@ def command(
     from companion import models
     from companion.cli.aligned import barriers, merged, show_barriers, write
     from companion.cli.checkpoints import fit, read
+    from companion.core.seeds import Key
     from companion.data import resolve_device
-    from companion.pairs import Evaluation
-    from companion.seeds import Key
+    from companion.experiments.pairs import Evaluation
 
     evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
     ends = (read(a), read(b))

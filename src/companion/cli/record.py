@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from companion.cli.console import note, say
-from companion.errors import BadParameter, OutOfTime
+from companion.core.errors import BadParameter, OutOfTime
 
 EXAMPLE = (
     "Example: companion record 01_instability --profile gpu -p dataset=mnist --time-limit 540. "
@@ -76,9 +76,9 @@ def command(
     input is wrong; 1 anything else.
     """
     from companion.book.layout import Book
-    from companion.locations import book_root
-    from companion.recording import close as closed
-    from companion.recording import prepare, record
+    from companion.book.recording import close as closed
+    from companion.book.recording import prepare, record
+    from companion.core.locations import book_root
 
     where = root or book_root()
     if where is None or not (where / "chapters").is_dir():

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli.console import say, size, table
-from companion.errors import CorruptEntry, one_of
+from companion.core.errors import CorruptEntry, one_of
 
 if TYPE_CHECKING:
-    from companion.runs import Entry, Store
+    from companion.core.runs import Entry, Store
 
 app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
@@ -86,7 +86,8 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     measured, and a federation, while its own are. Whatever refers by key to a run that is in
     the store, and is old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
-    from companion import aligned, featured, federated, pairs, training
+    from companion import training
+    from companion.experiments import aligned, featured, federated, pairs
     from companion.layerwise import stored
 
     today = {
@@ -127,7 +128,7 @@ def list_(
     kind: Annotated[str | None, typer.Option(help=f"Only one of {', '.join(KINDS)}.")] = None,
 ) -> None:
     """Show what is in the run store: key, kind, what it is, which steps are stored, size."""
-    from companion.runs import Store
+    from companion.core.runs import Store
 
     store = Store()
     entries = sorted(
@@ -159,7 +160,7 @@ def show(
 ) -> None:
     """Show one entry: its identity, its files, and a pair's barrier."""
     from companion.connectivity import Barrier
-    from companion.runs import Store
+    from companion.core.runs import Store
 
     entry = Store().find(key)
     say(entry.key)
@@ -178,7 +179,7 @@ def verify(
     key: Annotated[str | None, typer.Argument(help="One entry; without it, all of them.")] = None,
 ) -> None:
     """Read every stored byte and compare it with its checksum. Exit code 1 if anything is wrong."""
-    from companion.runs import Store
+    from companion.core.runs import Store
 
     store = Store()
     entries = [store.find(key)] if key else list(store.entries())
@@ -208,8 +209,8 @@ def export(
 
     Measured pairs need no networks: `--kind pair --kind null --kind recording` makes a small file.
     """
-    from companion import archive as archives
-    from companion.runs import Store
+    from companion.core import archive as archives
+    from companion.core.runs import Store
 
     for name in kind or []:
         one_of("kind", name, KINDS)
@@ -220,8 +221,8 @@ def export(
 @app.command("import", epilog="Example: companion runs import carried.tar")
 def import_(archive: Archive) -> None:
     """Add the entries of an exported file to the store. What is here already stays as it is."""
-    from companion import archive as archives
-    from companion.runs import Store
+    from companion.core import archive as archives
+    from companion.core.runs import Store
 
     store = Store()
     moved = archives.import_(archive, store)
@@ -237,7 +238,7 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> None:
     """Remove what no longer counts: made by older code, corrupt, left by killed writes."""
-    from companion.runs import Entry, Store
+    from companion.core.runs import Entry, Store
 
     store = Store()
     found = store.garbage(is_current(store))

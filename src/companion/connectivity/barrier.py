@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from companion import gates
+from companion.connectivity import gates
+from companion.connectivity.gates import Gate
 from companion.connectivity.paths import Curve, grid, segment, splits_of
 from companion.connectivity.walk import BN_EXAMPLES, BN_MODES, Walker, has_batchnorm
+from companion.core.errors import one_of
+from companion.core.theta import Theta, distance
 from companion.data import Dataset, Split
-from companion.errors import one_of
-from companion.gates import Gate
-from companion.theta import Theta, distance
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def barrier(
         bn_data, bn_examples: as :class:`Walker` takes them.
         classes: number of classes, for the default of gate G0 (default: the dataset's own,
             or one more than the largest label).
-        reference_error, max_error: percent, for gate G0 (:func:`companion.gates.quality`), on the
-            split ``test`` (or the last one).
+        reference_error, max_error: percent, for gate G0
+            (:func:`companion.connectivity.gates.quality`), on the split ``test`` (or the last one).
         same_noise: the two are a null control and may be equal.
         controls: gates checked once for the whole experiment (G1, G3), recorded with each barrier.
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from companion.connectivity.walk import Walker
+from companion.core.errors import BadParameter, one_of
+from companion.core.theta import Theta, check, flatten
 from companion.data import Dataset, Split
-from companion.errors import BadParameter, one_of
-from companion.theta import Theta, check, flatten
 
 DEFINITIONS = ("mean", "linear")
 """``mean``: above the mean of the two ends (Frankle et al. 2020, Section 2). ``linear``: above the

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from companion import deadline
+from companion.core import deadline
+from companion.core.errors import BadParameter, one_of
+from companion.core.numerics import exact_evaluation
+from companion.core.theta import Theta, affine, check, layout, without_aliases
 from companion.data import Split, head_of
-from companion.errors import BadParameter, one_of
-from companion.numerics import exact_evaluation
-from companion.theta import Theta, affine, check, layout, without_aliases
 
 BN_MODES = ("interpolate", "reestimate", "batch")
 """What BatchNorm does at a point of the path: use the running statistics interpolated like weights;

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from companion.core.errors import BadParameter
+from companion.core.seeds import Key
 from companion.data.dataset import Split
-from companion.errors import BadParameter
-from companion.seeds import Key
 
 
 @dataclass(frozen=True)

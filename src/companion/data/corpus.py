@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from companion.errors import BadParameter, CorruptData, MissingData
+from companion.core.errors import BadParameter, CorruptData, MissingData
 
 BLOCK = 1 << 20  # bytes read at a time
 PIECE = 1 << 16  # characters, at least; a piece ends at the next end of a word

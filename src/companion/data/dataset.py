@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from companion.errors import BadParameter
-from companion.seeds import Key
+from companion.core.errors import BadParameter
+from companion.core.seeds import Key
 
 Kind = Literal["images", "text"]
 

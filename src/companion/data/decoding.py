@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from companion.core.errors import BadParameter, CompanionError, CorruptData
 from companion.data import arrays
-from companion.errors import BadParameter, CompanionError, CorruptData
 
 # Part of the fingerprint: raise the version when the same files would give other pixels.
 RULE = "decode v1"

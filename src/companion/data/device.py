@@ -7,16 +7,16 @@ import warnings
 
 import torch
 
-from companion import closing
-from companion.errors import BadParameter, DeviceUnavailable
-from companion.numerics import fix_cublas_workspace
+from companion.core import closing
+from companion.core.errors import BadParameter, DeviceUnavailable
+from companion.core.numerics import fix_cublas_workspace
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """The device a name stands for, checked to exist on this machine.
 
-    Before a GPU is handed out, cuBLAS gets its workspace: see :mod:`companion.numerics`. While a
-    recording is closed no GPU has to be here, and ``"auto"`` is where it was measured.
+    Before a GPU is handed out, cuBLAS gets its workspace: see :mod:`companion.core.numerics`. While
+    a recording is closed no GPU has to be here, and ``"auto"`` is where it was measured.
 
     Args:
         name: ``"cpu"``; ``"cuda"`` (the current GPU) or ``"cuda:N"``; ``"auto"`` is ``cuda`` where

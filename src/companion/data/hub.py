@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import uuid4
 
+from companion.core.errors import MissingData
 from companion.data.sources import Source
-from companion.errors import MissingData
 
 
 def from_hub(source: Source, root: Path) -> None:

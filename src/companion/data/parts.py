@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from companion.core.errors import BadParameter
+from companion.core.seeds import Key
 from companion.data.sources import fingerprint
-from companion.errors import BadParameter
-from companion.seeds import Key
 
 SEPARATOR = "@"
 ALLOWED = "split-a, split-b, random-PERCENT-NUMBER (such as random-50-3)"

@@ -23,6 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from companion.core.errors import BadParameter, CorruptData, MissingData, one_of
+from companion.core.locations import runs_root
+from companion.core.seeds import Key
 from companion.data import decoding
 from companion.data.dataset import stratified_split
 from companion.data.sources import (
@@ -34,9 +37,6 @@ from companion.data.sources import (
     fingerprint,
     sha256_of,
 )
-from companion.errors import BadParameter, CorruptData, MissingData, one_of
-from companion.locations import runs_root
-from companion.seeds import Key
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target")

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from companion.core.errors import BadParameter, CorruptData, MissingData, one_of
+from companion.core.locations import data_root
 from companion.data import text
 from companion.data.dataset import Dataset, Split, TextFacts, channel_statistics, standardise
 from companion.data.device import memory_of, resolve_device
@@ -30,8 +32,6 @@ from companion.data.hub import from_hub
 from companion.data.parts import SEPARATOR, Part, split_name
 from companion.data.pictures import CIFAR10_JPEG, user_images
 from companion.data.sources import PUBLISHED, FileReport, RawText, Source
-from companion.errors import BadParameter, CorruptData, MissingData, one_of
-from companion.locations import data_root
 
 SOURCES = {source.name: source for source in (*PUBLISHED, CIFAR10_JPEG)}
 MOVE = "Set COMPANION_DATA to look in another data root."

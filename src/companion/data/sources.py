@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from companion.core.errors import CorruptData
+from companion.core.seeds import Key
 from companion.data.dataset import Kind, TextFacts, stratified_split
-from companion.errors import CorruptData
-from companion.seeds import Key
 
 # md5 of the unzipped files of MNIST. torchvision publishes those of the zipped ones only, for MNIST
 # and Fashion-MNIST; an unzipped Fashion-MNIST is therefore reported as "unknown".

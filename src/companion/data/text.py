@@ -22,6 +22,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from companion.core.errors import BadParameter
+from companion.core.locations import data_root
 from companion.data import corpus, tokens, wikitext
 from companion.data.corpus import Text, Texts
 from companion.data.dataset import TextCounts, TextFacts
@@ -29,8 +31,6 @@ from companion.data.sources import FileReport, RawText, Source, fingerprint
 from companion.data.textnames import TEXTS, USER, Request, canonical, is_text, parse
 from companion.data.tokens import Tokenizer
 from companion.data.windows import load_windows, save_windows, windows_digest
-from companion.errors import BadParameter
-from companion.locations import data_root
 
 __all__ = [
     "TEXTS",

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from companion.core.errors import BadParameter, one_of
 from companion.data.tokens import SMALLEST, TOKENIZERS
-from companion.errors import BadParameter, one_of
 
 USER = "text:"
 TEST_PERCENT = 10

@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from companion.core.errors import BadParameter, CorruptData, MissingData
+from companion.core.locations import runs_root
 from companion.data import arrays
 from companion.data.corpus import Survey, Text, survey, utf8
-from companion.errors import BadParameter, CorruptData, MissingData
-from companion.locations import runs_root
 
 TOKENIZERS = ("bpe", "gpt2", "bytes")
 SMALLEST = 257  # one token for each byte, and one merge

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from companion.core.errors import CorruptData
 from companion.data import corpus, tokens
 from companion.data.corpus import Survey, Texts
 from companion.data.textnames import Request
-from companion.errors import CorruptData
 
 # Lines, and words with line ends, of the published files: Merity et al. 2016, table 1, counts both
 # (its "tokens"); lines are the rows of Hugging Face's copy. The raw form has the same lines.

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from companion import closing
+from companion.core import closing
+from companion.core.errors import BadParameter, CorruptData
 from companion.data.dataset import Split
-from companion.errors import BadParameter, CorruptData
 
 if TYPE_CHECKING:
-    from companion.runs import Store
+    from companion.core.runs import Store
 
 _ROWS = 4096  # hashed at a time
 _FILE = "windows.safetensors"

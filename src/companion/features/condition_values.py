@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 from companion.features.values import Stat, plain, stats_from_json, stats_to_json
 
 L = TypeVar("L", "ReluAdditivity", "LayerCommutativity")

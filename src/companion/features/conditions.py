@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.numerics import exact_evaluation
+from companion.core.theta import Theta
 from companion.features.condition_values import (
     Additivity,
     Commutativity,
@@ -38,8 +40,6 @@ from companion.features.passes import (
 )
 from companion.features.taps import KINDS, Examples, Site, sites
 from companion.features.values import Stat
-from companion.numerics import exact_evaluation
-from companion.theta import Theta
 
 
 def weak_additivity(

@@ -17,15 +17,15 @@ from typing import cast
 import torch
 from torch import nn
 
-from companion import deadline
 from companion.connectivity import BN_EXAMPLES, Score, Walker, classification, has_batchnorm
+from companion.core import deadline
+from companion.core.errors import BadParameter, one_of
+from companion.core.numerics import exact_evaluation
+from companion.core.theta import Theta, affine
 from companion.data import Split
-from companion.errors import BadParameter, one_of
 from companion.features.passes import batch_size, checked, rates, scored
 from companion.features.taps import Examples, Site, Taps, sites
 from companion.features.values import Features, LayerFeatures, Stat
-from companion.numerics import exact_evaluation
-from companion.theta import Theta, affine
 
 MODES = ("interpolate", "reestimate")
 """What BatchNorm does, at the ends too: use the running statistics, interpolated like weights; or

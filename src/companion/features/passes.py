@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from companion import deadline
 from companion.connectivity.walk import Score, default_batch, has_batchnorm
-from companion.errors import BadParameter
+from companion.core import deadline
+from companion.core.errors import BadParameter
+from companion.core.theta import Theta, check
 from companion.features.taps import Examples, Site, Taps
-from companion.theta import Theta, check
 
 
 def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -> None:
@@ -23,7 +23,7 @@ def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -
         networks: what messages call it (``A``) -> state dict.
 
     Raises:
-        BadParameter: see :func:`companion.theta.check`; or there is no data.
+        BadParameter: see :func:`companion.core.theta.check`; or there is no data.
     """
     for name, theta in networks.items():
         check(module, theta, name)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.theta import Theta, check, layout
 from companion.features.passes import batches, checked, tapped
 from companion.features.taps import Examples, Site, sites
-from companion.theta import Theta, check, layout
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from companion.connectivity import Measure, Score, classification
-from companion.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of
+from companion.core.theta import Theta
 from companion.features.passes import batches, checked, own_statistics, scored, tapped
 from companion.features.taps import Examples, Site, Taps, sites
 from companion.features.values import plain
-from companion.theta import Theta
 
 INPUT = "input"
 """The row of the default network itself: nothing is replaced."""

@@ -26,9 +26,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from companion.errors import BadParameter, one_of
-from companion.numerics import exact_evaluation
-from companion.theta import Theta
+from companion.core.errors import BadParameter, one_of
+from companion.core.numerics import exact_evaluation
+from companion.core.theta import Theta
 
 KINDS = ("conv", "linear", "norm", "activation", "block", "pool", "module", "output")
 """``block``: a module of the user's with children, in a list or sequence of such. ``module``: any

@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.seeds import Key
+from companion.core.theta import Theta, affine
 from companion.features.values import plain
 from companion.models.mlp import mlp
-from companion.seeds import Key
-from companion.theta import Theta, affine
 
 _HALVINGS = 40
 """How often a step is halved before it is given up; then it is 0."""

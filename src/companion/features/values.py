@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 
 LOW, HIGH = 0.05, 0.95
 

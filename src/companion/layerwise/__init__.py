@@ -6,12 +6,12 @@
     found.additivity("train").ratio     # full / sum of the single layers
 
 ``groups.py`` what a layer is · ``values.py`` what is asked and what comes back · ``replay.py``,
-``walk.py`` forward passes that begin at the first changed layer · ``sweep.py`` the sets ·
-``stored.py`` pairs of the run store. Source: Adilova et al. 2024; explained in chapter 4.
+``walk.py`` forward passes that begin at the first changed layer · ``sweep.py`` the sets. Pairs of
+the run store: :func:`companion.experiments.layers.sweep_pairs`. Source: Adilova et al. 2024;
+    explained in chapter 4.
 """
 
 from companion.layerwise.groups import Groups, layer_groups
-from companion.layerwise.stored import entry_of_layers, measure
 from companion.layerwise.sweep import sweep
 from companion.layerwise.values import (
     DEFINITIONS,
@@ -32,8 +32,6 @@ __all__ = [
     "Rise",
     "Row",
     "Sweep",
-    "entry_of_layers",
     "layer_groups",
-    "measure",
     "sweep",
 ]

@@ -15,9 +15,9 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.theta import layout
 from companion.layerwise.replay import first_uses
-from companion.theta import layout
 
 log = logging.getLogger("companion")
 

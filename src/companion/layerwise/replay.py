@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from companion.numerics import exact_evaluation
-from companion.theta import Theta, layout
+from companion.core.numerics import exact_evaluation
+from companion.core.theta import Theta, layout
 
 
 @dataclass

@@ -10,16 +10,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from companion import gates
-from companion.connectivity import Barrier, Curve, Measure, barrier, grid, has_batchnorm
+from companion.connectivity import Barrier, Curve, Measure, barrier, gates, grid, has_batchnorm
 from companion.connectivity.paths import splits_of
+from companion.core.errors import BadParameter
+from companion.core.seeds import Key
+from companion.core.theta import Layout, Theta, check, distance
 from companion.data import Dataset, Split
-from companion.errors import BadParameter
 from companion.layerwise.groups import Groups, layer_groups, matching
 from companion.layerwise.values import LayerBarriers, Row, Sweep
 from companion.layerwise.walk import LayerWalker, Path
-from companion.seeds import Key
-from companion.theta import Layout, Theta, check, distance
 
 _FEW = 256  # images of the gate that asks for symmetry
 _EXAMPLES = 2  # images of the pass that tells the order of the layers

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from companion.connectivity import BN_EXAMPLES, BN_MODES, Barrier, Curve, check_bn_examples, grid
-from companion.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of
 
 KINDS = ("single", "shallow", "deep", "random", "window")
 """``single``: each group alone. ``shallow``: the first, the first two, … ``deep``: the last, the
@@ -43,7 +43,7 @@ class Sweep:
             as long as the whole difference. ``layer``: each layer's part as long as its difference.
         bn: what BatchNorm does, one of :data:`companion.connectivity.BN_MODES`.
         train_examples, test_examples: images that stand for each split (None: all), for stored
-            pairs (:func:`companion.layerwise.measure`) and the command line.
+            pairs (:func:`companion.experiments.layers.sweep_pairs`) and the command line.
         bn_examples: training inputs that ``bn="reestimate"`` averages over at a point (None: all).
         seed: of the random orders and directions.
     """

@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from companion import deadline
 from companion.connectivity import Measure, Walker
-from companion.errors import OutOfTime
+from companion.core import deadline
+from companion.core.errors import OutOfTime
+from companion.core.theta import Theta, affine, check
 from companion.layerwise.replay import Replay, Tape
-from companion.theta import Theta, affine, check
 
 Weights: TypeAlias = tuple[float, float]
 

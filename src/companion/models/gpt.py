@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 from companion.models.options import Family, Option, Shape, Value, choice, count, share, width
 
 GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from companion.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of
 from companion.models.layers import INITS, NORMS
 
 Value = int | float | str | tuple[int, ...]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 from companion.models.options import Shape
 
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")

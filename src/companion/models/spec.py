@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from companion.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of
+from companion.core.seeds import Key
 from companion.models import gpt, mlp, own, resnet, vgg
 from companion.models.layers import initialise
 from companion.models.options import Family, Shape, Value, check_together
-from companion.seeds import Key
 
 FAMILIES: Mapping[str, Family] = {
     **mlp.FAMILIES,

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from companion import deadline
+from companion.core import deadline
+from companion.core.errors import BadParameter, one_of
+from companion.core.numerics import exact_evaluation
+from companion.core.theta import Theta, check
 from companion.data import Split
-from companion.errors import BadParameter, one_of
-from companion.numerics import exact_evaluation
 from companion.rebasin.assignment import assign, assign_nested
 from companion.rebasin.matching import Matching
 from companion.rebasin.sites import Keep, Look, Watch, find, looks, taken_apart
 from companion.rebasin.spec import Spec
 from companion.rebasin.trace import private
-from companion.theta import Theta, check
 
 STATISTICS = ("moment", "correlation")
 """``moment``: the un-centred second moment E[z_A z_B^T] (the paper's: with it the matching is the

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 
 SWEEPS = 8
 """Sweeps of :func:`prices`. More make the next assignment faster still, but cost more than that."""

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import nn
 
-from companion import deadline
 from companion.connectivity import BN_EXAMPLES, Curve, Walker, classification, grid
+from companion.core import deadline
+from companion.core.errors import BadParameter
+from companion.core.theta import Theta, affine, check
 from companion.data import Split
-from companion.errors import BadParameter
-from companion.theta import Theta, affine, check
 
 RANGE = 1e4
 """A fitted temperature is between 1/RANGE and RANGE times the spread of the logits."""

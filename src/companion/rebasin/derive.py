@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from companion.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of
+from companion.core.theta import layout
 from companion.rebasin import proof, rules, rules_shapes, rules_sums
 from companion.rebasin.axes import Axes, Axis
 from companion.rebasin.resolve import Seen, resolve
 from companion.rebasin.spec import Spec
 from companion.rebasin.trace import Tracer
-from companion.theta import layout
 
 log = logging.getLogger("companion")
 

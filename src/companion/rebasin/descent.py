@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from companion.core.theta import Theta
 from companion.rebasin.assignment import assign, assign_nested, prices
 from companion.rebasin.spec import Permutations, Spec
 from companion.rebasin.terms import Family, Term
-from companion.theta import Theta
 
 THIN = 16
 """Columns up to which terms are gathered into one product: biases and norm scales have one each,

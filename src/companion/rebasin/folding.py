@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.theta import Theta, check
 from companion.rebasin.derive import derive
 from companion.rebasin.proof import Subject, Unproven, difference
 from companion.rebasin.spec import Spec
-from companion.theta import Theta, check
 
 HEAD = "lm_head"
 TOLERANCE = 1e-8

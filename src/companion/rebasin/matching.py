@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.theta import Theta, check
 from companion.rebasin.proof import check_equal
 from companion.rebasin.spec import Permutations, Spec
-from companion.theta import Theta, check
 
 FORMAT = "companion.rebasin/1"
 

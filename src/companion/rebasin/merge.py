@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.seeds import Key
+from companion.core.theta import Theta, affine
 from companion.rebasin.matching import bound
 from companion.rebasin.spec import Permutations, Spec
 from companion.rebasin.weights import norms, weight_matching
-from companion.seeds import Key
-from companion.theta import Theta, affine
 
 
 @dataclass(frozen=True)

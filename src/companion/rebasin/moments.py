@@ -17,11 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
-from companion import deadline
-from companion.errors import BadParameter
-from companion.numerics import exact_evaluation
+from companion.core import deadline
+from companion.core.errors import BadParameter
+from companion.core.numerics import exact_evaluation
+from companion.core.theta import Theta, layout
 from companion.rebasin.trace import private
-from companion.theta import Theta, layout
 
 Hook = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
 """(layer, its outputs (channels, values) in float64) -> (scale, shift) to apply, or None."""

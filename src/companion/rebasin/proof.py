@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.seeds import Key
+from companion.core.theta import Theta
 from companion.rebasin.spec import Permutations, Spec
-from companion.seeds import Key
-from companion.theta import Theta
 
 PRIME = 1_000_003
 DRAWS = 5

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from companion.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of
+from companion.core.theta import Theta, affine, check, layout
 from companion.rebasin.moments import Copy, Layer, Moments, batches, correction, measure
-from companion.theta import Theta, affine, check, layout
 
 FORMS = ("forward", "closed")
 """``forward``: the merged network is run, with its corrections. ``closed``: a formula in the

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from companion import deadline
+from companion.core import deadline
+from companion.core.errors import BadParameter, one_of
+from companion.core.numerics import exact_evaluation
+from companion.core.theta import Theta, check
 from companion.data import Split
-from companion.errors import BadParameter, one_of
-from companion.numerics import exact_evaluation
 from companion.rebasin.activations import Sums, activation_matching
 from companion.rebasin.assignment import assign, assign_nested, prices
 from companion.rebasin.descent import State, device_of, dot
@@ -37,7 +38,6 @@ from companion.rebasin.rotation import (
 from companion.rebasin.spec import Permutations
 from companion.rebasin.terms import Family, Term, families
 from companion.rebasin.weights import norms
-from companion.theta import Theta, check
 
 TOKENS = 8192
 """In one forward pass of :func:`activation_rotation`, at most."""

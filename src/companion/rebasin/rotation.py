@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.theta import Theta, check
 from companion.rebasin.folding import Folding, same
 from companion.rebasin.spec import Permutations, Spec, Use
-from companion.theta import Theta, check
 
 HEADS = ("permuted", "rotated")
 """What may be done inside a head: its units are permuted; or queries and keys are turned by one

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
+from companion.core.seeds import Key
+from companion.core.theta import Theta
 from companion.rebasin.spec import Permutations, Site, Spec
 from companion.rebasin.trace import Tracer
-from companion.seeds import Key
-from companion.theta import Theta
 
 AGREE = 0.02
 """Relative difference up to which two passes show the same units: what half precision needs.

@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from companion.errors import BadParameter, one_of
-from companion.theta import Theta
+from companion.core.errors import BadParameter, one_of
+from companion.core.theta import Theta
 
 Factor = str | int
 Block = tuple[Factor, ...]

@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from companion import deadline
 from companion.connectivity.paths import plain
+from companion.core import deadline
+from companion.core.errors import BadParameter
+from companion.core.losses import mean_loss
+from companion.core.numerics import exact_evaluation
+from companion.core.seeds import Key
+from companion.core.theta import Theta, affine, check, layout, without_aliases
 from companion.data import Split
-from companion.errors import BadParameter
-from companion.losses import mean_loss
-from companion.numerics import exact_evaluation
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec
 from companion.rebasin.trace import private
 from companion.rebasin.weights import objective, weight_matching
-from companion.seeds import Key
-from companion.theta import Theta, affine, check, layout, without_aliases
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> mean loss, a number with a gradient."""

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of
+from companion.core.seeds import Key
+from companion.core.theta import Theta
 from companion.rebasin.descent import State, device_of, dot
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec
 from companion.rebasin.terms import Family, families
-from companion.seeds import Key
-from companion.theta import Theta
 
 
 def norms(spec: Spec, theta: Theta, name: str) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """From wanted states to stored states: what exists is loaded, what is missing is trained once.
 
-Arguments that recur: ``store`` is a :class:`companion.runs.Store` (None: the default one),
+Arguments that recur: ``store`` is a :class:`companion.core.runs.Store` (None: the default one),
 ``device`` a torch device name, ``workers`` the number of processes (0 = one per core; CPU only).
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from companion import closing, deadline
 from companion import data as datasets
+from companion.core import closing, deadline
+from companion.core.errors import CompanionError, CorruptEntry, one_of
+from companion.core.pool import run_all
+from companion.core.runs import Entry, Store
+from companion.core.theta import snapshot
 from companion.data import Dataset
-from companion.errors import CompanionError, CorruptEntry, one_of
-from companion.pool import run_all
-from companion.runs import Entry, Store
-from companion.theta import snapshot
 from companion.training import engines, loop, replicas
 from companion.training.jobs import Job, merge
 from companion.training.loop import State
@@ -179,7 +179,7 @@ def train_one(
         BadParameter: the recipe does not fit its dataset (checked before the first step).
         Diverged: the loss is not finite.
         StoreUnwritable: no space, or no permission.
-        OutOfTime: see :mod:`companion.deadline`; the next call goes on from here.
+        OutOfTime: see :mod:`companion.core.deadline`; the next call goes on from here.
     """
     store, where = store or Store(), datasets.resolve_device(device)
     if _on_gpu(where):
@@ -408,7 +408,7 @@ def train(
 ) -> None:
     """Make every state of every job exist, many runs at once; parents before the copies they fork.
 
-    On a CPU every run has a process (:mod:`companion.pool`); on a GPU jobs of one recipe are
+    On a CPU every run has a process (:mod:`companion.core.pool`); on a GPU jobs of one recipe are
     trained as replicas (:mod:`companion.training.replicas`) with one of its engines, at most
     ``at_once`` (0: as many as fit, see :func:`companion.training.replicas.most_replicas`). Engine
     ``auto`` is what :func:`companion.training.using` says, else the network's own. Where an engine

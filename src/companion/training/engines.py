@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from companion.errors import one_of
+from companion.core.errors import one_of
 from companion.training.recipe import Recipe
 
 ENGINES = ("auto", "loop", "loop-compile", "vmap", "graphs", "compile")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from companion.errors import BadParameter
+from companion.core.errors import BadParameter
 from companion.training.recipe import Run
 
 

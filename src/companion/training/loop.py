@@ -10,14 +10,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from companion import closing, models
+from companion import models
+from companion.core import closing
+from companion.core.errors import BadParameter, Diverged
+from companion.core.losses import mean_loss
+from companion.core.numerics import exact_float32
+from companion.core.pool import one_thread
+from companion.core.seeds import Key
+from companion.core.theta import check_ties, layout, snapshot
 from companion.data import Augmentation, Augmenter, Dataset
-from companion.errors import BadParameter, Diverged
-from companion.losses import mean_loss
-from companion.numerics import exact_float32
-from companion.pool import one_thread
-from companion.seeds import Key
-from companion.theta import check_ties, layout, snapshot
 from companion.training.compiled import compiled
 from companion.training.recipe import Recipe, Run
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from companion import models
+from companion.core.errors import BadParameter, one_of
+from companion.core.seeds import Key
 from companion.data import Augmentation
 from companion.data import canonical as canonical_data
-from companion.errors import BadParameter, one_of
-from companion.seeds import Key
 
 SEMANTICS = 1
 """Raised by hand when a recipe would train to other weights: old runs then no longer count."""

@@ -12,7 +12,7 @@ them one by one is slower than the device. The engines:
 - ``compile``: as ``graphs``, each network's loss and gradient fused by ``torch.compile``.
 
 Same recipe, same keys: the same batches in the same order on every engine. Bits differ between
-engines, as kernels round differently; means over runs do not (tests/test_replicas.py). Which engine
+engines, as kernels round differently; means over runs do not (tests/training). Which engine
 is fastest is measured by ``benchmarks/engine.py``. Source: our benchmarks/README.md, "Engine".
 """
 
@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from companion import closing, models
+from companion import models
+from companion.core import closing
+from companion.core.errors import BadParameter, Diverged, one_of
+from companion.core.numerics import exact_float32, fix_cublas_workspace
+from companion.core.pool import one_thread
 from companion.data import Dataset
-from companion.errors import BadParameter, Diverged, one_of
-from companion.numerics import exact_float32, fix_cublas_workspace
-from companion.pool import one_thread
 from companion.training import loop
 from companion.training.engines import ENGINES
 from companion.training.feed import Feed

@@ -10,9 +10,9 @@ from statistics import median
 import torch
 
 from companion import data as datasets
+from companion.core.errors import BadParameter
+from companion.core.theta import snapshot
 from companion.data import Dataset
-from companion.errors import BadParameter
-from companion.theta import snapshot
 from companion.training import loop, replicas
 from companion.training.loop import State
 from companion.training.recipe import Recipe, Run

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from companion import theta as weights
+from companion.core import theta as weights
 from companion.training.loop import State, decayed
 from companion.training.recipe import Recipe
 from companion.training.update import slots

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from companion.core.losses import mean_loss, mean_losses
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.data.augmentation import Draws
-from companion.losses import mean_loss, mean_losses
 from companion.training.compiled import compiled
 from companion.training.feed import Epoch
 from companion.training.loop import State

@@ -1,0 +1,212 @@
+"""State dicts as points of weight space: which entries count, their layers, sums and distances.
+
+A ``Theta`` is a state dict (name -> tensor). A :class:`Layout`, read off an ``nn.Module``, says
+which entries are trainable parameters, floating-point buffers (BatchNorm's running statistics) or
+integer buffers, which names are tied, and which layer each belongs to: a layer is all entries that
+share a module name, and tied tensors are one layer (Adilova et al. 2024; our chapters 1 and 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from companion.core.errors import BadParameter
+
+Theta = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the entries of a module's state dict are. Names are in the module's own order."""
+
+    parameters: tuple[str, ...]
+    """Trainable tensors, each tied tensor once, under its first name."""
+    buffers: tuple[str, ...]
+    """Persistent floating-point buffers, such as running means and variances."""
+    integers: tuple[str, ...]
+    """Persistent integer or boolean buffers; never interpolated, taken from the first network."""
+    ties: Mapping[str, str]
+    """Alias -> the first name of the tensor it shares."""
+    groups: Mapping[str, tuple[str, ...]]
+    """Layer -> its entries of ``parameters`` and ``buffers``."""
+
+    @property
+    def floating(self) -> tuple[str, ...]:
+        """Everything a path moves: parameters, then floating-point buffers."""
+        return self.parameters + self.buffers
+
+    def select(self, groups: Sequence[str] | None) -> tuple[str, ...]:
+        """The entries of the named layers (a name or a prefix ``"stage1"`` of names); None = all.
+
+        Raises:
+            BadParameter: a name that fits no layer.
+        """
+        if groups is None:
+            return self.floating
+        chosen: set[str] = set()
+        for wanted in groups:
+            hits = [g for g in self.groups if g == wanted or g.startswith(wanted + ".")]
+            if not hits:
+                raise BadParameter(
+                    f"layer group {wanted!r} fits no layer. Layers: {', '.join(self.groups)}."
+                )
+            chosen.update(name for g in hits for name in self.groups[g])
+        return tuple(name for name in self.floating if name in chosen)
+
+
+def layout(module: nn.Module) -> Layout:
+    """Read the :class:`Layout` of ``module``. Tied tensors are found by identity."""
+    state = module.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    parameters, buffers, integers = [], [], []
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue  # get_extra_state: no point of weight space
+        if id(tensor) in first:
+            ties[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            parameters.append(name)
+        elif tensor.is_floating_point():
+            buffers.append(name)
+        else:
+            integers.append(name)
+    groups: dict[str, list[str]] = {}
+    for name in parameters + buffers:
+        groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    in_order = sorted(groups, key=lambda g: min(list(state).index(n) for n in groups[g]))
+    return Layout(
+        tuple(parameters),
+        tuple(buffers),
+        tuple(integers),
+        ties,
+        {g: tuple(groups[g]) for g in in_order},
+    )
+
+
+def without_aliases(theta: Theta, ties: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """A state dict with every tied tensor once, under its first name.
+
+    That is what ``torch.func.functional_call`` takes: two names of one tensor are too many for it.
+
+    Arguments:
+        theta: whole or in part; of a tied tensor it may hold either name or both.
+        ties: :attr:`Layout.ties` of the architecture.
+    """
+    out = {n: v for n, v in theta.items() if n not in ties}
+    for alias, first in ties.items():
+        if alias in theta:
+            out.setdefault(first, theta[alias])
+    return out
+
+
+def with_aliases(theta: Theta, ties: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """A state dict in which every further name of a tied tensor holds what its first name holds.
+
+    For networks made of several: an alias that still held another network's tensor would be loaded
+    over the right one. Arguments as of :func:`without_aliases`.
+    """
+    return {**theta, **{alias: theta[first] for alias, first in ties.items() if first in theta}}
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A detached copy of the module's state dict; later training does not touch it."""
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def check_ties(theta: Theta, ties: Mapping[str, str], name: str) -> None:
+    """Refuse a state dict whose two names of one tensor hold different values.
+
+    Loading it would keep one of the two, and not the same one everywhere.
+
+    Arguments:
+        ties: :attr:`Layout.ties` of the architecture; name: what the message calls the network.
+
+    Raises:
+        BadParameter: two entries of a tied tensor differ; the message names both.
+    """
+    for alias, first in ties.items():
+        if alias in theta and first in theta and not torch.equal(theta[alias], theta[first]):
+            raise BadParameter(
+                f"network {name}: {alias} and {first} differ, but the model ties them: one tensor "
+                "for both. Take a model that does not (of gpt: tied=false)."
+            )
+
+
+def check(module: nn.Module, theta: Theta, name: str) -> None:
+    """Refuse a state dict that is no finite point of ``module``'s weight space.
+
+    Raises:
+        BadParameter: missing or extra entries, a shape that differs, NaN or infinite values, two
+            values of a tied tensor; the message names the entry. ``name`` is what the message
+            calls the network.
+    """
+    spec = layout(module)
+    own = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+    missing = [k for k in own if k not in theta and k not in spec.ties]
+    extra = [k for k in theta if k not in own]
+    if missing or extra:
+        raise BadParameter(
+            f"network {name} does not fit the model: missing {missing[:5] or 'none'}, "
+            f"not in the model {extra[:5] or 'none'}. Both networks must be the same architecture."
+        )
+    for k, v in theta.items():
+        if v.shape != own[k].shape:
+            raise BadParameter(
+                f"network {name}: {k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}."
+            )
+        if v.is_floating_point() and not bool(torch.isfinite(v).all()):
+            raise BadParameter(f"network {name}: {k} holds NaN or infinite values; it diverged.")
+    check_ties(theta, spec.ties, name)
+
+
+def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[str]) -> Theta:
+    """``sum_i weights[i] * thetas[i]`` over ``names``, in float64, rounded to the entries' dtype.
+
+    Float64 with separate products makes two promises that float32 does not keep: swapping two
+    networks and their weights together changes no bit, and a combination of equal float32 networks
+    with weights that sum to one is that network, so a null control is exactly 0 (gates G1 and G2).
+    Networks that are float64 themselves have no bits to spare: there, entries that are equal in all
+    networks are taken as they are.
+    """
+    out = {}
+    unit = abs(sum(weights) - 1) < 1e-12
+    for name in names:
+        first, *others = (t[name] for t in thetas)
+        total = first.double() * weights[0]
+        for other, weight in zip(others, weights[1:], strict=True):
+            total = total + other.double() * weight
+        if unit and first.dtype == torch.float64:
+            equal = torch.stack([other == first for other in others]).all(0)
+            total = torch.where(equal, first, total)
+        out[name] = total.to(first.dtype)
+    return out
+
+
+def flatten(theta: Theta, names: Sequence[str]) -> torch.Tensor:
+    """The named entries as one float64 vector, shape (sum of sizes,)."""
+    return torch.cat([theta[n].detach().double().flatten() for n in names])
+
+
+def distance(a: Theta, b: Theta, names: Sequence[str]) -> float:
+    """Euclidean distance over the named entries (App. B and G of Frankle et al. use parameters)."""
+    return math.sqrt(sum(float(((a[n].double() - b[n].double()) ** 2).sum()) for n in names))
+
+
+def cosine_distance(a: Theta, b: Theta, names: Sequence[str]) -> float:
+    """``1 - <a, b> / (|a| |b|)`` over the named entries."""
+    x, y = flatten(a, names), flatten(b, names)
+    return float(1 - (x @ y) / (x.norm() * y.norm()))
+
+
+def shares_storage(a: Theta, b: Theta) -> bool:
+    """True if any tensor of ``a`` lives in the same memory as one of ``b`` (gate G0b)."""
+    where = {v.untyped_storage().data_ptr() for v in a.values() if v.numel()}
+    return any(v.untyped_storage().data_ptr() in where for v in b.values() if v.numel())

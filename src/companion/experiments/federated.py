@@ -1,0 +1,391 @@
+"""Federated learning with partial averaging: clients that train alone and average some layers.
+
+Every ``every`` steps the named layer groups are averaged over the clients, weighted by their
+numbers of images; all other layers, and the optimisers' momenta, stay with their client. ::
+
+    rule = Federation(recipe=recipe, clients=5, split="classes:2", every=20, averaged=("head",))
+    (found,) = measure([(rule, 0)])
+    found.accuracy()                       # mean over clients, percent, right after the averaging
+
+A client's test images have the same mix of classes as its training images, as in the split that
+the paper's code refers to. Source: Adilova et al. 2024, Section 6; our chapter 4.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from companion import data as datasets
+from companion.connectivity import Measure, Walker
+from companion.core import closing, deadline
+from companion.core.errors import BadParameter, CorruptEntry
+from companion.core.pool import run_all
+from companion.core.runs import Entry, Store
+from companion.core.seeds import Key
+from companion.core.theta import Layout, affine, layout, snapshot, with_aliases
+from companion.data import Dataset, Split
+from companion.training import Recipe, Run, State, advance, build, check_fit
+
+log = logging.getLogger("companion")
+
+SEMANTICS = 1
+"""Raised by hand when the same federation would end in other numbers."""
+
+_ATTEMPTS = 1000  # draws of a random split until every client has a batch
+_FORM = re.compile(r"(dirichlet):([0-9.]+)|(classes):([0-9]+)|iid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """Who trains on what, and what is averaged. Checked when it is made.
+
+    Arguments:
+        recipe: of every client; its ``steps`` are the local steps in all, its schedule is theirs.
+        clients: number of clients, 2 or more.
+        split: how the classes are shared out. ``iid``: every client has the same share of every
+            class. ``dirichlet:0.1``: each class's shares are drawn from a symmetric Dirichlet
+            distribution of that concentration (small: uneven). ``classes:2``: the pathological
+            split, every client has that many classes and nothing else.
+        every: local steps between two averagings, a divisor of ``recipe.steps``.
+        averaged: layer groups (names or prefixes) that are averaged; () for none, None for all.
+    """
+
+    recipe: Recipe
+    clients: int = 5
+    split: str = "iid"
+    every: int = 20
+    averaged: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.averaged is not None:
+            object.__setattr__(self, "averaged", tuple(self.averaged))
+        for name, least in (("clients", 2), ("every", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more.")
+        if self.recipe.steps % self.every:
+            raise BadParameter(
+                f"every: {self.every} local steps do not divide the {self.recipe.steps} steps of "
+                "the recipe, so the last average would not be at the end."
+            )
+        _parse(self.split)
+
+    @property
+    def rounds(self) -> int:
+        """How often is averaged."""
+        return self.recipe.steps // self.every
+
+    def identity(self, fingerprint: str, seed: int, device: str) -> dict[str, Any]:
+        """Everything that determines the outcome, for the run store."""
+        return {
+            "kind": "federated",
+            "semantics": SEMANTICS,
+            "recipe": self.recipe.identity(),
+            "clients": self.clients,
+            "split": self.split,
+            "every": self.every,
+            "averaged": None if self.averaged is None else list(self.averaged),
+            "data": fingerprint,
+            "seed": seed,
+            "device": device,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a federation.
+
+    Arguments:
+        history: round -> client -> loss and error on its own test images, right after averaging.
+        sizes: training images of each client. test_sizes: its test images.
+        entry: of the run store; :func:`networks` reads the clients' networks from it.
+    """
+
+    history: tuple[tuple[Measure, ...], ...]
+    sizes: tuple[int, ...]
+    test_sizes: tuple[int, ...]
+    entry: Entry
+
+    def accuracy(self, number: int = -1) -> float:
+        """Mean over the clients of the accuracy on their own test images, in percent."""
+        errors = [m.error for m in self.history[number]]
+        return 100 - sum(errors) / len(errors)
+
+
+def _parse(split: str) -> tuple[str, float]:
+    found = _FORM.fullmatch(split) if isinstance(split, str) else None
+    try:
+        kind = (found and (found[1] or found[3])) or ("iid" if found else "")
+        value = float((found and (found[2] or found[4])) or 0)
+    except ValueError:
+        kind, value = "", 0.0
+    if not kind or (kind != "iid" and value <= 0):
+        raise BadParameter(
+            f"split: {split!r} is not known. Allowed: iid, dirichlet:ALPHA with ALPHA above 0 such "
+            "as dirichlet:0.1, classes:N such as classes:2."
+        )
+    return kind, value
+
+
+def shares(split: str, classes: int, clients: int, key: Key) -> NDArray[np.float64]:
+    """Which part of every class each client has, shape (classes, clients); rows sum to one.
+
+    Arguments:
+        split: as :class:`Federation` takes it.
+        key: equal keys, equal shares; NumPy's Philox generator starts from it.
+
+    Raises:
+        BadParameter: ``classes:N`` with more classes than there are, or with so few that some
+            class would have no client.
+
+    Source: Adilova et al. 2024, Section 6; the Dirichlet split is that of PFL-Non-IID.
+    """
+    kind, value = _parse(split)
+    if kind == "iid":
+        return np.full((classes, clients), 1 / clients)
+    if kind == "dirichlet":
+        generator = np.random.Generator(np.random.Philox(key.seed()))
+        return generator.dirichlet(np.full(clients, value), size=classes)
+    each = int(value)
+    if each > classes or each * clients < classes:
+        raise BadParameter(
+            f"split: {split!r} with {clients} clients and {classes} classes: a client can have "
+            f"{-(-classes // clients)} to {classes} classes, so that every class has a client."
+        )
+    order = key.permutation(classes).numpy()
+    has = np.zeros((classes, clients))
+    for client in range(clients):  # around the circle of classes: all are used about equally often
+        has[order[(client * each + np.arange(each)) % classes], client] = 1
+    return np.asarray(has / has.sum(1, keepdims=True))
+
+
+def assign(y: torch.Tensor, parts: NDArray[np.float64], key: Key) -> list[torch.Tensor]:
+    """The rows of each client: each class is shuffled and cut where its shares say.
+
+    Arguments:
+        y: labels, shape (N,). parts: shape (classes, clients).
+
+    Returns:
+        ascending rows of every client, disjoint, together all of them.
+    """
+    out: list[list[torch.Tensor]] = [[] for _ in range(parts.shape[1])]
+    labels = y.cpu()
+    for c, row in enumerate(parts):
+        mine = (labels == c).nonzero()[:, 0]
+        mine = mine[key.fold("class", c).permutation(len(mine))]
+        cuts = np.round(np.cumsum(row)[:-1] * len(mine)).astype(int).tolist()
+        for client, piece in enumerate(torch.tensor_split(mine, cuts)):
+            out[client].append(piece)
+    return [torch.cat(pieces).sort().values for pieces in out]
+
+
+def client_data(federation: Federation, data: Dataset, seed: int) -> list[Dataset]:
+    """The dataset of every client: its training images, and test images of the same classes.
+
+    A random split in which a client has less than a batch of training images, or no test image, is
+    drawn again, as the split's own code does.
+
+    Raises:
+        BadParameter: a text; or no such split was found in 1,000 draws.
+    """
+    if data.kind != "images":
+        raise BadParameter(
+            f"data: {data.name} is a text, and a federation shares out labelled images by their "
+            "classes. Take a dataset of images, such as digits."
+        )
+    key = Key("federated", federation.split, federation.clients, seed)
+    for attempt in range(_ATTEMPTS):
+        draw = key.fold("attempt", attempt)
+        parts = shares(federation.split, data.classes, federation.clients, draw)
+        train = assign(data.train.y, parts, draw.fold("train"))
+        test = assign(data.test.y, parts, draw.fold("test"))
+        enough = min(map(len, train)) >= federation.recipe.batch and min(map(len, test)) >= 1
+        if enough:
+            return [
+                replace(data, train=_rows(data.train, a), test=_rows(data.test, b))
+                for a, b in zip(train, test, strict=True)
+            ]
+        if not federation.split.startswith("dirichlet"):
+            break
+    raise BadParameter(
+        f"split: {federation.split!r} of {data.name} for {federation.clients} clients leaves one "
+        f"with less than a batch of {federation.recipe.batch} training images, or without a test "
+        "image. Take fewer clients or a smaller batch."
+    )
+
+
+def _rows(split: Split, rows: torch.Tensor) -> Split:
+    there = rows.to(split.x.device)
+    return Split(split.x[there], split.y[there])
+
+
+def average(
+    thetas: Sequence[Mapping[str, torch.Tensor]],
+    weights: Sequence[float],
+    spec: Layout,
+    groups: Sequence[str] | None,
+) -> list[dict[str, torch.Tensor]]:
+    """The clients' networks after one averaging: the named groups agree, the rest is untouched.
+
+    Arguments:
+        thetas: state dicts. weights: one a client; they are divided by their sum.
+        groups: names or prefixes of layers; () averages nothing, None everything.
+    """
+    if groups is not None and not groups:
+        return [dict(t) for t in thetas]
+    total = sum(weights)
+    mean = affine(thetas, [w / total for w in weights], spec.select(groups))
+    return [
+        with_aliases({**t, **{n: v.clone() for n, v in mean.items()}}, spec.ties) for t in thetas
+    ]
+
+
+def thirds(labels: Sequence[str]) -> dict[str, tuple[str, ...] | None]:
+    """The groups that the chapter averages: ``all``, ``none``, ``body`` (all but the last layer),
+    and the ``shallow``, ``middle`` and ``deep`` third of the layers."""
+    n = len(labels)
+    low, high = round(n / 3), n - round(n / 3)
+    return {
+        "all": None,
+        "body": tuple(labels[:-1]),
+        "shallow": tuple(labels[:low]),
+        "middle": tuple(labels[low:high]),
+        "deep": tuple(labels[high:]),
+        "none": (),
+    }
+
+
+def federate(federation: Federation, seed: int, data: Dataset) -> dict[str, Any]:
+    """Train one federation. All clients start from one initialisation.
+
+    Arguments:
+        seed: of the split, the initialisation and every client's data order.
+        data: on the device to train on.
+
+    Returns:
+        ``history``, ``sizes``, ``test_sizes`` (JSON-able) and ``thetas`` (a state dict a client).
+
+    Raises:
+        BadParameter: a layer that does not exist, a split that cannot be made.
+        Diverged: a client's loss is not finite.
+    """
+    recipe = federation.recipe
+    check_fit(recipe, data)
+    own = client_data(federation, data, seed)
+    runs = [
+        Run(recipe, init=f"federated {seed}", order=label, augment=label)
+        for label in (f"federated {seed}/{client}" for client in range(federation.clients))
+    ]
+    module = build(runs[0], data, data.train.x.device)
+    spec = layout(module)
+    spec.select(federation.averaged)
+    start = snapshot(module)
+    states = [State(0, {k: v.clone() for k, v in start.items()}) for _ in runs]
+    tests = [Walker(module, {"test": one.test}) for one in own]
+    sizes = [len(one.train) for one in own]
+    history = []
+    for number in range(1, federation.rounds + 1):
+        deadline.check()
+        stop = number * federation.every
+        states = [
+            advance(run, state, stop, one, module=module)
+            for run, state, one in zip(runs, states, own, strict=True)
+        ]
+        thetas = average([s.theta for s in states], sizes, spec, federation.averaged)
+        states = [
+            State(s.step, t, s.optimizer, s.trace) for s, t in zip(states, thetas, strict=True)
+        ]
+        found = [walker.at(s.theta)["test"] for walker, s in zip(tests, states, strict=True)]
+        history.append([[m.loss if math.isfinite(m.loss) else "inf", m.error] for m in found])
+    return {
+        "history": history,
+        "sizes": sizes,
+        "test_sizes": [len(one.test) for one in own],
+        "thetas": [s.theta for s in states],
+    }
+
+
+def _entry(federation: Federation, seed: int, store: Store, device: str) -> Entry:
+    data = datasets.load(federation.recipe.data, device)
+    kind = torch.device(device).type
+    return store.entry(federation.identity(data.fingerprint, seed, kind))
+
+
+def _stored(item: tuple[Federation, int, Store, str]) -> dict[str, Any]:
+    federation, seed, _, device = item
+    entry = _entry(*item)
+    if known := _known(entry):
+        return known
+    with entry.lock():
+        if known := _known(entry):
+            return known
+        found = federate(federation, seed, datasets.load(federation.recipe.data, device))
+        for client, theta in enumerate(found.pop("thetas")):
+            entry.write_tensors(f"client-{client:04d}.safetensors", theta)
+        entry.write_json("federated.json", found)  # last: what is listed is complete
+        return found
+
+
+def _known(entry: Entry) -> dict[str, Any] | None:
+    try:
+        return entry.read_json("federated.json") if "federated.json" in entry else None
+    except CorruptEntry as e:
+        log.warning("%s; it is discarded and trained again", e)
+        entry.discard()
+        return None
+
+
+def measure(
+    wanted: Sequence[tuple[Federation, int]],
+    *,
+    store: Store | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+    label: str = "federated",
+) -> list[Outcome]:
+    """Train what the run store lacks; return every outcome, in the order of ``wanted``.
+
+    Arguments:
+        wanted: (federation, seed) pairs. store, device, workers: see :mod:`companion.training`.
+
+    Raises:
+        as :func:`federate`.
+    """
+    store, where = store or Store(), str(datasets.resolve_device(device))
+    items = [(federation, seed, store, where) for federation, seed in wanted]
+    if missing := [e for item in items if _known(e := _entry(*item)) is None]:
+        closing.check(missing, f"{len(missing)} of {len(items)} federations")
+    for federation, seed in wanted:  # refuse what cannot be, before anything trains
+        data = datasets.load(federation.recipe.data, where)
+        check_fit(federation.recipe, data)
+        client_data(federation, data, seed)
+    raw = run_all(_stored, items, workers=workers, device=where, label=label)
+    return [
+        Outcome(
+            tuple(tuple(Measure(float(a), float(b)) for a, b in row) for row in r["history"]),
+            tuple(r["sizes"]),
+            tuple(r["test_sizes"]),
+            _entry(*item),
+        )
+        for item, r in zip(items, raw, strict=True)
+    ]
+
+
+def networks(outcome: Outcome, device: str = "cpu") -> list[dict[str, torch.Tensor]]:
+    """The clients' networks at the end of an outcome, on ``device``."""
+    return [
+        {
+            k: v.to(device)
+            for k, v in outcome.entry.read_tensors(f"client-{client:04d}.safetensors").items()
+        }
+        for client in range(len(outcome.sizes))
+    ]

@@ -1,0 +1,313 @@
+"""Networks made of several: merged, averaged, ensembled, corrected for what their data lacked.
+
+The second half of the bridge that :mod:`companion.experiments.aligned` begins. :func:`merge_runs`
+merges any number of stored runs (Algorithm 3) and reads the result beside its inputs, their plain
+mean and their ensemble; :func:`split_runs` reads two networks of biased halves of one dataset, what
+they merge into, and the controls. Explained in our chapter 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from companion import data as datasets
+from companion.connectivity.paths import plain
+from companion.connectivity.walk import has_batchnorm
+from companion.core.errors import BadParameter
+from companion.core.numerics import exact_evaluation
+from companion.core.runs import Entry, Store
+from companion.core.theta import Theta, affine, layout, with_aliases, without_aliases
+from companion.data import Dataset, Split, head_of, text
+from companion.experiments.aligned import SEMANTICS, run_tasks
+from companion.experiments.matchers import (
+    Method,
+    examples_a_pass,
+    key_of,
+    match,
+    spec_of,
+    weights_of,
+)
+from companion.experiments.pairs import Evaluation, Pair
+from companion.rebasin import calibration
+from companion.rebasin.calibration import ensemble_logprobs, prior_shift
+from companion.rebasin.merge import merge_many
+from companion.rebasin.repair import reset_batchnorm
+from companion.training import Job, Run, build
+
+BINS = 10
+"""Of reliability curves and of the expected calibration error; the paper's Fig. 13 has 10."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one predictor is worth on one split.
+
+    Arguments:
+        loss: mean cross-entropy, nats; error: percent.
+        ece: expected calibration error of the top label, percentage points.
+        confidence, fraction: over all (example, class) pairs, in bins of the stated probability:
+            its mean, and how often it came true; count: pairs in the bin. Empty bins are left out.
+    """
+
+    loss: float
+    error: float
+    ece: float
+    confidence: tuple[float, ...] = field(default=(), repr=False)
+    fraction: tuple[float, ...] = field(default=(), repr=False)
+    count: tuple[int, ...] = field(default=(), repr=False)
+
+
+Readings = Mapping[str, Mapping[str, Reading]]
+"""Predictor -> split -> reading."""
+
+
+def read_logits(logits: torch.Tensor, y: torch.Tensor) -> Reading:
+    """The reading of logits or log-probabilities, shape (N, K), against labels, shape (N,).
+
+    Of a text, whose labels have shape (N, L), every position is a prediction: (N * L, K).
+    """
+    y = y.flatten()
+    p = logits.double().softmax(1)
+    curve = calibration.reliability(p, y, bins=BINS)
+    full = [i for i, n in enumerate(curve.counts) if n]
+    return Reading(
+        calibration.nll(logits, y),
+        100 * float((logits.argmax(1) != y).double().mean()),
+        100 * calibration.ece(p, y, bins=BINS),
+        tuple(curve.confidence[i] for i in full),
+        tuple(curve.fraction[i] for i in full),
+        tuple(curve.counts[i] for i in full),
+    )
+
+
+def _to_json(found: Readings) -> dict[str, Any]:
+    def one(r: Reading) -> dict[str, Any]:
+        numbers = {"loss": plain(r.loss), "error": plain(r.error), "ece": plain(r.ece)}
+        bins = {"confidence": r.confidence, "fraction": r.fraction, "count": r.count}
+        return numbers | {k: list(v) for k, v in bins.items()}
+
+    return {name: {s: one(r) for s, r in splits.items()} for name, splits in found.items()}
+
+
+def _from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Reading]]:
+    def one(r: Mapping[str, Any]) -> Reading:
+        numbers = (float(r["loss"]), float(r["error"]), float(r["ece"]))
+        return Reading(*numbers, tuple(r["confidence"]), tuple(r["fraction"]), tuple(r["count"]))
+
+    return {name: {s: one(r) for s, r in splits.items()} for name, splits in value.items()}
+
+
+@exact_evaluation()
+@torch.inference_mode()
+def logits_of(
+    module: nn.Module, theta: Theta, x: torch.Tensor, batch: int | None = None
+) -> torch.Tensor:
+    """Logits of a network in eval mode, shape (N, K), on the device of ``x``.
+
+    Of a text, those of all positions one after the other: (N * L, K). ``batch``: examples a forward
+    pass, at most; default :func:`companion.experiments.matchers.examples_a_pass`.
+    """
+    module = module.eval()
+    own = without_aliases(theta, layout(module).ties)
+    parts = x.split(batch or examples_a_pass(x))
+    return torch.cat([functional_call(module, own, (part,)).flatten(0, -2) for part in parts])
+
+
+def _mean(
+    module: nn.Module, thetas: Sequence[Theta], data: Dataset, evaluation: Evaluation
+) -> Theta:
+    """The mean of networks, integers from the first; BatchNorm's statistics estimated again, from
+    as many training images as on the lines between two networks."""
+    share, lay = [1 / len(thetas)] * len(thetas), layout(module)
+    theta = with_aliases({**thetas[0], **affine(thetas, share, lay.floating)}, lay.ties)
+    if not has_batchnorm(module):
+        return theta
+    return reset_batchnorm(module, theta, head_of(data.train.x, evaluation.bn_examples))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge of many, as the store keeps it; the arguments are :func:`merge_runs`'."""
+
+    runs: tuple[Run, ...]
+    evaluation: Evaluation
+    on: str | None
+    store: Store
+    device: str
+
+    def dataset(self) -> Dataset:
+        """What the networks are read on."""
+        return datasets.load(self.on or self.runs[0].recipe.data, self.device)
+
+    def entry(self) -> Entry:
+        """The store's entry."""
+        return self.store.entry(
+            {
+                "kind": "merged",
+                "semantics": SEMANTICS,
+                "evaluation": self.evaluation.identity(self.runs[0].recipe.net),
+                "on": self.dataset().fingerprint,
+                "runs": [key_of(r, self.store, self.device) for r in self.runs],
+            }
+        )
+
+    def jobs(self) -> list[Job]:
+        """What has to be trained before."""
+        return [Job(r, weights=(r.last_step,)) for r in self.runs]
+
+    def measure(self) -> dict[str, Any]:
+        """The readings, JSON-able."""
+
+        data = self.dataset()
+        module = build(self.runs[0], data, torch.device(self.device))
+        thetas = [weights_of(r, r.last_step, self.store, self.device) for r in self.runs]
+        spec = spec_of(module, data)
+        merged = merge_many(spec, thetas)
+        moved = [spec.permute(t, p) for t, p in zip(thetas, merged.perms, strict=True)]
+        networks: dict[str, Theta] = {f"input {i}": t for i, t in enumerate(thetas)}
+        networks |= {
+            n: _mean(module, these, data, self.evaluation)
+            for n, these in (("mean", thetas), ("merged", moved))
+        }
+        found: dict[str, dict[str, Reading]] = {}
+        for name, split in self.evaluation.splits(data).items():
+            logits = {n: logits_of(module, t, split.x) for n, t in networks.items()}
+            logits["ensemble"] = ensemble_logprobs(
+                [logits[f"input {i}"] for i in range(len(thetas))]
+            )
+            for n, z in logits.items():
+                found.setdefault(n, {})[name] = read_logits(z, split.y)
+        return {"readings": _to_json(found), "passes": merged.passes}
+
+
+def merge_runs(
+    groups: Sequence[Sequence[Run]],
+    evaluation: Evaluation | None = None,
+    *,
+    on: str | None = None,
+    store: Store | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> list[Readings]:
+    """Train what is missing, merge every group of runs (Algorithm 3), and read the outcomes.
+
+    Arguments:
+        groups: of two runs or more each, all of one architecture.
+        on: dataset to read on; default: the one the first run was trained on.
+
+    Returns:
+        for each group the readings of ``input 0``, ``input 1``, …, of their plain ``mean``, of
+        ``merged``, and of the ``ensemble`` of the inputs' log-probabilities.
+
+    Source: Git Re-Basin, App. A.10, Table 3 and Fig. 13; our chapter 2.
+    """
+    if any(len(g) < 2 for g in groups):
+        raise BadParameter("merge_runs: a group needs two runs or more.")
+    store, where = store or Store(), str(datasets.resolve_device(device))
+    tasks = [Merge(tuple(g), evaluation or Evaluation(), on, store, where) for g in groups]
+    raw = run_tasks(tasks, workers, "merging many")
+    return [_from_json(r["readings"]) for r in raw]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Two networks of biased parts of one dataset; the arguments are :func:`split_runs`'."""
+
+    pair: Pair
+    full: Run
+    evaluation: Evaluation
+    store: Store
+    device: str
+
+    def entry(self) -> Entry:
+        """The store's entry."""
+        return self.store.entry(
+            {
+                "kind": "halves",
+                "semantics": SEMANTICS,
+                "evaluation": self.evaluation.identity(self.full.recipe.net),
+                "runs": [
+                    key_of(r, self.store, self.device)
+                    for r in (self.pair.a, self.pair.b, self.full)
+                ],
+            }
+        )
+
+    def jobs(self) -> list[Job]:
+        """What has to be trained before."""
+        return [Job(r, weights=(r.last_step,)) for r in (self.pair.a, self.pair.b, self.full)]
+
+    def measure(self) -> dict[str, Any]:
+        """The readings, JSON-able."""
+
+        data = datasets.load(self.full.recipe.data, self.device)
+        module = build(self.full, data, torch.device(self.device))
+        runs = (self.pair.a, self.pair.b, self.full)
+        a, b, full = (weights_of(r, r.last_step, self.store, self.device) for r in runs)
+        moved = match(Method("weights"), module, a, b, data).apply(module, b)
+        networks = {
+            "A": a,
+            "B": b,
+            "mean of A and B": _mean(module, (a, b), data, self.evaluation),
+            "merged": _mean(module, (a, moved), data, self.evaluation),
+            "full data": full,
+        }
+
+        def prior(split: Split) -> torch.Tensor:
+            return torch.bincount(split.y, minlength=data.classes)
+
+        own = {
+            n: prior(datasets.load(r.recipe.data, self.device).train)
+            for n, r in zip("AB", runs[:2], strict=True)
+        }
+        found: dict[str, dict[str, Reading]] = {}
+        for name, split in self.evaluation.splits(data).items():
+            logits = {n: logits_of(module, t, split.x) for n, t in networks.items()}
+            for n, p in own.items():
+                logits[f"{n} corrected"] = prior_shift(logits[n], p, prior(data.train))
+            logits["ensemble"] = ensemble_logprobs([logits["A"], logits["B"]])
+            for n, z in logits.items():
+                found.setdefault(n, {})[name] = read_logits(z, split.y)
+        return {"readings": _to_json(found)}
+
+
+def split_runs(
+    pairs: Sequence[Pair],
+    full: Sequence[Run],
+    evaluation: Evaluation | None = None,
+    *,
+    store: Store | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> list[Readings]:
+    """Train what is missing, and read networks of biased halves, merged ones, and controls.
+
+    Arguments:
+        pairs: A and B, each trained on its part of a dataset (``digits@split-a``, ``-b``).
+        full: for each pair a network trained on the whole dataset, on which all are read.
+
+    Returns:
+        for each pair the readings of ``A``, ``B``, both ``corrected`` for the class frequencies of
+        their data, their ``ensemble``, the plain ``mean of A and B``, the ``merged`` midpoint after
+        weight matching, and ``full data``.
+
+    Source: Git Re-Basin, Section 5.4, Figs. 5, 10, 11; the correction as a control is from Jordan
+    et al. 2023; our chapter 2.
+    """
+    if len(pairs) != len(full):
+        raise BadParameter("split_runs: one network of the whole dataset for each pair is needed.")
+    if any(text.is_text(run.recipe.data) for run in full):
+        raise BadParameter("split_runs: parts are of labelled images; a text has no parts.")
+    store, where = store or Store(), str(datasets.resolve_device(device))
+    tasks = [
+        Halves(p, f, evaluation or Evaluation(), store, where)
+        for p, f in zip(pairs, full, strict=True)
+    ]
+    raw = run_tasks(tasks, workers, "split data")
+    return [_from_json(r["readings"]) for r in raw]

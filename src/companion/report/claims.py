@@ -1,0 +1,333 @@
+"""Reported against reproduced: claims as data, one rule for every verdict, one table to show them.
+
+``data/claims.yaml`` holds what the papers claim. A chapter computes a statistic and hands it over::
+
+    from companion.report import claims
+
+    verdicts = [claims.judge("C01", barrier, n=9, interval=(0.2, 0.6))]
+    claims.show(verdicts, scale="digits, MLP 64-100x5-10, 3 inits x 3 pairs, CPU")
+
+:func:`judge` is the only place where a number becomes a word. The table's contents also travel in
+the metadata of the cell's output, from where the book collects the front page's scoreboard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any, Protocol
+
+from companion.core.errors import BadParameter
+from companion.report import page
+from companion.report.claims_file import EVIDENCE, Claim, papers, registry
+
+if TYPE_CHECKING:
+    from companion.core.stats import Interval  # not imported: it takes torch along
+
+__all__ = ["Claim", "Verdict", "again", "judge", "papers", "registry", "show", "table", "tally"]
+
+
+_OURS = ("D", "E")  # shown as ours, never as the paper's
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<": lambda value, limit: value < limit,
+    "<=": lambda value, limit: value <= limit,
+    ">": lambda value, limit: value > limit,
+    ">=": lambda value, limit: value >= limit,
+}
+
+NOT_TESTABLE = "not testable at this scale"
+
+#: Verdict -> the sign beside it. The word is always there: colour and sign only repeat it.
+SIGNS = {
+    "reproduced": "✓",
+    "not reproduced": "✗",
+    "undetermined": "≈",
+    "reported": "•",
+    NOT_TESTABLE: "○",
+}
+
+
+class Recorded(Protocol):
+    """What the table needs of a record (:class:`companion.report.recorded.Record`)."""
+
+    @property
+    def family(self) -> str:
+        """Profiles that share a column."""
+
+    @property
+    def short(self) -> str:
+        """The scale, in a few words."""
+
+    @property
+    def verdicts(self) -> Mapping[str, Verdict]:
+        """Claim id to verdict."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome for one claim: a word of :data:`SIGNS`, and the number it rests on."""
+
+    claim: Claim
+    verdict: str
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    detail: str = ""
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; numbers that are not finite become text ("inf", "nan")."""
+        entry = asdict(self)
+        entry["claim"]["test"] = dict(self.claim.test)
+        entry["value"] = _plain(self.value)
+        entry["interval"] = self.interval and [_plain(x) for x in self.interval]
+        return entry
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Verdict:
+        """The inverse of :meth:`to_json`."""
+        fields = dict(entry)
+        claim = {**fields.pop("claim")}
+        claim["profiles"] = tuple(claim["profiles"])
+        value, interval = fields.pop("value"), fields.pop("interval")
+        return cls(
+            claim=Claim(**claim),
+            value=None if value is None else float(value),
+            interval=(float(interval[0]), float(interval[1])) if interval else None,
+            **fields,
+        )
+
+
+def judge(
+    id: str,
+    statistic: float | Interval | None,
+    *,
+    n: int | None = None,
+    interval: tuple[float, float] | None = None,
+    detail: str = "",
+    note: str = "",
+    testable: bool = True,
+) -> Verdict:
+    """Turn a statistic into a verdict by the claim's rule. Nothing else in the project does.
+
+    With an interval, the whole interval has to lie on one side of the threshold; where it straddles
+    it, the verdict is "undetermined". A statistic that is NaN is undetermined too: no valid number.
+
+    Args:
+        id: The claim, such as ``"C01"``.
+        statistic: What the claim's ``statistic`` describes, in its ``unit``, alone or with its
+            interval; a truth value for ``op: "true"``; None if it was not measured.
+        n: How many samples the statistic rests on; by default the interval's own n.
+        interval: Low and high end of a confidence interval.
+        detail: Shown under the value, such as ``"all 3 initialisations"``.
+        note: Shown under the verdict: a caveat, or why it was not testable.
+        testable: False if this scale cannot answer the question, whatever came out.
+
+    Returns:
+        The verdict: reproduced, not reproduced, undetermined, reported (the rule is ``report``:
+        shown, not judged) or not testable at this scale.
+
+    Raises:
+        BadParameter: An unknown claim, or an interval that does not contain the statistic.
+    """
+    claims = registry()
+    if id not in claims:
+        raise BadParameter(f"claim {id!r} is not in data/claims.yaml. It has: {', '.join(claims)}.")
+    claim = claims[id]
+    given: Any = statistic  # a number of any library, or an interval
+    if hasattr(given, "low"):
+        if interval is not None:
+            raise BadParameter(f"{id}: give the interval once, in the statistic or as interval=.")
+        interval, n = (given.low, given.high), given.n if n is None else n
+        given = given.value
+    value = None if given is None else float(given)
+    if interval is not None:
+        interval = (float(interval[0]), float(interval[1]))
+        if value is not None and not math.isnan(value) and not interval[0] <= value <= interval[1]:
+            raise BadParameter(f"{id}: the statistic {value} lies outside its interval {interval}.")
+    if value is None or not testable:
+        word = NOT_TESTABLE
+    elif claim.test["op"] == "report":
+        word = "reported"
+    else:
+        word = _apply(claim.test, value, interval)
+    return Verdict(claim, word, value, interval, n, detail, note)
+
+
+def again(verdict: Verdict) -> Verdict:
+    """A verdict of another time, from its statistic and by the rule as it is now."""
+    return judge(
+        verdict.claim.id,
+        verdict.value,
+        n=verdict.n,
+        interval=verdict.interval,
+        detail=verdict.detail,
+        note=verdict.note,
+        testable=verdict.verdict != NOT_TESTABLE,
+    )
+
+
+def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Recorded] = ()) -> None:
+    """Display the table of reported against reproduced, and hand the verdicts to the book.
+
+    Args:
+        verdicts: What :func:`judge` returned, in the order of the table.
+        scale: What the numbers rest on: dataset, network, samples, hardware.
+        recorded: What :func:`companion.report.recorded.load` returned; each profile becomes a
+            column.
+
+    Raises:
+        BadParameter: No verdicts, no scale, or one claim twice.
+    """
+    if not verdicts or not scale.strip():
+        raise BadParameter("claims.show needs at least one verdict, and a scale in words.")
+    ids = [v.claim.id for v in verdicts]
+    if len(set(ids)) < len(ids):
+        raise BadParameter(f"claims.show: a claim is listed twice in {', '.join(ids)}.")
+    lines = [f"{v.claim.id}: {v.verdict} ({_measured(v) or 'not measured'})" for v in verdicts]
+    html = table(verdicts, caption=f"Scale: {scale}", recorded=recorded)
+    page.emit(
+        {"text/html": html, "text/plain": "\n".join(lines)},
+        {"claims": [{**v.to_json(), "scale": scale} for v in verdicts]},
+    )
+
+
+def table(
+    verdicts: Iterable[Verdict],
+    *,
+    caption: str,
+    links: Mapping[str, str] | None = None,
+    recorded: Sequence[Recorded] = (),
+) -> str:
+    """The table as HTML: claim, reported (and where), reproduced here, verdict, recorded.
+
+    Args:
+        verdicts: The rows.
+        caption: Plain text above the table.
+        links: Claim id to address; the ids of the rows become links.
+        recorded: Records of any chapters; each profile among them becomes a column (``paper`` and
+            ``paper-mnist`` share one, and each value says its dataset).
+    """
+    verdicts = list(verdicts)
+    names = papers()
+    profiles = list(dict.fromkeys(r.family for r in recorded))
+    heads = ["Claim", "Reported", "Reproduced here", "Verdict"]
+    heads += [f"Recorded, profile {escape(p)}" for p in profiles]
+    rows, tags = [], set()
+    for v in verdicts:
+        claim = v.claim
+        name = escape(claim.id)
+        if links and claim.id in links:
+            name = f'<a href="{escape(links[claim.id])}">{name}</a>'
+        kind = "verdict-" + v.verdict.replace(" ", "-")
+        reported, tag = _reported(claim, names)
+        tags |= tag
+        here = escape(_measured(v) or "—") + _small(v.detail)
+        rows.append(
+            f'<tr><th scope="row">{name} <span class="claim-text">{escape(claim.text)}</span></th>'
+            f"<td>{reported}</td>"
+            f"<td>{here}{_small('rule: ' + claim.rule)}</td>"
+            f'<td class="verdict {kind}"><span aria-hidden="true">'
+            f"{SIGNS[v.verdict]}</span> {escape(v.verdict)}{_small(v.note)}</td>"
+            + "".join(
+                f'<td class="recorded">{_recorded(claim.id, recorded, p)}</td>' for p in profiles
+            )
+            + "</tr>"
+        )
+    key = "; ".join(f"[{t}] {words}" for t, words in EVIDENCE.items() if t in tags)
+    foot = (
+        f'<p class="claims-key">Where the reported values were read: {escape(key)}.</p>'
+        if key
+        else ""
+    )
+    head = "".join(f'<th scope="col">{h}</th>' for h in heads)
+    return (
+        f'<div class="companion-scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f'<table class="companion-claims"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{foot}"
+    )
+
+
+def tally(verdicts: Iterable[Verdict]) -> str:
+    """One sentence: ``13 claims: 8 reproduced, 1 not reproduced, 4 not testable at this scale.``"""
+    words = [v.verdict for v in verdicts]
+    parts = [f"{words.count(word)} {word}" for word in SIGNS if word in words]
+    return f"{len(words)} claim{'s' * (len(words) != 1)}: {', '.join(parts)}."
+
+
+def _apply(test: Mapping[str, Any], value: float, interval: tuple[float, float] | None) -> str:
+    """The verdict of a rule that can pass or fail."""
+    if math.isnan(value):
+        return "undetermined"
+    op = test["op"]
+    if op == "true":
+        return "reproduced" if value else "not reproduced"
+
+    def passes(x: float) -> bool:
+        if op == "between":
+            return bool(test["low"] <= x <= test["high"])
+        return _COMPARE[op](x, test["value"])
+
+    ends = [passes(x) for x in interval or (value, value)]
+    if op == "between" and interval and not any(ends):
+        # Both ends outside: the band may still lie inside the interval.
+        ends = [False, interval[0] < test["low"] and interval[1] > test["high"]]
+    if all(ends):
+        return "reproduced"
+    return "undetermined" if any(ends) else "not reproduced"
+
+
+def _measured(v: Verdict) -> str:
+    """``1.2 [0.8, 1.7] points, n = 9``; empty if nothing was measured."""
+    if v.value is None:
+        return ""
+    if v.claim.test["op"] == "true":
+        text = "no valid value" if math.isnan(v.value) else ("yes" if v.value else "no")
+    else:
+        text = _number(v.claim, v.value)
+        if v.interval is not None:
+            text += f" [{', '.join(_number(v.claim, x) for x in v.interval)}]"
+        if v.claim.unit:
+            text += f" {v.claim.unit}"
+    return text + (f", n\u00a0=\u00a0{v.n}" if v.n is not None else "")
+
+
+def _number(claim: Claim, x: float) -> str:
+    if math.isnan(x):
+        return "no valid value"
+    if math.isinf(x):
+        return "∞" if x > 0 else "−∞"
+    return claim.format.format(x).replace("-", "−")
+
+
+def _recorded(id: str, records: Sequence[Recorded], profile: str) -> str:
+    """One cell: verdict, value and scale of each record of a family that judged the claim."""
+    parts = []
+    for record in records:
+        if record.family == profile and (v := record.verdicts.get(id)):
+            parts.append(
+                f'<div class="verdict verdict-{v.verdict.replace(" ", "-")}">'
+                f'<span aria-hidden="true">{SIGNS[v.verdict]}</span> {escape(v.verdict)}</div>'
+                + escape(_measured(v) or "—")
+                + _small(record.short)
+            )
+    return "".join(parts) or "—"
+
+
+def _reported(claim: Claim, names: Mapping[str, str]) -> tuple[str, set[str]]:
+    """The cell of the reported value, and the evidence tags it uses."""
+    if claim.evidence == "U":
+        return "—" + _small("no value that we could verify"), set()
+    paper = "ours, not the paper's" if claim.evidence in _OURS else names[claim.paper]
+    source = ", ".join(part for part in (paper, claim.where) if part)
+    return escape(claim.reported) + _small(f"{source} [{claim.evidence}]"), {claim.evidence}
+
+
+def _small(text: str) -> str:
+    return f'<small class="claim-note">{escape(text)}</small>' if text else ""
+
+
+def _plain(x: float | None) -> float | str | None:
+    return x if x is None or math.isfinite(x) else str(x)

@@ -1,0 +1,217 @@
+"""Figures with a message: one look, a caption, a real alt text, and the numbers behind them.
+
+A chapter calls :func:`use_style` once and :func:`publish` for every figure::
+
+    from companion.report import figures
+
+    figures.use_style()
+    fig, ax = plt.subplots()
+    ...
+    figures.publish(
+        fig,
+        "barrier-by-k",
+        caption=f"The barrier falls below 2 points at $k = {k}$.",
+        alt=f"A line that falls from {b[0]:.0f} points at k = 0 to {b[-1]:.1f} at k = {ks[-1]}.",
+        data={"k": ks, "barrier": b},
+    )
+
+What was published travels in the metadata of the cell's output, so it survives papermill; the book
+turns it into a captioned figure with a label (``fig-barrier-by-k``) and two download links.
+The palette is Okabe and Ito's, legible with every common colour blindness.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from companion.core.errors import BadParameter
+from companion.report import page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+#: Okabe and Ito's eight colours in the order lines take them; yellow, weak on white, is last.
+OKABE_ITO = {
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "orange": "#E69F00",
+    "black": "#000000",
+    "yellow": "#F0E442",
+}
+
+# Equal input gives equal bytes: matplotlib salts the ids inside an SVG, by default at random.
+_DETERMINISTIC: Any = {"svg.hashsalt": "companion", "svg.fonttype": "path"}
+
+# Name -> (cell, execution count) that published it, so that two cells cannot claim one label.
+# Process-wide on purpose: a kernel runs one notebook.
+_published: dict[str, tuple[str, int]] = {}
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for the book: Okabe-Ito colours, readable sizes, reproducible SVG.
+
+    Call it once per chapter, before the first figure. It changes ``matplotlib.rcParams`` only.
+    """
+    import matplotlib as mpl
+    from cycler import cycler
+
+    colours = list(OKABE_ITO.values())
+    mpl.rcParams.update(
+        {
+            **_DETERMINISTIC,
+            "axes.prop_cycle": cycler(color=colours),
+            "axes.axisbelow": True,
+            "axes.grid": True,
+            "axes.labelsize": 11,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 12,
+            "errorbar.capsize": 3,
+            "figure.dpi": 100,
+            "figure.figsize": (6.8, 4.0),
+            "figure.constrained_layout.use": True,
+            # The plate is part of the figure: in dark mode the page does not show through.
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            # DejaVu ships with matplotlib, so the picture is the same on every machine.
+            "font.family": ["DejaVu Sans"],
+            "font.size": 10.5,
+            "grid.alpha": 0.6,
+            "grid.color": "#d9d9d9",
+            "grid.linewidth": 0.7,
+            "image.cmap": "cividis",
+            "legend.fontsize": 10,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 5,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+        }
+    )
+
+
+def publish(
+    fig: Figure, name: str, *, caption: str, alt: str, data: Mapping[str, Any] | None = None
+) -> None:
+    """Show a figure and hand it to the book: caption, alt text, label, and the data behind it.
+
+    Args:
+        fig: The figure. It is closed, so nothing shows it twice.
+        name: Lower-case letters, digits and hyphens. It names the files, and the label is
+            ``fig-<name>`` (a leading ``fig-`` is not doubled): ``{numref}`fig-<name>```.
+        caption: MyST text. Put numbers in with an f-string, so that they come from the run.
+        alt: What the figure shows, for somebody who does not see it. Not the caption again.
+        data: What was drawn, as nested mappings, lists, numbers, strings, arrays or tensors.
+            NaN and infinities become null. It is offered for download beside the figure.
+
+    Raises:
+        BadParameter: A malformed name, one that another cell already used, an empty caption or
+            alt text, or data that JSON cannot hold.
+    """
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise BadParameter(
+            f"figure name {name!r}: use lower-case letters, digits and single hyphens, "
+            "such as 'barrier-by-k'."
+        )
+    for what, text in (("caption", caption), ("alt", alt)):
+        if not text.strip():
+            raise BadParameter(
+                f"figure {name!r}: {what} is empty. Say what the figure shows"
+                + (", for somebody who does not see it." if what == "alt" else ".")
+            )
+    values = None if data is None else to_json(data, f"figure {name!r}, data")
+    _claim_name(name)
+    # A recording keeps the numbers, and the page draws them: no font or backend can lose them.
+    picture = "" if page.recorder() else _svg(fig, name)
+
+    import matplotlib.pyplot as plt
+
+    plt.close(fig)
+    entry = {"name": name, "caption": " ".join(caption.split()), "alt": " ".join(alt.split())}
+    page.emit(
+        {"image/svg+xml": picture, "text/plain": f"Figure {name}: {entry['alt']}"},
+        {"figure": {**entry, "data": values}},
+    )
+
+
+def label(name: str) -> str:
+    """The cross-reference label of the figure ``name``: ``fig-<name>``."""
+    return name if name.startswith("fig-") else f"fig-{name}"
+
+
+def to_json(value: Any, where: str = "data") -> Json:
+    """``value`` as plain JSON types: arrays and tensors become lists, NaN and infinities null.
+
+    Args:
+        value: Nested mappings and iterables of numbers, strings, booleans, None, NumPy or torch.
+        where: What to call the value in an error message.
+
+    Raises:
+        BadParameter: Something JSON cannot hold; the message says where.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v, f"{where}[{str(k)!r}]") for k, v in value.items()}
+    if hasattr(value, "detach"):  # a torch tensor, on any device, with or without a graph
+        value = value.detach().cpu()
+    if hasattr(value, "tolist"):  # NumPy and torch, arrays and scalars
+        return to_json(value.tolist(), where)
+    if isinstance(value, Iterable) and not isinstance(value, (bytes, set, frozenset)):
+        return [to_json(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    raise BadParameter(
+        f"{where}: a {type(value).__name__} cannot be written as JSON. "
+        "Allowed: numbers, strings, booleans, None, lists, mappings, NumPy arrays, torch tensors."
+    )
+
+
+def _svg(fig: Figure, title: str) -> str:
+    """The figure as SVG text; equal figures give equal text."""
+    import matplotlib as mpl
+
+    out = io.StringIO()
+    with mpl.rc_context(_DETERMINISTIC):
+        fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+    return out.getvalue()
+
+
+def _claim_name(name: str) -> None:
+    """Refuse a name that another cell published; let the same cell run again."""
+    taken = BadParameter(
+        f"figure name {name!r} is taken: another figure of this chapter was published under "
+        "it. Each figure needs a name of its own."
+    )
+    if (recorder := page.recorder()) is not None:
+        if any(figure["name"] == name for figure in recorder.all("figure")):
+            raise taken
+        return
+    try:
+        from IPython.core.getipython import get_ipython
+    except ModuleNotFoundError:
+        shell = None
+    else:
+        shell = get_ipython()
+    cell, count = "", 0  # a plain script is one cell that runs once
+    if shell is not None:
+        # JupyterLab says which cell runs; papermill does not, and then the cell's text has to do.
+        parent = getattr(shell, "parent_header", None) or {}
+        cell = parent.get("metadata", {}).get("cellId") or shell.user_ns.get("In", [""])[-1]
+        count = shell.execution_count
+    before = _published.get(name)
+    if before is not None and (before[0] != cell or before[1] == count):
+        raise taken
+    _published[name] = (cell, count)

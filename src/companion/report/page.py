@@ -1,0 +1,115 @@
+"""The one way from a chapter to its page: in a notebook it shows, under a recorder it is kept.
+
+    page.text(f"The barrier falls below 2 points at k = {k}.")
+    page.number("one-image", 100 / len(images.test))     # for {glue:text}`one-image:.2f` in prose
+
+Figures, tables, verdicts and provenance go through :func:`emit` too. A chapter therefore imports
+neither IPython nor MyST-NB, and ``companion record`` runs its cells on a machine that has neither:
+:func:`captured` collects what they emit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from companion.experiments.budget import Plan
+    from companion.experiments.pairs import Evaluation
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a chapter is about to train and measure, and where."""
+
+    plans: tuple[Plan, ...]
+    evaluation: Evaluation
+    device: str
+    workers: int
+
+
+@dataclass
+class Captured:
+    """What the cells of a chapter put on the page, in order.
+
+    Args:
+        entries: one mapping an emission, such as ``{"figure": {...}}`` or ``{"claims": [...]}``.
+        on_budget: called when the chapter declares its budget; it may stop the recording.
+    """
+
+    on_budget: Callable[[Budget], None] | None = None
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def all(self, kind: str) -> list[Any]:
+        """The contents of every entry of one kind."""
+        return [entry[kind] for entry in self.entries if kind in entry]
+
+
+_recorder: ContextVar[Captured | None] = ContextVar("companion_recorder", default=None)
+
+
+def recorder() -> Captured | None:
+    """Who captures what is emitted now; None in a notebook."""
+    return _recorder.get()
+
+
+@contextmanager
+def captured(on_budget: Callable[[Budget], None] | None = None) -> Iterator[Captured]:
+    """Inside, nothing is displayed; what would be is in the value."""
+    found = Captured(on_budget)
+    token = _recorder.set(found)
+    try:
+        yield found
+    finally:
+        _recorder.reset(token)
+
+
+def emit(data: Mapping[str, str], entry: Mapping[str, Any]) -> None:
+    """Put one thing on the page.
+
+    Args:
+        data: what to show, MIME type -> text; ``text/plain`` is always there.
+        entry: the same for programs; it travels in the metadata of the cell's output, where the
+            book finds it, and is what a recorder keeps.
+    """
+    if (found := recorder()) is not None:
+        found.entries.append(dict(entry))
+        return
+    try:
+        from IPython.display import display
+    except ModuleNotFoundError:  # a plain script
+        print(data["text/plain"])
+        return
+    display(dict(data), metadata={"companion": dict(entry)}, raw=True)
+
+
+def text(markdown: str) -> None:
+    """Prose whose numbers come from the run, as Markdown."""
+    emit({"text/markdown": markdown, "text/plain": markdown}, {"text": markdown})
+
+
+def number(name: str, value: float) -> None:
+    """Give the prose of the chapter a number: ``{glue:text}`name:.2f```."""
+    if (found := recorder()) is not None:
+        found.entries.append({"number": {name: float(value)}})
+        return
+    try:
+        from myst_nb import glue
+    except ModuleNotFoundError:  # a notebook without the book's tools has no prose to fill
+        return
+    glue(name, value, display=False)
+
+
+def budget(plans: Sequence[Plan], *, evaluation: Evaluation, device: str, workers: int = 0) -> None:
+    """Say what the chapter is about to train and measure. In a notebook nothing happens.
+
+    Args:
+        plans: what :func:`companion.experiments.instability.plan` and its like return, one an
+            analysis.
+        evaluation, device, workers: as the analyses take them.
+    """
+    if (found := recorder()) is not None and found.on_budget is not None:
+        found.on_budget(Budget(tuple(plans), evaluation, device, workers))

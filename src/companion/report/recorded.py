@@ -1,0 +1,208 @@
+"""Results that were measured on larger machines and ship with the book: ``data/recorded/``.
+
+``companion record`` writes them (:mod:`companion.book.recording`); chapters draw them beside their
+own run, the claims tables give each profile a column. Every record says its dataset, its hardware
+and its date. A file that is not what it should be stops the build: it is never half believed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from companion.core.errors import CorruptData
+from companion.core.locations import book_root
+from companion.report import claims, page
+
+if TYPE_CHECKING:
+    from companion.core.stats import Interval
+
+FORMAT = 1
+LIMIT = 1_000_000  # bytes of one file
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "format": int,
+    "chapter": str,
+    "profile": str,
+    "name": str,
+    "parameters": dict,
+    "dataset": dict,
+    "hardware": str,
+    "scale": str,
+    "date": str,
+    "seconds": (int, float),
+    "claims": list,
+    "figures": dict,
+    "provenance": dict,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One recorded file.
+
+    Args:
+        verdicts: claim id -> verdict, by the rules of today (the statistic is what was recorded).
+        data: the whole document.
+    """
+
+    chapter: str
+    profile: str
+    name: str
+    verdicts: Mapping[str, claims.Verdict]
+    data: Mapping[str, Any]
+
+    @property
+    def family(self) -> str:
+        """The profile without its variant: ``paper-mnist`` is of the family ``paper``."""
+        return self.profile.partition("-")[0]
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's label."""
+        return str(self.data["dataset"]["name"])
+
+    @property
+    def unfinished(self) -> str:
+        """What is missing, in words, if the recording was closed before its end; else empty."""
+        if not self.data.get("closed"):
+            return ""
+        counts = ", ".join(f"{n} × {kind}" for kind, n in self.data.get("missing", {}).items())
+        return f"closed before its end; missing: {counts or 'nothing that counts'}"
+
+    @property
+    def title(self) -> str:
+        """Name, scale with hardware, and date, in words; and whether it is whole."""
+        closed = f"; {self.unfinished}" if self.unfinished else ""
+        return f"{self.name}: {self.data['scale']} ({self.data['date']}{closed})"
+
+    @property
+    def short(self) -> str:
+        """Name, dataset, hardware and date: what a number in a table has to say."""
+        closed = ", closed before its end" if self.unfinished else ""
+        where = f"{self.data['hardware']}, {self.data['date']}"
+        return f"{self.name}: {self.dataset}, {where}{closed}"
+
+
+def folder(root: Path) -> Path:
+    """Where a book keeps its records."""
+    return root / "data" / "recorded"
+
+
+def hardware(provenance: Mapping[str, Any]) -> str:
+    """What computed: the GPU's name, or the processor's and its cores."""
+    gpu = provenance.get("gpu")
+    if gpu and not str(provenance["device"]).startswith("cpu"):
+        return str(gpu["name"])
+    return f"CPU, {provenance['cpu']['cores']} cores of {provenance['cpu']['name']}"
+
+
+def load(chapter: str, root: Path | None = None) -> list[Record]:
+    """The records of a chapter, by name; none is no error. While recording there are none.
+
+    Args:
+        chapter: its name.
+        root: of the book; default: the book at hand.
+
+    Raises:
+        CorruptData: a file that is not a record of this chapter.
+    """
+    root = root or book_root()
+    if root is None or page.recorder() is not None:
+        return []
+    return [_read(path, chapter) for path in sorted((folder(root) / chapter).glob("*.json"))]
+
+
+def _read(path: Path, chapter: str) -> Record:
+    where = f"data/recorded/{chapter}/{path.name}"
+
+    def broken(why: str) -> CorruptData:
+        return CorruptData(f"{where}: {why}. Record it again, or remove the file.")
+
+    try:
+        if path.stat().st_size > LIMIT:
+            raise broken(f"{path.stat().st_size / 1e6:.2f} MB is more than {LIMIT / 1e6:g} MB")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise broken(f"it cannot be read ({error})") from error
+    if not isinstance(data, dict):
+        raise broken("it is no JSON object")
+    for name, kind in _FIELDS.items():
+        if not isinstance(data.get(name), kind):
+            raise broken(f"the field {name!r} is missing, or of another type")
+    if data["format"] != FORMAT:
+        raise broken(f"it has format {data['format']}; this version reads {FORMAT}")
+    if data["chapter"] != chapter:
+        raise broken(f"it is a record of {data['chapter']}")
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", data["date"]) or "name" not in data["dataset"]:
+        raise broken("its date or its dataset is not what `companion record` writes")
+    try:
+        found = [claims.Verdict.from_json(c) for c in data["claims"]]
+        known = claims.registry()
+        # The number was recorded; the word follows from the rule, as everywhere.
+        verdicts = {v.claim.id: claims.again(v) for v in found if v.claim.id in known}
+    except (KeyError, TypeError, ValueError) as error:
+        raise broken(f"its claims are unreadable ({error})") from error
+    return Record(chapter, data["profile"], data["name"], verdicts, data)
+
+
+def sentence(chapter: str, records: Sequence[Record]) -> str:
+    """What is recorded, or that nothing is and which command changes that; Markdown."""
+    if not records:
+        return (
+            "Nothing is recorded for this chapter yet: all numbers here are of this page's run. "
+            f"`companion record {chapter} --profile gpu` makes such a file, on a GPU."
+        )
+    lines = [
+        f"- `{r.name}`: {r.data['scale']}; {r.data['date']}, {r.data['hardware']}, "
+        f"{r.data['seconds'] / 60:.1f} minutes of computation"
+        + (f"; {r.unfinished}" if r.unfinished else "")
+        for r in records
+    ]
+    return "Recorded:\n\n" + "\n".join(lines)
+
+
+def curves(
+    records: Sequence[Record], figure: str
+) -> dict[str, tuple[int, dict[str, dict[int, Interval]]]]:
+    """The curves against k of one figure in every record that has it, on test data.
+
+    Returns:
+        title -> (T, label -> k -> interval), as :func:`companion.report.plots.panels` draws them.
+    """
+    from companion.core.stats import Interval
+
+    found = {}
+    for record in records:
+        data = (record.data["figures"].get(figure) or {}).get("data") or {}
+        series = {
+            label: {
+                k: Interval(mean, low, high, n, 0)
+                for k, mean, low, high, n in zip(
+                    *(s[name] for name in ("k", "mean", "low", "high", "pairs")), strict=True
+                )
+                if mean is not None
+            }
+            for label, s in data.items()
+            if isinstance(s, dict) and label.endswith(", test") and s["k"]  # some pair was valid
+        }
+        if series:
+            title = f"{record.name}: {record.dataset}, T = {data['T']}\n"
+            title += f"{record.data['hardware']}, {record.data['date']}"
+            found[title] = (int(data["T"]), series)
+    return found
+
+
+def extremes(record: Record, figure: str) -> str:
+    """For an alt text: the first and the last value of each curve of a figure."""
+    words = []
+    for _, series in curves([record], figure).values():
+        for label, points in series.items():
+            first, last = min(points), max(points)
+            a, b = points[first].value, points[last].value
+            words.append(f"{label} {a:.1f} points at k = {first}, {b:.1f} at k = {last}")
+    return ", ".join(words) or "no curve"

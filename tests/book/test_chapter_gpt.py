@@ -1,0 +1,160 @@
+"""Chapter 5 end to end: plain papermill with tiny parameters, and the phenomenon it stands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import papermill
+import pytest
+from papermilled import build, entries, run
+
+from companion import data, models
+from companion.core.errors import MissingData
+from companion.core.runs import Store
+from companion.experiments.instability import analyse
+from companion.experiments.pairs import Evaluation
+from companion.training import Recipe
+
+CHAPTER = "05_gpt"
+TINY: dict[str, Any] = {
+    "dataset": "pydoc?vocab=320&window=16",
+    "net": "gpt:layers=2,width=16,heads=2",
+    "steps": 10,
+    "batch": 8,
+    "ks": [4],
+    "inits": 2,
+    "looks": [0],
+    "points": 3,
+    "windows": 12,
+    "train_windows": 4,
+    "max_error": 100.0,
+    "device": "cpu",
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chapter as `make notebooks` writes it, in a folder of the test."""
+    return build(CHAPTER, tmp_path_factory.mktemp("book"))
+
+
+def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
+    notebook = run(source, tmp_path, **TINY)
+    names = [figure["name"] for figure in entries(notebook, "figure")]
+    kinds = ("instability", "heatmap", "parts", "groups", "features", "matching")
+    expected = [f"gpt-{kind}" for kind in kinds]
+    assert [name for name in names if name != "gpt-recorded"] == expected
+    (verdicts,) = entries(notebook, "claims")
+    assert [v["claim"]["id"] for v in verdicts] == ["B13", *(f"G{n:02d}" for n in range(1, 10))]
+    by_id = {v["claim"]["id"]: v for v in verdicts}
+    assert by_id["G01"]["verdict"] == "reproduced" and by_id["G01"]["n"] == 2
+    # Ten steps teach nothing: there is no barrier to compare with.
+    for name in ("B13", "G03", "G05", "G06", "G07", "G08"):
+        assert by_id[name]["verdict"] == "not testable at this scale", name
+    assert by_id["G02"]["verdict"] == "not reproduced"
+    (command,) = entries(notebook, "rerun")
+    assert "-p steps 10" in command and "-p precision" not in command
+    (record,) = entries(notebook, "provenance")
+    text = data.load(TINY["dataset"])
+    assert record["dataset"]["sha256"] == text.fingerprint
+    assert record["network"]["net"] == models.canonical(TINY["net"])
+    # The windows that all were scored on, by their hash, on the page and in the store.
+    digest = data.text.windows_digest(text.test.head(TINY["windows"]))
+    assert record["evaluation_windows"] == digest
+    assert any(digest in table["caption"] for table in entries(notebook, "table"))
+    assert len(data.text.load_windows(digest, Store())) == TINY["windows"]
+    # Layers as the paper counts them, and the tied embedding once.
+    figures = {f["name"]: f["data"] for f in entries(notebook, "figure")}
+    for kind in ("same", "different"):
+        layers = figures["gpt-parts"][kind]["layers"]
+        assert len(layers) == len(set(layers)) == 3 + 2 * 3
+        assert layers[0] == "embedding = output" and "output" not in layers
+
+
+def test_wikitext_by_one_command(source: Path, tmp_path: Path) -> None:
+    """WikiText-2 as it is for development: validation and test text, under a data root."""
+    name = "wikitext2?train=test&vocab=320&window=16"
+    try:
+        text = data.load(name)
+    except MissingData as e:
+        pytest.skip(str(e))
+    small = {**TINY, "dataset": name, "inits": 2, "steps": 6, "ks": [2]}
+    notebook = run(source, tmp_path, **small)
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"] == {"name": text.label, "sha256": text.fingerprint}
+    assert "WikiText-2" in text.label and "test" in text.label
+
+
+def test_an_untied_network_with_one_head_and_no_biases(source: Path, tmp_path: Path) -> None:
+    net = "gpt:layers=1,width=16,heads=1,bias=false,tied=false"
+    notebook = run(source, tmp_path, **{**TINY, "net": net, "steps": 6, "ks": [2]})
+    figures = {f["name"]: f["data"] for f in entries(notebook, "figure")}
+    assert figures["gpt-features"]["places"] == ["block 1", "last norm", "output"]
+    assert {"output", "embedding"} <= set(figures["gpt-heatmap"]["same"])
+
+
+def test_networks_that_did_not_train_end_in_a_sentence(source: Path, tmp_path: Path) -> None:
+    """With gate G0 as it is by default, and too few steps to beat the commonest token."""
+    small = {k: v for k, v in TINY.items() if k != "max_error"}
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        run(source, tmp_path, **{**small, "steps": 4, "ks": [2]})
+    assert caught.value.ename == "BadParameter" and "no pair trained" in caught.value.evalue
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"datset": "pydoc"}, ["datset", "Did you mean 'dataset'"]),
+        ({"dataset": "digits"}, ["digits", "needs a text"]),
+        ({"dataset": "wikitext2"}, ["wikitext2"]),
+        ({"inits": 1}, ["inits", "2 or more"]),
+        ({"ks": [0]}, ["ks", "above 0"]),
+        ({"looks": [11]}, ["looks", "11"]),
+        ({"neighbours": 9}, ["neighbours", "9", "5"]),
+        ({"net": "resnet20"}, ["resnet20", "image"]),
+        ({"batch": 100_000}, ["batch", "100000"]),
+    ],
+)
+def test_bad_parameters_end_before_anything_trains(
+    source: Path,
+    tmp_path: Path,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    parameters: dict[str, Any],
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "no-data"))
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        run(source, tmp_path, **{**TINY, **parameters})
+    for word in words:
+        assert word in caught.value.evalue
+    assert [e for e in store.entries() if e.identity["kind"] != "windows"] == []
+
+
+@pytest.mark.slow
+def test_a_gpt_is_unstable_at_initialisation_and_stable_later() -> None:
+    """The recipe of the chapter, by its own rules: 0.1 nats at k = 0, 0.03 later."""
+    recipe = Recipe(
+        net="gpt",
+        data="pydoc?window=32",
+        steps=640,
+        batch=16,
+        optimizer="adamw",
+        betas=(0.9, 0.95),
+        lr=0.003,
+        weight_decay=1e-3,
+        weight_decay_on="matrices",
+        schedule="onecycle",
+        warmup=60,
+        div=100,
+        final_div=0.05,
+        augment="shift",
+    )
+    evaluation = Evaluation(points=3, train_examples=32, test_examples=128)
+    more = {"inits": 2, "copies": 2, "evaluation": evaluation, "controls": False}
+    found = analyse(recipe, [0, 240], optimizer="restore", **more)
+    assert found.invalid() == []
+    assert found.interval(0, "test", "loss").low > 0.1
+    assert found.interval(240, "test", "loss").high < 0.03

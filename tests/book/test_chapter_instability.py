@@ -1,0 +1,245 @@
+"""Chapter 1 end to end: plain papermill with tiny parameters, and the phenomena it stands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import papermill
+import pytest
+import torch
+from papermilled import build, entries, run
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from companion import data
+from companion.core.runs import Store
+from companion.experiments.instability import Instability, analyse
+from companion.experiments.pairs import Evaluation
+from companion.training import Recipe
+
+CHAPTER = "01_instability"
+ROOT = Path(__file__).parents[2]
+TINY: dict[str, Any] = {
+    "unstable": "mlp:widths=16x2",
+    "stable": "mlp:widths=16",
+    "steps": 40,
+    "batch": 32,
+    "ks": [0, 10],
+    "inits": 1,
+    "copies": 2,
+    "train_examples": 100,
+    "device": "cpu",
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chapter as `make notebooks` writes it, in a folder of the test."""
+    return build(CHAPTER, tmp_path_factory.mktemp("book"))
+
+
+def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
+    notebook = run(source, tmp_path, **TINY)
+    names = [figure["name"] for figure in entries(notebook, "figure")]
+    names = [name for name in names if "recorded" not in name]  # there if something is recorded
+    assert names == [
+        "plane",
+        "line",
+        "instability",
+        "controls",
+        "distance",
+        "through",
+        "ablation",
+    ]
+    (verdicts,) = entries(notebook, "claims")
+    numbers = [*range(1, 9), 13, 14, 17, 23, 24, 27, 28]
+    wanted = [f"C{number:02d}" for number in numbers]
+    assert [v["claim"]["id"] for v in verdicts] == wanted
+    by_id = {v["claim"]["id"]: v["verdict"] for v in verdicts}
+    for name in ("C13", "C14", "C17"):
+        assert by_id[name] == "not testable at this scale"
+    (command,) = entries(notebook, "rerun")
+    # Only what was given, not what the chapter filled in itself.
+    assert "-p steps 40" in command and "ks:" in command
+    assert "-p dataset" not in command and "-p lr" not in command
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load("digits").fingerprint
+    assert record["noisy"]["net"] == TINY["unstable"]
+
+
+def test_batchnorm_is_drawn_in_three_modes_and_controls_can_be_left_out(
+    source: Path, tmp_path: Path
+) -> None:
+    few = {**TINY, "unstable": "resnet8:width=4", "steps": 12, "ks": [0, 2], "points": 5}
+    few |= {"controls": False, "looks": 2, "test_examples": 60, "max_error": 100.0, "bn": "batch"}
+    notebook = run(source, tmp_path, **few)
+    figures = {figure["name"]: figure for figure in entries(notebook, "figure")}
+    drawn = figures["batchnorm"]["data"]
+    modes = {"interpolated", "re-estimated", "of the batch"}
+    assert set(drawn) == {"T", *(f"statistics {mode}, test" for mode in modes)}
+    assert all(drawn[f"statistics {mode}, test"]["k"] == [0, 2] for mode in modes)
+    headline = figures["instability"]["data"]["resnet8:width=4, test"]["mean"]
+    assert headline == drawn["statistics of the batch, test"]["mean"]
+    (verdicts,) = entries(notebook, "claims")
+    by_id = {v["claim"]["id"]: v for v in verdicts}
+    for name in ("C05", "C06", "C28"):
+        assert "controls were left out" in by_id[name]["note"], name
+    for name in ("C03", "C27"):  # twelve steps: no share of a training
+        assert "training was cut short" in by_id[name]["note"], name
+        assert by_id[name]["verdict"] == "not testable at this scale", name
+    line = figures["line"]["data"]["error"]
+    assert len(line["alpha"]) == few["points"]
+
+
+def test_a_claim_whose_premise_is_missing_is_not_judged(source: Path, tmp_path: Path) -> None:
+    """No k = 0, one init, two k, a last k right before the end: nothing to conclude from that."""
+    notebook = run(source, tmp_path, **{**TINY, "ks": [10, 39]})
+    (verdicts,) = entries(notebook, "claims")
+    by_id = {v["claim"]["id"]: v for v in verdicts}
+    for name in ("C01", "C02", "C04", "C05", "C08", "C17", "C28"):
+        assert by_id[name]["verdict"] == "not testable at this scale", name
+    assert "k = 0" in by_id["C05"]["note"] and "one init" in by_id["C01"]["note"]
+
+
+def test_the_command_leaves_out_what_the_chapter_fills_in(source: Path, tmp_path: Path) -> None:
+    tiny = {k: v for k, v in TINY.items() if k not in ("ks", "device")}
+    notebook = run(source, tmp_path, **tiny)
+    (command,) = entries(notebook, "rerun")
+    assert "-p steps 40" in command and "ks:" not in command and "device" not in command
+
+
+def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Path) -> None:
+    digits = load_digits()
+    for i in range(120):
+        folder = tmp_path / "pictures" / f"class{digits.target[i] % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = (digits.images[i] * 15).astype("uint8")
+        Image.fromarray(grey).convert("RGB").save(folder / f"{i}.png")
+    name = f"images:{tmp_path / 'pictures'}"
+    notebook = run(source, tmp_path, **{**TINY, "dataset": name})
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load(name).fingerprint
+    assert record["noisy"].get("augment", "none") == "none"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"datset": "mnist"}, ["datset", "Did you mean 'dataset'"]),
+        ({"inits": 1.5}, ["inits", "1.5"]),
+        ({"ks": [0, 40]}, ["ks", "40", "from 0 to 39"]),
+        ({"ks": [0]}, ["ks", "two fork steps"]),
+        ({"batch": 5000}, ["batch", "5000", "1437"]),
+        ({"dataset": "cifar100"}, ["cifar100", "companion data get cifar100"]),
+    ],
+)
+def test_bad_parameters_end_before_anything_trains(
+    source: Path,
+    tmp_path: Path,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    parameters: dict[str, Any],
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "no-data"))
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        run(source, tmp_path, **{**TINY, **parameters})
+    for word in words:
+        assert word in caught.value.evalue
+    assert list(store.entries()) == []
+
+
+# The recipes of the chapter. Two copies and the ends of the grid are enough for the phenomenon.
+PERCEPTRON: dict[str, Any] = {
+    "net": "mlp:widths=100x5",
+    "steps": 2000,
+    "batch": 60,
+    "schedule": "step",
+    "milestones": (0.6, 0.85),
+}
+LENET: dict[str, Any] = {
+    "net": "lenet-300-100",
+    "steps": 2000,
+    "batch": 60,
+    "optimizer": "adam",
+    "lr": 1.2e-3,
+}
+FEW = Evaluation(train_examples=1000)
+
+
+def needs(name: str) -> None:
+    """Skip where the data root does not have the dataset; the suite must pass without it."""
+    if not any(entry.name == name and entry.present for entry in data.catalogue()):
+        pytest.skip(f"{name} is not under the data root (COMPANION_DATA)")
+
+
+def per_init(found: Instability, k: int) -> list[float]:
+    values = found.values(k)
+    return [sum(v for i, v in values if i == init) for init in sorted({i for i, _ in values})]
+
+
+def null(found: Instability) -> float | None:
+    (value,) = {s.result.barrier.gate("G1").value for s in found.samples}
+    return value
+
+
+@pytest.mark.slow
+def test_digits_has_a_stable_and_an_unstable_network(store: Store) -> None:
+    noisy = Recipe(data="digits", lr=0.08, augment="crop1", **PERCEPTRON)
+    found = analyse(noisy, [0, 200], copies=2, evaluation=FEW, max_error=5.0)
+    assert len(per_init(found, 0)) == 3
+    assert min(per_init(found, 0)) > 5
+    assert max(per_init(found, 200)) < 2  # 10 % of training
+    assert null(found) == 0
+    gentle = Recipe(data="digits", augment="crop1", **LENET)
+    calm = analyse(gentle, [0], copies=2, evaluation=FEW, max_error=5.0, controls=False)
+    assert len(per_init(calm, 0)) == 3
+    assert max(per_init(calm, 0)) < 2
+
+
+@pytest.mark.slow
+def test_mnist_has_a_stable_and_an_unstable_network(store: Store) -> None:
+    needs("mnist")
+    found = analyse(
+        Recipe(data="mnist", lr=0.05, **PERCEPTRON),
+        [0, 100],
+        copies=2,
+        evaluation=FEW,
+        max_error=5.0,
+    )
+    assert min(per_init(found, 0)) > 5
+    assert max(per_init(found, 100)) < 2  # 5 % of training
+    assert null(found) == 0
+    calm = analyse(
+        Recipe(data="mnist", **LENET),
+        [0],
+        copies=2,
+        evaluation=FEW,
+        max_error=5.0,
+        controls=False,
+    )
+    assert max(per_init(calm, 0)) < 2
+
+
+@pytest.mark.slow
+def test_a_convolutional_network_with_batchnorm_on_cifar(store: Store) -> None:
+    """The BatchNorm path on real images: three modes logged, the headline one named."""
+    needs("cifar10-jpeg")
+    recipe = Recipe(
+        net="resnet8:width=4",
+        data="cifar10-jpeg",
+        steps=6,
+        batch=16,
+        augment="flip+crop4",
+        weight_decay=1e-4,
+    )
+    few = Evaluation(points=3, train_examples=64, test_examples=64)
+    found = analyse(recipe, [2], inits=1, copies=2, evaluation=few, max_error=100.0, workers=1)
+    (sample,) = found.samples
+    barrier = sample.result.barrier
+    assert set(barrier.curves) == {"interpolate", "reestimate", "batch"}
+    assert barrier.bn == "interpolate" and barrier.gate("G5").passed
+    assert "BatchNorm interpolate" in str(barrier)
+    assert torch.isfinite(torch.tensor(barrier.height("test", "loss")))

@@ -1,0 +1,169 @@
+"""Chapter 4 end to end: plain papermill with tiny parameters, and the phenomena it stands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import papermill
+import pytest
+from papermilled import build, entries, run
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from companion import data, models
+from companion.core.runs import Store
+from companion.experiments.instability import copy
+from companion.experiments.layers import sweep_pairs
+from companion.experiments.pairs import Pair
+from companion.layerwise import Sweep
+from companion.training import Recipe
+
+CHAPTER = "04_layerwise"
+ROOT = Path(__file__).parents[2]
+TINY: dict[str, Any] = {
+    "net": "resnet8:width=4,norm=none",
+    "plain": "vgg11:width=2,norm=layer",
+    "others": ["resnet8:width=2,norm=batch"],
+    "steps": 40,
+    "batch": 32,
+    "inits": 1,
+    "looks": 2,
+    "window": 3,
+    "draws": 1,
+    "max_error": 100.0,
+    "train_examples": 60,
+    "client_net": "mlp:widths=8x2",
+    "client_steps": 4,
+    "seeds": 1,
+    "device": "cpu",
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chapter as `make notebooks` writes it, in a folder of the test."""
+    return build(CHAPTER, tmp_path_factory.mktemp("book"))
+
+
+def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
+    notebook = run(source, tmp_path, **TINY)
+    names = [figure["name"] for figure in entries(notebook, "figure")]
+    assert [name for name in names if "recorded" not in name] == [
+        "toy",
+        "heatmap",
+        "layers",
+        "cumulative",
+        "directions",
+        "subspaces",
+        "federated",
+    ]
+    (verdicts,) = entries(notebook, "claims")
+    numbers = [n for n in range(1, 17) if n != 13]  # B13, the language model, is of chapter 5
+    assert [v["claim"]["id"] for v in verdicts] == [f"B{n:02d}" for n in numbers]
+    by_id = {v["claim"]["id"]: v for v in verdicts}
+    # What is exact at any scale.
+    for name in ("B04", "B08", "B09"):
+        assert by_id[name]["verdict"] == "reproduced", name
+    # One pair, one seed: nothing to conclude from that.
+    for name in ("B01", "B02", "B05", "B07", "B12", "B15"):
+        assert by_id[name]["verdict"] == "not testable at this scale", name
+    assert "one pair" in by_id["B01"]["note"]
+    (command,) = entries(notebook, "rerun")
+    assert "-p steps 40" in command and "-p dataset" not in command
+    rows = [row for table in entries(notebook, "table") for row in table["rows"]]
+    assert any("resnet8:width=2, T = 40, BatchNorm re-estimated" in str(row) for row in rows)
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load("digits").fingerprint
+    assert record["residual"]["net"] == models.canonical(TINY["net"])
+
+
+def test_the_chapter_runs_on_images_of_the_users_own(source: Path, tmp_path: Path) -> None:
+    digits = load_digits()
+    for i in range(240):
+        folder = tmp_path / "pictures" / f"class{digits.target[i] % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = (digits.images[i] * 15).astype("uint8")
+        Image.fromarray(grey).convert("RGB").save(folder / f"{i}.png")
+    name = f"images:{tmp_path / 'pictures'}"
+    notebook = run(source, tmp_path, **{**TINY, "dataset": name, "clients": 3})
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load(name).fingerprint
+
+
+def test_chapter_1s_networks_with_chosen_checkpoints_and_no_controls(
+    source: Path, tmp_path: Path
+) -> None:
+    few = {**TINY, "net": "resnet8:width=4", "others": [], "checkpoints": [10], "controls": False}
+    notebook = run(source, tmp_path, **{**few, "steps": 24, "together": False})
+    names = [figure["name"] for figure in entries(notebook, "figure")]
+    assert "layers" in names and not {"cumulative", "directions"} & set(names)
+    heat = next(f for f in entries(notebook, "figure") if f["name"] == "heatmap")
+    assert heat["data"]["steps"] == [0, 10, 24]
+    (verdicts,) = entries(notebook, "claims")
+    by_id = {v["claim"]["id"]: v for v in verdicts}
+    for name in ("B11", "B14"):
+        assert "controls were left out" in by_id[name]["note"], name
+    for name in ("B04", "B05", "B06", "B10"):
+        assert "groups of layers and random directions were left out" in by_id[name]["note"], name
+    assert "has BatchNorm" in by_id["B01"]["note"]
+    (record,) = entries(notebook, "provenance")
+    assert record["residual"]["schedule"] == "step"  # as chapter 1 trains them
+    assert record["residual"]["weight_decay"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"datset": "mnist"}, ["datset", "Did you mean 'dataset'"]),
+        ({"inits": 1.5}, ["inits", "1.5"]),
+        ({"inits": 0}, ["inits", "1 or more"]),
+        ({"looks": 1}, ["looks", "2 or more"]),
+        ({"window": 50}, ["window", "50"]),
+        ({"checkpoints": [10, 99]}, ["checkpoints", "99", "0 to 40"]),
+        ({"batch": 5000}, ["batch", "5000", "1437"]),
+        ({"clients": 400}, ["400 clients"]),
+        ({"dataset": "cifar100"}, ["cifar100", "companion data get cifar100"]),
+    ],
+)
+def test_bad_parameters_end_before_anything_trains(
+    source: Path,
+    tmp_path: Path,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    parameters: dict[str, Any],
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "no-data"))
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        run(source, tmp_path, **{**TINY, **parameters})
+    for word in words:
+        assert word in caught.value.evalue
+    assert list(store.entries()) == []
+
+
+# The residual network of the chapter.
+RESIDUAL = Recipe(
+    net="resnet18:width=12",
+    data="digits",
+    steps=800,
+    batch=32,
+    lr=0.03,
+    schedule="cosine",
+    warmup=80,
+    weight_decay=5e-4,
+    augment="crop1",
+)
+
+
+@pytest.mark.slow
+def test_the_network_has_a_barrier_and_its_layers_have_none(store: Store) -> None:
+    pairs = [Pair(copy(RESIDUAL, i, 0, 1), copy(RESIDUAL, i, 0, 2)) for i in range(3)]
+    sets = Sweep(kinds=("single", "shallow", "deep"), points=1, train_examples=500)
+    for one in sweep_pairs(pairs, sets, max_error=15.0):
+        full = one.full_height("train")
+        assert full > 0.4
+        assert max(one.worst("single", "train").values()) <= 0.25 * full
+        for kind in ("shallow", "deep"):
+            assert abs(list(one.worst(kind, "train").values())[-1] - full) < 1e-6
