@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from companion.connectivity import gates
 from companion.connectivity.gates import Gate
 from companion.connectivity.paths import Curve, grid, segment, splits_of
 from companion.connectivity.walk import BN_EXAMPLES, BN_MODES, Walker, has_batchnorm
+from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import one_of
 from companion.core.theta import Theta, distance
 from companion.data import Dataset, Split
@@ -39,7 +40,7 @@ class Barrier:
     distance: float
     classes: int
     errors: tuple[float, float]
-    guess: float | None = None
+    guess: float | None = field(default=None, metadata=OMIT_DEFAULT)
 
     @property
     def valid(self) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from companion.connectivity.walk import Walker
+from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta, check, flatten
 from companion.data import Dataset, Split
@@ -60,7 +61,7 @@ class Curve:
     values: Mapping[str, Mapping[str, tuple[float, ...]]]
     bn: str
     sizes: Mapping[str, int]
-    bn_examples: int | None = None
+    bn_examples: int | None = field(default=None, metadata=OMIT_DEFAULT)
 
     def ends(self, split: str = "test", metric: str = "error") -> tuple[float, float]:
         """The values at alpha = 0 and 1."""

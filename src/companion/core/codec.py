@@ -12,11 +12,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
+import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from companion.core.errors import BadParameter, CorruptData
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -32,6 +36,16 @@ _PLAIN: dict[Any, tuple[str, tuple[type, ...]]] = {
     float: ("a number", (int, float)),
 }
 _NOT_FINITE = ("nan", "inf", "-inf")
+
+
+@overload
+def to_json(
+    value: DataclassInstance | Mapping[Any, Any], where: str = ..., *, null: bool = ...
+) -> dict[str, Any]: ...
+
+
+@overload
+def to_json(value: object, where: str = ..., *, null: bool = ...) -> Any: ...
 
 
 def to_json(value: Any, where: str = "value", *, null: bool = False) -> Any:
@@ -58,7 +72,8 @@ def to_json(value: Any, where: str = "value", *, null: bool = False) -> Any:
         return {
             f.name: to_json(v, f"{where}.{f.name}")
             for f in dataclasses.fields(value)
-            if (v := getattr(value, f.name)) != f.default or not f.metadata.get(_OMIT)
+            for v in [getattr(value, f.name)]
+            if not (f.metadata.get(_OMIT) and v == f.default)
         }
     if isinstance(value, Mapping):
         named = {repr(float(k)) if isinstance(k, float) else str(k): v for k, v in value.items()}
@@ -112,8 +127,8 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         return kind(data)
     if dataclasses.is_dataclass(kind):
         return _object(cast(type, kind), data, where)
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType) and len(inner) == 2 and types.NoneType in inner:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType) and len(inner) == 2 and types.NoneType in inner:
         some = inner[inner[0] is types.NoneType]
         return None if data is None else _read(some, data, where)
     if origin is tuple:
@@ -144,7 +159,7 @@ def _object(kind: type, data: Any, where: str) -> Any:
     return kind(**found)
 
 
-_hints = cache(get_type_hints)
+_hints = cache(typing.get_type_hints)
 
 
 def _key(kind: Any, key: str, where: str) -> Any:

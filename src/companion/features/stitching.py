@@ -40,19 +40,20 @@ class Stitched:
     Arguments:
         name, kind: of the site whose output is the other network's; :data:`INPUT` for none.
         default: the network that keeps all the rest, ``b`` (the paper's) or ``a``.
-        loss, error: nats, percent; wrong: number of errors.
+        wrong: number of errors.
         cut: nothing of the default network's beginning gets past the site, as in a chain, or after
             a whole residual block. Inside a block the shortcut goes around, and even networks
             that have nothing in common can fit there.
+        loss, error: nats, percent.
     """
 
     name: str
     kind: str
     default: str
-    loss: float
-    error: float
     wrong: int
     cut: bool
+    loss: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,9 @@ def stitch(
     for base in bases:
         places = [(INPUT, INPUT, INPUT), *((s.name, s.kind, s.same or s.name) for s in found)]
         for name, kind, measured in places:
-            numbers = _means(sums[base, measured], count)
-            rows.append(Stitched(name, kind, base, *numbers, name == INPUT or measured in cuts))
+            loss, error, wrong = _means(sums[base, measured], count)
+            cut = name == INPUT or measured in cuts
+            rows.append(Stitched(name, kind, base, wrong, cut, loss, error))
     return Stitching(tuple(rows), ends, ended, count, own_statistics(module))
 
 

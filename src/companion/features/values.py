@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
+from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter
 
 LOW, HIGH = 0.05, 0.95
@@ -168,7 +169,7 @@ class Features:
     path_loss: Mapping[float, float]
     mixture: Mapping[float, float]
     mixture_loss: Mapping[float, float]
-    bn_examples: int | None = None
+    bn_examples: int | None = field(default=None, metadata=OMIT_DEFAULT)
 
     def layer(self, name: str) -> LayerFeatures:
         """The site called ``name``.
