@@ -17,6 +17,7 @@ import pytest
 
 from companion.connectivity import Barrier, Curve, Measure, Plane
 from companion.connectivity.gates import Gate
+from companion.core import codec
 from companion.experiments import merged
 from companion.experiments.featured import Scope
 from companion.features import (
@@ -160,6 +161,7 @@ WRITTEN: dict[str, Any] = {
     "Spectrum": Spectrum("fc1.weight", "weight", 3, 2, (2.0, 0.5), True),
     "SubspaceAngles": SubspaceAngles("fc1.weight", 2, (0.0, 90.0), (1.5, 1e-9)),
     **{f"Verdict, {name}": verdict for name, verdict in VERDICTS.items()},
+    "Readings": READINGS,
 }
 IDENTITIES: dict[str, Any] = {
     "recipe": RECIPE.identity(),
@@ -180,17 +182,10 @@ def text(value: Any) -> str:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_value_is_written_as_ever_and_read_again(name: str) -> None:
     value, golden = WRITTEN[name], GOLDEN["values"][name]
-    assert text(value.to_json()) == text(golden)
-    again = type(value).from_json(golden) if hasattr(value, "from_json") else value
-    assert text(again.to_json()) == text(golden)
-    if "NaN" not in json.dumps(value.to_json()) and "nan" not in text(golden):
-        assert again == value
-
-
-def test_readings_are_written_as_ever_and_read_again() -> None:
-    golden = GOLDEN["values"]["Readings"]
-    assert text(merged._to_json(READINGS)) == text(golden)
-    assert text(merged._to_json(merged._from_json(golden))) == text(golden)
+    assert text(codec.to_json(value)) == text(golden)
+    again = codec.from_json(merged.Readings if name == "Readings" else type(value), golden)
+    assert repr(again) == repr(value)  # NaN is no equal of itself
+    assert text(codec.to_json(again)) == text(golden)
 
 
 @pytest.mark.parametrize("name", IDENTITIES)
@@ -199,5 +194,5 @@ def test_what_names_an_entry_is_as_ever(name: str) -> None:
 
 
 def test_there_is_an_example_of_each_value_in_the_golden_file() -> None:
-    assert GOLDEN["values"].keys() == {*WRITTEN, "Readings"}
+    assert GOLDEN["values"].keys() == WRITTEN.keys()
     assert GOLDEN["identities"].keys() == IDENTITIES.keys()

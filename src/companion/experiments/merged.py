@@ -8,7 +8,7 @@ they merge into, and the controls. Explained in our chapter 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import nn
 from torch.func import functional_call
 
 from companion import data as datasets
-from companion.connectivity.paths import plain
 from companion.connectivity.walk import has_batchnorm
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.numerics import exact_evaluation
 from companion.core.runs import Entry, Store
@@ -63,7 +63,7 @@ class Reading:
     count: tuple[int, ...] = field(default=(), repr=False)
 
 
-Readings = Mapping[str, Mapping[str, Reading]]
+Readings = dict[str, dict[str, Reading]]
 """Predictor -> split -> reading."""
 
 
@@ -84,23 +84,6 @@ def read_logits(logits: torch.Tensor, y: torch.Tensor) -> Reading:
         tuple(curve.fraction[i] for i in full),
         tuple(curve.counts[i] for i in full),
     )
-
-
-def _to_json(found: Readings) -> dict[str, Any]:
-    def one(r: Reading) -> dict[str, Any]:
-        numbers = {"loss": plain(r.loss), "error": plain(r.error), "ece": plain(r.ece)}
-        bins = {"confidence": r.confidence, "fraction": r.fraction, "count": r.count}
-        return numbers | {k: list(v) for k, v in bins.items()}
-
-    return {name: {s: one(r) for s, r in splits.items()} for name, splits in found.items()}
-
-
-def _from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Reading]]:
-    def one(r: Mapping[str, Any]) -> Reading:
-        numbers = (float(r["loss"]), float(r["error"]), float(r["ece"]))
-        return Reading(*numbers, tuple(r["confidence"]), tuple(r["fraction"]), tuple(r["count"]))
-
-    return {name: {s: one(r) for s, r in splits.items()} for name, splits in value.items()}
 
 
 @exact_evaluation()
@@ -183,7 +166,7 @@ class Merge:
             )
             for n, z in logits.items():
                 found.setdefault(n, {})[name] = read_logits(z, split.y)
-        return {"readings": _to_json(found), "passes": merged.passes}
+        return {"readings": codec.to_json(found), "passes": merged.passes}
 
 
 def merge_runs(
@@ -212,7 +195,7 @@ def merge_runs(
     store, where = store or Store(), str(datasets.resolve_device(device))
     tasks = [Merge(tuple(g), evaluation or Evaluation(), on, store, where) for g in groups]
     raw = run_tasks(tasks, workers, "merging many")
-    return [_from_json(r["readings"]) for r in raw]
+    return [codec.from_json(Readings, r["readings"]) for r in raw]
 
 
 @dataclass(frozen=True)
@@ -274,7 +257,7 @@ class Halves:
             logits["ensemble"] = ensemble_logprobs([logits["A"], logits["B"]])
             for n, z in logits.items():
                 found.setdefault(n, {})[name] = read_logits(z, split.y)
-        return {"readings": _to_json(found)}
+        return {"readings": codec.to_json(found)}
 
 
 def split_runs(
@@ -310,4 +293,4 @@ def split_runs(
         for p, f in zip(pairs, full, strict=True)
     ]
     raw = run_tasks(tasks, workers, "split data")
-    return [_from_json(r["readings"]) for r in raw]
+    return [codec.from_json(Readings, r["readings"]) for r in raw]
