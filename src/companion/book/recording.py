@@ -37,7 +37,7 @@ import yaml
 from companion.book import parameters
 from companion.book.chapter import Cell, cells
 from companion.book.layout import Book
-from companion.core import closing, deadline, plainyaml
+from companion.core import closing, codec, deadline, plainyaml
 from companion.core.errors import (
     BadParameter,
     CompanionError,
@@ -50,7 +50,6 @@ from companion.core.runs import Entry, Store
 from companion.data import resolve_device
 from companion.experiments.budget import Cost, Probe, count, estimate, probe
 from companion.report import claims, page, partly, provenance
-from companion.report.figures import to_json
 from companion.report.recorded import FORMAT, LIMIT, folder, hardware
 from companion.training import ENGINES, using
 
@@ -103,7 +102,7 @@ class Recording:
 
     def identity(self) -> dict[str, Any]:
         """Names the recording's own entry in the run store, where its time is kept."""
-        values = to_json(self.parameters(), "parameters")
+        values = codec.to_json(self.parameters(), "parameters", null=True)
         return {"kind": "recording", "chapter": self.chapter, "parameters": values}
 
 
@@ -470,7 +469,7 @@ def _document(r: Recording, found: page.Captured, commit: str | None) -> dict[st
         )
     if commit:
         provenance = {**provenance, "code": {"commit": commit, "changed": None}}
-    document = {
+    document: dict[str, object] = {
         "format": FORMAT,
         "chapter": r.chapter,
         "profile": r.profile,
@@ -489,9 +488,7 @@ def _document(r: Recording, found: page.Captured, commit: str | None) -> dict[st
         "provenance": provenance,
         "source": _source(r),
     }
-    plain = to_json(document, "record")
-    assert isinstance(plain, dict)
-    return plain
+    return codec.to_json(document, "record", null=True)
 
 
 def _source(r: Recording) -> str:
