@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -116,27 +115,6 @@ class Barrier:
         form, unit = (".4f", "nats") if self.metric == "loss" else (".2f", "points")
         heights = [f"{s} {self.height(s):{form}} {unit}" for s in self.curve.values]
         return f"barrier {', '.join(heights)}{named}"
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "curves": {m: c.to_json() for m, c in self.curves.items()},
-            "bn": self.bn,
-            "gates": [asdict(g) for g in self.gates],
-            "distance": self.distance,
-            "classes": self.classes,
-            "errors": list(self.errors),
-            **({} if self.guess is None else {"guess": self.guess}),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Barrier:
-        """The inverse of :meth:`to_json`."""
-        curves = {m: Curve.from_json(c) for m, c in value["curves"].items()}
-        found = tuple(Gate(**g) for g in value["gates"])
-        a, b = value["errors"]
-        rest = (value["distance"], value["classes"], (a, b), value.get("guess"))
-        return cls(curves, value["bn"], found, *rest)
 
 
 def barrier(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta
 from companion.features.passes import batches, checked, own_statistics, scored, tapped
 from companion.features.taps import Examples, Site, Taps, sites
-from companion.features.values import plain
 
 INPUT = "input"
 """The row of the default network itself: nothing is replaced."""
@@ -134,28 +132,6 @@ class Stitching:
                 row, end = self.row(name, default), self.ends[network]
                 good &= (row.loss, row.error) == (end.loss, end.error)
         return good
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        numbers = ("loss", "error")
-        return {
-            "rows": [
-                {k: getattr(r, k) for k in ("name", "kind", "default", "wrong", "cut")}
-                | {k: plain(getattr(r, k)) for k in numbers}
-                for r in self.rows
-            ],
-            "ends": {n: {k: plain(getattr(m, k)) for k in numbers} for n, m in self.ends.items()},
-            "outputs": list(self.outputs),
-            "n": self.n,
-            "bn": self.bn,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Stitching:
-        """The inverse of :meth:`to_json`."""
-        rows = (Stitched(**{**r, "loss": float(r["loss"])}) for r in value["rows"])
-        ends = {n: Measure(float(m["loss"]), float(m["error"])) for n, m in value["ends"].items()}
-        return cls(tuple(rows), ends, tuple(value["outputs"]), value["n"], value["bn"])
 
 
 def stitch(
