@@ -17,8 +17,8 @@ from companion.core.seeds import Key
 from companion.core.theta import layout, snapshot, with_aliases, without_aliases
 from companion.data import Dataset, Split
 from companion.experiments.federated import Federation, average, client_data
-from companion.experiments.matchers import Method, examples_a_pass, gradient, match
 from companion.experiments.merged import _mean, logits_of, read_logits, split_runs
+from companion.experiments.methods import Method, examples_a_pass, gradient, match
 from companion.experiments.pairs import Evaluation, Pair
 from companion.rebasin import derive, merge_many, repair, straight_through
 from companion.rebasin.calibration import calibrated_curve
@@ -84,7 +84,7 @@ def test_the_gradient_is_that_of_the_tied_network() -> None:
     a, module = theta(1), net()
     module.load_state_dict(a)
     F.cross_entropy(module(SPLIT.x).flatten(0, 1), SPLIT.y.flatten()).backward()
-    found = gradient(net(), a, TEXT)
+    found = gradient(net(), a, TEXT.train)
     assert found.keys() == dict(module.named_parameters()).keys()
     for name, p in module.named_parameters():
         assert torch.allclose(found[name], p.grad, atol=1e-6), name

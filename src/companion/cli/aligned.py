@@ -197,7 +197,7 @@ def merged(
         alpha: 0 is A. form: ``reset``, ``forward``, ``closed`` or ``none``.
     """
     from companion.connectivity import Walker, has_batchnorm
-    from companion.experiments.matchers import examples_a_pass
+    from companion.experiments.methods import examples_a_pass
     from companion.rebasin import repair
     from companion.rebasin.repair import merge
 

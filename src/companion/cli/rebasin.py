@@ -13,6 +13,7 @@ from companion.cli.console import note, output, say, write_json
 from companion.cli.models import reachable, shape_of
 from companion.cli.options import BnExamples, averaged
 from companion.core.errors import BadParameter, MissingData, one_of
+from companion.experiments.methods import KINDS, Method, described, offered
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,7 @@ EXAMPLE = (
     "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
     "-o b_aligned.safetensors"
 )
-METHODS = (*permuted.METHODS, *folded.METHODS)
-NEEDS_DATA = ("activations", "ste", "rotated-activations")
+DEFAULT = Method()
 REPAIRS = ("reset", "forward", "closed", "none")
 
 
@@ -75,18 +75,14 @@ def command(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(
-            help="weights (needs no data), activations, ste (straight-through estimator: slow, "
-            "trains) or greedy (one pass from the input on). For GPT networks also: units "
-            "(weights, with the residual stream in place), folded (nothing matched, LayerNorm "
-            "folded), rotated (folded, the stream rotated), rotated-heads (and units inside of "
-            "heads), rotated-activations."
-        ),
-    ] = "weights",
+        typer.Option(help=described()),
+    ] = DEFAULT.name,
     starts: Annotated[
         int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
-    ] = 1,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps of ste (default 200).")] = None,
+    ] = DEFAULT.starts,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Optimiser steps of ste (default {DEFAULT.steps}).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random in the matching.")] = 0,
     bn: Annotated[
         str,
@@ -143,18 +139,19 @@ def command(
     used. Prints what was found, and, with data, the barrier before and after. Methods that fold or
     rotate a GPT network write networks of another form, and say under which name they load.
     """
-    one_of("--method", method, METHODS)
+    one_of("--method", method, offered())
+    kind = KINDS[method]
     one_of("--repair", repair, REPAIRS)
     if not 0 <= alpha <= 1:
         raise BadParameter(f"--alpha: {alpha:g} must lie between 0 (A) and 1 (the aligned B).")
     if merge is None and (alpha != 0.5 or repair != "reset"):
         raise BadParameter("--alpha and --repair belong to --merge FILE.")
-    if starts != 1 and method not in permuted.STARTS:
-        raise BadParameter(f"--starts belongs to --method weights or units, not to {method}.")
-    if matching and method in folded.METHODS:
+    for option, changed in (("starts", starts != DEFAULT.starts), ("steps", steps is not None)):
+        if changed and option not in kind.options:
+            having = " or ".join(offered(option))
+            raise BadParameter(f"--{option} belongs to --method {having}, not to {method}.")
+    if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
-    if steps is not None and method != "ste":
-        raise BadParameter(f"--steps belongs to --method ste, not to {method}.")
     for option, number in (("--starts", starts), ("--steps", steps)):
         if number is not None and number < 1:
             raise BadParameter(f"{option}: {number} must be a whole number of 1 or more.")
@@ -165,13 +162,14 @@ def command(
     from companion.cli.checkpoints import fit, read
     from companion.core.seeds import Key
     from companion.data import resolve_device
+    from companion.experiments.methods import examples_a_pass
     from companion.experiments.pairs import Evaluation
 
     evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
     ends = (read(a), read(b))
     net = named("--model", model, ends, "net")
     dataset, shape, count = _examples(data, ends, in_shape, classes, device)
-    if dataset is None and method in NEEDS_DATA:
+    if dataset is None and kind.data:
         raise BadParameter(
             f"--method {method} looks at data: say which with --data. Without data there is "
             "--method weights."
@@ -189,27 +187,18 @@ def command(
     say(f"B = {b}")
     say(f"{models.canonical(net)} on {dataset.label if dataset else _by(shape)}")
 
+    train = dataset.train if dataset else None
+    batch = DEFAULT.batch if train is None else min(DEFAULT.batch, examples_a_pass(train.x))
+    how = Method(method, starts, steps=DEFAULT.steps if steps is None else steps, batch=batch)
     key = Key("rebasin", "cli", seed)
     at = dataset.train.x.device if dataset else resolve_device(device)
     example = _example(shape, count, key)
-    if method in folded.METHODS:
+    if kind.folds:
         one, two = ({k: v.to(at) for k, v in end.theta.items()} for end in (first, second))
-        here = folded.rotated(method, net, module.to(at), one, two, example.to(at), count, dataset)
+        here = folded.rotated(how, net, module.to(at), one, two, example.to(at), count, train)
     else:
-        here = permuted.permuted(
-            method,
-            net,
-            module,
-            first.theta,
-            second.theta,
-            ends[1].theta,
-            example,
-            dataset,
-            at,
-            starts,
-            steps,
-            key,
-        )
+        theta_a, theta_b, file = first.theta, second.theta, ends[1].theta
+        here = permuted.permuted(how, net, module, theta_a, theta_b, file, example, train, at, key)
 
     measured: dict[str, Any] | None = None
     if dataset is not None:
@@ -242,7 +231,7 @@ def command(
         write(
             merge, theta, about | {"alpha": f"{alpha:g}", "repair": repair}, what="merged network"
         )
-        if method in folded.METHODS:
+        if kind.folds:
             say(f"the merged network is in folded form, too: --model {here.model}")
     if plot and measured:
         from companion.cli.plots import before_and_after

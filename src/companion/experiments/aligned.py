@@ -33,9 +33,7 @@ from companion.core.runs import Entry, Store
 from companion.core.stats import Interval, clustered, spearman
 from companion.core.theta import Theta, distance, layout
 from companion.data import Dataset
-from companion.experiments.matchers import (
-    METHODS,
-    STREAMS,
+from companion.experiments.methods import (
     Method,
     Placed,
     examples_a_pass,
@@ -52,8 +50,6 @@ from companion.training import Job, Recipe, Run, build, train
 
 __all__ = [
     "EXTRAS",
-    "METHODS",
-    "STREAMS",
     "Aligned",
     "Method",
     "Placed",

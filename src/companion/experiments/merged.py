@@ -25,7 +25,7 @@ from companion.core.runs import Entry, Store
 from companion.core.theta import Theta, affine, layout, with_aliases, without_aliases
 from companion.data import Dataset, Split, head_of, text
 from companion.experiments.aligned import SEMANTICS, run_tasks
-from companion.experiments.matchers import (
+from companion.experiments.methods import (
     Method,
     examples_a_pass,
     key_of,
@@ -111,7 +111,7 @@ def logits_of(
     """Logits of a network in eval mode, shape (N, K), on the device of ``x``.
 
     Of a text, those of all positions one after the other: (N * L, K). ``batch``: examples a forward
-    pass, at most; default :func:`companion.experiments.matchers.examples_a_pass`.
+    pass, at most; default :func:`companion.experiments.methods.examples_a_pass`.
     """
     module = module.eval()
     own = without_aliases(theta, layout(module).ties)
