@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.cli.barrier import UNITS, heights, number
-from companion.cli.console import say, table
+from companion.cli.barrier import heights
+from companion.cli.console import UNITS, number, say, table
 from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:

@@ -9,10 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from companion.cli.barrier import PICTURES, UNITS, number, summary
-from companion.cli.console import output, say, table, write_json
+from companion.cli.barrier import summary
+from companion.cli.console import UNITS, number, output, say, table, write_json
 from companion.cli.models import reachable
-from companion.cli.options import BnExamples, averaged
+from companion.cli.options import (
+    PICTURES,
+    Bn,
+    BnExamples,
+    Device,
+    Json,
+    Points,
+    TestExamples,
+    TrainExamples,
+    evaluation,
+)
 from companion.core.errors import BadParameter, CorruptEntry
 
 if TYPE_CHECKING:
@@ -81,16 +91,10 @@ def command(
     augment: Annotated[str, typer.Option(help="none, flip, crop4, …; for text shift.")] = "none",
     precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
     bn_examples: BnExamples = None,
-    points: Annotated[int, typer.Option(help="Points of each path, odd.")] = 31,
-    bn: Annotated[
-        str, typer.Option(help="BatchNorm on the path: interpolate, reestimate or batch.")
-    ] = "interpolate",
-    train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training examples instead of all.")
-    ] = None,
-    test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test examples instead of all.")
-    ] = None,
+    points: Points = 31,
+    bn: Bn = "interpolate",
+    train_examples: TrainExamples = None,
+    test_examples: TestExamples = None,
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -110,9 +114,9 @@ def command(
             "(default: 2 points of error, or 0.03 nats of loss)."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     workers: Annotated[int, typer.Option(help="Processes; 0 is one per core (CPU only).")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    json: Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw barrier against k into this file (.svg, .png, .pdf).")
     ] = None,
@@ -129,7 +133,6 @@ def command(
     from companion import data as datasets
     from companion.core.runs import Store
     from companion.experiments.instability import analyse, threshold_of
-    from companion.experiments.pairs import Evaluation
     from companion.training import check_fit, recipe_from
 
     grid = numbers("--ks", ks, int)
@@ -156,7 +159,7 @@ def command(
             "precision": precision,
         }
     )
-    evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
+    how = evaluation(points, bn, train_examples, test_examples, bn_examples)
     keep: Literal["reset", "restore"] = "restore" if restore else "reset"
     again: Literal["continue", "restart"] = "restart" if restart else "continue"
     where = str(datasets.resolve_device(device))
@@ -177,7 +180,7 @@ def command(
         noise=noise,
         optimizer=keep,
         schedule=again,
-        evaluation=evaluation,
+        evaluation=how,
         max_error=max_error,
         store=store,
         device=where,
@@ -195,7 +198,7 @@ def command(
             "noise": noise,
             "optimizer_at_k": keep,
             "schedule_at_k": again,
-            "evaluation": evaluation.identity(recipe.net),
+            "evaluation": how.identity(recipe.net),
             "device": where,
             "metric": metric,
             "threshold": limit,
