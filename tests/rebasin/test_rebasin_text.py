@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from companion import data, models
 from companion.connectivity import Walker, segment
+from companion.connectivity.batches import examples_a_pass
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import layout, snapshot, with_aliases, without_aliases
 from companion.data import Dataset, Split
 from companion.experiments.federated import Federation, average, client_data
 from companion.experiments.merged import _mean, logits_of, read_logits, split_runs
-from companion.experiments.methods import Method, examples_a_pass, gradient, match
+from companion.experiments.methods import Method, gradient, match
 from companion.experiments.pairs import Evaluation, Pair
 from companion.rebasin import derive, merge_many, repair, straight_through
 from companion.rebasin.calibration import calibrated_curve

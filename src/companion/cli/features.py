@@ -113,14 +113,14 @@ def command(
         )
         found[one.bn] = one
     errors = next(iter(found.values())).errors
-    checks = (
-        gates.quality(
-            [errors["a"], errors["b"]],
-            dataset.classes,
-            max_error=max_error,
-            guess=gates.guessing(test),
-        ),
-        gates.distinct(theta_a, theta_b, layout(module).parameters),
+    checks = gates.of_ends(
+        theta_a,
+        theta_b,
+        layout(module).parameters,
+        [errors["a"], errors["b"]],
+        dataset.classes,
+        test,
+        max_error=max_error,
     )
     for check in checks:
         say(f"  {check}")

@@ -146,9 +146,9 @@ def command(
     _files(out, json, plot, matching, merge, (a, b))
 
     from companion.cli.aligned import barriers, merged, show_barriers, write
+    from companion.connectivity.batches import examples_a_pass
     from companion.core.seeds import Key
     from companion.data import resolve_device
-    from companion.experiments.methods import examples_a_pass
 
     measuring = evaluation(points, bn, train_examples, test_examples, bn_examples)
     pair = opened(

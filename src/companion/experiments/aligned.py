@@ -36,7 +36,6 @@ from companion.data import Dataset
 from companion.experiments.methods import (
     Method,
     Placed,
-    examples_a_pass,
     key_of,
     match,
     place,
@@ -235,7 +234,7 @@ def _repaired(
     module: nn.Module, a: Theta, b: Theta, data: Dataset, task: Task, splits: Mapping[str, Any]
 ) -> dict[str, Any]:
     part = data.train.head(task.method.examples or len(data.train))
-    mended = repair(module, a, b, part.x, alpha=0.5, batch=examples_a_pass(part.x))
+    mended = repair(module, a, b, part.x, alpha=0.5)
     at = Walker(module, splits, bn="interpolate").at(mended.theta)
     return {s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()}
 

@@ -29,8 +29,8 @@ from companion.connectivity import (
     grid,
     has_batchnorm,
 )
+from companion.connectivity.batches import default_batch
 from companion.connectivity.paths import plain
-from companion.connectivity.walk import default_batch
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
 from companion.core.runs import Entry, Store

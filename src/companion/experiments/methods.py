@@ -176,9 +176,7 @@ def _activations(method: Method, problem: Problem) -> Matching:
     from companion.rebasin import activation_matching
 
     p, x = problem, problem.seen(method).x
-    return activation_matching(
-        p.spec, p.module, p.a, p.b, x, statistic=method.statistic, batch=examples_a_pass(x)
-    )
+    return activation_matching(p.spec, p.module, p.a, p.b, x, statistic=method.statistic)
 
 
 @register(
@@ -299,6 +297,7 @@ def gradient(module: nn.Module, theta: Theta, part: Split) -> dict[str, torch.Te
     import torch.nn.functional as F
     from torch.func import functional_call
 
+    from companion.connectivity.batches import examples_a_pass
     from companion.core.theta import layout, without_aliases
 
     own = layout(module)
@@ -314,16 +313,6 @@ def gradient(module: nn.Module, theta: Theta, part: Split) -> dict[str, torch.Te
         for n, g in zip(leaves, found, strict=True):
             out[n] += g
     return out
-
-
-def examples_a_pass(x: torch.Tensor) -> int:
-    """Images a forward pass; of windows (N, L) int64 as many as have 8,192 tokens, or two.
-
-    The logits of a window are L times as many as those of an image.
-    """
-    from companion.rebasin.rotating import TOKENS
-
-    return 500 if x.is_floating_point() or x.dim() > 2 else max(2, TOKENS // x.shape[1])
 
 
 def match(method: Method, module: nn.Module, a: Theta, b: Theta, data: Dataset) -> Matching:
