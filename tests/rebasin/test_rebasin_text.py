@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from companion import data, models
 from companion.connectivity import Walker, segment
-from companion.connectivity.batches import examples_a_pass
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import layout, snapshot, with_aliases, without_aliases
@@ -77,8 +76,6 @@ def test_readings_are_of_all_positions() -> None:
     at = Walker(net(), {"x": SPLIT}).at(a)["x"]
     assert found.loss == pytest.approx(at.loss, rel=1e-6)
     assert found.error == pytest.approx(at.error)
-    assert examples_a_pass(torch.zeros(3, 1, 8, 8)) == examples_a_pass(torch.zeros(3, 64)) == 500
-    assert examples_a_pass(torch.zeros(3, 64, dtype=torch.int64)) == 128
 
 
 def test_the_gradient_is_that_of_the_tied_network() -> None:

@@ -89,11 +89,13 @@ def opened(
     """
     from companion import models
     from companion.cli.checkpoints import fit, read
+    from companion.core.seeds import Key
 
     files = (read(a), read(b))
     net = _named("--model", model, files, "net")
     source, dataset, example, classes = _data(data, files, device, shape, optional)
-    module = models.build(reachable(net), example, classes)
+    # Its own weights count for nothing, but what is derived of it should not vary with them.
+    module = models.build(reachable(net), example, classes, Key("rebasin", "module"))
     first, second = (fit(module, end, label) for label, end in zip("AB", files, strict=True))
     for label, end in (("A", first), ("B", second)):
         for text in end.notes:
