@@ -7,24 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from companion.cli import options
 from companion.cli.console import UNITS, number, output, say, table, write_json
 from companion.cli.opening import amounts, opened
-from companion.cli.options import (
-    PICTURES,
-    A,
-    B,
-    Bn,
-    BnExamples,
-    Data,
-    Device,
-    Json,
-    MaxError,
-    Model,
-    Points,
-    TestExamples,
-    TrainExamples,
-    evaluation,
-)
 
 if TYPE_CHECKING:
     from companion.connectivity import Barrier
@@ -46,13 +31,13 @@ def heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def command(
-    a: A,
-    b: B,
-    model: Model = None,
-    data: Data = None,
-    bn: Bn = "interpolate",
-    bn_examples: BnExamples = None,
-    points: Points = 31,
+    a: options.A,
+    b: options.B,
+    model: options.Model = None,
+    data: options.Data = None,
+    bn: options.Bn = "interpolate",
+    bn_examples: options.BnExamples = None,
+    points: options.Points = 31,
     layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,11 +46,11 @@ def command(
         ),
     ] = None,
     rest: Annotated[str, typer.Option(help="Where the other layers stay: a or b.")] = "a",
-    train_examples: TrainExamples = None,
-    test_examples: TestExamples = None,
-    max_error: MaxError = None,
-    device: Device = "auto",
-    json: Json = None,
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
+    max_error: options.MaxError = None,
+    device: options.Device = "auto",
+    json: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the curve into this file (.svg, .png or .pdf).")
     ] = None,
@@ -77,13 +62,13 @@ def command(
     INVALID.
     """
     output(json, "--json")
-    output(plot, "--plot", PICTURES)
+    output(plot, "--plot", options.PICTURES)
     layers = layers or None
 
     from companion.connectivity import barrier
     from companion.core.theta import distance, layout
 
-    how = evaluation(points, bn, train_examples, test_examples, bn_examples)
+    how = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     pair = opened(a, b, model, data, device)
     dataset, module, first, second = pair.data, pair.module, pair.a.theta, pair.b.theta
     splits = how.splits(dataset)

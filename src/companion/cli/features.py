@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from companion.cli import options
 from companion.cli.console import note, number, output, say, table, write_json
 from companion.cli.opening import amount, opened
-from companion.cli.options import A, B, BnExamples, Data, Device, Json, MaxError, Model, averaged
 from companion.core.errors import BadParameter, one_of
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ BN = ("both", "interpolate", "reestimate")
 
 
 def command(
-    a: A,
-    b: B,
-    model: Model = None,
-    data: Data = None,
+    a: options.A,
+    b: options.B,
+    model: options.Model = None,
+    data: options.Data = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,7 +48,7 @@ def command(
             "(them, on training data) or both in turn."
         ),
     ] = "both",
-    bn_examples: BnExamples = None,
+    bn_examples: options.BnExamples = None,
     examples: Annotated[
         int | None, typer.Option(help="Measure on this many test examples instead of all.")
     ] = None,
@@ -70,9 +70,9 @@ def command(
             help="Also measure weak additivity of every ReLU and commutativity of every layer.",
         ),
     ] = False,
-    max_error: MaxError = None,
-    device: Device = "auto",
-    json: Json = None,
+    max_error: options.MaxError = None,
+    device: options.Device = "auto",
+    json: options.Json = None,
 ) -> None:
     """Compare the features of two checkpoints with those of the networks between them.
 
@@ -84,7 +84,7 @@ def command(
     output(json, "--json")
     one_of("--bn", bn, BN)
     rates = _alphas(alphas)
-    average = averaged(bn_examples)
+    average = options.averaged(bn_examples)
     if examples is not None and examples < 1:
         raise BadParameter(f"--examples: {examples} must be 1 or more.")
 

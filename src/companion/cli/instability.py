@@ -9,20 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from companion.cli import options
 from companion.cli.barrier import summary
 from companion.cli.console import UNITS, number, output, say, table, write_json
 from companion.cli.models import reachable
-from companion.cli.options import (
-    PICTURES,
-    Bn,
-    BnExamples,
-    Device,
-    Json,
-    Points,
-    TestExamples,
-    TrainExamples,
-    evaluation,
-)
 from companion.core.errors import BadParameter, CorruptEntry
 
 if TYPE_CHECKING:
@@ -90,11 +80,11 @@ def command(
     final_div: Annotated[float, typer.Option(help="onecycle ends at lr / div / final_div.")] = 1e4,
     augment: Annotated[str, typer.Option(help="none, flip, crop4, …; for text shift.")] = "none",
     precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
-    bn_examples: BnExamples = None,
-    points: Points = 31,
-    bn: Bn = "interpolate",
-    train_examples: TrainExamples = None,
-    test_examples: TestExamples = None,
+    bn_examples: options.BnExamples = None,
+    points: options.Points = 31,
+    bn: options.Bn = "interpolate",
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -114,9 +104,9 @@ def command(
             "(default: 2 points of error, or 0.03 nats of loss)."
         ),
     ] = None,
-    device: Device = "auto",
+    device: options.Device = "auto",
     workers: Annotated[int, typer.Option(help="Processes; 0 is one per core (CPU only).")] = 0,
-    json: Json = None,
+    json: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw barrier against k into this file (.svg, .png, .pdf).")
     ] = None,
@@ -128,7 +118,7 @@ def command(
     what is new.
     """
     output(json, "--json")
-    output(plot, "--plot", PICTURES)
+    output(plot, "--plot", options.PICTURES)
 
     from companion import data as datasets
     from companion.core.runs import Store
@@ -159,7 +149,7 @@ def command(
             "precision": precision,
         }
     )
-    how = evaluation(points, bn, train_examples, test_examples, bn_examples)
+    how = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     keep: Literal["reset", "restore"] = "restore" if restore else "reset"
     again: Literal["continue", "restart"] = "restart" if restart else "continue"
     where = str(datasets.resolve_device(device))

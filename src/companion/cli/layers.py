@@ -7,22 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from companion.cli import options
 from companion.cli.console import UNITS, number, output, say, table, write_json
 from companion.cli.opening import amounts, opened
-from companion.cli.options import (
-    PICTURES,
-    A,
-    B,
-    BnExamples,
-    Data,
-    Device,
-    Json,
-    MaxError,
-    Model,
-    TestExamples,
-    TrainExamples,
-    averaged,
-)
 
 if TYPE_CHECKING:
     from companion.layerwise import LayerBarriers
@@ -42,10 +29,10 @@ _TITLES = {
 
 
 def command(
-    a: A,
-    b: B,
-    model: Model = None,
-    data: Data = None,
+    a: options.A,
+    b: options.B,
+    model: options.Model = None,
+    data: options.Data = None,
     kinds: Annotated[
         str,
         typer.Option(
@@ -79,15 +66,15 @@ def command(
     bn: Annotated[
         str, typer.Option(help="What BatchNorm does: interpolate, reestimate or batch.")
     ] = "interpolate",
-    bn_examples: BnExamples = None,
+    bn_examples: options.BnExamples = None,
     points: Annotated[
         int, typer.Option(help="Points of each segment, odd; 1 is the middle alone.")
     ] = 3,
-    train_examples: TrainExamples = None,
-    test_examples: TestExamples = None,
-    max_error: MaxError = None,
-    device: Device = "auto",
-    json: Json = None,
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
+    max_error: options.MaxError = None,
+    device: options.Device = "auto",
+    json: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the barriers into this file (.svg, .png or .pdf).")
     ] = None,
@@ -99,7 +86,7 @@ def command(
     gate fails, they are INVALID.
     """
     output(json, "--json")
-    output(plot, "--plot", PICTURES)
+    output(plot, "--plot", options.PICTURES)
 
     from companion.experiments.pairs import Evaluation, averaging
     from companion.layerwise import Sweep, sweep
@@ -115,7 +102,7 @@ def command(
         bn=bn,
         train_examples=train_examples,
         test_examples=test_examples,
-        bn_examples=averaged(bn_examples),
+        bn_examples=options.averaged(bn_examples),
     )
     pair = opened(a, b, model, data, device)
     dataset = pair.data

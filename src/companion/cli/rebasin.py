@@ -7,23 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from companion.cli import folded, permuted
+from companion.cli import folded, options, permuted
 from companion.cli.barrier import summary
 from companion.cli.console import output, say, write_json
 from companion.cli.opening import opened
-from companion.cli.options import (
-    PICTURES,
-    Bn,
-    BnExamples,
-    Device,
-    Json,
-    MaxError,
-    Model,
-    Points,
-    TestExamples,
-    TrainExamples,
-    evaluation,
-)
 from companion.core.errors import BadParameter, one_of
 from companion.experiments.methods import KINDS, Method, described, offered
 
@@ -59,7 +46,7 @@ def command(
             "has it: same names, same types.",
         ),
     ],
-    model: Model = None,
+    model: options.Model = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -88,14 +75,14 @@ def command(
         int | None, typer.Option(help=f"Optimiser steps of ste (default {DEFAULT.steps}).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random in the matching.")] = 0,
-    bn: Bn = "interpolate",
-    bn_examples: BnExamples = None,
-    points: Points = 31,
-    train_examples: TrainExamples = None,
-    test_examples: TestExamples = None,
-    max_error: MaxError = None,
-    device: Device = "auto",
-    json: Json = None,
+    bn: options.Bn = "interpolate",
+    bn_examples: options.BnExamples = None,
+    points: options.Points = 31,
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
+    max_error: options.MaxError = None,
+    device: options.Device = "auto",
+    json: options.Json = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw both curves into this file (.svg, .png or .pdf); needs --data."),
@@ -150,7 +137,7 @@ def command(
     from companion.core.seeds import Key
     from companion.data import resolve_device
 
-    measuring = evaluation(points, bn, train_examples, test_examples, bn_examples)
+    measuring = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     pair = opened(
         a, b, model, data, device, _shape_and_classes(data, in_shape, classes), optional=True
     )
@@ -248,7 +235,7 @@ def _files(
 ) -> None:
     output(out, "--output", (".safetensors",))
     output(json, "--json")
-    output(plot, "--plot", PICTURES)
+    output(plot, "--plot", options.PICTURES)
     output(matching, "--matching", (".safetensors",))
     output(merge, "--merge", (".safetensors",))
     given = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
