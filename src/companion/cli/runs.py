@@ -88,12 +88,11 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     the store, and is old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
     from companion import training
-    from companion.experiments import aligned, featured, federated, pairs
-    from companion.layerwise import stored
+    from companion.experiments import aligned, featured, federated, layers, pairs
 
     today = {
         **dict.fromkeys(("aligned", "merged", "halves"), aligned.SEMANTICS),
-        "layers": stored.SEMANTICS,
+        "layers": layers.SEMANTICS,
         "features": featured.SEMANTICS,
         "federated": federated.SEMANTICS,
     }

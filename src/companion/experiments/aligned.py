@@ -32,12 +32,9 @@ from companion.core.runs import Entry, Store
 from companion.core.stats import Interval, clustered, spearman
 from companion.core.theta import Theta, distance, layout
 from companion.data import Dataset
-from companion.experiments.matchers import (
-    METHODS,
-    STREAMS,
+from companion.experiments.methods import (
     Method,
     Placed,
-    examples_a_pass,
     key_of,
     match,
     place,
@@ -51,8 +48,6 @@ from companion.training import Job, Recipe, Run, build, train
 
 __all__ = [
     "EXTRAS",
-    "METHODS",
-    "STREAMS",
     "Aligned",
     "Method",
     "Placed",
@@ -239,7 +234,7 @@ def _repaired(
     module: nn.Module, a: Theta, b: Theta, data: Dataset, task: Task, splits: Mapping[str, Any]
 ) -> dict[str, Any]:
     part = data.train.head(task.method.examples or len(data.train))
-    mended = repair(module, a, b, part.x, alpha=0.5, batch=examples_a_pass(part.x))
+    mended = repair(module, a, b, part.x, alpha=0.5)
     at = Walker(module, splits, bn="interpolate").at(mended.theta)
     return codec.to_json(at)
 
