@@ -90,7 +90,7 @@ class Verdict:
         """The inverse of :meth:`to_json`."""
         fields = dict(entry)
         claim = {**fields.pop("claim")}
-        claim["profiles"] = tuple(claim["profiles"])
+        claim |= {name: tuple(claim.get(name, ())) for name in ("profiles", "data")}
         value, interval = fields.pop("value"), fields.pop("interval")
         return cls(
             claim=Claim(**claim),
@@ -156,16 +156,22 @@ def judge(
     return Verdict(claim, word, value, interval, n, detail, note)
 
 
-def again(verdict: Verdict) -> Verdict:
-    """A verdict of another time, from its statistic and by the rule as it is now."""
+def again(verdict: Verdict, dataset: str = "") -> Verdict:
+    """A verdict of another time, from its statistic and by the rule as it is now.
+
+    Arguments:
+        dataset: the name it was measured on; one that the claim is not about cannot test it.
+    """
+    claim = registry()[verdict.claim.id]
+    other = bool(dataset) and not claim.takes(dataset)
     return judge(
         verdict.claim.id,
         verdict.value,
         n=verdict.n,
         interval=verdict.interval,
         detail=verdict.detail,
-        note=verdict.note,
-        testable=verdict.verdict != NOT_TESTABLE,
+        note=claim.about if other else verdict.note,
+        testable=verdict.verdict != NOT_TESTABLE and not other,
     )
 
 

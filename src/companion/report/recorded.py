@@ -144,7 +144,8 @@ def _read(path: Path, chapter: str) -> Record:
         found = [claims.Verdict.from_json(c) for c in data["claims"]]
         known = claims.registry()
         # The number was recorded; the word follows from the rule, as everywhere.
-        verdicts = {v.claim.id: claims.again(v) for v in found if v.claim.id in known}
+        dataset = str(data["parameters"].get("dataset", ""))
+        verdicts = {v.claim.id: claims.again(v, dataset) for v in found if v.claim.id in known}
     except (KeyError, TypeError, ValueError) as error:
         raise broken(f"its claims are unreadable ({error})") from error
     return Record(chapter, data["profile"], data["name"], verdicts, data)
