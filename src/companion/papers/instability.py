@@ -21,10 +21,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from companion import data
-from companion.connectivity import gates
+from companion.connectivity import Curve, Plane, gates, plane
 from companion.core import stats
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, NotMeasured
 from companion.core.stats import Interval
+from companion.core.theta import Theta
 from companion.data import Dataset
 from companion.experiments.budget import Plan
 from companion.experiments.instability import (
@@ -33,17 +34,20 @@ from companion.experiments.instability import (
     Sample,
     analyse,
     check,
+    copy,
     independent,
     plan,
     plan_independent,
     plan_through_training,
     through_training,
+    trunk,
 )
 from companion.experiments.pairs import Evaluation, PairResult
 from companion.models import title
-from companion.report import claims, figures, plots, provenance
+from companion.report import claims, figures, plots, provenance, recorded, tables
 from companion.report.claims import Statistic
-from companion.training import Recipe
+from companion.report.recorded import Record
+from companion.training import Recipe, build, load_weights
 
 CHAPTER = "01_instability"
 
@@ -703,40 +707,428 @@ CLAIMS: dict[str, Callable[[Study], Statistic]] = {
 Values = dict[str, float | str]
 
 
+def _points(value: Interval | None) -> str:
+    return "no valid pair" if value is None else f"{value.value:.1f}"
+
+
 def _series(points: Mapping[int, Interval]) -> str:
-    """For an alt text: ``21.8 points at k = 0, 1.5 at k = 100``."""
+    """For an alternative text: ``21.8 at k = 0, 1.5 at k = 100``."""
     return ", ".join(f"{v.value:.1f} at k = {k}" for k, v in points.items()) or "no valid pair"
 
 
-def line_values(study: Study) -> Values:
-    """What the caption of the figure ``line`` says."""
-    middle = study.evaluation.points // 2
-    groups = {k: _curves(study, k) for k in study.ks}
+def _of(study: Study) -> Values:
+    """What nearly every caption says."""
     return {
         "network": study.network,
+        "calm": study.calm,
         "data": study.images.label,
         "T": study.steps,
-        "pairs": len(study.forks.at(study.first)),
-        "middles": ", ".join(
-            f"{np.mean([c.values['test']['error'][middle] for c in curves]):.1f} for k = {k}"
-            for k, curves in groups.items()
-            if curves
-        ),
+        "first": study.first,
+        "last": study.last,
     }
 
 
-def _curves(study: Study, k: int) -> list[Any]:
-    return [s.result.barrier.curve for s in valid_pairs(study, k)]
+def planes(study: Study) -> dict[int, Plane]:
+    """First and last fork step -> the plane through W_0 and two copies of the first init."""
+    start = load_weights(trunk(study.noisy, 0), 0, device=study.device)
+    module = build(trunk(study.noisy, 0), study.images, study.images.train.x.device)
+    test = {"test": study.images.test.head(500 if study.device == "cpu" else 2000)}
+
+    def end(k: int, number: int) -> Theta:
+        return load_weights(copy(study.noisy, 0, k, number), device=study.device)
+
+    return {k: plane(module, start, end(k, 1), end(k, 2), test) for k in (study.first, study.last)}
+
+
+def plane_values(study: Study) -> Values:
+    """What the caption of ``plane`` says: the highest error on the segment drawn."""
+
+    def peak(k: int) -> float:
+        return max(study.forks.at(k)[0].result.barrier.curve.values["test"]["error"])
+
+    return _of(study) | {"peak_first": peak(study.first), "peak_last": peak(study.last)}
+
+
+def show_plane(study: Study) -> None:
+    """Test error on the plane through W_0 and two copies, for the first and the last fork step."""
+    found = planes(study)
+    fig, axes = plots.grid(2, height=4.2)
+    drawn = plots.planes(axes, {str(k): one for k, one in found.items()})
+    for ax, k in zip(axes, found, strict=True):
+        ax.set_title(f"copies part at k = {k}")
+    figures.publish(fig, "plane", data=drawn, values=plane_values(study))
+
+
+def _curves(study: Study) -> dict[int, list[Curve]]:
+    """Fork step -> the curves of its valid pairs, where there are any."""
+    found = {k: [s.result.barrier.curve for s in valid_pairs(study, k)] for k in study.ks}
+    return {k: curves for k, curves in found.items() if curves}
+
+
+def line_values(study: Study) -> Values:
+    """What the caption of ``line`` says: the mean error half-way for each fork step."""
+
+    def middle(curves: list[Curve]) -> float:
+        errors = [c.values["test"]["error"] for c in curves]
+        return float(np.mean([e[len(e) // 2] for e in errors]))
+
+    return _of(study) | {
+        "pairs": len(study.forks.at(study.first)),
+        "middles": ", ".join(f"{middle(cs):.1f} for k = {k}" for k, cs in _curves(study).items()),
+    }
 
 
 def show_line(study: Study) -> None:
     """Test error and loss on the line between two copies, a curve for each fork step."""
-    groups = {f"k = {k} ({k / study.steps:.1%})": _curves(study, k) for k in study.ks}
-    groups = {label: curves for label, curves in groups.items() if curves}
-    fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.8))
+    groups = {f"k = {k} ({k / study.steps:.1%})": cs for k, cs in _curves(study).items()}
+    fig, axes = plots.grid(2, width=8.4)
     drawn = {
         metric: plots.lines(ax, groups, metric=metric)
         for ax, metric in zip(axes, ("error", "loss"), strict=True)
     }
     plots.legend(fig, len(groups))
     figures.publish(fig, "line", data=drawn, values=line_values(study))
+
+
+def instability_values(study: Study) -> Values:
+    """What the caption of ``instability`` says."""
+    return _of(study) | {
+        "inits": study.inits,
+        "pairs_each": study.copies * (study.copies - 1) // 2,
+        "onset_sentence": onset_sentence(study),
+        "noisy_points": _series(barriers(study.forks)),
+        "calm_points": _series(barriers(study.gentle_forks)),
+    }
+
+
+def show_instability(study: Study) -> None:
+    """The test error barrier against the fork step, for both networks."""
+    fig, ax = plt.subplots(figsize=(7.4, 4.2))
+    both = {study.network: study.forks, study.calm: study.gentle_forks}
+    curves = {f"{name}, test": barriers(found) for name, found in both.items()}
+    drawn = plots.against_k(ax, curves, steps=study.steps)
+    figures.publish(fig, "instability", data=drawn, values=instability_values(study))
+
+
+def _conditions(study: Study) -> dict[str, Interval]:
+    """What is changed, in words -> the barrier at the first fork step."""
+    null = study.forks.samples[0].result.barrier.gate("G1").value
+    rows = {
+        "same noise twice": None if null is None else Interval(null, 0.0, 0.0, 1, 1),
+        "a tenth of the learning rate": slowed(study),
+        f"the network itself, k = {study.first}": study.forks.interval(study.first),
+        "other initialisations": unrelated(study),
+    }
+    return {name: v for name, v in rows.items() if v is not None}
+
+
+def controls_values(study: Study) -> Values:
+    """What the caption of ``controls`` says."""
+    rows = "; ".join(f"{name} {v.value:.1f} points" for name, v in _conditions(study).items())
+    return _of(study) | {"rows": rows}
+
+
+def show_controls(study: Study) -> None:
+    """The barrier at the first fork step with less noise, and with another start."""
+    fig, ax = plt.subplots(figsize=(7.4, 2.8))
+    drawn = plots.conditions(ax, _conditions(study))
+    figures.publish(fig, "controls", data=drawn, values=controls_values(study))
+
+
+def restart_values(study: Study) -> Values:
+    """What the caption of ``restart`` says."""
+    pairs = both_ways(study)
+    return _of(study) | {
+        "left_points": _series({k: a for k, (a, _) in pairs.items()}),
+        "all_points": _series({k: b for k, (_, b) in pairs.items()}),
+    }
+
+
+def show_restart(study: Study) -> None:
+    """The barrier after the steps that are left, and after all T; nothing without controls."""
+    if study.restarted is None:
+        return
+    left = {k: v for k, v in barriers(study.forks).items() if k > 0}
+    curves = {"T − k steps left": left, "all T steps again": barriers(study.restarted)}
+    fig, ax = plt.subplots(figsize=(7.4, 3.8))
+    drawn = plots.against_k(ax, curves, steps=study.steps)
+    figures.publish(fig, "restart", data=drawn, values=restart_values(study))
+
+
+def distance_values(study: Study) -> Values:
+    """What the caption of ``distance`` says."""
+    apart, from_init = distances(study, "ab"), distances(study, "a_init")
+    return _of(study) | {
+        "apart_last": _points(apart.get(study.last)),
+        "travelled_last": _points(from_init.get(study.last)),
+        "apart_points": _series(apart),
+    }
+
+
+def show_distance(study: Study) -> None:
+    """Distances in weight space against the fork step."""
+    fig, ax = plt.subplots(figsize=(7.4, 4.0))
+    names = {
+        "between the copies, |A − B|": "ab",
+        "from init to copy, |A − W₀|": "a_init",
+        "from fork to copy, |A − Wₖ|": "a_start",
+        "from init to fork, |Wₖ − W₀|": "start_init",
+    }
+    drawn = plots.against_k(
+        ax,
+        {label: distances(study, name) for label, name in names.items()},
+        steps=study.steps,
+        threshold=None,
+        ylabel="Euclidean distance of the weights",
+    )
+    figures.publish(fig, "distance", data=drawn, values=distance_values(study))
+
+
+def through_values(study: Study) -> Values:
+    """What the caption of ``through`` says."""
+    trails = "; ".join(
+        f"parted at {k}: "
+        + ", ".join(f"{v.value:.1f} points at step {step}" for step, v in trail(study, k).items())
+        for k in study.along
+    )
+    return _of(study) | {"inits": study.inits, "trails": trails}
+
+
+def show_through(study: Study) -> None:
+    """The barrier between two copies against the step of training at which they are compared."""
+    fig, ax = plt.subplots(figsize=(7.4, 3.8))
+    trails = {f"copies part at k = {k}": trail(study, k) for k in study.along}
+    drawn = plots.against_k(
+        ax,
+        trails,
+        steps=study.steps,
+        xlabel="step of training at which the copies are compared, and its share",
+    )
+    figures.publish(fig, "through", data=drawn, values=through_values(study))
+
+
+def records() -> list[Record]:
+    """What was recorded of this chapter on other machines."""
+    return recorded.load(CHAPTER)
+
+
+def recorded_curves(
+    found: Sequence[Record], figure: str
+) -> dict[str, tuple[int, dict[str, dict[int, Interval]]]]:
+    """:func:`companion.report.recorded.curves` with the networks' names for people."""
+
+    def named(label: str) -> str:
+        net, _, split = label.rpartition(", ")
+        try:
+            return f"{title(net)}, {split}"
+        except BadParameter:  # of people already
+            return label
+
+    return {
+        heading: (steps, {named(label): points for label, points in curves.items()})
+        for heading, (steps, curves) in recorded.curves(found, figure).items()
+    }
+
+
+def recorded_values(found: Sequence[Record], figure: str) -> Values:
+    """What the caption of a figure of records says: each curve's first and last barrier."""
+    words = []
+    for heading, (_, curves) in recorded_curves(found, figure).items():
+        ends = "; ".join(f"{label} {_ends(points)}" for label, points in curves.items())
+        words.append(f"{heading.splitlines()[0]}: {ends}")
+    return {"ends": ". ".join(words), "titles": " ".join(f"{r.title}." for r in found)}
+
+
+def _ends(points: Mapping[int, Interval]) -> str:
+    first, last = min(points), max(points)
+    return (
+        f"{points[first].value:.1f} points at k = {first}, {points[last].value:.1f} at k = {last}"
+    )
+
+
+def show_recorded(found: Sequence[Record], figure: str, name: str) -> None:
+    """A figure of this chapter from every record that has it, a panel each; else nothing.
+
+    Arguments:
+        figure: what is drawn, as the record calls it; name: of the new figure.
+    """
+    if curves := recorded_curves(found, figure):
+        fig, drawn = plots.panels(curves)
+        figures.publish(fig, name, data=drawn, values=recorded_values(found, figure))
+
+
+def by_mode(study: Study) -> dict[str, dict[int, Interval]]:
+    """BatchNorm's statistics -> fork step -> barrier; empty for a network without BatchNorm."""
+    found = study.forks
+    return {
+        f"statistics {MODES[mode]}, test": {
+            k: v for k in study.ks if (v := found.interval(k, bn=mode))
+        }
+        for mode in found.modes
+        if mode in MODES
+    }
+
+
+def batchnorm_values(study: Study) -> Values:
+    """What the caption of ``batchnorm`` says."""
+    curves = by_mode(study)
+    return _of(study) | {"modes": "; ".join(f"{m} {_series(v)}" for m, v in curves.items())}
+
+
+def show_batchnorm(study: Study) -> None:
+    """The barrier under three kinds of BatchNorm statistics; nothing without BatchNorm."""
+    if curves := by_mode(study):
+        fig, ax = plt.subplots(figsize=(7.4, 4.0))
+        drawn = plots.against_k(ax, curves, steps=study.steps)
+        figures.publish(fig, "batchnorm", data=drawn, values=batchnorm_values(study))
+
+
+# Tables
+
+
+def show_gates(study: Study) -> None:
+    """The gates of the first pair, by their words, and how many pairs failed one."""
+    both = (study.forks, study.gentle_forks)
+    outcome = {True: "passed", False: "FAILED", None: "does not apply"}
+    first = study.forks.samples[0]
+    rows = [
+        (gate.name.partition(" ")[2], outcome[gate.passed], gate.detail)
+        for gate in first.result.barrier.gates
+    ]
+    values: Values = {
+        "count": sum(len(found.samples) for found in both),
+        "failed": sum(len(found.invalid()) for found in both),
+    }
+    tables.show(["check", "outcome", "what it saw"], rows, name="gates", values=_of(study) | values)
+
+
+def show_barriers(study: Study) -> None:
+    """Every barrier, by both definitions, on train and test data, and its verdict."""
+
+    def row(name: str, found: Instability, k: int) -> list[Any]:
+        intervals = [
+            found.interval(k),
+            found.interval(k, "train"),
+            found.interval(k, "test", "error", "linear"),
+            found.interval(k, "test", "loss"),
+        ]
+        shown = [v or "no valid pair" for v in intervals]
+        return [name, f"{k} ({k / study.steps:.1%})", *shown, found.verdict(k)]
+
+    columns = [
+        "network",
+        "k",
+        "test barrier (points)",
+        "train barrier (points)",
+        "test, above the line of the ends (points)",
+        "test loss barrier (nats)",
+        "verdict",
+    ]
+    both = {study.network: study.forks, study.calm: study.gentle_forks}
+    rows = [row(name, found, k) for name, found in both.items() for k in found.ks]
+    tables.show(columns, rows, name="barriers", values=_of(study))
+
+
+# Sentences that depend on the outcome, and numbers of the prose
+
+
+def onset_sentence(study: Study) -> str:
+    """From which fork step on the noisy network is stable."""
+    try:
+        onset = study.forks.onset()
+    except NotMeasured as why:  # a recording that was closed still has its figures
+        return str(why)
+    if onset is None:
+        return f"At no step of this grid does it stay below {THRESHOLD:g} points."
+    share = onset / study.steps
+    return f"From k = {onset} on ({share:.1%} of training) it stays below {THRESHOLD:g} points."
+
+
+def restart_sentence(study: Study) -> str:
+    """How the two ways of training compare (Fig. 4)."""
+    pairs, disagree = both_ways(study), _disagreement(study)
+    if not pairs:
+        return "This run left it out."
+    apart = [k for k, (a, b) in pairs.items() if a.high < b.low or b.high < a.low]
+    widest = max(abs(a.value - b.value) for a, b in pairs.values())
+    overlap = (
+        f"do not overlap at k = {', '.join(map(str, apart))}" if apart else "overlap at every k"
+    )
+    by_chance = (
+        f". They fall on different sides of {THRESHOLD:g} points at {disagree}"
+        + ("; a mean that lies on that line does so by chance" if not apart else "")
+        if disagree
+        else ""
+    )
+    return (
+        f"The intervals of the two ways {overlap}, and their means differ by {widest:.2f} points "
+        f"at most{by_chance}."
+    )
+
+
+def noise_sentence(study: Study) -> str:
+    """The barrier at the first fork step under each source of noise."""
+    said = {NOISES[name]: found.interval(study.first) for name, found in study.by_noise.items()}
+    if len(said) == 1:
+        return "This run has one source of noise, so there is nothing to take apart."
+    return "; ".join(f"{name}: {v or 'no valid pair'} points" for name, v in said.items()) + "."
+
+
+def separation_sentence(study: Study) -> str:
+    """Whether distance tells unstable pairs from stable ones within this recipe."""
+    found = separation(study)
+    if np.isnan(found):
+        return "All pairs of this run fall on one side of the line, so it cannot say."
+    return f"An unstable pair is farther apart than a stable one with probability {found:.2f}."
+
+
+def values(study: Study) -> Values:
+    """The numbers and sentences of the chapter's prose."""
+    found, images = study.forks, study.images
+    ends = [e for pairs in _curves(study).values() for c in pairs for e in c.ends()]
+    looked = trail(study, study.first)
+    return _of(study) | {
+        "train_images": f"{len(images.train):,}",
+        "test_images": f"{len(images.test):,}",
+        "pixels": " × ".join(map(str, images.in_shape[1:])),
+        "classes": images.classes,
+        "one_image": 100 / len(images.test),
+        "last_share": f"{study.last / study.steps:.1%}",
+        "wall_first": _points(found.interval(study.first)),
+        "wall_last": _points(found.interval(study.last)),
+        "wall_calm": _points(study.gentle_forks.interval(study.first)),
+        "wall_slow": _points(slowed(study)),
+        "wall_strangers": _points(unrelated(study)),
+        "wall_trail": _points(looked.get(study.steps)),
+        "end_error": f"{np.mean(ends):.1f}" if ends else "no valid pair",
+        "apart_first": _points(distances(study, "ab").get(study.first)),
+        "apart_last": _points(distances(study, "ab").get(study.last)),
+        "travelled_last": _points(distances(study, "a_init").get(study.last)),
+        "onset_sentence": onset_sentence(study),
+        "restart_sentence": restart_sentence(study),
+        "noise_sentence": noise_sentence(study),
+        "separation_sentence": separation_sentence(study),
+        "unlearned": gates.UNLEARNED,
+    }
+
+
+RECORDS = {"mnist": "cpu-mnist", "small": "cpu-cifar10", "gpu": "gpu-cifar10-jpeg"}
+"""Name in the prose -> the record that it discusses."""
+
+
+def record_values(found: Sequence[Record]) -> Values:
+    """What the prose says of the records by name; "not recorded" for one that is not there."""
+    by_name = {record.name: record for record in found}
+    out: Values = {}
+    for short, name in RECORDS.items():
+        record = by_name.get(name)
+        runs = recorded_curves([record], "instability") if record else {}
+        modes = recorded_curves([record], "batchnorm") if record else {}
+        curves = [points for _, series in runs.values() for points in series.values()]
+        out[f"{short}_noisy"] = _ends(curves[0]) if curves else "not recorded"
+        out[f"{short}_calm"] = _ends(curves[1]) if len(curves) > 1 else "not measured"
+        for _, series in modes.values():
+            for label, points in series.items():
+                mode = label.removeprefix("statistics ").removesuffix(", test").split()[-1]
+                out[f"{short}_{mode}"] = _points(points[min(points)])
+    return out
