@@ -1117,18 +1117,17 @@ RECORDS = {"mnist": "cpu-mnist", "small": "cpu-cifar10", "gpu": "gpu-cifar10-jpe
 
 
 def record_values(found: Sequence[Record]) -> Values:
-    """What the prose says of the records by name; "not recorded" for one that is not there."""
+    """What the prose says of the records by name, or that they have no such number."""
     by_name = {record.name: record for record in found}
     out: Values = {}
     for short, name in RECORDS.items():
-        record = by_name.get(name)
-        runs = recorded_curves([record], "instability") if record else {}
-        modes = recorded_curves([record], "batchnorm") if record else {}
-        curves = [points for _, series in runs.values() for points in series.values()]
-        out[f"{short}_noisy"] = _ends(curves[0]) if curves else "not recorded"
-        out[f"{short}_calm"] = _ends(curves[1]) if len(curves) > 1 else "not measured"
-        for _, series in modes.values():
-            for label, points in series.items():
-                mode = label.removeprefix("statistics ").removesuffix(", test").split()[-1]
-                out[f"{short}_{mode}"] = _points(points[min(points)])
+        here = [by_name[name]] if name in by_name else []
+        runs = recorded_curves(here, "instability").values()
+        ends = [_ends(points) for _, curves in runs for points in curves.values()]
+        noisy, calm, *_ = [*ends, "not recorded", "not recorded"]
+        out |= {f"{short}_noisy": noisy, f"{short}_calm": calm}
+        by_mode = recorded_curves(here, "batchnorm").values()
+        for mode, words in MODES.items():
+            points = next((c[f"statistics {words}, test"] for _, c in by_mode), None)
+            out[f"{short}_{mode}"] = _points(points[min(points)]) if points else "not recorded"
     return out
