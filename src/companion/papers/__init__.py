@@ -1,6 +1,6 @@
-"""One module a paper: its experiment as a design, a function a claim, a function a figure.
+"""The papers that the chapters rerun: a module each, with everything a chapter's cells call.
 
-A chapter makes a study of its parameters, ``design(...)``, and reads its experiments, which are
-run when they are first asked for. What computes a claim's statistic, and what a caption says, are
-functions of the study that a test can call.
+A module has ``design``, which checks the parameters and returns the study; the study, whose
+experiments run when they are first read; ``CLAIMS``, one function a claim that turns the study into
+a statistic; and one function a figure. The chapter keeps the prose and the few lines that matter.
 """

@@ -902,6 +902,7 @@ def show_through(study: Study) -> None:
         ax,
         trails,
         steps=study.steps,
+        axis="linear",
         xlabel="step of training at which the copies are compared, and its share",
     )
     figures.publish(fig, "through", data=drawn, values=through_values(study))
