@@ -13,6 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from companion import data
+from companion.book.finish import finish
+from companion.book.layout import Book
 from companion.core.runs import Store
 from companion.experiments.instability import Instability, analyse
 from companion.experiments.pairs import Evaluation
@@ -40,6 +42,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(CHAPTER, tmp_path_factory.mktemp("book"))
 
 
+def filled(notebook: Any) -> str:
+    """The page's Markdown with its captions and numbers; fails on what nobody filled."""
+    cells = finish(Book(ROOT), "quick", CHAPTER, notebook).notebook.cells
+    return "\n".join(c.source for c in cells if c.cell_type == "markdown").replace("\\", "")
+
+
 def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     notebook = run(source, tmp_path, **TINY)
     names = [figure["name"] for figure in entries(notebook, "figure")]
@@ -49,9 +57,9 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
         "line",
         "instability",
         "controls",
+        "restart",
         "distance",
         "through",
-        "ablation",
     ]
     (verdicts,) = entries(notebook, "claims")
     numbers = [*range(1, 9), 13, 14, 17, 23, 24, 27, 28]
@@ -67,6 +75,8 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load("digits").fingerprint
     assert record["noisy"]["net"] == TINY["unstable"]
+    text = filled(notebook)
+    assert "Fork a three-layer perceptron at step 0" in text and "{{" not in text
 
 
 def test_batchnorm_is_drawn_in_three_modes_and_controls_can_be_left_out(
@@ -80,7 +90,7 @@ def test_batchnorm_is_drawn_in_three_modes_and_controls_can_be_left_out(
     modes = {"interpolated", "re-estimated", "of the batch"}
     assert set(drawn) == {"T", *(f"statistics {mode}, test" for mode in modes)}
     assert all(drawn[f"statistics {mode}, test"]["k"] == [0, 2] for mode in modes)
-    headline = figures["instability"]["data"]["resnet8:width=4, test"]["mean"]
+    headline = figures["instability"]["data"]["ResNet-8 (width 4), test"]["mean"]
     assert headline == drawn["statistics of the batch, test"]["mean"]
     (verdicts,) = entries(notebook, "claims")
     by_id = {v["claim"]["id"]: v for v in verdicts}
@@ -91,6 +101,7 @@ def test_batchnorm_is_drawn_in_three_modes_and_controls_can_be_left_out(
         assert by_id[name]["verdict"] == "not testable at this scale", name
     line = figures["line"]["data"]["error"]
     assert len(line["alpha"]) == few["points"]
+    assert "restart" not in figures and "This run left it out." in filled(notebook)
 
 
 def test_a_claim_whose_premise_is_missing_is_not_judged(source: Path, tmp_path: Path) -> None:

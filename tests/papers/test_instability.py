@@ -217,19 +217,19 @@ def test_captions_say_what_was_measured(design: paper.Study) -> None:
     said = paper.values(study)
     assert said["network"] == "six-layer perceptron" and said["calm"] == "LeNet-300-100"
     assert said["wall_first"] == "70.0" and said["wall_slow"] == "1.0"
-    assert said["onset_sentence"].startswith("From k = 50 on (5.0% of training)")
+    assert said["onset_sentence"].startswith("From k = 50 on (5 % of training)")
     never = world(design, heights=dict.fromkeys(KS, 9.0))
     assert paper.onset_sentence(never).startswith("At no step of this grid")
     assert "overlap at every k" in paper.restart_sentence(study)
     apart = world(design, again={50: 5.0, 100: 0.5, 200: 0.2})
     assert "do not overlap at k = 50" in paper.restart_sentence(apart)
-    assert "augmentation: 15.00" in paper.noise_sentence(study)
+    assert "augmentation 15.00" in paper.noise_sentence(study)
     assert "left it out" in paper.restart_sentence(world(design, changed={"controls": False}))
 
 
 def test_records_keep_the_names_they_were_written_with(design: paper.Study) -> None:
     """Old records name networks by their recipe; on the page they have names for people."""
-    found = paper.recorded_curves(paper.records(), "instability")
+    found = recorded.curves(paper.records(), "instability")
     labels = {label for _, curves in found.values() for label in curves}
     assert {"six-layer perceptron, test", "ResNet-20, test", "LeNet-300-100, test"} <= labels
     said = paper.record_values(paper.records())

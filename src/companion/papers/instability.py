@@ -707,6 +707,10 @@ CLAIMS: dict[str, Callable[[Study], Statistic]] = {
 Values = dict[str, float | str]
 
 
+def _share(step: int, study: Study) -> str:
+    return f"{100 * step / study.steps:.3g} % of training"
+
+
 def _points(value: Interval | None) -> str:
     return "no valid pair" if value is None else f"{value.value:.1f}"
 
@@ -913,38 +917,13 @@ def records() -> list[Record]:
     return recorded.load(CHAPTER)
 
 
-def recorded_curves(
-    found: Sequence[Record], figure: str
-) -> dict[str, tuple[int, dict[str, dict[int, Interval]]]]:
-    """:func:`companion.report.recorded.curves` with the networks' names for people."""
-
-    def named(label: str) -> str:
-        net, _, split = label.rpartition(", ")
-        try:
-            return f"{title(net)}, {split}"
-        except BadParameter:  # of people already
-            return label
-
-    return {
-        heading: (steps, {named(label): points for label, points in curves.items()})
-        for heading, (steps, curves) in recorded.curves(found, figure).items()
-    }
-
-
 def recorded_values(found: Sequence[Record], figure: str) -> Values:
     """What the caption of a figure of records says: each curve's first and last barrier."""
-    words = []
-    for heading, (_, curves) in recorded_curves(found, figure).items():
-        ends = "; ".join(f"{label} {_ends(points)}" for label, points in curves.items())
-        words.append(f"{heading.splitlines()[0]}: {ends}")
-    return {"ends": ". ".join(words), "titles": " ".join(f"{r.title}." for r in found)}
-
-
-def _ends(points: Mapping[int, Interval]) -> str:
-    first, last = min(points), max(points)
-    return (
-        f"{points[first].value:.1f} points at k = {first}, {points[last].value:.1f} at k = {last}"
-    )
+    drawn = [r for r in found if figure in r.data["figures"]]
+    return {
+        "ends": "; ".join(f"{r.name}: {recorded.extremes(r, figure)}" for r in drawn),
+        "titles": " ".join(f"{r.title}." for r in drawn),
+    }
 
 
 def show_recorded(found: Sequence[Record], figure: str, name: str) -> None:
@@ -953,7 +932,7 @@ def show_recorded(found: Sequence[Record], figure: str, name: str) -> None:
     Arguments:
         figure: what is drawn, as the record calls it; name: of the new figure.
     """
-    if curves := recorded_curves(found, figure):
+    if curves := recorded.curves(found, figure):
         fig, drawn = plots.panels(curves)
         figures.publish(fig, name, data=drawn, values=recorded_values(found, figure))
 
@@ -1040,9 +1019,9 @@ def onset_sentence(study: Study) -> str:
     except NotMeasured as why:  # a recording that was closed still has its figures
         return str(why)
     if onset is None:
-        return f"At no step of this grid does it stay below {THRESHOLD:g} points."
-    share = onset / study.steps
-    return f"From k = {onset} on ({share:.1%} of training) it stays below {THRESHOLD:g} points."
+        return f"At no step of this grid does the barrier stay below {THRESHOLD:g} points."
+    share = _share(onset, study)
+    return f"From k = {onset} on ({share}) the barrier stays below {THRESHOLD:g} points."
 
 
 def restart_sentence(study: Study) -> str:
@@ -1072,7 +1051,8 @@ def noise_sentence(study: Study) -> str:
     said = {NOISES[name]: found.interval(study.first) for name, found in study.by_noise.items()}
     if len(said) == 1:
         return "This run has one source of noise, so there is nothing to take apart."
-    return "; ".join(f"{name}: {v or 'no valid pair'} points" for name, v in said.items()) + "."
+    points = "; ".join(f"{name} {v or 'no valid pair'}" for name, v in said.items())
+    return f"In points, for copies that part at k = {study.first}: {points}."
 
 
 def separation_sentence(study: Study) -> str:
@@ -1094,7 +1074,7 @@ def values(study: Study) -> Values:
         "pixels": " × ".join(map(str, images.in_shape[1:])),
         "classes": images.classes,
         "one_image": 100 / len(images.test),
-        "last_share": f"{study.last / study.steps:.1%}",
+        "last_share": _share(study.last, study),
         "wall_first": _points(found.interval(study.first)),
         "wall_last": _points(found.interval(study.last)),
         "wall_calm": _points(study.gentle_forks.interval(study.first)),
@@ -1123,11 +1103,15 @@ def record_values(found: Sequence[Record]) -> Values:
     out: Values = {}
     for short, name in RECORDS.items():
         here = [by_name[name]] if name in by_name else []
-        runs = recorded_curves(here, "instability").values()
-        ends = [_ends(points) for _, curves in runs for points in curves.values()]
+        runs = recorded.curves(here, "instability").values()
+        ends = [
+            f"{p[min(p)].value:.1f} points at k = {min(p)}, {p[max(p)].value:.1f} at k = {max(p)}"
+            for _, curves in runs
+            for p in curves.values()
+        ]
         noisy, calm, *_ = [*ends, "not recorded", "not recorded"]
         out |= {f"{short}_noisy": noisy, f"{short}_calm": calm}
-        by_mode = recorded_curves(here, "batchnorm").values()
+        by_mode = recorded.curves(here, "batchnorm").values()
         for mode, words in MODES.items():
             points = next((c[f"statistics {words}, test"] for _, c in by_mode), None)
             out[f"{short}_{mode}"] = _points(points[min(points)]) if points else "not recorded"

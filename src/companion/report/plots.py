@@ -93,6 +93,7 @@ def dashed(ax: Axes, y: float | None = None, *, x: float | None = None, text: st
             color=_DASHED["color"],
             fontsize=9,
             bbox=_PLATE,
+            zorder=1,  # below the curves
         )
 
 
@@ -318,6 +319,7 @@ def against_k(
     drawn = sweep(ax, series, xlabel=xlabel, ylabel=ylabel, total=steps, axis=axis)
     if threshold is not None:
         dashed(ax, threshold, text=f"{threshold:g} {meaning}")
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     _legend(ax)
     return drawn
 

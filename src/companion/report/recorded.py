@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.core.errors import CorruptData
+from companion.core.errors import BadParameter, CorruptData
 from companion.core.locations import book_root
 from companion.report import claims, page
 
@@ -172,6 +172,8 @@ def curves(
 ) -> dict[str, tuple[int, dict[str, dict[int, Interval]]]]:
     """The curves against k of one figure in every record that has it, on test data.
 
+    A curve that a record names after a network's recipe has the network's name for people.
+
     Returns:
         title -> (T, or 0 if the axis has no total; label -> k -> interval), as
             :func:`companion.report.plots.panels` draws them.
@@ -183,7 +185,7 @@ def curves(
         drawn = {n: (f or {}).get("data") or {} for n, f in record.data["figures"].items()}
         data = drawn.get(figure, {})
         series = {
-            label: {
+            _for_people(label): {
                 k: Interval(mean, low, high, n, 0)
                 for k, mean, low, high, n in zip(
                     *(s[name] for name in ("k", "mean", "low", "high", "pairs")), strict=True
@@ -200,6 +202,17 @@ def curves(
             title += f"\n{record.data['hardware']}, {record.data['date']}"
             found[title] = (int(data["T"]), series)
     return found
+
+
+def _for_people(label: str) -> str:
+    """``mlp:widths=100x5, test`` -> ``six-layer perceptron, test``; others stay as they are."""
+    from companion.models import title
+
+    name, _, split = label.rpartition(", ")
+    try:
+        return f"{title(name)}, {split}"
+    except BadParameter:
+        return label
 
 
 def extremes(record: Record, figure: str) -> str:
