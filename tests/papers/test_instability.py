@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from companion.connectivity import Barrier, Curve, Measure
 from companion.connectivity.gates import Gate
 from companion.core import closing
+from companion.core.errors import CompanionError
+from companion.core.runs import Store
 from companion.experiments.instability import Instability, Sample
 from companion.experiments.pairs import PairResult
 from companion.papers import instability as paper
@@ -158,6 +163,7 @@ def test_every_claim_that_is_judged_has_both_tests() -> None:
     [
         ("C01", RESNET, "about digits, mnist, fashion_mnist"),
         ("C01", {"changed": {"inits": 1}}, "one init"),
+        ("C02", {"heights": {50: 1.0, 100: 0.5}, "changed": {"ks": (50, 100)}}, "no k = 0"),
         ("C03", {"end_train": 40.0}, "cut short: the networks end with 40 % error"),
         ("C03", {"heights": dict.fromkeys(KS, 0.5)}, "stable from the smallest k"),
         ("C04", {"heights": {0: 9.0, 50: 1.0}}, "four k or more"),
@@ -256,6 +262,48 @@ def test_two_networks_of_one_name_are_told_apart(design: paper.Study) -> None:
     same = replace(study, gentle=replace(study.gentle, net="mlp:widths=20-100"))
     assert (same.network, same.calm) == ("mlp:widths=400-100", "mlp:widths=20-100")
     assert recorded.load(paper.CHAPTER)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"ks": [0, 40]}, ["ks", "40", "from 0 to 39"]),
+        ({"ks": [0]}, ["ks", "two fork steps"]),
+        ({"looks": 1}, ["looks", "2 or more"]),
+        ({"batch": 5000}, ["batch", "5000", "1437"]),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_the_design(
+    store: Store, parameters: Any, words: list[str]
+) -> None:
+    with pytest.raises(CompanionError) as caught:
+        paper.design(**{"steps": 40, "device": "cpu", **parameters})
+    assert all(word in str(caught.value) for word in words)
+    assert list(store.entries()) == []
+
+
+def test_images_of_the_users_own(tmp_path: Path) -> None:
+    digits = load_digits()
+    for i in range(60):
+        folder = tmp_path / "pictures" / f"class{digits.target[i] % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = (digits.images[i] * 15).astype("uint8")
+        Image.fromarray(grey).convert("RGB").save(folder / f"{i}.png")
+    study = paper.design(dataset=f"images:{tmp_path}/pictures", batch=8, device="cpu")
+    assert study.images.classes == 3 and study.network == "six-layer perceptron"
+    assert study.noisy.augment == "none" and study.noises == ()
+    assert study.ks == (0, 25, 50, 100, 200)
+
+
+def test_the_design_follows_data_and_device() -> None:
+    study = paper.design(unstable="resnet8:width=4", steps=80, device="cpu")
+    assert (
+        study.network == "ResNet-8 (width 4)" and study.noisy.lr == 0.08
+    )  # grey: the perceptron's
+    assert study.looks == (19, 34, 49, 65, 80) and study.gentle.steps == 80
+    few = replace(study, controls=False)
+    assert (study.again, few.again) == ((1, 2, 4, 8), ()) and few.slowed is few.restarted is None
+    assert len(study.plans()) == 12 and len(few.plans()) == 5
 
 
 def test_an_experiment_is_run_once(design: paper.Study, monkeypatch: pytest.MonkeyPatch) -> None:
