@@ -45,7 +45,7 @@ from companion.experiments.instability import (
 from companion.experiments.pairs import Evaluation, PairResult
 from companion.models import title
 from companion.report import claims, figures, plots, provenance, recorded, tables
-from companion.report.claims import Statistic
+from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
 from companion.training import Recipe, build, load_weights
 
@@ -434,16 +434,6 @@ def _at_onset(study: Study) -> list[Sample]:
 
 # Claims: what each needs to be testable, and its statistic
 
-Need = tuple[bool, str]
-"""Whether something is there, and what to say if it is not."""
-
-
-def _statistic(
-    value: float | Interval | None, *needs: Need, n: int | None = None, detail: str = ""
-) -> Statistic:
-    lacking = [why for there, why in needs if not there]
-    return Statistic(value, n=n, detail=detail, note="; ".join(lacking), testable=not lacking)
-
 
 def _at_init(study: Study) -> Need:
     return study.first == 0, "the grid has no k = 0"
@@ -486,7 +476,7 @@ def c01(study: Study) -> Statistic:
     found = [study.gentle_forks.interval(study.first, split) for split in ("train", "test")]
     there = [v for v in found if v is not None]
     claim = claims.registry()["C01"]
-    return _statistic(
+    return statistic(
         max(there, key=lambda v: v.value, default=None),
         _at_init(study),
         _inits(study),
@@ -499,7 +489,7 @@ def c02(study: Study) -> Statistic:
     """The noisy network's test barrier at k = 0, the smallest of the inits' means."""
     values = study.forks.values(study.first)
     means = [float(np.mean([v for i, v in values if i == init])) for init in {i for i, _ in values}]
-    return _statistic(
+    return statistic(
         min(means, default=None),
         _at_init(study),
         _inits(study),
@@ -511,7 +501,7 @@ def c02(study: Study) -> Statistic:
 def c03(study: Study) -> Statistic:
     """The share of training from which on the mean barrier stays below 2 points."""
     onset = study.forks.onset()
-    return _statistic(
+    return statistic(
         float("inf") if onset is None else onset / study.steps,
         (bool(_all_valid(study)), "no valid pair"),
         _trained_to_the_end(study),
@@ -528,7 +518,7 @@ def c03(study: Study) -> Statistic:
 def c04(study: Study) -> Statistic:
     """Spearman's rank correlation of k and the mean test barrier."""
     means = barriers(study.forks)
-    return _statistic(
+    return statistic(
         stats.spearman(list(means), [v.value for v in means.values()]),
         (len(means) >= 4, "a rank correlation needs four k or more"),
         n=len(means),
@@ -538,7 +528,7 @@ def c04(study: Study) -> Statistic:
 def c05(study: Study) -> Statistic:
     """The barrier at k = 0 with a tenth of the learning rate, over that with all of it."""
     low, standard = slowed(study), study.forks.interval(study.first)
-    return _statistic(
+    return statistic(
         low.value / standard.value if low and standard and standard.value else None,
         _at_init(study),
         _ran_controls(study),
@@ -567,7 +557,7 @@ def _disagreement(study: Study) -> str:
 def c06(study: Study) -> Statistic:
     """The share of the k at which both ways of training give one verdict."""
     agree = _agree(study)
-    return _statistic(
+    return statistic(
         float(np.mean(list(agree.values()))) if agree else None,
         _ran_controls(study),
         n=len(agree),
@@ -583,12 +573,12 @@ def c07(study: Study) -> Statistic:
         return 2 * d["ab"] / (d["a_init"] + d["b_init"])
 
     pairs = _at_onset(study)
-    return _statistic(_over(pairs, ratio) if pairs else None, _becomes_stable(study), _inits(study))
+    return statistic(_over(pairs, ratio) if pairs else None, _becomes_stable(study), _inits(study))
 
 
 def c08(study: Study) -> Statistic:
     """The mean barrier between different initialisations."""
-    return _statistic(unrelated(study), (study.inits >= 3, "two inits make one pair"))
+    return statistic(unrelated(study), (study.inits >= 3, "two inits make one pair"))
 
 
 def _near_guessing(study: Study, family: str, name: str) -> Statistic:
@@ -599,7 +589,7 @@ def _near_guessing(study: Study, family: str, name: str) -> Statistic:
         return _over(pairs, lambda s: max(s.result.barrier.curves[mode].values["test"]["error"]))
 
     modes = [mode for mode in study.forks.modes if mode in MODES] if pairs else []
-    return _statistic(
+    return statistic(
         top(study.forks.headline) if pairs else None,
         _at_init(study),
         _inits(study),
@@ -625,7 +615,7 @@ def c17(study: Study) -> Statistic:
     test, train = barriers(study.forks), barriers(study.forks, "train")
     gaps = [abs(v.value - train[k].value) for k, v in test.items()]
     net = study.noisy.net
-    return _statistic(
+    return statistic(
         float(np.mean(gaps)) if gaps else None,
         _on_cifar(study),
         ("resnet" in net or "vgg" in net, "the claim is about convolutional networks"),
@@ -636,7 +626,7 @@ def c17(study: Study) -> Statistic:
 def c23(study: Study) -> Statistic:
     """The largest mean barrier, over training steps, of copies that part at the last k."""
     end, way = study.forks.interval(study.last), trail(study, study.last)
-    return _statistic(
+    return statistic(
         max((v.value for v in way.values()), default=None),
         (
             end is not None and end.value < THRESHOLD,
@@ -649,7 +639,7 @@ def c23(study: Study) -> Statistic:
 
 def c24(study: Study) -> Statistic:
     """Area under the ROC curve of distance as a predictor of instability."""
-    return _statistic(separation(study), n=len(_all_valid(study)))
+    return statistic(separation(study), n=len(_all_valid(study)))
 
 
 def c27(study: Study) -> Statistic:
@@ -660,7 +650,7 @@ def c27(study: Study) -> Statistic:
         return pair.result.start["test"].error / max(end, 1e-9)
 
     pairs = _at_onset(study)
-    return _statistic(
+    return statistic(
         _over(pairs, ratio) if pairs else None,
         _becomes_stable(study),
         _was_unstable(study),
@@ -673,7 +663,7 @@ def c28(study: Study) -> Statistic:
     """The smallest of the barriers at k = 0 under order, augmentation, and both."""
     found = {name: f.interval(study.first) for name, f in study.by_noise.items()}
     there = {name: v for name, v in found.items() if v is not None}
-    return _statistic(
+    return statistic(
         min(v.value for v in there.values()) if len(there) == 3 else None,
         _at_init(study),
         _ran_controls(study),

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from companion.core import closing, codec
 from companion.core.errors import BadParameter, CompanionError, NotMeasured
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Claim",
+    "Need",
     "Statistic",
     "Verdict",
     "again",
@@ -37,12 +38,14 @@ __all__ = [
     "papers",
     "registry",
     "show",
+    "statistic",
     "table",
     "tally",
     "verdicts",
 ]
 
 S = TypeVar("S")
+Need: TypeAlias = tuple[bool, str]
 
 _OURS = ("D", "E")  # shown as ours, never as the paper's
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -113,6 +116,19 @@ class Statistic:
     detail: str = ""
     note: str = ""
     testable: bool = True
+
+
+def statistic(
+    value: float | Interval | None, *needs: Need, n: int | None = None, detail: str = ""
+) -> Statistic:
+    """A statistic that stands for something only where all its needs are met.
+
+    Arguments:
+        value, n, detail: as :class:`Statistic`.
+        needs: whether each is met, and what the note says if it is not.
+    """
+    lacking = [why for met, why in needs if not met]
+    return Statistic(value, n=n, detail=detail, note="; ".join(lacking), testable=not lacking)
 
 
 def verdicts(functions: Mapping[str, Callable[[S], Statistic]], study: S) -> list[Verdict]:
