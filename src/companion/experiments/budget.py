@@ -1,26 +1,26 @@
-"""What an experiment costs, before it runs: the runs and pairs that are missing, and a speed.
+"""What an experiment costs, before it runs: the runs and measurements missing, and a speed.
 
-A plan lists exactly the pairs that an analysis will measure, so counting them counts what the run
-store does not have yet; :func:`probe` takes a handful of steps on this device. The product is an
-estimate, for planning a GPU's time: read it as "minutes or hours", not as a promise.
+A plan lists exactly what an analysis will measure, so counting it counts what the run store does
+not have yet; :func:`probe` takes a handful of steps on this device. The product is an estimate, for
+planning a GPU's time: read it as "minutes or hours", not as a promise.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 
 from companion import data as datasets
-from companion.connectivity import BN_MODES
 from companion.core.errors import CorruptEntry
 from companion.core.pool import one_thread, resolve_workers
 from companion.core.runs import Entry, Store
-from companion.core.theta import layout, snapshot
-from companion.experiments.pairs import Evaluation, Pair, entry_of_null, entry_of_pair
+from companion.core.theta import snapshot
+from companion.experiments.measurement import Measurement
+from companion.experiments.pairs import Evaluation, NullControl, Pair, PairBarrier
 from companion.training import Job, Recipe, Run, State, advance, build, entry_of, merge
 
 _PROBE_S = 0.5  # seconds of the last call of a recipe, at least
@@ -31,36 +31,68 @@ class Plan:
     """What one analysis trains and measures.
 
     Arguments:
-        pairs: those to measure; what they need is trained.
-        again: runs that are trained a second time (the null control, gate G1).
-        jobs: what is trained for measurements that are not barriers of pairs, such as pairs that
-            are matched first. Counted as missing while their states are, measured or not.
+        pairs: those whose barriers are measured, as the budget's evaluation says.
+        again: runs whose null control (gate G1) is measured.
+        tasks: whatever else is measured: matched lines, sweeps of layers, federations, ….
+        jobs: what is trained for nothing that is stored. Counted as missing while its states are.
     """
 
     pairs: tuple[Pair, ...] = ()
     again: tuple[Run, ...] = ()
     jobs: tuple[Job, ...] = ()
+    tasks: tuple[Measurement, ...] = ()
+
+    def measurements(self, evaluation: Evaluation) -> list[Measurement]:
+        """Everything that is measured."""
+        return [
+            *(PairBarrier(pair, evaluation) for pair in self.pairs),
+            *(NullControl(run, evaluation) for run in self.again),
+            *self.tasks,
+        ]
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many runs are trained, of how many steps in all, and what is measured.
+
+    Arguments:
+        measured: kind of measurement -> number.
+        points: networks evaluated on all splits for them, as far as they know beforehand.
+    """
+
+    runs: int = 0
+    steps: int = 0
+    measured: Mapping[str, int] = field(default_factory=dict)
+    points: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        kinds = dict.fromkeys([*self.measured, *other.measured])
+        return Count(
+            self.runs + other.runs,
+            self.steps + other.steps,
+            {k: self.measured.get(k, 0) + other.measured.get(k, 0) for k in kinds},
+            self.points + other.points,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.steps or self.measured)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of one recipe; ``missing_*`` is what the run store does not have yet."""
+    """What a recipe costs in all, and the part of it that the run store does not have yet."""
 
     recipe: Recipe
-    runs: int
-    steps: int
-    pairs: int
-    missing_runs: int
-    missing_steps: int
-    missing_pairs: int
+    whole: Count = Count()
+    missing: Count = Count()
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one training step, and of measuring one pair, in one process."""
+    """Seconds of one training step, and of evaluating one network on all splits."""
 
     step: float
-    pair: float
+    point: float
 
 
 Probe: TypeAlias = Callable[[Recipe], Speed]
@@ -75,44 +107,34 @@ def count(
         one :class:`Cost` a recipe, in the order of the plans.
     """
     store, where = store or Store(), str(datasets.resolve_device(device))
+    tasks = [task for plan in plans for task in plan.measurements(evaluation)]
     # Two ways to ask for one measurement (step T, or the end) are one entry.
-    pairs = {
-        (entry := entry_of_pair(pair, evaluation, store, where)).key: (pair, entry)
-        for plan in plans
-        for pair in plan.pairs
-    }
-    missing = [pair for pair, entry in pairs.values() if "pair.json" not in _files(entry)]
-    again = {
-        run: "gate.json" not in _files(entry_of_null(run, evaluation, store, where))
-        for plan in plans
-        for run in plan.again
-    }
-    asked = [job for plan in plans for job in plan.jobs]
-    needed = {job.run: job for job in _jobs(missing, asked)}
-    totals: dict[Recipe, list[int]] = {}
-    for job in _jobs([pair for pair, _ in pairs.values()], asked):
-        steps = _stop(job) - job.run.first_step
-        if not steps:  # an init: built, not trained
-            continue
-        row = totals.setdefault(job.run.recipe, [0] * 6)
-        left = job.run in needed and not _is_trained(needed[job.run], store, where)
-        row[0] += 1 + (job.run in again)
-        row[1] += steps * (1 + (job.run in again))
-        row[3] += left + again.get(job.run, False)
-        row[4] += steps * (left + again.get(job.run, False))
-    for pair, entry in pairs.values():
-        row = totals.setdefault(pair.a.recipe, [0] * 6)
-        row[2] += 1
-        row[5] += "pair.json" not in _files(entry)
-    return [Cost(recipe, *row) for recipe, row in totals.items()]
+    entries = {(entry := task.entry(store, where)).key: (task, entry) for task in tasks}
+    unknown = {k for k, (task, entry) in entries.items() if task.FILE not in _files(entry)}
+    jobs = [job for plan in plans for job in plan.jobs]
+    needed = _with_parents([*jobs, *(j for k in unknown for j in entries[k][0].jobs())])
+    untrained = {job.run for job in needed if not _is_trained(job, store, where)}
+    found: list[tuple[Recipe, Count, bool]] = []
+    for job in _with_parents([*jobs, *(j for task, _ in entries.values() for j in task.jobs())]):
+        if steps := _stop(job) - job.run.first_step:  # an init is built, not trained
+            found.append((job.run.recipe, Count(1, steps), job.run in untrained))
+    for key, (task, _) in entries.items():
+        own = Count(len(task.trains), sum(task.trains), {task.KIND: 1}, task.points)
+        found.append((task.recipe, own, key in unknown))
+    costs: dict[Recipe, Cost] = {}
+    for recipe, one, missing in found:
+        cost = costs.get(recipe, Cost(recipe))
+        rest = cost.missing + one if missing else cost.missing
+        costs[recipe] = Cost(recipe, cost.whole + one, rest)
+    return list(costs.values())
 
 
-def _jobs(pairs: Sequence[Pair], others: Sequence[Job]) -> list[Job]:
-    """What the pairs and the others need, with the trunks that copies leave; one job a run."""
-    wave = jobs = [*(job for pair in pairs for job in pair.jobs()), *others]
+def _with_parents(jobs: Sequence[Job]) -> list[Job]:
+    """One job a run, the trunks included that copies leave."""
+    every = wave = list(jobs)
     while wave := [parent for job in wave if (parent := job.parents())]:
-        jobs = jobs + wave
-    return merge(jobs)
+        every = every + wave
+    return merge(every)
 
 
 def _stop(job: Job) -> int:
@@ -164,22 +186,18 @@ def probe(recipe: Recipe, evaluation: Evaluation, device: str) -> Speed:
         start = wait()
         walker.at(state.theta)
         point = wait() - start
-    modes = len(BN_MODES) if layout(module).buffers else 1
-    return Speed(step, point * (evaluation.points * modes + 4))
+    return Speed(step, point)
 
 
 def estimate(costs: Sequence[Cost], speeds: Probe, *, device: str, workers: int) -> list[float]:
-    """Seconds that are left, one number a cost.
+    """Estimated seconds remaining, one number a cost; matching and features are not in it.
 
     On a CPU as many processes work as ``workers`` says; a GPU works through runs in turn.
     """
     at_once = resolve_workers(workers) if datasets.resolve_device(device).type == "cpu" else 1
     out = []
     for cost in costs:
-        if not (cost.missing_steps or cost.missing_pairs):
-            out.append(0.0)
-            continue
-        speed = speeds(cost.recipe)
-        work = cost.missing_steps * speed.step + cost.missing_pairs * speed.pair
-        out.append(work / at_once)
+        speed = speeds(cost.recipe) if cost.missing else Speed(0.0, 0.0)
+        seconds = cost.missing.steps * speed.step + cost.missing.points * speed.point
+        out.append(seconds / at_once)
     return out

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from companion import data as datasets
 from companion.core.errors import BadParameter, one_of
 from companion.core.runs import Store
 from companion.core.seeds import Key
@@ -30,7 +29,7 @@ from companion.rebasin.rotation import Rotation
 from companion.rebasin.spec import Spec
 from companion.rebasin.ste import STEPS, straight_through
 from companion.rebasin.weights import greedy, objective, weight_matching
-from companion.training import Run, entry_of, load_weights
+from companion.training import Run, load_weights
 
 METHODS = ("naive", "weights", "activations", "ste", "greedy", "random", "steepest")
 """How B is permuted: not at all; weight matching (Algorithm 1); activation matching; the
@@ -88,11 +87,6 @@ class Method:
             "rotated-activations": ("examples",),
         }
         return {"name": self.name} | {f: getattr(self, f) for f in fields[self.name]}
-
-
-def key_of(run: Run, store: Store, device: str) -> str:
-    """The store's key of a run."""
-    return entry_of(run, datasets.load(run.recipe.data, device), device, store).key
 
 
 def weights_of(run: Run, step: int, store: Store, device: str) -> dict[str, torch.Tensor]:
