@@ -221,25 +221,16 @@ class _Piece:
                 f"{left.runs} of {whole.runs} runs to train ({left.steps:,} of "
                 f"{whole.steps:,} steps), to measure: {', '.join(measured) or 'nothing'}"
             )
-        missing = any(cost.missing for cost in costs)
-        if missing and not self.dry_run and resolve_device(b.device).type == "cuda":
+        if not any(cost.missing for cost in costs):
+            self.say("everything is in the run store: nothing is left to compute")
+            return
+        if not self.dry_run and resolve_device(b.device).type == "cuda":
             # A probe takes one or two seconds a recipe, and here they may be counted.
             self.say("no estimate while recording on a GPU; --dry-run makes one")
             return
         speed: Probe = partial(probe, evaluation=b.evaluation, device=b.device)
-        seconds = sum(
-            estimate(
-                costs,
-                speed,
-                device=b.device,
-                workers=b.workers,
-            )
-        )
-        self.say(
-            f"estimate: {duration(seconds)} on {b.device}, from the speed of a few steps"
-            if missing
-            else "everything is in the run store: nothing is left to compute"
-        )
+        seconds = duration(sum(estimate(costs, speed, device=b.device, workers=b.workers)))
+        self.say(f"estimate: {seconds} on {b.device} to train and to walk along lines")
 
     def progress(self) -> str:
         """What the store has by now, in one sentence."""

@@ -52,12 +52,14 @@ __all__ = [
     "METHODS",
     "STREAMS",
     "Aligned",
+    "MatchedLine",
     "Method",
     "Placed",
     "align",
     "clusters",
     "independent",
     "interval",
+    "lines_of",
     "match",
     "pairs_of",
     "permuted",
@@ -225,6 +227,27 @@ def _calibrated(
     ).curve
 
 
+def lines_of(
+    pairs: Sequence[Pair],
+    methods: Sequence[Method | str] = ("naive", "weights"),
+    evaluation: Evaluation | None = None,
+    *,
+    extras: Sequence[str] = (),
+    on: str | None = None,
+) -> list[MatchedLine]:
+    """What :func:`align` measures with these arguments, method by method, for a budget."""
+    chosen = [Method(m) if isinstance(m, str) else m for m in methods]
+    if len({m.name for m in chosen}) < len(chosen):
+        raise BadParameter(f"methods: one is given twice in {[m.name for m in chosen]}.")
+    for extra in extras:
+        one_of("extra", extra, EXTRAS)
+    return [
+        MatchedLine(pair, method, evaluation or Evaluation(), tuple(extras), on)
+        for method in chosen
+        for pair in pairs
+    ]
+
+
 def align(
     pairs: Sequence[Pair],
     methods: Sequence[Method | str] = ("naive", "weights"),
@@ -256,22 +279,12 @@ def align(
     Raises:
         BadParameter: a method twice, an unknown extra; what training and matching refuse.
     """
-    evaluation = evaluation or Evaluation()
-    chosen = [Method(m) if isinstance(m, str) else m for m in methods]
-    if len({m.name for m in chosen}) < len(chosen):
-        raise BadParameter(f"methods: one is given twice in {[m.name for m in chosen]}.")
-    for extra in extras:
-        one_of("extra", extra, EXTRAS)
-    tasks = [
-        MatchedLine(pair, method, evaluation, tuple(extras), on)
-        for method in chosen
-        for pair in pairs
-    ]
+    tasks = lines_of(pairs, methods, evaluation, extras=extras, on=on)
     raw = run(tasks, store=store, device=device, workers=workers, label=label)
     lines = [Barrier.from_json(r["barrier"]) for r in raw]
     if reference_error is None:
         reference_error = normal_error(lines)
-    out: dict[str, list[Aligned]] = {m.name: [] for m in chosen}
+    out: dict[str, list[Aligned]] = {m if isinstance(m, str) else m.name: [] for m in methods}
     for task, line, r in zip(tasks, lines, raw, strict=True):
         out[task.method.name].append(
             Aligned(

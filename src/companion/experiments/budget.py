@@ -190,7 +190,9 @@ def probe(recipe: Recipe, evaluation: Evaluation, device: str) -> Speed:
 
 
 def estimate(costs: Sequence[Cost], speeds: Probe, *, device: str, workers: int) -> list[float]:
-    """Estimated seconds remaining, one number a cost; matching and features are not in it.
+    """Estimated seconds remaining, one per cost, to train and to walk along lines.
+
+    Matching, features and sweeps of layers are counted as measurements, but not in the time.
 
     On a CPU as many processes work as ``workers`` says; a GPU works through runs in turn.
     """

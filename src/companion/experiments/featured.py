@@ -67,6 +67,7 @@ __all__ = [
     "Scope",
     "examine",
     "jobs_of",
+    "looks_of",
     "mean_gap",
     "mixed",
     "survey",
@@ -238,6 +239,16 @@ def mixed(
     return [100 * w / len(split) for w in wrong.tolist()]
 
 
+def looks_of(
+    pairs: Sequence[tuple[Pair, Method | str | None]], scope: Scope | None = None
+) -> list[FeaturesOfPair]:
+    """What :func:`examine` measures with these arguments, for a budget."""
+    return [
+        FeaturesOfPair(pair, m if isinstance(m, Method) else Method(m or "naive"), scope or Scope())
+        for pair, m in pairs
+    ]
+
+
 def examine(
     pairs: Sequence[tuple[Pair, Method | str | None]],
     scope: Scope | None = None,
@@ -266,8 +277,7 @@ def examine(
 
     Source: Zhou et al. 2023, Figures 2 to 7 and Tables 2 and 3; our chapter 3.
     """
-    scope = scope or Scope()
-    tasks = [FeaturesOfPair(pair, _method(m), scope) for pair, m in pairs]
+    tasks = looks_of(pairs, scope)
     values = run(tasks, store=store, device=device, workers=workers, label=label)
     lines = [Barrier.from_json(value["barrier"]) for value in values]
     out = []
@@ -294,10 +304,6 @@ def survey(
     """
     found = iter(examine([item for items in groups.values() for item in items], scope, **how))
     return {label: [next(found) for _ in items] for label, items in groups.items()}
-
-
-def _method(method: Method | str | None) -> Method:
-    return method if isinstance(method, Method) else Method(method or "naive")
 
 
 def _read(task: FeaturesOfPair, raw: Mapping[str, Any], line: Barrier) -> Featured:
