@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from companion import data as datasets
 from companion.connectivity import Barrier, Curve, Measure, Walker, barrier
@@ -172,18 +171,9 @@ class MatchedLine(Measurement):
         module, a, moved = here.module, here.a, here.b
         names = layout(module).parameters
         splits = evaluation.splits(data)
-        line = barrier(
-            module,
-            a,
-            moved,
-            splits,
-            points=evaluation.points,
-            bn=evaluation.bn,
-            bn_data=data.train,
-            bn_examples=evaluation.bn_examples,
-            classes=data.classes,
-            same_noise=pair.a == pair.b,
-        )
+        how = evaluation.keywords(data)
+        same = pair.a == pair.b
+        line = barrier(module, a, moved, splits, classes=data.classes, same_noise=same, **how)
         out: Json = {
             "barrier": line.to_json(),
             "distances": {
@@ -193,7 +183,13 @@ class MatchedLine(Measurement):
             "matching": here.summary,
         }
         if "temperature" in self.extras:
-            out["calibrated"] = _calibrated(module, a, moved, data, evaluation).to_json()
+            # Fitted on the test images themselves, so at most what a temperature can repair: one
+            # number for hundreds of images flatters every point alike. On other images it is
+            # ill-posed: a network without an error there has no best temperature but 0, and an
+            # infinite loss at its first error elsewhere.
+            test = splits["test"]
+            fitted = calibrated_curve(module, a, moved, test, {"test": test}, **how)
+            out["calibrated"] = fitted.curve.to_json()
         if "repair" in self.extras:
             part = data.train.head(self.method.examples or len(data.train))
             mended = repair(module, a, moved, part.x, alpha=0.5, batch=examples_a_pass(part.x))
@@ -202,29 +198,6 @@ class MatchedLine(Measurement):
                 s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()
             }
         return out
-
-
-def _calibrated(
-    module: nn.Module, a: Theta, b: Theta, data: Dataset, evaluation: Evaluation
-) -> Curve:
-    """The test line with the best temperature at every point, fitted on the test images themselves.
-
-    It shows at most what a temperature can repair. One number for hundreds of images or more: what
-    it flatters, it flatters alike everywhere. On other images it is ill-posed: a network without an
-    error there has no best temperature but 0, and an infinite loss at its first error elsewhere.
-    """
-    test = evaluation.splits(data)["test"]
-    return calibrated_curve(
-        module,
-        a,
-        b,
-        test,
-        {"test": test},
-        points=evaluation.points,
-        bn=evaluation.bn,
-        bn_data=data.train,
-        bn_examples=evaluation.bn_examples,
-    ).curve
 
 
 def lines_of(

@@ -8,6 +8,7 @@ planning a GPU's time: read it as "minutes or hours", not as a promise.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -66,11 +67,10 @@ class Count:
     points: int = 0
 
     def __add__(self, other: Count) -> Count:
-        kinds = dict.fromkeys([*self.measured, *other.measured])
         return Count(
             self.runs + other.runs,
             self.steps + other.steps,
-            {k: self.measured.get(k, 0) + other.measured.get(k, 0) for k in kinds},
+            Counter(self.measured) + Counter(other.measured),
             self.points + other.points,
         )
 

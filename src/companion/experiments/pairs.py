@@ -89,6 +89,11 @@ class Evaluation:
             "test": data.test.head(self.test_examples or whole),
         }
 
+    def keywords(self, data: Dataset) -> dict[str, Any]:
+        """What every function that measures a line takes as keywords."""
+        average = {"bn_data": data.train, "bn_examples": self.bn_examples}
+        return {"points": self.points, "bn": self.bn, **average}
+
     def walker(self, module: nn.Module, splits: Mapping[str, Split], data: Dataset) -> Walker:
         """What measures single points as the lines of pairs are measured."""
         return Walker(module, splits, bn=self.bn, bn_data=data.train, bn_examples=self.bn_examples)
@@ -246,18 +251,8 @@ class PairBarrier(Measurement):
         names = layout(module).parameters
         a, b = weights(pair.a, pair.at), weights(pair.b, pair.at)
         splits = evaluation.splits(data)
-        found = barrier(
-            module,
-            a,
-            b,
-            splits,
-            points=evaluation.points,
-            bn=evaluation.bn,
-            bn_data=data.train,
-            bn_examples=evaluation.bn_examples,
-            classes=data.classes,
-            same_noise=pair.a == pair.b,
-        )
+        how = evaluation.keywords(data) | {"same_noise": pair.a == pair.b}
+        found = barrier(module, a, b, splits, classes=data.classes, **how)
         init = weights(_root(pair.a), 0)
         distances = {
             "ab": distance(a, b, names),
@@ -425,18 +420,8 @@ def _null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Gate:
     for entry in used:  # the next control trains anew
         entry.discard()
     module = build(run, data, torch.device(device))
-    found = barrier(
-        module,
-        first,
-        second,
-        evaluation.splits(data),
-        points=3,
-        bn=evaluation.bn,
-        bn_data=data.train,
-        bn_examples=evaluation.bn_examples,
-        same_noise=True,
-        max_error=100.0,
-    )
+    how = evaluation.keywords(data) | {"points": 3, "same_noise": True, "max_error": 100.0}
+    found = barrier(module, first, second, evaluation.splits(data), **how)
     worst = max(found.height(s, m) for s in ("train", "test") for m in ("error", "loss"))
     return null_control(first, second, layout(module).floating, worst)
 
