@@ -101,7 +101,7 @@ Probe: TypeAlias = Callable[[Recipe], Speed]
 def count(
     plans: Sequence[Plan], evaluation: Evaluation, *, store: Store | None = None, device: str
 ) -> list[Cost]:
-    """Runs, steps and pairs of all plans together; what two plans share counts once.
+    """Runs, steps and measurements of all plans together; what two plans share counts once.
 
     Returns:
         one :class:`Cost` a recipe, in the order of the plans.
@@ -112,20 +112,24 @@ def count(
     entries = {(entry := task.entry(store, where)).key: (task, entry) for task in tasks}
     unknown = {k for k, (task, entry) in entries.items() if task.FILE not in _files(entry)}
     jobs = [job for plan in plans for job in plan.jobs]
-    needed = _with_parents([*jobs, *(j for k in unknown for j in entries[k][0].jobs())])
-    untrained = {job.run for job in needed if not _is_trained(job, store, where)}
-    found: list[tuple[Recipe, Count, bool]] = []
+    found: list[tuple[Recipe, Count, Count]] = []
+    needed = {
+        job.run: job
+        for job in _with_parents([*jobs, *(j for k in unknown for j in entries[k][0].jobs())])
+    }
     for job in _with_parents([*jobs, *(j for task, _ in entries.values() for j in task.jobs())]):
-        if steps := _stop(job) - job.run.first_step:  # an init is built, not trained
-            found.append((job.run.recipe, Count(1, steps), job.run in untrained))
+        stop = max((*job.weights, *job.states), default=job.run.first_step)
+        if steps := stop - job.run.first_step:  # an init is built, not trained
+            left = _steps_left(needed[job.run], store, where) if job.run in needed else 0
+            rest = Count(1, left) if left else Count()
+            found.append((job.run.recipe, Count(1, steps), rest))
     for key, (task, _) in entries.items():
         own = Count(len(task.trains), sum(task.trains), {task.KIND: 1}, task.points)
-        found.append((task.recipe, own, key in unknown))
+        found.append((task.recipe, own, own if key in unknown else Count()))
     costs: dict[Recipe, Cost] = {}
-    for recipe, one, missing in found:
+    for recipe, whole, missing in found:
         cost = costs.get(recipe, Cost(recipe))
-        rest = cost.missing + one if missing else cost.missing
-        costs[recipe] = Cost(recipe, cost.whole + one, rest)
+        costs[recipe] = Cost(recipe, cost.whole + whole, cost.missing + missing)
     return list(costs.values())
 
 
@@ -137,10 +141,6 @@ def _with_parents(jobs: Sequence[Job]) -> list[Job]:
     return merge(every)
 
 
-def _stop(job: Job) -> int:
-    return max((*job.weights, *job.states), default=job.run.first_step)
-
-
 def _files(entry: Entry) -> set[str]:
     """What the entry holds; one that is corrupt will be made again, so it holds nothing."""
     try:
@@ -149,11 +149,16 @@ def _files(entry: Entry) -> set[str]:
         return set()
 
 
-def _is_trained(job: Job, store: Store, device: str) -> bool:
-    """Whether the store has the job's last state; resume points in between are not looked into."""
+def _steps_left(job: Job, store: Store, device: str) -> int:
+    """Steps to train until the store has all of the job's states; resume points do not count."""
     data = datasets.load(job.run.recipe.data, device)
     files = _files(entry_of(job.run, data, device, store))
-    return any(f"{kind}-{_stop(job):08d}.safetensors" in files for kind in ("weights", "state"))
+    whole = {int(name[6:14]) for name in files if name.startswith("state-")}
+    known = whole | {int(name[8:16]) for name in files if name.startswith("weights-")}
+    missing = {*job.states} - whole | {*job.weights} - known
+    if not missing:
+        return 0
+    return max(missing) - max((s for s in whole if s <= min(missing)), default=job.run.first_step)
 
 
 def probe(recipe: Recipe, evaluation: Evaluation, device: str) -> Speed:
