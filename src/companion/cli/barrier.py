@@ -176,7 +176,7 @@ def command(
             "rest": rest,
             "valid": found.valid,
             "heights": heights(found),
-            "barrier": found.to_json(),
+            "barrier": found,
         },
     )
     if plot:
@@ -225,4 +225,4 @@ def _show(found: Barrier) -> None:
 
 def summary(found: Barrier) -> dict[str, Any]:
     """A barrier for JSON: whether it is valid, its heights, and everything behind them."""
-    return {"valid": found.valid, "heights": heights(found), "barrier": found.to_json()}
+    return {"valid": found.valid, "heights": heights(found), "barrier": found}

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from companion.core import codec
 from companion.core.errors import BadParameter
 
 _PIPED = 200  # columns, where no terminal says how many: a key must not be cut in a log file
@@ -93,11 +94,10 @@ def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
     if path is None:
         return
     from companion.report import provenance
-    from companion.report.figures import to_json
 
     whole = {**value, "provenance": provenance.record()}
     try:
-        text = json.dumps(to_json(whole, path.name), indent=1, allow_nan=False)
+        text = json.dumps(codec.to_json(whole, path.name, null=True), indent=1, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as e:
         raise BadParameter(f"--json: {path} cannot be written ({e.strerror}).") from e

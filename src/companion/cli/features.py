@@ -170,16 +170,13 @@ def command(
         additive = weak_additivity(*ends_of, layers=relus, alphas=rates) if relus else None
         commuting = commutativity(*ends_of, layers=linears) if linears else None
         _show_conditions(additive, commuting)
-        more["conditions"] = {
-            "weak_additivity": additive and additive.to_json(),
-            "commutativity": commuting and commuting.to_json(),
-        }
+        more["conditions"] = {"weak_additivity": additive, "commutativity": commuting}
     if stitch:
         from companion.features import stitch as stitched
 
         sewn = stitched(module, theta_a, theta_b, test, layers=layers or None)
         _show_stitching(sewn)
-        more["stitching"] = sewn.to_json()
+        more["stitching"] = sewn
     valid = _valid(checks)
     write_json(
         json,
@@ -192,7 +189,7 @@ def command(
             "settings": {"layers": layers or None, "examples": len(test), "per": per},
             "gates": [str(check) for check in checks],
             "valid": valid,
-            "features": {mode: one.to_json() for mode, one in found.items()},
+            "features": found,
             **more,
         },
     )

@@ -166,7 +166,7 @@ def command(
             "settings": settings.identity() | averaging(net, settings.bn_examples),
             "valid": found.valid,
             "heights": _heights(found),
-            "layers": found.to_json(),
+            "layers": found,
         },
     )
     if plot:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli.console import say, size, table
+from companion.core import codec
 from companion.core.errors import CorruptEntry, one_of
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def show(
     files = [(n, size(f["bytes"]), f["sha256"][:12]) for n, f in sorted(entry.files().items())]
     table(["file", ">size", "sha256"], files)
     if entry.identity.get("kind") == "pair" and "pair.json" in entry:
-        found = Barrier.from_json(entry.read_json("pair.json")["barrier"])
+        found = codec.from_json(Barrier, entry.read_json("pair.json")["barrier"])
         say(str(found))
     say(f"in {entry.path}")
 

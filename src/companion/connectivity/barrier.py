@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from companion.connectivity import gates
 from companion.connectivity.gates import Gate
 from companion.connectivity.paths import Curve, grid, segment, splits_of
 from companion.connectivity.walk import BN_EXAMPLES, BN_MODES, Walker, has_batchnorm
+from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import one_of
 from companion.core.theta import Theta, distance
 from companion.data import Dataset, Split
@@ -39,7 +39,7 @@ class Barrier:
     distance: float
     classes: int
     errors: tuple[float, float]
-    guess: float | None = None
+    guess: float | None = field(default=None, metadata=OMIT_DEFAULT)
 
     @property
     def valid(self) -> bool:
@@ -115,27 +115,6 @@ class Barrier:
         form, unit = (".4f", "nats") if self.metric == "loss" else (".2f", "points")
         heights = [f"{s} {self.height(s):{form}} {unit}" for s in self.curve.values]
         return f"barrier {', '.join(heights)}{named}"
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "curves": {m: c.to_json() for m, c in self.curves.items()},
-            "bn": self.bn,
-            "gates": [asdict(g) for g in self.gates],
-            "distance": self.distance,
-            "classes": self.classes,
-            "errors": list(self.errors),
-            **({} if self.guess is None else {"guess": self.guess}),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Barrier:
-        """The inverse of :meth:`to_json`."""
-        curves = {m: Curve.from_json(c) for m, c in value["curves"].items()}
-        found = tuple(Gate(**g) for g in value["gates"])
-        a, b = value["errors"]
-        rest = (value["distance"], value["classes"], (a, b), value.get("guess"))
-        return cls(curves, value["bn"], found, *rest)
 
 
 def barrier(

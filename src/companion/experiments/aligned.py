@@ -23,7 +23,7 @@ import torch
 
 from companion import data as datasets
 from companion.connectivity import Barrier, Curve, Measure, Walker, barrier
-from companion.connectivity.paths import plain
+from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.runs import Store
 from companion.core.stats import Interval, clustered, spearman
@@ -162,7 +162,7 @@ class MatchedLine(Measurement):
     def describe(identity: Mapping[str, Any]) -> str:
         return f"{ends(identity)}, units matched by {identity['method']['name']}"
 
-    def measure(self, store: Store, device: str) -> Json:
+    def measure(self, store: Store, device: str) -> object:
         data, pair, evaluation = self.dataset(device), self.pair, self.evaluation
         module = build(pair.a, data, torch.device(device))
         a: Theta
@@ -175,7 +175,7 @@ class MatchedLine(Measurement):
         same = pair.a == pair.b
         line = barrier(module, a, moved, splits, classes=data.classes, same_noise=same, **how)
         out: Json = {
-            "barrier": line.to_json(),
+            "barrier": line,
             "distances": {
                 "before": distance(a, here.before, names),
                 "after": distance(a, moved, names),
@@ -189,14 +189,11 @@ class MatchedLine(Measurement):
             # infinite loss at its first error elsewhere.
             test = splits["test"]
             fitted = calibrated_curve(module, a, moved, test, {"test": test}, **how)
-            out["calibrated"] = fitted.curve.to_json()
+            out["calibrated"] = fitted.curve
         if "repair" in self.extras:
             part = data.train.head(self.method.examples or len(data.train))
             mended = repair(module, a, moved, part.x, alpha=0.5, batch=examples_a_pass(part.x))
-            at = Walker(module, splits, bn="interpolate").at(mended.theta)
-            out["repaired"] = {
-                s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()
-            }
+            out["repaired"] = Walker(module, splits, bn="interpolate").at(mended.theta)
         return out
 
 
@@ -254,7 +251,7 @@ def align(
     """
     tasks = lines_of(pairs, methods, evaluation, extras=extras, on=on)
     raw = run(tasks, store=store, device=device, workers=workers, label=label)
-    lines = [Barrier.from_json(r["barrier"]) for r in raw]
+    lines = [codec.from_json(Barrier, r["barrier"]) for r in raw]
     if reference_error is None:
         reference_error = normal_error(lines)
     out: dict[str, list[Aligned]] = {m if isinstance(m, str) else m.name: [] for m in methods}
@@ -266,10 +263,8 @@ def align(
                 line.judged(reference_error=reference_error, max_error=max_error),
                 r["distances"],
                 r["matching"],
-                Curve.from_json(r["calibrated"]) if "calibrated" in r else None,
-                {s: Measure(float(m["loss"]), float(m["error"])) for s, m in r["repaired"].items()}
-                if "repaired" in r
-                else None,
+                codec.from_json(Curve, r["calibrated"]) if "calibrated" in r else None,
+                codec.from_json(dict[str, Measure], r["repaired"]) if "repaired" in r else None,
             )
         )
     return out

@@ -336,7 +336,7 @@ class FederatedRun(Measurement):
             f"({identity['split']}), {groups} averaged, seed {identity['seed']}"
         )
 
-    def measure(self, store: Store, device: str) -> Json:
+    def measure(self, store: Store, device: str) -> object:
         found = federate(self.federation, self.seed, datasets.load(self.recipe.data, device))
         for client, theta in enumerate(found.pop("thetas")):
             self.entry(store, device).write_tensors(f"client-{client:04d}.safetensors", theta)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from companion import data as datasets
+from companion.core import codec
 from companion.core.runs import Store
 from companion.experiments.measurement import Json, Measurement, ends, run
 from companion.experiments.pairs import Evaluation, Pair, averaging, jobs_of, normal_error
@@ -38,7 +39,7 @@ class LayerSweep(Measurement):
     def describe(identity: Mapping[str, Any]) -> str:
         return f"{ends(identity)}, layer by layer"
 
-    def measure(self, store: Store, device: str) -> Json:
+    def measure(self, store: Store, device: str) -> object:
         pair, settings = self.pair, self.settings
         data = datasets.load(pair.a.recipe.data, device)
         a, b = (load_weights(run, pair.at, store=store, device=device) for run in (pair.a, pair.b))
@@ -55,7 +56,7 @@ class LayerSweep(Measurement):
             bn_data=data.train,
             classes=data.classes,
             same_noise=pair.a == pair.b or shared_init,
-        ).to_json()
+        )
 
 
 def sweep_pairs(
@@ -88,7 +89,7 @@ def sweep_pairs(
     settings = settings or Sweep()
     tasks = [LayerSweep(pair, settings) for pair in pairs]
     raw = run(tasks, store=store, device=device, workers=workers, label=label)
-    found = [LayerBarriers.from_json(value) for value in raw]
+    found = [codec.from_json(LayerBarriers, value) for value in raw]
     if reference_error is None:
         reference_error = normal_error([f.full for f in found])
     return [f.judged(reference_error=reference_error, max_error=max_error) for f in found]

@@ -23,7 +23,7 @@ import torch
 
 from companion import data as datasets
 from companion import experiments
-from companion.core import closing
+from companion.core import closing, codec
 from companion.core.errors import CorruptEntry
 from companion.core.pool import run_all
 from companion.core.runs import Entry, Store, digest
@@ -68,8 +68,8 @@ class Measurement(ABC):
         """What has to be trained first."""
 
     @abstractmethod
-    def measure(self, store: Store, device: str) -> Json:
-        """The value, JSON-able. The entry's lock is held while it is measured."""
+    def measure(self, store: Store, device: str) -> object:
+        """The value: whatever the codec writes as a JSON object. Its entry is locked meanwhile."""
 
     @staticmethod
     @abstractmethod
@@ -185,6 +185,6 @@ def _make(item: tuple[Measurement, Store, str]) -> Json:
     entry = task.entry(store, device)
     with entry.lock():
         if (value := read(entry, task.FILE)) is None:
-            value = task.measure(store, device)
+            value = codec.to_json(task.measure(store, device))
             entry.write_json(task.file_of(value), value)
-        return value
+        return dict(value)

@@ -17,8 +17,8 @@ from torch import nn
 from torch.func import functional_call
 
 from companion import data as datasets
-from companion.connectivity.paths import plain
 from companion.connectivity.walk import has_batchnorm
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.numerics import exact_evaluation
 from companion.core.runs import Store
@@ -62,7 +62,7 @@ class Reading:
     count: tuple[int, ...] = field(default=(), repr=False)
 
 
-Readings = Mapping[str, Mapping[str, Reading]]
+Readings = dict[str, dict[str, Reading]]
 """Predictor -> split -> reading."""
 
 
@@ -83,23 +83,6 @@ def read_logits(logits: torch.Tensor, y: torch.Tensor) -> Reading:
         tuple(curve.fraction[i] for i in full),
         tuple(curve.counts[i] for i in full),
     )
-
-
-def _to_json(found: Readings) -> dict[str, Any]:
-    def one(r: Reading) -> dict[str, Any]:
-        numbers = {"loss": plain(r.loss), "error": plain(r.error), "ece": plain(r.ece)}
-        bins = {"confidence": r.confidence, "fraction": r.fraction, "count": r.count}
-        return numbers | {k: list(v) for k, v in bins.items()}
-
-    return {name: {s: one(r) for s, r in splits.items()} for name, splits in found.items()}
-
-
-def _from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Reading]]:
-    def one(r: Mapping[str, Any]) -> Reading:
-        numbers = (float(r["loss"]), float(r["error"]), float(r["ece"]))
-        return Reading(*numbers, tuple(r["confidence"]), tuple(r["fraction"]), tuple(r["count"]))
-
-    return {name: {s: one(r) for s, r in splits.items()} for name, splits in value.items()}
 
 
 @exact_evaluation()
@@ -158,7 +141,7 @@ class Merge(Measurement):
     def describe(identity: Mapping[str, Any]) -> str:
         return f"{len(identity['runs'])} networks merged into one"
 
-    def measure(self, store: Store, device: str) -> Json:
+    def measure(self, store: Store, device: str) -> object:
         data = self.dataset(device)
         module = build(self.runs[0], data, torch.device(device))
         thetas = [weights_of(r, r.last_step, store, device) for r in self.runs]
@@ -178,7 +161,7 @@ class Merge(Measurement):
             )
             for n, z in logits.items():
                 found.setdefault(n, {})[name] = read_logits(z, split.y)
-        return {"readings": _to_json(found), "passes": merged.passes}
+        return {"readings": found, "passes": merged.passes}
 
 
 def merge_runs(
@@ -206,7 +189,7 @@ def merge_runs(
         raise BadParameter("merge_runs: a group needs two runs or more.")
     tasks = [Merge(tuple(g), evaluation or Evaluation(), on) for g in groups]
     raw = run(tasks, store=store, device=device, workers=workers, label="merging many")
-    return [_from_json(r["readings"]) for r in raw]
+    return [codec.from_json(Readings, r["readings"]) for r in raw]
 
 
 @dataclass(frozen=True)
@@ -236,7 +219,7 @@ class Halves(Measurement):
         a, b, whole = (key[:12] for key in identity["runs"])
         return f"{a} and {b} of parts of the data, beside {whole} of all"
 
-    def measure(self, store: Store, device: str) -> Json:
+    def measure(self, store: Store, device: str) -> object:
         data = datasets.load(self.full.recipe.data, device)
         module = build(self.full, data, torch.device(device))
         a, b, full = (weights_of(r, r.last_step, store, device) for r in self.runs)
@@ -264,7 +247,7 @@ class Halves(Measurement):
             logits["ensemble"] = ensemble_logprobs([logits["A"], logits["B"]])
             for n, z in logits.items():
                 found.setdefault(n, {})[name] = read_logits(z, split.y)
-        return {"readings": _to_json(found)}
+        return {"readings": found}
 
 
 def split_runs(
@@ -296,4 +279,4 @@ def split_runs(
         raise BadParameter("split_runs: parts are of labelled images; a text has no parts.")
     tasks = [Halves(p, f, evaluation or Evaluation()) for p, f in zip(pairs, full, strict=True)]
     raw = run(tasks, store=store, device=device, workers=workers, label="split data")
-    return [_from_json(r["readings"]) for r in raw]
+    return [codec.from_json(Readings, r["readings"]) for r in raw]

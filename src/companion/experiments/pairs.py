@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +29,7 @@ from companion.connectivity import (
     grid,
 )
 from companion.connectivity.gates import Gate, guessing, noise_independence, null_control
-from companion.connectivity.paths import plain
-from companion.core import closing
+from companion.core import closing, codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.runs import Entry, Store
 from companion.core.theta import cosine_distance, distance, layout
@@ -240,7 +239,7 @@ class PairBarrier(Measurement):
     def describe(identity: Mapping[str, Any]) -> str:
         return f"{ends(identity)}, {identity['evaluation']['points']} points"
 
-    def measure(self, store: Store, device: str) -> Json:
+    def measure(self, store: Store, device: str) -> object:
         pair, evaluation = self.pair, self.evaluation
         data = datasets.load(pair.a.recipe.data, device)
 
@@ -260,7 +259,7 @@ class PairBarrier(Measurement):
             "a_init": distance(a, init, names),
             "b_init": distance(b, weights(_root(pair.b), 0), names),
         }
-        start: dict[str, Any] = {}
+        start: Mapping[str, Measure] = {}
         if pair.start:
             w_k = weights(*pair.start)
             distances |= {
@@ -268,9 +267,8 @@ class PairBarrier(Measurement):
                 "b_start": distance(b, w_k, names),
                 "start_init": distance(w_k, init, names),
             }
-            at = evaluation.walker(module, splits, data).at(w_k)
-            start = {s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()}
-        return {"barrier": found.to_json(), "distances": distances, "start": start}
+            start = evaluation.walker(module, splits, data).at(w_k)
+        return {"barrier": found, "distances": distances, "start": start}
 
 
 def measure(
@@ -304,7 +302,7 @@ def measure(
         raw = measurement.stored(tasks, store, where)
     else:
         raw = measurement.run(tasks, store=store, device=where, workers=workers, label=label)
-    known = [None if r is None else Barrier.from_json(r["barrier"]) for r in raw]
+    known = [None if r is None else codec.from_json(Barrier, r["barrier"]) for r in raw]
     if reference_error is None:
         reference_error = normal_error([f for f in known if f])
     out = []
@@ -312,8 +310,8 @@ def measure(
         if r is None or found is None:
             out.append(_missing(pair, evaluation, where))
             continue
-        start = {s: Measure(float(m["loss"]), float(m["error"])) for s, m in r["start"].items()}
         judged = found.judged(reference_error=reference_error, max_error=max_error)
+        start = codec.from_json(dict[str, Measure], r["start"])
         out.append(PairResult(judged, r["distances"], start))
     return out
 
@@ -364,8 +362,8 @@ class NullControl(Measurement):
     def describe(identity: Mapping[str, Any]) -> str:
         return f"null control (gate G1) of {identity['run'][:12]}"
 
-    def measure(self, store: Store, device: str) -> Json:
-        return asdict(_null(self.run, self.evaluation, store, device))
+    def measure(self, store: Store, device: str) -> object:
+        return _null(self.run, self.evaluation, store, device)
 
 
 def check_null(
@@ -384,13 +382,13 @@ def check_null(
     task = NullControl(run, evaluation or Evaluation())
     if not closing.active():
         (value,) = measurement.run([task], store=store, device=where, label="null control")
-        return Gate(**value)
+        return codec.from_json(Gate, value)
     entry = task.entry(store, where)
     known = measurement.read(entry, task.FILE) or measurement.read(entry, _FAILED)
     if known is None:
         closing.lacks([entry])
         return Gate("G1 null control", None, closing.WHY)
-    return Gate(**known)
+    return codec.from_json(Gate, known)
 
 
 class _Again(Store):

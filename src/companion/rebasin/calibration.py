@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,14 +140,6 @@ class CalibratedCurve:
     ) -> float:
         """The barrier that calibration leaves: :meth:`companion.connectivity.Curve.height`."""
         return self.curve.height(split, metric, definition, signed=signed)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return {
-            "curve": self.curve.to_json(),
-            "plain": self.plain.to_json(),
-            "temperatures": [t if math.isfinite(t) else None for t in self.temperatures],
-        }
 
 
 class _Collector:

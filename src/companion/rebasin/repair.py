@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta, affine, check, layout
 from companion.rebasin.moments import Copy, Layer, Moments, batches, correction, measure
@@ -64,10 +65,6 @@ class Repaired:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the weights, JSON-able; a share that is no number is None."""
-
-        def plain(shares: Mapping[str, float]) -> dict[str, float | None]:
-            return {n: None if math.isnan(v) else v for n, v in shares.items()}
-
         return {
             "form": self.form,
             "alpha": self.alpha,
@@ -75,8 +72,8 @@ class Repaired:
             "corrected": list(self.scale),
             "reset": list(self.reset),
             "skipped": dict(self.skipped),
-            "before": plain(self.before),
-            "after": plain(self.after),
+            "before": codec.to_json(self.before, null=True),
+            "after": codec.to_json(self.after, null=True),
         }
 
     def __str__(self) -> str:
