@@ -11,8 +11,8 @@ from companion.experiments import federated, pairs
 from companion.experiments.aligned import align
 from companion.experiments.featured import Scope, examine
 from companion.experiments.layers import sweep_pairs
-from companion.experiments.matchers import Method
 from companion.experiments.merged import merge_runs, split_runs
+from companion.experiments.methods import Method
 from companion.layerwise import Sweep
 from companion.training import Fork, Recipe, Run
 

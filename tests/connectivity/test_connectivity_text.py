@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from companion import data, models
 from companion.cli import app
 from companion.connectivity import Barrier, Walker, barrier, classification, gates, segment
-from companion.connectivity.walk import default_batch
+from companion.connectivity.batches import default_batch
 from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key

@@ -21,9 +21,9 @@ from companion.experiments import measurement
 from companion.experiments.aligned import MatchedLine
 from companion.experiments.budget import Plan, count
 from companion.experiments.federated import FederatedRun
-from companion.experiments.matchers import Method
 from companion.experiments.measurement import kinds
 from companion.experiments.merged import Merge
+from companion.experiments.methods import Method
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_entries.json").read_bytes())
 every_kind = pytest.mark.parametrize("kind", ASKED)

@@ -7,6 +7,7 @@ names of networks and datasets may hold brackets.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ from companion.core import codec
 from companion.core.errors import BadParameter
 
 _PIPED = 200  # columns, where no terminal says how many: a key must not be cut in a log file
+
+
+UNITS = {"loss": "nats", "error": "points"}
+"""Of a barrier."""
+
+
+def number(value: float, metric: str) -> str:
+    """A loss to 4 digits, an error to 2; INVALID where a gate failed."""
+    return "INVALID" if math.isnan(value) else f"{value:.{4 if metric == 'loss' else 2}f}"
 
 
 def out() -> Console:

@@ -29,18 +29,15 @@ from companion.core.runs import Store
 from companion.core.stats import Interval, clustered, spearman
 from companion.core.theta import Theta, distance, layout
 from companion.data import Dataset
-from companion.experiments.matchers import (
-    METHODS,
-    STREAMS,
+from companion.experiments.measurement import Json, Measurement, ends, run
+from companion.experiments.methods import (
     Method,
     Placed,
-    examples_a_pass,
     match,
     place,
     spec_of,
     weights_of,
 )
-from companion.experiments.measurement import Json, Measurement, ends, run
 from companion.experiments.pairs import Evaluation, Pair, jobs_of, normal_error
 from companion.rebasin.calibration import calibrated_curve
 from companion.rebasin.repair import repair
@@ -48,8 +45,6 @@ from companion.training import Job, Recipe, Run, build
 
 __all__ = [
     "EXTRAS",
-    "METHODS",
-    "STREAMS",
     "Aligned",
     "MatchedLine",
     "Method",
@@ -192,7 +187,7 @@ class MatchedLine(Measurement):
             out["calibrated"] = fitted.curve
         if "repair" in self.extras:
             part = data.train.head(self.method.examples or len(data.train))
-            mended = repair(module, a, moved, part.x, alpha=0.5, batch=examples_a_pass(part.x))
+            mended = repair(module, a, moved, part.x, alpha=0.5)
             out["repaired"] = Walker(module, splits, bn="interpolate").at(mended.theta)
         return out
 

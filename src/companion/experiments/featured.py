@@ -29,7 +29,7 @@ from companion.connectivity import (
     grid,
     has_batchnorm,
 )
-from companion.connectivity.walk import default_batch
+from companion.connectivity.batches import default_batch
 from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
@@ -37,8 +37,8 @@ from companion.core.runs import Store
 from companion.core.theta import Theta
 from companion.data import Dataset, Split
 from companion.experiments.featured_values import MODES, Featured, Lemma, mean_gap
-from companion.experiments.matchers import Method, match, weights_of
 from companion.experiments.measurement import Json, Measurement, ends, run
+from companion.experiments.methods import Method, match, weights_of
 from companion.experiments.pairs import Pair, averaging, jobs_of, normal_error
 from companion.features import (
     Additivity,

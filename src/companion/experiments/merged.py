@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from companion import data as datasets
+from companion.connectivity.batches import examples_a_pass
 from companion.connectivity.walk import has_batchnorm
 from companion.core import codec
 from companion.core.errors import BadParameter
@@ -24,14 +25,13 @@ from companion.core.numerics import exact_evaluation
 from companion.core.runs import Store
 from companion.core.theta import Theta, affine, layout, with_aliases, without_aliases
 from companion.data import Dataset, Split, head_of, text
-from companion.experiments.matchers import (
+from companion.experiments.measurement import Json, Measurement, key_of, run
+from companion.experiments.methods import (
     Method,
-    examples_a_pass,
     match,
     spec_of,
     weights_of,
 )
-from companion.experiments.measurement import Json, Measurement, key_of, run
 from companion.experiments.pairs import Evaluation, Pair
 from companion.rebasin import calibration
 from companion.rebasin.calibration import ensemble_logprobs, prior_shift
@@ -93,7 +93,7 @@ def logits_of(
     """Logits of a network in eval mode, shape (N, K), on the device of ``x``.
 
     Of a text, those of all positions one after the other: (N * L, K). ``batch``: examples a forward
-    pass, at most; default :func:`companion.experiments.matchers.examples_a_pass`.
+    pass, at most; default :func:`companion.connectivity.batches.examples_a_pass`.
     """
     module = module.eval()
     own = without_aliases(theta, layout(module).ties)

@@ -104,7 +104,7 @@ def merge(module: nn.Module, a: Theta, b: Theta, alpha: float) -> dict[str, torc
 
 
 def _checked(
-    module: nn.Module, a: Theta, b: Theta, inputs: torch.Tensor, alpha: float, batch: int
+    module: nn.Module, a: Theta, b: Theta, inputs: torch.Tensor, alpha: float, batch: int | None
 ) -> list[torch.Tensor]:
     """The batches, after everything that can be refused before the first forward pass was."""
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
@@ -174,7 +174,7 @@ def collapse(
     inputs: torch.Tensor,
     *,
     alpha: float = 0.5,
-    batch: int = 500,
+    batch: int | None = None,
 ) -> dict[str, float]:
     """How much variance collapses between A and B: 1 is none, 0 a network of constants.
 
@@ -199,7 +199,7 @@ def collapse(
 
 
 def reset_batchnorm(
-    module: nn.Module, theta: Theta, inputs: torch.Tensor, batch: int = 500
+    module: nn.Module, theta: Theta, inputs: torch.Tensor, batch: int | None = None
 ) -> dict[str, torch.Tensor]:
     """``theta`` with BatchNorm's running statistics estimated again: reset, cumulative average.
 
@@ -286,7 +286,7 @@ def repair(
     alpha: float = 0.5,
     layers: Sequence[str] | None = None,
     form: str = "forward",
-    batch: int = 500,
+    batch: int | None = None,
     passes: int = 1,
 ) -> Repaired:
     """The network at ``alpha`` between A and B, with every channel's mean and spread put right.
