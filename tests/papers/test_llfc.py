@@ -314,7 +314,7 @@ def test_what_failed_its_gates_leaves_gaps_and_no_error() -> None:
 def test_captions_say_the_numbers_of_the_pairs() -> None:
     made = study()
     assert llfc.low_anyway(made) == (0.0, 9)  # R of 0.8 everywhere
-    assert llfc.layers_values(made)["independent_barrier"] == 70.0
+    assert llfc.layers_values(made)["independent_wall"] == 70.0
     assert llfc.lemma_values(made)["bound"] == 4.0
     assert llfc.lemma_values(made)["violations"] == 0
     found = llfc.findings(made, claims.verdicts(llfc.CLAIMS, made))
@@ -325,19 +325,10 @@ def test_captions_say_the_numbers_of_the_pairs() -> None:
     assert llfc.separation_values(made)["ratio_output"] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("net", "words"),
-    [
-        ("mlp:widths=512x3", "perceptron of 3 × 512 units"),
-        ("mlp:widths=128x3,init=torch", "perceptron of 3 × 128 units"),
-        ("vgg11:width=8", "narrow VGG-11"),
-        ("vgg16", "VGG-16"),
-        ("resnet20:width=64,norm=layer", "ResNet-20 of 4 × the usual width with LayerNorm"),
-        ("resnet8:width=8,norm=batch", "narrow ResNet-8"),
-    ],
-)
-def test_networks_have_names_for_people(net: str, words: str) -> None:
-    assert llfc.called(net) == words and llfc.called(words) == words
+def test_networks_have_names_for_people() -> None:
+    assert llfc.called("mlp:widths=512x3") == "512-wide four-layer perceptron"
+    assert llfc.called("resnet8:width=8") == "ResNet-8 (width 8)"
+    assert llfc.titled("vgg16 · spawned") == "VGG-16\ncopies"
 
 
 @pytest.mark.parametrize(

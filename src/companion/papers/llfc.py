@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,10 +47,14 @@ from companion.experiments.instability import copy
 from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Spectrum, Theorem, exact, feature_spectra, sites, theorem1
 from companion.features import weight_spectra as spectra_of_weights
+from companion.models import title
 from companion.report import claims, figures, page, plots, provenance, recorded, tables
 from companion.report.claims import Statistic, Verdict
 from companion.report.recorded import Record
 from companion.training import Recipe, build, check_fit, load_weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COPIES, INDEPENDENT = "spawned", "independent"
 WEIGHTS, ACTIVATIONS = "weight matching", "activation matching"
@@ -62,22 +66,12 @@ Key = tuple[str, str]
 Pairs = Mapping[Key, Sequence[Featured]]
 
 _KINDS = {COPIES: "copies"}
-_FAMILIES = {"vgg": "VGG-", "resnet": "ResNet-", "lenet": "LeNet"}
 
 
 def called(net: str) -> str:
-    """A network's name for people: ``mlp:widths=512x3`` is a "perceptron of 3 × 512 units"."""
-    if found := re.match(r"mlp:widths=(\d+)x(\d+)", net):
-        return f"perceptron of {found[2]} × {found[1]} units"
-    if not (found := re.match(r"(vgg|resnet)(\d+)(?::(.*))?$", net)):
-        return net
-    family, depth, options = found[1], found[2], found[3] or ""
-    name, size = _FAMILIES[family] + depth, re.search(r"width=(\d+)", options)
-    if size:
-        usual = 64 if family == "vgg" else 16
-        times = int(size[1]) / usual
-        name = f"{name} of {times:g} × the usual width" if times > 1 else f"narrow {name}"
-    return name + (" with LayerNorm" if "norm=layer" in options else "")
+    """A network's name for people, with the width of a perceptron, which sets ours apart."""
+    found = re.search(r"^mlp:.*widths=(\d+)x", net)
+    return f"{found[1]}-wide {title(net)}" if found else title(net)
 
 
 def kind(condition: str) -> str:
@@ -859,7 +853,7 @@ CONDITIONS: dict[str, Callable[[Study], Statistic]] = {
 """The claims of its second page, about the two conditions of Theorem 1."""
 
 
-# ---- figures: each draws and publishes; the numbers of its caption come from a function of its own
+# ---- figures and tables: each has a function of its own for the numbers of its caption
 
 Values = dict[str, float | str]
 
@@ -889,8 +883,37 @@ def place(name: str) -> str:
     return f"{where}{number}" + (f", {side}{said}" if said else "")
 
 
+def _publish(fig: Figure, name: str, *, data: Mapping[str, Any], values: Values) -> None:
+    """Publish a figure; the numbers of its caption are the page's, too, all but what is told."""
+    figures.publish(fig, name, data=data, values=values)
+    page.fill(**{k: v for k, v in values.items() if k not in ("told", "network")})
+
+
 def _worded(values: Mapping[str, float]) -> dict[str, float]:
     return {place(n): v for n, v in values.items()}
+
+
+def basics(study: Study) -> Values:
+    """What both pages say about their pairs."""
+    return {
+        "pairs": study.pairs,
+        "spread": "95 % interval over pairs" if study.pairs > 3 else "lowest and highest pair",
+        "data": study.images.label,
+        "network": called(study.main.net),
+        "fork": study.fork,
+        "connected": CONNECTED,
+    }
+
+
+def origin(study: Study, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance of a run of either page; ``given``: the parameters that were set."""
+    return provenance.record(
+        dataset={"name": study.images.label, "sha256": study.images.fingerprint},
+        recipe=study.main.identity(),
+        spawned=[r.identity() for r in study.trees],
+        parameters=dict(given),
+        device=study.device,
+    )
 
 
 def _told(study: Study, form: str, *values: Callable[[Featured], float]) -> str:
@@ -927,7 +950,7 @@ def _by_network(
         ax.set_title(called(n), fontsize=10)
     axes[0].set_ylabel(ylabel)
     plots.legend(fig)
-    figures.publish(fig, name, data=drawn, values=values)
+    _publish(fig, name, data=drawn, values=values)
 
 
 def _of_main(study: Study, **values: Callable[[Featured], float]) -> Values:
@@ -950,7 +973,7 @@ _SHORT = {
 
 def stitching_values(study: Study) -> Values:
     """Of llfc-stitching: the highest stitched error of each network and kind of pair."""
-    most = {"most": lambda f: max(stitched(f).values())}
+    most = {"stitched": lambda f: max(stitched(f).values())}
     return _of_main(study, **most) | {"told": _told(study, "at most {:.1f}", *most.values())}
 
 
@@ -995,7 +1018,7 @@ def show_arrows(study: Study) -> None:
     """Features of A, B, their average, and that of the averaged network, as arrows to scale."""
     found = arrows(study)
     fig, axes = plots.grid(len(found), columns=3, height=3.1, sharex=True, sharey=True)
-    for ax, (title, one) in zip(axes, found.items(), strict=True):
+    for ax, (pairs, one) in zip(axes, found.items(), strict=True):
         half, off = math.radians(one["between"] / 2), math.radians(one["off"])
         x, y = math.sin(half), math.cos(half)
         length = y / one["length"]
@@ -1009,9 +1032,9 @@ def show_arrows(study: Study) -> None:
             look = {"arrowstyle": "-|>", "color": colour, "lw": 2, "shrinkA": 0, "shrinkB": 0}
             ax.annotate("", end, (0, 0), arrowprops=look)
             ax.plot([], [], color=colour, label=label)
-        ax.set(title=title, xlim=(-0.8, 0.8), ylim=(0, 1.1), aspect="equal", xticks=[], yticks=[])
+        ax.set(title=pairs, xlim=(-0.8, 0.8), ylim=(0, 1.1), aspect="equal", xticks=[], yticks=[])
     plots.legend(fig)
-    figures.publish(fig, "llfc-arrows", data=found, values=arrows_values(study))
+    _publish(fig, "llfc-arrows", data=found, values=arrows_values(study))
 
 
 def _three(
@@ -1034,14 +1057,14 @@ def _three(
         ax.set_title(f"{kind(c)}\nbarrier {mean(map(height, pairs)):.1f} points", fontsize=10)
     axes[0].set_ylabel(ylabel)
     plots.legend(fig)
-    figures.publish(fig, name, data=drawn, values=values)
+    _publish(fig, name, data=drawn, values=values)
 
 
 def layers_values(study: Study) -> Values:
     """Of llfc-layers: barriers, and how far features are off, of each panel."""
     return _of_main(
         study,
-        barrier=height,
+        wall=height,
         most=lambda f: max(after_first(f.gaps()).values()),
         output=lambda f: last(f.gaps()),
         between=lambda f: last(f.baselines()),
@@ -1097,7 +1120,7 @@ def show_ratios(study: Study) -> None:
         how: dict[str, Any] = {"threshold": 0.5, "form": "{:.2f}", "from_zero": False}
         drawn[name] = plots.conditions(ax, points, xlabel=f"R, {name}", **how)
     axes[1].set_xscale("log")
-    figures.publish(fig, "llfc-ratios", data=drawn, values=ratios_values(study))
+    _publish(fig, "llfc-ratios", data=drawn, values=ratios_values(study))
 
 
 def coefficient_values(study: Study) -> Values:
@@ -1132,7 +1155,7 @@ def lemma_values(study: Study) -> Values:
         "bound": mean(x.bound for x in one),
         "mixture": mean(max(x.mixture) for x in one),
         "path": mean(max(x.path) for x in one),
-        "matched": mean(max(x.path) for x in two),
+        "path_matched": mean(max(x.path) for x in two),
         "violations": sum(f.lemma().violations for f in study.all_pairs),
         "lines": len(study.all_pairs),
     }
@@ -1151,7 +1174,7 @@ def show_lemma(study: Study) -> None:
         drawn[label] = plots.band(ax, lemma.alphas, [errors], label, number)
     ax.set(ylim=(0, None), xlim=(0, 1), xlabel="α, from A (0) to B (1)", ylabel="test error (%)")
     plots.legend(fig, columns=3)
-    figures.publish(fig, "llfc-lemma", data=drawn, values=lemma_values(study))
+    _publish(fig, "llfc-lemma", data=drawn, values=lemma_values(study))
 
 
 def along_steps(study: Study, value: Callable[[Featured], float]) -> dict[int, Interval]:
@@ -1165,7 +1188,7 @@ def fork_values(study: Study) -> Values:
     heights, gaps = along_steps(study, height), along_steps(study, mean_gap)
     shared = [k for k in study.ks if k in heights and k in gaps]
     said = [f"k = {k}: {heights[k].value:.1f} points, {gaps[k].value:.3f}" for k in shared]
-    out: Values = {"network": called(study.swept.net), "steps": len(study.ks)}
+    out: Values = {"swept": called(study.swept.net), "steps": len(study.ks)}
     for name, k in zip(("first", "last"), shared[:1] + shared[-1:], strict=False):
         out |= {name: k, f"{name}_barrier": heights[k].value, f"{name}_gap": gaps[k].value}
     return out | {"told": "; ".join(said) or "no valid pair"}
@@ -1191,7 +1214,7 @@ def show_fork(study: Study) -> None:
     plots.dashed(axes[0], CONNECTED, text=f"{CONNECTED:g} points: connected")
     axes[1].set_yscale("log")
     plots.legend(fig, columns=2)
-    figures.publish(fig, "llfc-fork", data=drawn, values=fork_values(study))
+    _publish(fig, "llfc-fork", data=drawn, values=fork_values(study))
 
 
 def by_width(
@@ -1235,7 +1258,7 @@ def show_width(study: Study) -> None:
     for ax in axes:
         ax.set_ylim(bottom=0)
     plots.legend(fig)
-    figures.publish(fig, "llfc-width", data=drawn, values=width_values(study))
+    _publish(fig, "llfc-width", data=drawn, values=width_values(study))
 
 
 def rank_values(study: Study) -> Values:
@@ -1282,7 +1305,7 @@ def show_rank(study: Study) -> None:
         drawn[what] = plots.spectrum(ax, series)
         ax.set_title(f"{what} of {values[f'of_{what}']}", fontsize=10)
     plots.legend(fig)
-    figures.publish(fig, "llfc-rank", data=drawn, values=values)
+    _publish(fig, "llfc-rank", data=drawn, values=values)
 
 
 # ---- the second page: two conditions and a theorem
@@ -1386,8 +1409,8 @@ def separation_values(study: Study) -> Values:
         (s for s in found if not math.isnan(found[s].pooled)), key=lambda s: -found[s].pooled
     )
     return {
-        "unconnected": ratio.pairs[0],
-        "connected": ratio.pairs[1],
+        "unconnected_pairs": ratio.pairs[0],
+        "connected_pairs": ratio.pairs[1],
         "ratio_pooled": ratio.pooled,
         "ratio_output": ratio.output,
         "best": ranked[0] if ranked else "none",
@@ -1421,26 +1444,26 @@ def recorded_panels(record: Record) -> dict[str, dict[str, Any]]:
     """The panels of llfc-layers as they were recorded, the kinds and curves that are drawn."""
     kept = (record.data["figures"].get("llfc-layers") or {}).get("data") or {}
     out = {}
-    for title, one in kept.items():
-        if title.rpartition(" · ")[2] in THREE:
+    for panel, one in kept.items():
+        if panel.rpartition(" · ")[2] in THREE:
             curves = {k: v for k, v in one.items() if k in (_BETWEEN, "α = ½")}
-            out[title] = {"layers": [place(n) for n in one.get("layers", [])], **curves}
+            out[panel] = {"layers": [place(n) for n in one.get("layers", [])], **curves}
     return out
 
 
 def show_records(records: Sequence[Record]) -> None:
     """Features layer by layer, and barriers along the fork step, as they were recorded."""
     kept = {record.name: panels for record in records if (panels := recorded_panels(record))}
-    every = [(name, title, one) for name, panels in kept.items() for title, one in panels.items()]
-    titles = " ".join(f"{record.title}." for record in records)
+    every = [(name, panel, one) for name, panels in kept.items() for panel, one in panels.items()]
     if every:
         fig, axes = plots.grid(len(every), columns=3, height=3.6, sharey=True)
-        for ax, (name, title, one) in zip(axes, every, strict=True):
+        for ax, (name, panel, one) in zip(axes, every, strict=True):
             plots.redraw(ax, one, plain=(_BETWEEN,))
-            ax.set_title(f"{name}: {titled(title)}", fontsize=9)
+            ax.set_title(f"{name}: {titled(panel)}", fontsize=9)
         for ax in axes[::3]:
             ax.set_ylabel("E[1 − cos]")
         plots.legend(fig)
+        titles = " ".join(f"{record.title}." for record in records)
         figures.publish(fig, "llfc-recorded-layers", data=kept, values={"titles": titles})
     if runs := recorded.curves(records, "llfc-fork"):
         fig, drawn = plots.panels(runs, threshold=None, ylabel="test error barrier (points)")
@@ -1505,16 +1528,16 @@ def exceeding(study: Study) -> tuple[int, float, int]:
     return len(over), max(over, default=0.0), len(low)
 
 
-def untested(verdicts: Sequence[Verdict]) -> str:
-    """The claims that this run could not test, and why."""
+def words(verdicts: Sequence[Verdict]) -> Values:
+    """The verdict of each claim under its id, and which this run could not test, and why."""
     lacking = [v for v in verdicts if v.verdict == claims.NOT_TESTABLE]
     said = "; ".join(f"{v.claim.id} ({v.note or 'not measured'})" for v in lacking)
-    return said or "all of this page's claims could be tested"
+    known: Values = {v.claim.id.lower(): v.verdict for v in verdicts}
+    return known | {"untested": said or "all of this page's claims could be tested"}
 
 
 def findings(study: Study, verdicts: Sequence[Verdict]) -> Values:
     """Numbers and short sentences for the end of chapter 3."""
-    words = {v.claim.id: v.verdict for v in verdicts}
     heights = [h for values in heights_at_the_papers_share(study).values() for h in values]
     pairs, most, low = exceeding(study)
     rank, (with_width, _) = along_the_fork(study), along_the_width(study)
@@ -1526,8 +1549,7 @@ def findings(study: Study, verdicts: Sequence[Verdict]) -> Values:
         "lemma_pairs": low,
         "fork_rank": str(rank or "not measured"),
         "width_rank": str(with_width or "not measured"),
-        "untested": untested(verdicts),
         "one_image": 100 / len(study.images.test),
         "papers_height": max(heights, default=math.nan),
-        **{id.lower(): word for id, word in words.items()},
+        **words(verdicts),
     }
