@@ -26,7 +26,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from companion.core.errors import BadParameter
@@ -153,6 +155,32 @@ def publish(
     plt.close(fig)
     said = f"Figure {name}: {entry['alt']}" if alt else f"Figure {name}"
     page.emit({"image/svg+xml": picture, "text/plain": said}, {"figure": entry})
+
+
+@contextmanager
+def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
+    """A figure of the book's look that is written to a file at the end; no window, no pyplot.
+
+    Arguments:
+        path: ends in .svg, .pdf or .png. title: in the file's metadata.
+        size: for the figure, such as ``figsize``.
+
+    Raises:
+        BadParameter: the file cannot be written.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    kind = path.suffix.lower().removeprefix(".")
+    fixed: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+    with mpl.rc_context():
+        use_style()
+        fig = Figure(**size)
+        yield fig
+        try:
+            fig.savefig(path, format=kind, dpi=160, metadata={"Title": title, **fixed[kind]})
+        except OSError as e:
+            raise BadParameter(f"--plot: {path} cannot be written ({e.strerror}).") from e
 
 
 def label(name: str) -> str:
