@@ -1420,21 +1420,13 @@ def separation_values(study: Study) -> Values:
 
 def show_separation(study: Study) -> None:
     """Areas under ROC curves of every number, as a table."""
+    areas = {s: (x.pooled, x.worst, x.output) for s, x in separations(study).items()}
     tables.show(
         ["number", "hidden layers, together", "hidden layers, the worst one", "output"],
-        [
-            (
-                s,
-                *(
-                    "—" if math.isnan(v) else f"{v:.2f}"
-                    for v in (one.pooled, one.worst, one.output)
-                ),
-            )
-            for s, one in separations(study).items()
-        ],
+        [(s, *("—" if math.isnan(v) else f"{v:.2f}" for v in row)) for s, row in areas.items()],
         name="llfc-separation",
-        values=separation_values(study),
     )
+    page.fill(**separation_values(study))
 
 
 # ---- records, and what the run found in words
@@ -1476,20 +1468,30 @@ def width_sentence(record: Record) -> str:
     kept = (record.data["figures"].get("llfc-width") or {}).get("data") or {}
     before, after = (kept.get(f"{c}, test") or {"k": []} for c in (INDEPENDENT, WEIGHTS))
     if not before["k"] or before["k"] != after["k"]:
-        return f"{record.dataset}: no barrier along the width"
-    at = [
-        f"from {before['mean'][i]:.1f} to {after['mean'][i]:.2f} points at width {before['k'][i]}"
+        return f"no barrier along the width in {record.name}"
+    return f"in {record.name} " + " and ".join(
+        f"from {before['mean'][i]:.1f} to {after['mean'][i]:.1f} points at width {before['k'][i]}"
         for i in (0, -1)
-    ]
-    return f"{record.dataset} ({record.data['hardware']}): {', '.join(dict.fromkeys(at))}"
+    )
+
+
+def forks_sentence(records: Sequence[Record]) -> str:
+    """The highest barrier along the fork step in every record that has several steps."""
+    said = []
+    for record in records:
+        for _, series in recorded.curves([record], "llfc-fork").values():
+            points = next(iter(series.values()))
+            if len(points) > 1:
+                most = max(v.value for v in points.values())
+                said.append(f"{most:.1f} points at most over {len(points)} steps in {record.name}")
+    return "; ".join(said) or "nothing is recorded"
 
 
 def records_values(records: Sequence[Record]) -> Values:
     """What the records say about matching, and about copies along the fork step."""
-    steps = [f"{r.name}: {recorded.extremes(r, 'llfc-fork')}" for r in records]
     return {
         "recorded_widths": "; ".join(map(width_sentence, records)) or "nothing is recorded",
-        "recorded_forks": "; ".join(steps) or "nothing is recorded",
+        "recorded_forks": forks_sentence(records),
     }
 
 
