@@ -128,6 +128,7 @@ def test_bad_parameters_end_before_anything_trains(
     assert list(store.entries()) == []
 
 
+@pytest.mark.slow
 def test_matching_connects_features_of_a_perceptron(store: Store) -> None:
     """The issue's numbers, on the chapter's narrower perceptron: two pairs of 3 x 128 units."""
     recipe = Recipe(

@@ -27,7 +27,7 @@ from companion.features import (
 )
 from companion.papers import llfc
 from companion.papers.llfc import ACTIVATIONS, COPIES, INDEPENDENT, WEIGHTS, Study
-from companion.report import claims, page
+from companion.report import claims, page, recorded
 from companion.training import Recipe
 
 MAIN = Recipe(net="mlp:widths=64x3", data="digits", steps=500, batch=48, lr=0.1)
@@ -399,3 +399,21 @@ def test_the_design_of_digits() -> None:
     assert [made.forks[r] for r in (made.main, *made.trees)] == [62, 50, 50]
     (everything,), (short,) = made.plans(), made.plans(sweeps=False)
     assert set(short.jobs) < set(everything.jobs)
+
+
+def test_the_page_says_of_the_mnist_record_what_is_in_it() -> None:
+    """Chapter 3 explains in words why five claims fail there, and the barriers that are 0."""
+    records = {r.name: r for r in recorded.load("03_llfc")}
+    mnist = records["gpu-mnist"]
+    failed = [id for id, v in mnist.verdicts.items() if v.verdict == "not reproduced"]
+    assert failed == ["A04", "A07", "A11", "A13", "A14"]
+    assert mnist.verdicts["A13"].value == 0
+    assert llfc.forks_sentence([mnist]) == "0.0 points at most over 4 steps in gpu-mnist"
+    assert "points at width 512" in llfc.width_sentence(mnist)
+    with page.captured() as kept:
+        llfc.show_records(list(records.values()))
+    layers, fork = kept.all("figure")
+    assert set(layers["data"]) == set(records) and len(layers["data"]["gpu-mnist"]) == 3
+    assert any(
+        "512-wide four-layer perceptron (init torch)" in one for one in fork["data"].values()
+    )

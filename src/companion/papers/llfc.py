@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from companion import data
+from companion import data, models
 from companion.core.errors import BadParameter
 from companion.core.pool import one_thread
 from companion.core.stats import Interval
@@ -47,7 +47,6 @@ from companion.experiments.instability import copy
 from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Spectrum, Theorem, exact, feature_spectra, sites, theorem1
 from companion.features import weight_spectra as spectra_of_weights
-from companion.models import title
 from companion.report import claims, figures, page, plots, provenance, recorded, tables
 from companion.report.claims import Statistic, Verdict
 from companion.report.recorded import Record
@@ -71,7 +70,7 @@ _KINDS = {COPIES: "copies"}
 def called(net: str) -> str:
     """A network's name for people, with the width of a perceptron, which sets ours apart."""
     found = re.search(r"^mlp:.*widths=(\d+)x", net)
-    return f"{found[1]}-wide {title(net)}" if found else title(net)
+    return f"{found[1]}-wide {models.title(net)}" if found else models.title(net)
 
 
 def kind(condition: str) -> str:
@@ -889,10 +888,6 @@ def _publish(fig: Figure, name: str, *, data: Mapping[str, Any], values: Values)
     page.fill(**{k: v for k, v in values.items() if k not in ("told", "network")})
 
 
-def _worded(values: Mapping[str, float]) -> dict[str, float]:
-    return {place(n): v for n, v in values.items()}
-
-
 def basics(study: Study) -> Values:
     """What both pages say about their pairs."""
     return {
@@ -925,32 +920,51 @@ def _told(study: Study, form: str, *values: Callable[[Featured], float]) -> str:
     )
 
 
-def _by_network(
-    study: Study,
+Curves = Mapping[str, Sequence[Mapping[str, float]]]
+"""Label -> a number of each layer, for each pair."""
+
+
+def _by_layer(
     name: str,
-    value: Callable[[Featured], Mapping[str, float]],
+    panels: Mapping[str, tuple[str, Curves]],
     *,
     values: Values,
     ylabel: str,
     log: bool = True,
     band: tuple[float, float] | None = None,
-    top: float | None = None,
+    plain: Sequence[str] = (),
 ) -> None:
-    """A panel for each network, a curve for each kind of pair over the layers."""
-    fig, axes = plots.grid(len(study.started), columns=3, height=3.9, sharey=True)
+    """Curves over the layers, a panel each: key of the data -> title and curves."""
+    fig, axes = plots.grid(len(panels), columns=3, height=3.8, sharey=True)
     drawn = {}
-    for ax, n in zip(axes, study.started, strict=True):
-        groups = {c: study.good.get((n, c), []) for c in (COPIES, *study.matched)}
-        series = {kind(c): [_worded(value(f)) for f in fs] for c, fs in groups.items() if fs}
+    for ax, (key, (title, curves)) in zip(axes, panels.items(), strict=True):
         if band:
             ax.axhspan(*band, color="#999999", alpha=0.25, linewidth=0)
-        drawn[called(n)] = plots.by_layer(ax, series, log=log)
-        if top:
-            ax.set_ylim(0, top)
-        ax.set_title(called(n), fontsize=10)
+        worded = {
+            label: [{place(n): v for n, v in one.items()} for one in group]
+            for label, group in curves.items()
+        }
+        drawn[key] = plots.by_layer(ax, worded, log=log, plain=plain)
+        ax.set_title(title, fontsize=10)
+    if not log:
+        axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel(ylabel)
     plots.legend(fig)
     _publish(fig, name, data=drawn, values=values)
+
+
+def _by_network(
+    study: Study, value: Callable[[Featured], Mapping[str, float]]
+) -> dict[str, tuple[str, Curves]]:
+    """A panel for each network, a curve for each kind of pair."""
+    kinds = (COPIES, *study.matched)
+    return {
+        called(n): (
+            called(n),
+            {kind(c): list(map(value, study.good.get((n, c), []))) for c in kinds},
+        )
+        for n in study.started
+    }
 
 
 def _of_main(study: Study, **values: Callable[[Featured], float]) -> Values:
@@ -980,7 +994,8 @@ def stitching_values(study: Study) -> Values:
 def show_stitching(study: Study) -> None:
     """Test error of B with one layer's output from A, layer by layer (the paper's Tables 2, 3)."""
     values, label = stitching_values(study), "test error, stitched (%)"
-    _by_network(study, "llfc-stitching", stitched, values=values, ylabel=label, log=False, top=100)
+    panels = _by_network(study, stitched)
+    _by_layer("llfc-stitching", panels, values=values, ylabel=label, log=False)
 
 
 THREE = (COPIES, INDEPENDENT, WEIGHTS)
@@ -1032,32 +1047,23 @@ def show_arrows(study: Study) -> None:
             look = {"arrowstyle": "-|>", "color": colour, "lw": 2, "shrinkA": 0, "shrinkB": 0}
             ax.annotate("", end, (0, 0), arrowprops=look)
             ax.plot([], [], color=colour, label=label)
-        ax.set(title=pairs, xlim=(-0.8, 0.8), ylim=(0, 1.1), aspect="equal", xticks=[], yticks=[])
+        ax.set(title=pairs, xlim=(-0.8, 0.8), ylim=(0, 1.1), aspect="equal")
+        ax.set_axis_off()
     plots.legend(fig)
     _publish(fig, "llfc-arrows", data=found, values=arrows_values(study))
 
 
 def _three(
-    study: Study,
-    name: str,
-    series: Callable[[Featured], Mapping[str, Mapping[str, float]]],
-    *,
-    values: Values,
-    ylabel: str,
-    plain: Sequence[str] = (),
-) -> None:
-    """Curves over the layers of the main network, a panel for each of three kinds of pairs."""
-    drawn = {}
-    fig, axes = plots.grid(len(THREE), columns=3, height=3.6, sharey=True)
-    for ax, c in zip(axes, THREE, strict=True):
+    study: Study, curves: Mapping[str, Callable[[Featured], Mapping[str, float]]]
+) -> dict[str, tuple[str, Curves]]:
+    """A panel for each of three kinds of pairs of the main network."""
+    out = {}
+    for c in THREE:
         pairs = study.good[study.main.net, c]
-        per_pair = [series(f) for f in pairs]
-        curves = {k: [_worded(one[k]) for one in per_pair] for k in (per_pair or [{}])[0]}
-        drawn[f"{study.main.net} · {c}"] = plots.by_layer(ax, curves, plain=plain)
-        ax.set_title(f"{kind(c)}\nbarrier {mean(map(height, pairs)):.1f} points", fontsize=10)
-    axes[0].set_ylabel(ylabel)
-    plots.legend(fig)
-    _publish(fig, name, data=drawn, values=values)
+        heading = f"{kind(c)}\nbarrier {mean(map(height, pairs)):.1f} points"
+        drawn = {label: list(map(value, pairs)) for label, value in curves.items()}
+        out[f"{study.main.net} · {c}"] = (heading, drawn)
+    return out
 
 
 def layers_values(study: Study) -> Values:
@@ -1073,12 +1079,12 @@ def layers_values(study: Study) -> Values:
 
 def show_layers(study: Study) -> None:
     """E[1 − cos½] by layer, beside E[1 − cos(A, B)] (the paper's Figs. 2 to 4, one network)."""
-
-    def curves(f: Featured) -> dict[str, dict[str, float]]:
-        return {_BETWEEN: after_first(f.baselines()), "α = ½": after_first(f.gaps())}
-
-    values, plain = layers_values(study), (_BETWEEN,)
-    _three(study, "llfc-layers", curves, values=values, ylabel="E[1 − cos]", plain=plain)
+    curves = {
+        _BETWEEN: lambda f: after_first(f.baselines()),
+        "α = ½": lambda f: after_first(f.gaps()),
+    }
+    how: dict[str, Any] = {"values": layers_values(study), "ylabel": "E[1 − cos]"}
+    _by_layer("llfc-layers", _three(study, curves), plain=(_BETWEEN,), **how)
 
 
 def rows(study: Study) -> dict[str, tuple[Interval, Interval]]:
@@ -1132,12 +1138,9 @@ def coefficient_values(study: Study) -> Values:
 
 def show_coefficient(study: Study) -> None:
     """The coefficient c, median over images, layer by layer (App. B.2 of the paper)."""
-
-    def c(f: Featured) -> dict[str, float]:
-        return after_first(f.coefficients())
-
+    panels = _by_network(study, lambda f: after_first(f.coefficients()))
     values, label = coefficient_values(study), "coefficient c at α = ½"
-    _by_network(study, "llfc-coefficient", c, values=values, ylabel=label, band=(0.8, 1.25))
+    _by_layer("llfc-coefficient", panels, values=values, ylabel=label, band=(0.8, 1.25))
 
 
 def _lemmas(study: Study) -> tuple[list[Lemma], list[Lemma]]:
@@ -1173,7 +1176,8 @@ def show_lemma(study: Study) -> None:
         plots.dashed(ax, lemma.bound, text="" if number else "error of A plus error of B")
         drawn[label] = plots.band(ax, lemma.alphas, [errors], label, number)
     ax.set(ylim=(0, None), xlim=(0, 1), xlabel="α, from A (0) to B (1)", ylabel="test error (%)")
-    plots.legend(fig, columns=3)
+    if curves:
+        ax.legend()
     _publish(fig, "llfc-lemma", data=drawn, values=lemma_values(study))
 
 
@@ -1345,8 +1349,8 @@ def additivity_values(study: Study) -> Values:
 
 def show_additivity(study: Study) -> None:
     """Weak additivity of every ReLU, median over images (the paper's Figs. 5 and 6)."""
-    values = additivity_values(study)
-    _by_network(study, "llfc-additivity", additivity, values=values, ylabel="Dist_σ at α = ½")
+    values, panels = additivity_values(study), _by_network(study, additivity)
+    _by_layer("llfc-additivity", panels, values=values, ylabel="Dist_σ at α = ½")
 
 
 def commutativity_values(study: Study) -> Values:
@@ -1356,12 +1360,9 @@ def commutativity_values(study: Study) -> Values:
 
 def show_commutativity(study: Study) -> None:
     """Dist_com beside the distances of weights and inputs, layer by layer (Figs. 7, 16 to 19)."""
-
-    def curves(f: Featured) -> dict[str, dict[str, float]]:
-        return {d: distances(f, d) for d in DISTANCES}
-
+    panels = _three(study, {d: partial(distances, of=d) for d in DISTANCES})
     values = commutativity_values(study)
-    _three(study, "llfc-commutativity", curves, values=values, ylabel="distance")
+    _by_layer("llfc-commutativity", panels, values=values, ylabel="distance")
 
 
 def factors(study: Study) -> dict[str, dict[str, float]]:
@@ -1443,6 +1444,12 @@ def recorded_panels(record: Record) -> dict[str, dict[str, Any]]:
     return out
 
 
+def _curve(label: str) -> str:
+    """The label of a recorded curve: ``NET, test``, or ``NET, BatchNorm estimated again, test``."""
+    net, again, _ = label.removesuffix(", test").partition(", BatchNorm")
+    return f"{called(net)}{', BatchNorm estimated again' if again else ''}"
+
+
 def show_records(records: Sequence[Record]) -> None:
     """Features layer by layer, and barriers along the fork step, as they were recorded."""
     kept = {record.name: panels for record in records if (panels := recorded_panels(record))}
@@ -1451,13 +1458,17 @@ def show_records(records: Sequence[Record]) -> None:
         fig, axes = plots.grid(len(every), columns=3, height=3.6, sharey=True)
         for ax, (name, panel, one) in zip(axes, every, strict=True):
             plots.redraw(ax, one, plain=(_BETWEEN,))
-            ax.set_title(f"{name}: {titled(panel)}", fontsize=9)
+            ax.set_title(f"{name}\n{titled(panel)}", fontsize=8)
         for ax in axes[::3]:
             ax.set_ylabel("E[1 − cos]")
         plots.legend(fig)
         titles = " ".join(f"{record.title}." for record in records)
         figures.publish(fig, "llfc-recorded-layers", data=kept, values={"titles": titles})
-    if runs := recorded.curves(records, "llfc-fork"):
+    runs = {
+        panel: (steps, {_curve(label): points for label, points in series.items()})
+        for panel, (steps, series) in recorded.curves(records, "llfc-fork").items()
+    }
+    if runs:
         fig, drawn = plots.panels(runs, threshold=None, ylabel="test error barrier (points)")
         told = "; ".join(f"{r.title}: {recorded.extremes(r, 'llfc-fork')}" for r in records)
         figures.publish(fig, "llfc-recorded-fork", data=drawn, values={"told": told})
