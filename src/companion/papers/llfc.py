@@ -1385,7 +1385,7 @@ def show_factors(study: Study) -> None:
     words = {
         "Dist_W": "the weights’ distance, Dist_W",
         "Dist_H": "the inputs’ distance, Dist_H",
-        "Dist_com": "their product, Dist_com",
+        "Dist_com": "that of their product, Dist_com",
     }
     tables.show(
         ["left after", *found],
