@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from companion.connectivity import Measure
 from companion.core.errors import BadParameter
+from companion.core.theta import snapshot
 from companion.experiments.aligned import Method, pairs_of
 from companion.experiments.featured import Featured, Scope
 from companion.features import (
@@ -28,7 +30,7 @@ from companion.features import (
 from companion.papers import llfc
 from companion.papers.llfc import ACTIVATIONS, COPIES, INDEPENDENT, WEIGHTS, Study
 from companion.report import claims, page, recorded
-from companion.training import Recipe
+from companion.training import Recipe, build
 
 MAIN = Recipe(net="mlp:widths=64x3", data="digits", steps=500, batch=48, lr=0.1)
 TREE = Recipe(net="resnet8:width=8", data="digits", steps=400, batch=48, lr=0.1)
@@ -252,10 +254,27 @@ def test_pairs_that_are_on_two_lists_count_once() -> None:
     assert len(made.all_pairs) == 3 * (2 + 1 + 3 * 3 + 4)
 
 
-def test_the_matrix_of_the_low_rank_figure_is_chosen_by_name(tmp_path: Any) -> None:
+def test_the_matrix_of_the_low_rank_figure_is_chosen_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A state dict need not come in the module's order; the matrices compared have to be one."""
+    made = llfc.design(**{**PARAMETERS, "width": 16, "widths": [8], "spawned": []})
+
+    def mixed_up(run: Any, device: str) -> dict[str, Any]:
+        theta = snapshot(build(run, made.images, torch.device(device)))
+        return dict(reversed(list(theta.items())))
+
+    monkeypatch.setattr(llfc, "load_weights", mixed_up)
+    found = made.spectra
+    assert {held.name for held, _ in found.values()} == {"layer3.linear.weight"}
+    assert {len(held.values) for held, _ in found.values()} == {8, 16}
+    assert found[16, llfc.START][0] == found[16, llfc.TRAINED][0]  # nothing was trained
+
+
+def test_low_rank_is_said_of_what_is_measured() -> None:
     made = llfc.rank_values(_with_spectra())
     assert made["of_weights"] == "layer 3" and made["wide_weights_full"] == 64
-    assert str(made["weights_low"]).startswith("not of low rank")
+    assert str(made["weights_low"]).startswith("not of low rank: 98% of the dimensions")
 
 
 def _with_spectra() -> Study:
@@ -269,9 +288,9 @@ def _with_spectra() -> Study:
         )
 
     vars(made)["spectra"] = {
-        (w, when): flat(w, w if when == "at initialisation" else w - 1)
+        (w, when): flat(w, w if when == llfc.START else w - 1)
         for w in (8, 64)
-        for when in ("at initialisation", "trained")
+        for when in (llfc.START, llfc.TRAINED)
     }
     return made
 
@@ -328,6 +347,7 @@ def test_captions_say_the_numbers_of_the_pairs() -> None:
 def test_networks_have_names_for_people() -> None:
     assert llfc.called("mlp:widths=512x3") == "512-wide four-layer perceptron"
     assert llfc.called("resnet8:width=8") == "ResNet-8 (width 8)"
+    assert llfc.called("ResNet-8 (width 8)") == "ResNet-8 (width 8)"
     assert llfc.titled("vgg16 · spawned") == "VGG-16\ncopies"
 
 

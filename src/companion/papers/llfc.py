@@ -57,20 +57,24 @@ if TYPE_CHECKING:
 
 COPIES, INDEPENDENT = "spawned", "independent"
 WEIGHTS, ACTIVATIONS = "weight matching", "activation matching"
+START, TRAINED = "at initialisation", "trained"
 SHARE = 1 / 32
 """Of training, after which the paper's copies part: 5 of 160 epochs."""
 
 Key = tuple[str, str]
 """Network (the recipe's name for it) and kind of pair."""
-Pairs = Mapping[Key, Sequence[Featured]]
 
 _KINDS = {COPIES: "copies"}
 
 
 def called(net: str) -> str:
     """A network's name for people, with the width of a perceptron, which sets ours apart."""
+    try:
+        name = models.title(net)
+    except BadParameter:  # a record may have the name already
+        return net
     found = re.search(r"^mlp:.*widths=(\d+)x", net)
-    return f"{found[1]}-wide {models.title(net)}" if found else models.title(net)
+    return f"{found[1]}-wide {name}" if found else name
 
 
 def kind(condition: str) -> str:
@@ -211,8 +215,7 @@ class Study:
             # By name: a stored state dict need not have the module's order.
             matrices = [n for n, p in module.named_parameters() if p.ndim > 1]
             inner = matrices[len(matrices) // 2].removesuffix(".weight")
-            ends = {"at initialisation": snapshot(module)}
-            ends["trained"] = load_weights(run, device=self.device)
+            ends = {START: snapshot(module), TRAINED: load_weights(run, device=self.device)}
             for when, theta in ends.items():
                 with one_thread():
                     theta = {n: v.to(self.device) for n, v in theta.items()}
@@ -857,13 +860,7 @@ CONDITIONS: dict[str, Callable[[Study], Statistic]] = {
 Values = dict[str, float | str]
 
 _BETWEEN = "A and B"
-_PIECES = {
-    "conv": "convolution",
-    "norm": "normalisation",
-    "relu": "ReLU",
-    "linear": "",
-    "add": "sum",
-}
+_PIECES = {"conv": "convolution", "norm": "normalisation", "relu": "ReLU", "linear": ""}
 
 
 def place(name: str) -> str:
@@ -957,14 +954,11 @@ def _by_network(
     study: Study, value: Callable[[Featured], Mapping[str, float]]
 ) -> dict[str, tuple[str, Curves]]:
     """A panel for each network, a curve for each kind of pair."""
-    kinds = (COPIES, *study.matched)
-    return {
-        called(n): (
-            called(n),
-            {kind(c): list(map(value, study.good.get((n, c), []))) for c in kinds},
-        )
-        for n in study.started
-    }
+    out = {}
+    for n in study.started:
+        groups = {kind(c): study.good.get((n, c), []) for c in (COPIES, *study.matched)}
+        out[called(n)] = called(n), {c: list(map(value, pairs)) for c, pairs in groups.items()}
+    return out
 
 
 def _of_main(study: Study, **values: Callable[[Featured], float]) -> Values:
@@ -1269,7 +1263,7 @@ def rank_values(study: Study) -> Values:
     """Of llfc-rank: effective ranks of the narrow and of the wide network, and what they say."""
     found, out = study.spectra, {}
     for size, w in (("narrow", min(study.widths)), ("wide", study.width)):
-        for when, at in (("start", "at initialisation"), ("trained", "trained")):
+        for when, at in (("start", START), ("trained", TRAINED)):
             for what, one in zip(("weights", "features"), found[w, at], strict=True):
                 out[f"{size}_{what}_{when}"] = one.effective_rank
                 out[f"{size}_{what}_full"] = len(one.values)
@@ -1278,13 +1272,13 @@ def rank_values(study: Study) -> Values:
         f"{b.effective_rank:.0f} of {len(b.values)} (features)"
         for (w, when), (a, b) in found.items()
     )
-    held, seen = found[study.width, "trained"]
+    (held, seen), (first, before) = found[study.width, TRAINED], found[study.width, START]
     return {
         "told": told,
         "of_weights": place(held.name.removesuffix(".weight")),
         "of_features": place(seen.name),
-        "weights_low": _low(held, found[study.width, "at initialisation"][0]),
-        "features_low": _low(seen, found[study.width, "at initialisation"][1]),
+        "weights_low": _low(held, first),
+        "features_low": _low(seen, before),
         **out,
     }
 
@@ -1315,17 +1309,8 @@ def show_rank(study: Study) -> None:
 # ---- the second page: two conditions and a theorem
 
 
-def theorem_rows(proved: Mapping[str, Theorem]) -> list[tuple[str, ...]]:
-    """A row for each pair of built networks: how far from the conditions, and what follows."""
-    return [
-        (n, f"{t.conditions:.1e}", f"{t.gap:.1e}", f"{t.c:.1e}", f"{t.layers[-1].baseline:.2f}")
-        for n, t in proved.items()
-    ]
-
-
 def show_theorem(proved: Mapping[str, Theorem]) -> None:
     """Theorem 1 on built networks, as a table."""
-    one = proved["both conditions"]
     tables.show(
         [
             "networks",
@@ -1334,9 +1319,12 @@ def show_theorem(proved: Mapping[str, Theorem]) -> None:
             "largest |c − 1|",
             "E[1 − cos(A, B)] at the output",
         ],
-        theorem_rows(proved),
+        [
+            (n, f"{t.conditions:.1e}", f"{t.gap:.1e}", f"{t.c:.1e}", f"{t.layers[-1].baseline:.2f}")
+            for n, t in proved.items()
+        ],
         name="llfc-theorem",
-        values={"samples": one.samples},
+        values={"samples": proved["both conditions"].samples},
     )
 
 
