@@ -324,6 +324,7 @@ def test_what_failed_its_gates_leaves_gaps_and_no_error() -> None:
     with page.captured() as kept:
         for show in (llfc.show_stitching, llfc.show_arrows, llfc.show_layers, llfc.show_ratios):
             show(gone)
+        llfc.show_fork(study(along=lambda i: {"valid": False}))
         llfc.show_additivity(gone)
         llfc.show_lemma(gone)
     drawn = {f["name"]: f["data"] for f in kept.all("figure")}
@@ -345,7 +346,8 @@ def test_captions_say_the_numbers_of_the_pairs() -> None:
 
 
 def test_networks_have_names_for_people() -> None:
-    assert llfc.called("mlp:widths=512x3") == "512-wide four-layer perceptron"
+    for net in ("mlp", "mlp:widths=512x3"):  # which are one
+        assert llfc.called(net) == "512-wide four-layer perceptron"
     assert llfc.called("resnet8:width=8") == "ResNet-8 (width 8)"
     assert llfc.called("ResNet-8 (width 8)") == "ResNet-8 (width 8)"
     assert llfc.titled("vgg16 · spawned") == "VGG-16\ncopies"

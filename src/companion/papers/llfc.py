@@ -70,11 +70,10 @@ _KINDS = {COPIES: "copies"}
 def called(net: str) -> str:
     """A network's name for people, with the width of a perceptron, which sets ours apart."""
     try:
-        name = models.title(net)
+        name, widths = models.title(net), models.describe(net).get("widths", ())
     except BadParameter:  # a record may have the name already
         return net
-    found = re.search(r"^mlp:.*widths=(\d+)x", net)
-    return f"{found[1]}-wide {name}" if found else name
+    return f"{widths[0]}-wide {name}" if len(set(widths)) == 1 else name
 
 
 def kind(condition: str) -> str:
@@ -1015,12 +1014,15 @@ def arrows(study: Study) -> dict[str, dict[str, float]]:
 
 def arrows_values(study: Study) -> Values:
     """Of llfc-arrows: the angles and lengths in words."""
+    found = arrows(study)
     said = (
         f"{c}: {v['between']:.0f} degrees between A and B, {v['off']:.0f} off the average, "
         f"{v['length']:.1f} times too short"
-        for c, v in arrows(study).items()
+        for c, v in found.items()
     )
-    return _of_main(study, length=lambda f: last(f.lengths())) | {"told": "; ".join(said)}
+    off = {f"{_SHORT[c]}_off": found.get(kind(c), {}).get("off", math.nan) for c in THREE}
+    ends = _of_main(study, length=lambda f: last(f.lengths()))
+    return ends | off | {"told": "; ".join(said)}
 
 
 def show_arrows(study: Study) -> None:
@@ -1171,7 +1173,7 @@ def show_lemma(study: Study) -> None:
         drawn[label] = plots.band(ax, lemma.alphas, [errors], label, number)
     ax.set(ylim=(0, None), xlim=(0, 1), xlabel="α, from A (0) to B (1)", ylabel="test error (%)")
     if curves:
-        ax.legend()
+        ax.legend(loc="upper left")
     _publish(fig, "llfc-lemma", data=drawn, values=lemma_values(study))
 
 
@@ -1186,10 +1188,11 @@ def fork_values(study: Study) -> Values:
     heights, gaps = along_steps(study, height), along_steps(study, mean_gap)
     shared = [k for k in study.ks if k in heights and k in gaps]
     said = [f"k = {k}: {heights[k].value:.1f} points, {gaps[k].value:.3f}" for k in shared]
-    out: Values = {"swept": called(study.swept.net), "steps": len(study.ks)}
-    for name, k in zip(("first", "last"), shared[:1] + shared[-1:], strict=False):
-        out |= {name: k, f"{name}_barrier": heights[k].value, f"{name}_gap": gaps[k].value}
-    return out | {"told": "; ".join(said) or "no valid pair"}
+    out: Values = {"told": "; ".join(said) or "no valid pair", "steps": len(study.ks)}
+    for name, k in (("first", min(shared, default=-1)), ("last", max(shared, default=-1))):
+        ends = (points[k].value if k in shared else math.nan for points in (heights, gaps))
+        out |= dict(zip((name, f"{name}_barrier", f"{name}_gap"), (k, *ends), strict=True))
+    return out | {"swept": called(study.swept.net)}
 
 
 def show_fork(study: Study) -> None:
@@ -1343,7 +1346,9 @@ def show_additivity(study: Study) -> None:
 
 def commutativity_values(study: Study) -> Values:
     """Of llfc-commutativity: Dist_com over the smaller of the two others, median over layers."""
-    return _of_main(study, relative=relative) | {"told": _told(study, "{:.2f}", relative)}
+    far = {"weights": lambda f: mean(distances(f, "Dist_W").values())}
+    told = _told(study, "{:.2f}", relative)
+    return _of_main(study, relative=relative, **far) | {"told": told}
 
 
 def show_commutativity(study: Study) -> None:
@@ -1455,11 +1460,12 @@ def show_records(records: Sequence[Record]) -> None:
     runs = {
         panel: (steps, {_curve(label): points for label, points in series.items()})
         for panel, (steps, series) in recorded.curves(records, "llfc-fork").items()
+        if max(map(len, series.values())) > 1  # one fork step is no curve
     }
     if runs:
         fig, drawn = plots.panels(runs, threshold=None, ylabel="test error barrier (points)")
-        told = "; ".join(f"{r.title}: {recorded.extremes(r, 'llfc-fork')}" for r in records)
-        figures.publish(fig, "llfc-recorded-fork", data=drawn, values={"told": told})
+        values = {"told": forks_sentence(records)}
+        figures.publish(fig, "llfc-recorded-fork", data=drawn, values=values)
 
 
 def width_sentence(record: Record) -> str:
