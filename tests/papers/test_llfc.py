@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from companion.connectivity import Measure
+from companion.core import closing
 from companion.core.errors import BadParameter
+from companion.core.runs import Store
 from companion.core.theta import snapshot
 from companion.experiments.aligned import Method, pairs_of
 from companion.experiments.featured import Featured, Scope
@@ -439,3 +441,13 @@ def test_the_page_says_of_the_mnist_record_what_is_in_it() -> None:
     assert any(
         "512-wide four-layer perceptron (init torch)" in one for one in fork["data"].values()
     )
+
+
+def test_what_a_closed_recording_lacks_costs_only_the_claims_that_need_it(store: Store) -> None:
+    made = study()
+    del vars(made)["along"]
+    with closing.closed({"device": "cpu"}) as lacking:
+        found = {v.claim.id: v for v in claims.verdicts(llfc.CLAIMS, made)}
+    untested = [id for id, v in found.items() if v.verdict == claims.NOT_TESTABLE]
+    assert untested == ["A01", "A05", "A13"] and found["A13"].note == closing.WHY
+    assert len(lacking["features"]) == 4 * 3  # the fork steps but the one that is found already
