@@ -107,7 +107,10 @@ def pair(
             "none",
         ),
         Stitching(
-            tuple(Stitched(n, "linear", "b", 0.1, e, round(10 * e), True) for n, e in rows),
+            tuple(
+                Stitched(name=n, kind="linear", default="b", loss=0.1, error=e, wrong=1, cut=True)
+                for n, e in rows
+            ),
             {"a": measured, "b": measured},
             ("head",),
             1000,

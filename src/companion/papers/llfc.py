@@ -951,7 +951,7 @@ def _by_layer(
 
 def _by_network(
     study: Study, value: Callable[[Featured], Mapping[str, float]]
-) -> dict[str, tuple[str, Curves]]:
+) -> Mapping[str, tuple[str, Curves]]:
     """A panel for each network, a curve for each kind of pair."""
     out = {}
     for n in study.started:
@@ -1051,7 +1051,7 @@ def show_arrows(study: Study) -> None:
 
 def _three(
     study: Study, curves: Mapping[str, Callable[[Featured], Mapping[str, float]]]
-) -> dict[str, tuple[str, Curves]]:
+) -> Mapping[str, tuple[str, Curves]]:
     """A panel for each of three kinds of pairs of the main network."""
     out = {}
     for c in THREE:
