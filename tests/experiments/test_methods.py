@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import typer
@@ -20,7 +21,7 @@ from companion.experiments.pairs import Evaluation
 from companion.rebasin import Matching, activation_matching, straight_through, weight_matching
 from companion.training import Recipe
 
-CHANGED = {
+CHANGED: dict[str, Any] = {
     "starts": 3,
     "statistic": "correlation",
     "examples": 50,
@@ -30,8 +31,8 @@ CHANGED = {
     "label": "other",
 }
 STARTS = ({"starts": 1, "label": 0}, {"starts": 3, "label": "other"})
-NOTHING: tuple[dict[str, object], dict[str, object]] = ({}, {})
-IDENTITIES = {
+NOTHING: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+IDENTITIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "naive": NOTHING,
     "weights": STARTS,
     "activations": (
@@ -58,7 +59,7 @@ def test_the_store_knows_a_method_by_what_it_always_did(name: str) -> None:
     """Entries that exist were stored under these: one that changes loses what is measured."""
     default, changed = IDENTITIES[name]
     assert Method(name).identity() == {"name": name} | default
-    assert Method(name, **CHANGED).identity() == {"name": name} | changed  # type: ignore[arg-type]
+    assert Method(name, **CHANGED).identity() == {"name": name} | changed
 
 
 def test_every_method_is_among_them() -> None:
