@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from companion.connectivity import Measure
 from companion.core import closing
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, MissingData
 from companion.core.runs import Store
 from companion.core.theta import snapshot
 from companion.experiments.aligned import Method, pairs_of
@@ -388,6 +389,14 @@ def test_a_design_that_cannot_be_is_refused(changed: dict[str, Any], words: list
         llfc.design(**{**PARAMETERS, **changed})
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_dataset_that_is_not_here_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path))
+    with pytest.raises(MissingData, match="companion data get cifar100"):
+        llfc.design(**{**PARAMETERS, "dataset": "cifar100"})
 
 
 PARAMETERS: dict[str, Any] = {
