@@ -1530,14 +1530,6 @@ def batchnorm(study: Study) -> str:
     return "; ".join(parts) or "no network here has BatchNorm"
 
 
-def exceeding(study: Study) -> tuple[int, float, int]:
-    """Connected pairs whose interpolated network has more errors than A and B together, by how
-    many points at most, and the number of connected pairs."""
-    low = [f.lemma().excess for f in study.all_pairs if not wall(f)]
-    over = [e for e in low if e > 0]
-    return len(over), max(over, default=0.0), len(low)
-
-
 def words(verdicts: Sequence[Verdict]) -> Values:
     """The verdict of each claim under its id, and which this run could not test, and why."""
     lacking = [v for v in verdicts if v.verdict == claims.NOT_TESTABLE]
@@ -1549,16 +1541,15 @@ def words(verdicts: Sequence[Verdict]) -> Values:
 def findings(study: Study, verdicts: Sequence[Verdict]) -> Values:
     """Numbers and short sentences for the end of chapter 3."""
     heights = [h for values in heights_at_the_papers_share(study).values() for h in values]
-    pairs, most, low = exceeding(study)
-    rank, (with_width, _) = along_the_fork(study), along_the_width(study)
+    excess = [f.lemma().excess for f in study.all_pairs if not wall(f)]  # of connected pairs
+    over = [points for points in excess if points > 0]
     return {
         "worst_places": worst_places(study),
         "batchnorm": batchnorm(study),
-        "exceeding": pairs,
-        "exceeding_most": most,
-        "lemma_pairs": low,
-        "fork_rank": str(rank or "not measured"),
-        "width_rank": str(with_width or "not measured"),
+        "exceeding": len(over),
+        "exceeding_most": max(over, default=0.0),
+        "lemma_pairs": len(excess),
+        "fork_rank": str(along_the_fork(study) or "not measured"),
         "one_image": 100 / len(study.images.test),
         "papers_height": max(heights, default=math.nan),
         **words(verdicts),
