@@ -48,7 +48,7 @@ from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Spectrum, Theorem, exact, feature_spectra, sites, theorem1
 from companion.features import weight_spectra as spectra_of_weights
 from companion.report import claims, figures, page, plots, provenance, recorded, tables
-from companion.report.claims import Statistic, Verdict
+from companion.report.claims import Need, Statistic, Verdict, statistic
 from companion.report.recorded import Record
 from companion.training import Recipe, build, check_fit, load_weights
 
@@ -546,28 +546,17 @@ def _said(values: Mapping[str, float], form: str = "{:.0%}") -> str:
 
 
 def _statistic(
-    study: Study,
-    value: float | Interval | None,
-    *needs: tuple[bool, str],
-    n: int | None = None,
-    detail: str = "",
+    study: Study, value: float | Interval | None, *needs: Need, **more: Any
 ) -> Statistic:
-    """A claim's statistic, and what this run lacks to test it: needs are (fulfilled, else)."""
-    lacking = [why for fulfilled, why in (*needs, (study.pairs >= 2, _ONE)) if not fulfilled]
-    more: dict[str, Any] = {"detail": detail, "note": "; ".join(lacking), "testable": not lacking}
-    if isinstance(value, Interval):
-        return Statistic(value.value, interval=(value.low, value.high), n=n or value.n, **more)
-    return Statistic(value, n=n, **more)
+    """A claim's statistic, which needs two pairs at least."""
+    return statistic(value, *needs, (study.pairs >= 2, "one pair decides nothing"), **more)
 
 
-_ONE = "one pair decides nothing"
-
-
-def _walls(study: Study) -> tuple[bool, str]:
+def _walls(study: Study) -> Need:
     return bool(study.apart), "independent pairs are connected, too"
 
 
-def _copied(study: Study) -> tuple[bool, str]:
+def _copied(study: Study) -> Need:
     return bool(study.connected), "no pair of copies is connected"
 
 
@@ -580,7 +569,7 @@ def _contrast(study: Study) -> list[str]:
     ]
 
 
-def _comparable(study: Study) -> tuple[bool, str]:
+def _comparable(study: Study) -> Need:
     return bool(_contrast(study)), "no network with connected and independent pairs"
 
 
@@ -1440,12 +1429,6 @@ def recorded_panels(record: Record) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _curve(label: str) -> str:
-    """The label of a recorded curve: ``NET, test``, or ``NET, BatchNorm estimated again, test``."""
-    net, again, _ = label.removesuffix(", test").partition(", BatchNorm")
-    return f"{called(net)}{', BatchNorm estimated again' if again else ''}"
-
-
 def show_records(records: Sequence[Record]) -> None:
     """Features layer by layer, and barriers along the fork step, as they were recorded."""
     kept = {record.name: panels for record in records if (panels := recorded_panels(record))}
@@ -1460,12 +1443,9 @@ def show_records(records: Sequence[Record]) -> None:
         plots.legend(fig)
         titles = " ".join(f"{record.title}." for record in records)
         figures.publish(fig, "llfc-recorded-layers", data=kept, values={"titles": titles})
-    runs = {
-        panel: (steps, {_curve(label): points for label, points in series.items()})
-        for panel, (steps, series) in recorded.curves(records, "llfc-fork").items()
-        if max(map(len, series.values())) > 1  # one fork step is no curve
-    }
-    if runs:
+    runs = recorded.curves(records, "llfc-fork")
+    runs = {k: run for k, run in runs.items() if max(map(len, run[1].values())) > 1}
+    if runs:  # one fork step is no curve
         fig, drawn = plots.panels(runs, threshold=None, ylabel="test error barrier (points)")
         values = {"told": forks_sentence(records)}
         figures.publish(fig, "llfc-recorded-fork", data=drawn, values=values)
