@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,15 @@ from companion.core.theta import snapshot
 from companion.data import Dataset
 from companion.experiments.aligned import Method, pairs_of
 from companion.experiments.budget import Plan
-from companion.experiments.featured import Featured, Lemma, Scope, jobs_of, mean_gap, survey
+from companion.experiments.featured import (
+    Featured,
+    Lemma,
+    Scope,
+    jobs_of,
+    looks_of,
+    mean_gap,
+    survey,
+)
 from companion.experiments.featured_stats import (
     CONNECTED,
     STATISTICS,
@@ -64,7 +72,14 @@ SHARE = 1 / 32
 Key = tuple[str, str]
 """Network (the recipe's name for it) and kind of pair."""
 
+Items = list[tuple[Pair, Method | None]]
+K = TypeVar("K", bound=Hashable)
+
 _KINDS = {COPIES: "copies"}
+
+
+def _items(groups: Mapping[Any, Items]) -> Items:
+    return [item for items in groups.values() for item in items]
 
 
 def called(net: str) -> str:
@@ -161,15 +176,14 @@ class Study:
         return [Pair(a, b) for a, b in ends]
 
     def plans(self, *, sweeps: bool = True) -> list[Plan]:
-        """What is trained, for the budget; without ``sweeps`` no fork steps and other widths."""
-        forks = [(r, k) for r, k in self.forks.items()]
-        forks += [(self.swept, k) for k in self.ks] if sweeps else []
-        pairs = [
-            *(p for w in (self.widths if sweeps else self.both) for p in self._independent(w)),
-            *(p for r in self.trees for p in pairs_of(r, self.pairs)),
-            *(p for r, k in forks for p in self.copies(r, k)),
-        ]
-        return [Plan(jobs=tuple(job for pair in pairs for job in jobs_of(pair)))]
+        """What is trained and measured; without ``sweeps`` no fork steps and other widths."""
+        tasks, jobs = looks_of(_items(self._whole), self.scope), []
+        if sweeps:
+            others = _items(self._other_widths) + _items(self._other_forks)
+            tasks += looks_of(others, replace(self.scope, parts=()))
+            firsts = [pairs_of(self.at_width(w), 1)[0] for w in (min(self.widths), self.width)]
+            jobs = [job for pair in firsts for job in jobs_of(pair)]  # of which spectra are taken
+        return [Plan(tasks=tuple(tasks), jobs=tuple(jobs))]
 
     def budget(self, *, sweeps: bool = True) -> None:
         """Say what is about to be trained and measured."""
@@ -177,31 +191,52 @@ class Study:
         plans = self.plans(sweeps=sweeps)
         page.budget(plans, evaluation=evaluation, device=self.device, workers=self.workers)
 
-    @cached_property
-    def found(self) -> dict[Key, list[Featured]]:
-        """Network, kind of pair -> its pairs, of which everything is measured."""
-        groups: dict[Key, list[tuple[Pair, Method | None]]] = {
+    @property
+    def _whole(self) -> dict[Key, Items]:
+        """The groups of which everything is measured."""
+        groups: dict[Key, Items] = {
             (r.net, COPIES): [(p, None) for p in self.copies(r, k)] for r, k in self.forks.items()
         }
         for r in self.trees:
             groups[r.net, INDEPENDENT] = [(p, None) for p in pairs_of(r, self.pairs)]
         for w in self.both:
             groups |= self._at(w)
-        return self._survey(groups)
+        return groups
+
+    @property
+    def _other_widths(self) -> dict[Key, Items]:
+        others = [w for w in self.widths if w not in self.both]
+        return {key: items for w in others for key, items in self._at(w).items()}
+
+    @property
+    def _other_forks(self) -> dict[int, Items]:
+        others = [k for k in self.ks if k != self.forks[self.swept]]
+        return {k: [(p, None) for p in self.copies(self.swept, k)] for k in others}
+
+    def _at(self, width: int) -> dict[Key, Items]:
+        recipe = self.at_width(width)
+        pairs = pairs_of(recipe, self.pairs)
+        return {(recipe.net, c): [(p, method) for p in pairs] for c, method in self.matched.items()}
+
+    def _survey(self, groups: Mapping[K, Items], **changed: Any) -> dict[K, list[Featured]]:
+        scope = replace(self.scope, **changed)
+        how = {"max_error": self.max_error, "device": self.device, "workers": self.workers}
+        return survey(groups, scope, **how) if groups else {}
+
+    @cached_property
+    def found(self) -> dict[Key, list[Featured]]:
+        """Network, kind of pair -> its pairs, of which everything is measured."""
+        return self._survey(self._whole)
 
     @cached_property
     def narrower(self) -> dict[Key, list[Featured]]:
         """The matched network at the other widths: features and the line only."""
-        others = [w for w in self.widths if w not in self.both]
-        groups = {key: items for w in others for key, items in self._at(w).items()}
-        return self._survey(groups, parts=())
+        return self._survey(self._other_widths, parts=())
 
     @cached_property
     def along(self) -> dict[int, list[Featured]]:
         """Fork step -> pairs of copies that part there: features and the line only."""
-        own = self.forks[self.swept]
-        groups = {k: [(p, None) for p in self.copies(self.swept, k)] for k in self.ks if k != own}
-        seen = self._survey(groups, parts=())
+        own, seen = self.forks[self.swept], self._survey(self._other_forks, parts=())
         return {k: self.found[self.swept.net, COPIES] if k == own else seen[k] for k in self.ks}
 
     @cached_property
@@ -225,18 +260,6 @@ class Study:
                     (held,) = spectra_of_weights(module, theta, names=(inner,))
                     out[w, when] = (held, seen)
         return out
-
-    def _independent(self, width: int) -> list[Pair]:
-        return pairs_of(self.at_width(width), self.pairs)
-
-    def _at(self, width: int) -> dict[Key, list[tuple[Pair, Method | None]]]:
-        net, pairs = self.at_width(width).net, self._independent(width)
-        return {(net, c): [(p, method) for p in pairs] for c, method in self.matched.items()}
-
-    def _survey(self, groups: Mapping[Any, Any], **changed: Any) -> dict[Any, list[Featured]]:
-        scope = replace(self.scope, **changed)
-        how = {"max_error": self.max_error, "device": self.device, "workers": self.workers}
-        return survey(groups, scope, **how) if groups else {}
 
     # ---- what several claims and figures read
 
