@@ -1,0 +1,1 @@
+"""One module a paper: what its chapter trains, measures, draws and judges."""
