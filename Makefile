@@ -34,15 +34,18 @@ PACKAGE := $(shell find src/companion -name '*.py' -not -path '*/book/*' -not -p
 	$(shell find data/recorded -name '*.json' -o -type d 2>/dev/null) $(wildcard data/claims.yaml)
 PAGES := $(wildcard *.md) _config.yml _toc.yml references.bib $(wildcard book/*) $(wildcard src/companion/book/*.py)
 
-.PHONY: book notebooks test lint format serve gpu-pack clean distclean help
+.PHONY: book notebooks test test-quick lint format serve gpu-pack clean distclean help
 
 book: $(BUILT) ## the site: PROFILE=quick (default: minutes on a CPU), gpu or paper
 	@printf 'The book is ready:\n  %s\n  file://%s\n' '$(SITE)' '$(abspath $(SITE))'
 
 notebooks: $(NOTEBOOKS) ## build/notebooks/*.ipynb, for papermill or Jupyter
 
-test: $(READY) ## all tests; ARGS="-m 'not slow'" for the quick ones
+test: $(READY) ## all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-quick: $(READY) ## the tests that take no more than a few seconds each: for daily work
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(ARGS)
 
 lint: $(READY) $(NOTEBOOKS) ## ruff, formatting, types and the direction of imports, of the package and the chapters' cells
 	$(BIN)/ruff check . $(NOTEBOOKS)

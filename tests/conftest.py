@@ -24,6 +24,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
+SLOW_S = 3.0
+"""A test that takes longer carries the mark ``slow``."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests that took long and do not say so. It fails nothing: machines are noisy."""
+    took: dict[str, float] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        if report.when == "call" and "slow" not in report.keywords:
+            took[report.nodeid] = report.duration
+    late = sorted((t, name) for name, t in took.items() if t > SLOW_S)
+    if late:
+        terminalreporter.section(f"more than {SLOW_S:g} s, not marked slow")
+        for seconds, name in reversed(late):
+            terminalreporter.write_line(f"{seconds:6.1f} s  {name}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
     """Sums round alike on every machine, and two test sessions on two cores do not fight."""

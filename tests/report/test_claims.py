@@ -147,6 +147,16 @@ def _names(monkeypatch):
     monkeypatch.setattr(claims, "papers", lambda: names)
 
 
+def test_a_rule_that_was_changed_says_so_in_the_table() -> None:
+    """The reader of a verdict sees that its rule is not the first one."""
+    changed = [c for c in claims.registry().values() if c.changed]
+    assert {"R16", "A14", "G09", "C03"} <= {c.id for c in changed}
+    html = claims.table([claims.judge("R16", None, testable=False)], caption="x")
+    assert "The rule was changed. After a first run on digits" in html
+    kept = claims.table([claims.judge("C01", None, testable=False)], caption="x")
+    assert "The rule was changed" not in kept
+
+
 def test_an_unverified_value_is_never_printed(judged):
     found = judged({"op": "<", "value": 2}, 1.0)
     unverified = replace(found, claim=replace(found.claim, evidence="U", reported="91.7 %"))

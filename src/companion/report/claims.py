@@ -228,7 +228,7 @@ def table(
         rows.append(
             f'<tr><th scope="row">{name} <span class="claim-text">{escape(claim.text)}</span></th>'
             f"<td>{reported}</td>"
-            f"<td>{here}{_small('rule: ' + claim.rule)}</td>"
+            f"<td>{here}{_small('rule: ' + claim.rule)}{_small(_changed(claim))}</td>"
             f'<td class="verdict {kind}"><span aria-hidden="true">'
             f"{SIGNS[v.verdict]}</span> {escape(v.verdict)}{_small(v.note)}</td>"
             + "".join(
@@ -323,6 +323,10 @@ def _reported(claim: Claim, names: Mapping[str, str]) -> tuple[str, set[str]]:
     paper = "ours, not the paper's" if claim.evidence in _OURS else names[claim.paper]
     source = ", ".join(part for part in (paper, claim.where) if part)
     return escape(claim.reported) + _small(f"{source} [{claim.evidence}]"), {claim.evidence}
+
+
+def _changed(claim: Claim) -> str:
+    return f"The rule was changed. {claim.changed}" if claim.changed else ""
 
 
 def _small(text: str) -> str:

@@ -54,6 +54,7 @@ class Claim:
     evidence: str  # a key of EVIDENCE
     unit: str = ""
     format: str = "{:.2f}"
+    changed: str = ""  # if the rule changed after a run had been seen: after which, and from what
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _claim(entry: Any, where: str, names: Mapping[str, str]) -> Claim:
         raise BadParameter(
             f"{where}: unknown field {', '.join(unknown)}. Allowed: {', '.join(_FIELDS)}."
         )
-    optional = {"unit", "format"}
+    optional = {"unit", "format", "changed"}
     missing = [name for name in _FIELDS if name not in entry and name not in optional]
     if missing:
         raise BadParameter(f"{where}: missing field {', '.join(missing)}.")
