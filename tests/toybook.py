@@ -45,7 +45,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from companion.report import claims, figures, provenance
+from companion.report import claims, figures, page, provenance, tables
 
 figures.use_style()
 parameters = {"n": n, "slope": slope, "ks": ks}
@@ -57,14 +57,34 @@ for name in ("toy-curve", "toy-twin"):
     ax.plot(y)
     ax.set_xlabel("step k")
     ax.set_ylabel("barrier (points)")
-    figures.publish(
-        fig,
-        name,
-        caption=f"The line ends at {y[-1]:.3f} points, $\\\\alpha = 1$.",
-        alt=f"A straight line from 0 to {y[-1]:.3f}.",
-        data={"y": y, "broken": float("nan")},
-    )
+    words = {}
+    if name == "toy-twin":
+        words = {"caption": f"The line ends at {y[-1]:.3f} points.", "alt": "A straight line."}
+    drawn = {"y": y, "broken": float("nan")}
+    figures.publish(fig, name, data=drawn, values={"end": y[-1]}, **words)
 ```
+
+:::{caption} toy-curve
+:alt: A straight line from 0
+  to {{end:.3f}}, of the {{network}}.
+The line of the {{network}} ends at {{end:.3f}} points, $\\alpha = 1$;
+see {numref}`fig-toy-twin`.
+:::
+
+```{code-cell} python
+tables.show(["k", "<y>"], [(k, slope * k) for k in ks], name="toy-table")
+page.fill(network="net|{{end}} <b>*1*</b>", fall=-slope, points=n)
+```
+
+:::{caption} toy-table
+The {{network}} at {{points}} points.
+:::
+
+The {{network}} falls by {{fall:.2f}}, and `{{fall}}` stays as it is.
+
+| what | how many |
+|---|---|
+| {{network}} | {{points}} |
 
 ```{code-cell} python
 claims.show(

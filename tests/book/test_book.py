@@ -50,11 +50,24 @@ def text_of(html: str) -> str:
 
 def test_a_figure_has_alt_text_caption_label_and_numbers_of_the_run(page):
     # 0.25 * (5 - 1): both factors come from the profile.
-    alt = 'alt="A straight line from 0 to 1.000."'
-    assert page.count(alt) == 2
+    name = "net|{{end}} &lt;b&gt;*1*&lt;/b&gt;"
+    assert f'alt="A straight line from 0 to 1.000, of the {name}."' in page
+    assert page.count('alt="A straight line."') == 1
     assert "The line ends at 1.000 points" in text_of(page)
+    (caption, _) = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
+    assert f"of the {name} ends at 1.000 points" in caption
+    assert 'href="#fig-toy-twin"' in caption and "{caption}" not in page
     assert 'id="fig-toy-curve"' in page and 'href="#fig-toy-curve"' in page
     assert 'id="fig-toy-twin"' in page  # the second figure of the same cell
+
+
+def test_prose_and_tables_have_the_values_of_the_run(page):
+    name = "net|{{end}} &lt;b&gt;*1*&lt;/b&gt;"
+    assert f"The {name} falls by −0.25, and " in page
+    assert re.search(r"<code[^>]*><span[^>]*>{{fall}}</span></code> stays as it is", page)
+    assert f"<caption>The {name} at 5 points.</caption>" in page
+    assert re.search(rf"<td[^>]*><p>{re.escape(name)}</p></td>\s*<td[^>]*><p>5</p></td>", page)
+    assert "points = 5" not in page  # what page.fill shows in a notebook
 
 
 def test_downloads_are_there_and_hold_the_data(built, page):
@@ -141,6 +154,34 @@ def test_a_failing_cell_fails_and_leaves_no_result(copied):
     assert list(book.executed("other", "01_toy").parent.iterdir()) == []
     staged = toybook.run(copied, "stage", "--profile", "other")
     assert staged.returncode == 1 and "was not executed, or it failed" in staged.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("falls by {{fall:.2f}}", "falls by {{fell:.2f}}", "falls by", "nobody gives 'fell'"),
+        ("{caption} toy-table", "{caption} toy-tabel", None, "table 'toy-table' has no caption"),
+        (
+            "The {{network}} falls",
+            ":::{caption} x\ny\n:::\nIt falls",
+            ":::{caption} x",
+            "called 'x'",
+        ),
+    ],
+)
+def test_a_text_that_does_not_fit_the_run_stops_the_build(copied, old, new, line, message):
+    """The notebook is staged as it was executed; its text is changed as a rebuild would."""
+    for path in (copied / "chapters/01_toy.md", Book(copied).executed("other", "01_toy")):
+        escaped = new if path.suffix == ".md" else new.replace("\n", "\\n")
+        text = path.read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, escaped), encoding="utf-8")
+    done = toybook.run(copied, "stage", "--profile", "other")
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    if line:
+        lines = (copied / "chapters/01_toy.md").read_text(encoding="utf-8").splitlines()
+        number = next(i for i, text in enumerate(lines, 1) if line in text)
+        assert f"chapters/01_toy.md, line {number}: " in done.stderr
 
 
 def test_a_sphinx_warning_fails_every_time(copied):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from companion.core import closing
 from companion.core.errors import BadParameter, MissingData
 from companion.core.stats import Interval
 from companion.report import claims, claims_file
@@ -105,6 +106,46 @@ def test_a_statistic_outside_its_interval_is_a_mistake(judged):
         judged({"op": "<", "value": 2}, 3.0, interval=(0.0, 1.0))
     with pytest.raises(BadParameter, match="give the interval once"):
         judged({"op": "<", "value": 2}, Interval(1, 0, 2, 9, 3), interval=(0.0, 1.0))
+
+
+def lacks(study):
+    closing.check(what="a path")
+    return claims.Statistic(study)
+
+
+def broken(study):
+    return claims.Statistic({}[study])
+
+
+def test_each_claim_of_a_paper_is_judged_from_its_function():
+    def c01(study):
+        return claims.Statistic(study, interval=(0.5, 1.0), n=9, detail="d", note="n")
+
+    def c02(study):
+        return claims.Statistic(study, testable=False)
+
+    first, second = claims.verdicts({"C01": c01, "C02": c02}, 0.75)
+    assert first == claims.judge("C01", 0.75, interval=(0.5, 1.0), n=9, detail="d", note="n")
+    assert second == claims.judge("C02", 0.75, testable=False)
+    with pytest.raises(KeyError):
+        claims.verdicts({"C01": c01, "C02": broken}, 0.75)
+    with pytest.raises(BadParameter, match="C99"):
+        claims.verdicts({"C99": c01}, 0.75)
+
+
+def test_while_a_recording_is_closed_a_claim_that_lacks_something_is_not_testable():
+    def wrong(study):
+        raise MissingData("no digits")
+
+    functions = {"C01": lacks, "C02": broken, "C03": claims.Statistic}
+    with closing.closed({"device": "cpu"}):
+        found = claims.verdicts(functions, 0.75)
+        with pytest.raises(MissingData):
+            claims.verdicts({"C01": wrong}, 0.75)
+    assert [v.verdict for v in found][:2] == [claims.NOT_TESTABLE] * 2
+    assert found[0].note == closing.WHY and found[0].value is None
+    assert found[1].note == f"{closing.WHY} (KeyError: 0.75)"
+    assert found[2].value == 0.75 and found[2].verdict != claims.NOT_TESTABLE
 
 
 def test_an_unknown_claim_is_named():

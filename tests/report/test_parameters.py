@@ -58,6 +58,13 @@ def test_bad_values_are_refused(injected: dict[str, Any], words: list[str]) -> N
         assert word in str(caught.value)
 
 
+def test_the_values_are_there_in_any_cell() -> None:
+    later = notebook(lr=1, study=object(), found=[1, 2])  # names that check would refuse
+    assert parameters.values(later) == {"steps": None, "lr": 1.0, "ks": None, "name": "x"}
+    with pytest.raises(BadParameter, match="steps"):
+        parameters.values(notebook(steps="many"))
+
+
 def test_changed_lists_what_differs_from_the_parameters_cell() -> None:
     assert parameters.changed(notebook()) == {}
     assert parameters.changed(notebook(lr=0.2, ks=[1])) == {"lr": 0.2, "ks": [1]}

@@ -12,6 +12,7 @@ import typer
 from companion.book import notebooks as _notebooks
 from companion.book import site
 from companion.book.layout import Book
+from companion.book.shape import shape as _shape
 from companion.book.stage import stage as _stage
 from companion.core.errors import CompanionError
 
@@ -68,6 +69,17 @@ def html(profile: Profile = "quick", root: Root = Path()) -> None:
 def check(profile: Profile = "quick", root: Root = Path()) -> None:
     """Check a built site: pages, links, alt texts, nothing from the network, no local paths."""
     site.check(Book(root), profile)
+
+
+@app.command()
+def shape(chapters: Chapters = None, root: Root = Path()) -> None:
+    """Count lines, visible code and prose of chapters, and say what is off."""
+    book = Book(root)
+    for chapter in chapters or book.chapters():
+        found = _shape(book.source(chapter).read_text(encoding="utf-8"), chapter)
+        print(f"{chapter}: {found}")
+        for problem in found.problems():
+            print(f"  {problem}")
 
 
 def main() -> None:

@@ -17,7 +17,9 @@ from typing import Any
 
 from companion.book.layout import Book, BookError
 from companion.book.parameters import declared, substituted
+from companion.book.prose import captions, fill, give, merged, places
 from companion.core.locations import data_root, runs_root
+from companion.report import tables
 from companion.report.figures import label
 from companion.report.recorded import Record
 
@@ -53,7 +55,8 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
         and download links; no timestamps, no paths of this machine.
 
     Raises:
-        BookError: Two figures of the chapter have the same name.
+        BookError: Two figures of the chapter have the same name; a figure or table without a
+            caption, or a caption without either; a placeholder in the text that nobody filled.
     """
     page = Page(chapter, notebook)
     values = dict(notebook.metadata.get("papermill", {}).get("parameters", {}))
@@ -67,6 +70,7 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
             _parameters(page, cell, values, profile)
         if cell.cell_type == "code":
             cell.outputs = list(_tidy(cell.outputs, book))
+    _texts(page, notebook, book)
     notebook.cells = [part for cell in notebook.cells for part in _figures(page, cell)]
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
@@ -127,6 +131,41 @@ def _scrub(text: str, book: Book) -> str:
         if len(path) > 1:  # a home folder of "/" is in every path
             text = re.sub(re.escape(path) + r"(?![\w.-])", names[path], text)
     return text
+
+
+def _texts(page: Page, notebook: Any, book: Book) -> None:
+    """Fill the placeholders of the Markdown, and give figures and tables their captions."""
+    at = places(book, page.chapter)
+    shown = [
+        (output, output["metadata"]["companion"])
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "companion" in output.get("metadata", {})
+    ]
+    values = merged((entry["values"] for _, entry in shown if "values" in entry), at(""))
+    blocks = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source, found = captions(cell.source, at)
+            cell.source = fill(cell.source, values, at)
+            blocks += found
+        elif cell.cell_type == "code":  # the values themselves are not for readers
+            filled = [output for output, entry in shown if "values" in entry]
+            cell.outputs = [o for o in cell.outputs if not any(o is f for f in filled)]
+    notebook.cells = [c for c in notebook.cells if c.cell_type != "markdown" or c.source.strip()]
+    alone = give(
+        [entry["figure"] for _, entry in shown if "figure" in entry],
+        [entry["table"] for _, entry in shown if "table" in entry],
+        blocks,
+        values,
+        at,
+    )
+    if alone:
+        raise BookError(f"{alone[0].where}: no figure or table is called {alone[0].name!r}.")
+    for output, entry in shown:
+        if table := entry.get("table"):
+            html = tables.html(table["columns"], table["rows"], table["caption"])
+            output["data"]["text/html"] = html
 
 
 def _figures(page: Page, cell: Any) -> Iterator[Any]:

@@ -37,6 +37,7 @@ import yaml
 from companion.book import parameters
 from companion.book.chapter import Cell, cells
 from companion.book.layout import Book
+from companion.book.prose import Caption, captions, give, merged, places
 from companion.core import closing, deadline, plainyaml
 from companion.core.errors import (
     BadParameter,
@@ -77,7 +78,8 @@ class Recording:
     Args:
         book: the book; name: the file's name, without ``.json``.
         chapter, profile: by name; overrides: parameters that differ from the profile's.
-        cells: the chapter's code; values: what profile and overrides set.
+        cells: the chapter's code; captions: those of its Markdown.
+        values: what profile and overrides set.
         problems: pictures that failed while it ran; their numbers are not in the result.
     """
 
@@ -87,6 +89,7 @@ class Recording:
     overrides: Mapping[str, Any]
     name: str
     cells: Sequence[Cell]
+    captions: Sequence[Caption]
     values: Mapping[str, Any]
     problems: list[str] = field(default_factory=list)
 
@@ -123,7 +126,9 @@ def prepare(
             is no file name, a folder that cannot be written.
     """
     where = f"chapters/{chapter_name}.md"
-    code = cells(book.source(chapter_name).read_text(encoding="utf-8"), where)
+    text = book.source(chapter_name).read_text(encoding="utf-8")
+    code = cells(text, where)
+    _, blocks = captions(text, places(book, chapter_name))
     tagged = [c for c in code if "parameters" in c.tags]
     if len(tagged) != 1:
         raise BadParameter(f"{where} has {len(tagged)} cells tagged `parameters`; it needs one.")
@@ -140,7 +145,7 @@ def prepare(
             f"--name: {name!r} is needed as a file name: up to 80 lower-case letters, digits, "
             "points, hyphens and underscores."
         )
-    found = Recording(book, chapter_name, profile, overrides, name, code, values)
+    found = Recording(book, chapter_name, profile, overrides, name, code, blocks, values)
     _check_folder(found.target.parent)
     return found
 
@@ -350,7 +355,7 @@ def close(
     if not found.all("claims") or not found.all("provenance"):
         said = "\n".join(recording.problems)
         raise RecordingFailed(f"--close: too much is missing ({missing}). Left out:\n{said}")
-    document = _document(recording, found, commit)
+    document = _document(recording, found, commit, closed=True)
     counts = ", ".join(f"{number} × {kind}" for kind, number in missing.items())
     for claim in document["claims"]:
         if claim["verdict"] == claims.NOT_TESTABLE:
@@ -459,7 +464,9 @@ def _note(piece: _Piece, where: str, statement: ast.stmt, error: Exception) -> N
     piece.recording.problems.append(f"{where}, line {statement.lineno}: {what}")
 
 
-def _document(r: Recording, found: page.Captured, commit: str | None) -> dict[str, Any]:
+def _document(
+    r: Recording, found: page.Captured, commit: str | None, *, closed: bool = False
+) -> dict[str, Any]:
     """The result as plain JSON types."""
     provenance = next(iter(found.all("provenance")), None)
     claims = [entry for group in found.all("claims") for entry in group]
@@ -470,6 +477,14 @@ def _document(r: Recording, found: page.Captured, commit: str | None) -> dict[st
         )
     if commit:
         provenance = {**provenance, "code": {"commit": commit, "changed": None}}
+    figures, tables = found.all("figure"), found.all("table")
+    at = places(r.book, r.chapter)
+    values = merged(found.all("values"), at(""))
+    missing = partly.TEXT if closed else None
+    for block in give(figures, tables, r.captions, values, at, missing=missing):
+        # Its figure failed, or was left out: then that is said already.
+        if not r.problems:
+            raise RecordingFailed(f"{block.where}: no figure or table is called {block.name!r}.")
     document = {
         "format": FORMAT,
         "chapter": r.chapter,
@@ -482,8 +497,9 @@ def _document(r: Recording, found: page.Captured, commit: str | None) -> dict[st
         "scale": claims[0]["scale"],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "claims": [{k: v for k, v in c.items() if k != "scale"} for c in claims],
-        "figures": {f["name"]: f for f in found.all("figure")},
-        "tables": found.all("table"),
+        "figures": {f["name"]: f for f in figures},
+        "tables": tables,
+        "values": values,
         "numbers": {k: v for entry in found.all("number") for k, v in entry.items()},
         "problems": list(r.problems),
         "provenance": provenance,

@@ -180,9 +180,11 @@ def command(
         },
     )
     if plot:
-        from companion.cli.plots import curve
+        from companion.report import figures, plots
 
-        curve(found, plot)
+        title = "Error and loss on the line between two networks"
+        with figures.file(plot, title, figsize=(8.6, 3.7)) as fig:
+            plots.barriers(fig, {"": found})
         say(f"curve drawn in {plot}")
 
 

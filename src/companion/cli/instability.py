@@ -214,9 +214,25 @@ def command(
         },
     )
     if plot:
-        from companion.cli.plots import by_k
+        from companion.report import figures, plots
 
-        by_k(found, plot, limit, metric)
+        values = {s: {k: found.interval(k, s, metric) for k in found.ks} for s in ("test", "train")}
+        series = {s: {k: v for k, v in of.items() if v is not None} for s, of in values.items()}
+        unit = "nats" if metric == "loss" else "points"
+        with figures.file(plot, f"{metric.capitalize()} barrier by fork step") as fig:
+            ax = fig.subplots()
+            plots.against_k(
+                ax,
+                series,
+                steps=found.recipe.steps,
+                threshold=limit,
+                meaning=unit,
+                ylabel=f"{metric} barrier ({unit})",
+            )
+            counts = sorted({len(found.values(k)) for k in found.ks})
+            pairs = "–".join(str(c) for c in dict.fromkeys((counts[0], counts[-1])))
+            title = f"{found.recipe.net} on {found.recipe.data}"
+            ax.set_title(f"{title}: mean of {pairs} pairs, 95 % interval", fontsize=10)
         say(f"figure drawn in {plot}")
 
 

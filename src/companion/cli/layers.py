@@ -170,9 +170,12 @@ def command(
         },
     )
     if plot:
-        from companion.cli.plots import layers
+        from companion.report import figures, plots
 
-        layers(found, plot)
+        size = (9.4, max(3.4, 1.4 + 0.22 * len(found.groups)))
+        title = "Loss barriers of layers between two networks"
+        with figures.file(plot, title, figsize=size) as fig:
+            plots.layers(fig, found)
         say(f"barriers drawn in {plot}")
 
 

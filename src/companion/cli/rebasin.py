@@ -245,9 +245,11 @@ def command(
         if method in folded.METHODS:
             say(f"the merged network is in folded form, too: --model {here.model}")
     if plot and measured:
-        from companion.cli.plots import before_and_after
+        from companion.report import figures, plots
 
-        before_and_after(before, after, plot)
+        title = "Error and loss on the line before and after matching"
+        with figures.file(plot, title, figsize=(8.6, 3.9)) as fig:
+            plots.barriers(fig, {"before": before, "after": after})
         say(f"curves drawn in {plot}")
     write_json(
         json,

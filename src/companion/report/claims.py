@@ -4,7 +4,8 @@
 
     from companion.report import claims
 
-    verdicts = [claims.judge("C01", barrier, n=9, interval=(0.2, 0.6))]
+    CLAIMS = {"C01": c01, "C02": c02}  # each takes the study and returns a Statistic
+    verdicts = claims.verdicts(CLAIMS, study)
     claims.show(verdicts, scale="digits, MLP 64-100x5-10, 3 inits x 3 pairs, CPU")
 
 :func:`judge` is the only place where a number becomes a word. The table's contents also travel in
@@ -17,17 +18,31 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from companion.core.errors import BadParameter
+from companion.core import closing
+from companion.core.errors import BadParameter, CompanionError, NotMeasured
 from companion.report import page
 from companion.report.claims_file import EVIDENCE, Claim, papers, registry
 
 if TYPE_CHECKING:
     from companion.core.stats import Interval  # not imported: it takes torch along
 
-__all__ = ["Claim", "Verdict", "again", "judge", "papers", "registry", "show", "table", "tally"]
+__all__ = [
+    "Claim",
+    "Statistic",
+    "Verdict",
+    "again",
+    "judge",
+    "papers",
+    "registry",
+    "show",
+    "table",
+    "tally",
+    "verdicts",
+]
 
+S = TypeVar("S")
 
 _OURS = ("D", "E")  # shown as ours, never as the paper's
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -98,6 +113,63 @@ class Verdict:
             interval=(float(interval[0]), float(interval[1])) if interval else None,
             **fields,
         )
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What a claim's function computes: the arguments of :func:`judge`.
+
+    Arguments:
+        value: what the claim's ``statistic`` describes, in its ``unit``, alone or with its
+            interval; a truth value for ``op: "true"``; None if it was not measured.
+        interval: low and high end of a confidence interval.
+        n: how many samples it rests on.
+        detail: shown under the value.
+        note: shown under the verdict: a caveat, or why it was not testable.
+        testable: False if this scale cannot answer the question, whatever came out.
+    """
+
+    value: float | Interval | None
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    detail: str = ""
+    note: str = ""
+    testable: bool = True
+
+
+def verdicts(functions: Mapping[str, Callable[[S], Statistic]], study: S) -> list[Verdict]:
+    """Compute and judge the claims of a paper, in order.
+
+    While a recording is closed, a claim whose function lacks something measured becomes "not
+    testable", and the others are judged. Otherwise an error is an error.
+
+    Arguments:
+        functions: claim id -> the function that computes its statistic.
+        study: what each of them is given.
+    """
+    found = []
+    for id, function in functions.items():
+        try:
+            got = function(study)
+        except Exception as error:
+            lacks = isinstance(error, NotMeasured | BadParameter)
+            if not closing.active() or (isinstance(error, CompanionError) and not lacks):
+                raise
+            # Any other error may come of what is missing, or be a mistake: it is named.
+            named = "" if isinstance(error, NotMeasured) else f" ({type(error).__name__}: {error})"
+            got = Statistic(None, note=closing.WHY + named)
+        found.append(
+            judge(
+                id,
+                got.value,
+                interval=got.interval,
+                n=got.n,
+                detail=got.detail,
+                note=got.note,
+                testable=got.testable,
+            )
+        )
+    return found
 
 
 def judge(

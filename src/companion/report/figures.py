@@ -7,13 +7,14 @@ A chapter calls :func:`use_style` once and :func:`publish` for every figure::
     figures.use_style()
     fig, ax = plt.subplots()
     ...
-    figures.publish(
-        fig,
-        "barrier-by-k",
-        caption=f"The barrier falls below 2 points at $k = {k}$.",
-        alt=f"A line that falls from {b[0]:.0f} points at k = 0 to {b[-1]:.1f} at k = {ks[-1]}.",
-        data={"k": ks, "barrier": b},
-    )
+    figures.publish(fig, "barrier-by-k", data={"k": ks, "barrier": b}, values={"first": b[0]})
+
+Caption and alternative text stand in the chapter's Markdown, after the cell::
+
+    :::{caption} barrier-by-k
+    :alt: A line that falls from {{first:.0f}} points at k = 0 to almost none.
+    The barrier against the step at which the copies part.
+    :::
 
 What was published travels in the metadata of the cell's output, so it survives papermill; the book
 turns it into a captioned figure with a label (``fig-barrier-by-k``) and two download links.
@@ -25,7 +26,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from companion.core.errors import BadParameter
@@ -101,35 +104,48 @@ def use_style() -> None:
 
 
 def publish(
-    fig: Figure, name: str, *, caption: str, alt: str, data: Mapping[str, Any] | None = None
+    fig: Figure,
+    name: str,
+    *,
+    data: Mapping[str, Any] | None = None,
+    values: Mapping[str, Any] | None = None,
+    caption: str | None = None,
+    alt: str | None = None,
 ) -> None:
-    """Show a figure and hand it to the book: caption, alt text, label, and the data behind it.
+    """Show a figure and hand it to the book: label, the data behind it, and what its caption says.
 
     Args:
         fig: The figure. It is closed, so nothing shows it twice.
         name: Lower-case letters, digits and hyphens. It names the files, and the label is
             ``fig-<name>`` (a leading ``fig-`` is not doubled): ``{numref}`fig-<name>```.
-        caption: MyST text. Put numbers in with an f-string, so that they come from the run.
-        alt: What the figure shows, for somebody who does not see it. Not the caption again.
         data: What was drawn, as nested mappings, lists, numbers, strings, arrays or tensors.
             NaN and infinities become null. It is offered for download beside the figure.
+        values: Numbers and strings for the placeholders of this figure's ``{caption}`` block; they
+            come before those of :func:`companion.report.page.fill`.
+        caption, alt: MyST text and alternative text, for a figure that has no ``{caption}`` block.
 
     Raises:
         BadParameter: A malformed name, one that another cell already used, an empty caption or
-            alt text, or data that JSON cannot hold.
+            alt text, one without the other, or data that JSON cannot hold.
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
         raise BadParameter(
             f"figure name {name!r}: use lower-case letters, digits and single hyphens, "
             "such as 'barrier-by-k'."
         )
+    entry: dict[str, Any] = {"name": name}
     for what, text in (("caption", caption), ("alt", alt)):
-        if not text.strip():
+        if caption is None and alt is None:
+            break
+        if text is None or not text.strip():
             raise BadParameter(
                 f"figure {name!r}: {what} is empty. Say what the figure shows"
                 + (", for somebody who does not see it." if what == "alt" else ".")
             )
-    values = None if data is None else to_json(data, f"figure {name!r}, data")
+        entry[what] = " ".join(text.split())
+    entry["data"] = None if data is None else to_json(data, f"figure {name!r}, data")
+    if values:
+        entry["values"] = page.fillable(values, f"figure {name!r}, values")
     _claim_name(name)
     # A recording keeps the numbers, and the page draws them: no font or backend can lose them.
     picture = "" if page.recorder() else _svg(fig, name)
@@ -137,11 +153,34 @@ def publish(
     import matplotlib.pyplot as plt
 
     plt.close(fig)
-    entry = {"name": name, "caption": " ".join(caption.split()), "alt": " ".join(alt.split())}
-    page.emit(
-        {"image/svg+xml": picture, "text/plain": f"Figure {name}: {entry['alt']}"},
-        {"figure": {**entry, "data": values}},
-    )
+    said = f"Figure {name}: {entry['alt']}" if alt else f"Figure {name}"
+    page.emit({"image/svg+xml": picture, "text/plain": said}, {"figure": entry})
+
+
+@contextmanager
+def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
+    """A figure of the book's look that is written to a file at the end; no window, no pyplot.
+
+    Arguments:
+        path: ends in .svg, .pdf or .png. title: in the file's metadata.
+        size: for the figure, such as ``figsize``.
+
+    Raises:
+        BadParameter: the file cannot be written.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    kind = path.suffix.lower().removeprefix(".")
+    fixed: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+    with mpl.rc_context():
+        use_style()
+        fig = Figure(**size)
+        yield fig
+        try:
+            fig.savefig(path, format=kind, dpi=160, metadata={"Title": title, **fixed[kind]})
+        except OSError as e:
+            raise BadParameter(f"--plot: {path} cannot be written ({e.strerror}).") from e
 
 
 def label(name: str) -> str:

@@ -1,7 +1,7 @@
 """The one way from a chapter to its page: in a notebook it shows, under a recorder it is kept.
 
     page.text(f"The barrier falls below 2 points at k = {k}.")
-    page.number("one-image", 100 / len(images.test))     # for {glue:text}`one-image:.2f` in prose
+    page.fill(peak=86.7, network="ResNet-20")  # for {{peak:.0f}} and {{network}} in prose
 
 Figures, tables, verdicts and provenance go through :func:`emit` too. A chapter therefore imports
 neither IPython nor MyST-NB, and ``companion record`` runs its cells on a machine that has neither:
@@ -10,11 +10,14 @@ neither IPython nor MyST-NB, and ``companion record`` runs its cells on a machin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:
     from companion.experiments.budget import Plan
@@ -89,6 +92,41 @@ def emit(data: Mapping[str, str], entry: Mapping[str, Any]) -> None:
 def text(markdown: str) -> None:
     """Prose whose numbers come from the run, as Markdown."""
     emit({"text/markdown": markdown, "text/plain": markdown}, {"text": markdown})
+
+
+def fill(**values: Any) -> None:
+    """Give the prose and the captions of the chapter what stands in ``{{name}}``, ``{{name:.1f}}``.
+
+    Arguments:
+        values: numbers and strings, by name. A string is data: it is shown as it is, not as markup.
+
+    Raises:
+        BadParameter: a value of another kind.
+    """
+    plain = fillable(values, "page.fill")
+    said = ", ".join(f"{name} = {value}" for name, value in plain.items())
+    emit({"text/plain": said}, {"values": plain})
+
+
+def fillable(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values for placeholders as JSON has them; numbers that are not finite as "nan", "inf".
+
+    Arguments:
+        values: numbers of any library, and strings.
+        where: who gives them, for messages.
+
+    Raises:
+        BadParameter: a value of another kind.
+    """
+    found: dict[str, Any] = {}
+    for name, given in values.items():
+        value = given.item() if getattr(given, "ndim", None) == 0 else given
+        if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+            kind = type(given).__name__
+            raise BadParameter(f"{where}: {name} is of type {kind}; give a number or a string.")
+        odd = isinstance(value, float) and not math.isfinite(value)
+        found[name] = str(value) if odd else value
+    return found
 
 
 def number(name: str, value: float) -> None:

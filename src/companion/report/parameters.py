@@ -28,13 +28,25 @@ def check(namespace: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         BadParameter: an unknown name (with the nearest known one), or a value of another type.
     """
-    declared: Mapping[str, Any] = namespace.get("__annotations__", {})
+    declared = _declared(namespace)
     for name, value in namespace.items():
         foreign = isinstance(value, types.ModuleType) or callable(value) or name.startswith("_")
         if not foreign and name not in _NOTEBOOK:
             one_of("parameter", name, declared)
-    values = {}
-    for name, hint in declared.items():
+    return values(namespace)
+
+
+def values(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The chapter's parameters and their values, for ``paper.design(**values(globals()))``.
+
+    Arguments:
+        namespace: ``globals()`` of a notebook, in any cell.
+
+    Raises:
+        BadParameter: a value of another type than the parameters cell says.
+    """
+    found = {}
+    for name, hint in _declared(namespace).items():
         value = namespace[name]
         if not _fits(value, hint):
             wanted = hint.__name__ if isinstance(hint, type) else str(hint)
@@ -43,8 +55,8 @@ def check(namespace: Mapping[str, Any]) -> dict[str, Any]:
                 "papermill: -p NAME VALUE for numbers and names, -y 'NAME: [1, 2]' for lists; "
                 "in YAML 1e-3 is text, write 0.001."
             )
-        values[name] = float(value) if hint is float else value
-    return values
+        found[name] = float(value) if hint is float else value
+    return found
 
 
 def changed(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +64,6 @@ def changed(namespace: Mapping[str, Any]) -> dict[str, Any]:
 
     The defaults are read from the source of the parameters cell, which IPython keeps in ``In``.
     """
-    declared: Mapping[str, Any] = namespace.get("__annotations__", {})
     defaults: dict[str, Any] = {}
     for source in namespace.get("In", []):
         try:
@@ -65,9 +76,15 @@ def changed(namespace: Mapping[str, Any]) -> dict[str, Any]:
                     defaults.setdefault(node.target.id, ast.literal_eval(node.value))
     return {
         name: namespace[name]
-        for name in declared
+        for name in _declared(namespace)
         if name not in defaults or namespace[name] != defaults[name]
     }
+
+
+def _declared(namespace: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Name to type, from the annotations of the parameters cell."""
+    found: Mapping[str, Any] = namespace.get("__annotations__", {})
+    return found
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -19,7 +19,7 @@ from companion.report import claims
 
 Failed = Callable[[ast.stmt, Exception], None]
 
-_TEXT = "The recording was closed before everything that this figure speaks of was measured."
+TEXT = "The recording was closed before everything that this figure speaks of was measured."
 _SAVED = "_companion_saved"
 
 
@@ -152,8 +152,11 @@ def _called(call: ast.Call, path: str, namespace: dict[str, Any]) -> bool:
         try:
             named[keyword.arg] = _value(keyword.value, path, namespace)
         except Exception:
-            if name == "show" or keyword.arg not in ("caption", "alt"):
+            if keyword.arg == "values":  # the caption that wants them will say so
+                named[keyword.arg] = {}
+            elif name == "publish" and keyword.arg in ("caption", "alt"):
+                named[keyword.arg] = TEXT
+            else:
                 raise
-            named[keyword.arg] = _TEXT
     _value(call.func, path, namespace)(*given, **named)
     return True

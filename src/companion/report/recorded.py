@@ -172,13 +172,15 @@ def curves(
     """The curves against k of one figure in every record that has it, on test data.
 
     Returns:
-        title -> (T, label -> k -> interval), as :func:`companion.report.plots.panels` draws them.
+        title -> (T, or 0 if the axis has no total; label -> k -> interval), as
+            :func:`companion.report.plots.panels` draws them.
     """
     from companion.core.stats import Interval
 
     found = {}
     for record in records:
-        data = (record.data["figures"].get(figure) or {}).get("data") or {}
+        drawn = {n: (f or {}).get("data") or {} for n, f in record.data["figures"].items()}
+        data = drawn.get(figure, {})
         series = {
             label: {
                 k: Interval(mean, low, high, n, 0)
@@ -191,8 +193,10 @@ def curves(
             if isinstance(s, dict) and label.endswith(", test") and s["k"]  # some pair was valid
         }
         if series:
-            title = f"{record.name}: {record.dataset}, T = {data['T']}\n"
-            title += f"{record.data['hardware']}, {record.data['date']}"
+            # Against the width, T is 0, as no axis runs to it; other figures of the record know T.
+            steps = max(int(one.get("T") or 0) for one in drawn.values())
+            title = f"{record.name}: {record.dataset}" + (f", T = {steps}" if steps else "")
+            title += f"\n{record.data['hardware']}, {record.data['date']}"
             found[title] = (int(data["T"]), series)
     return found
 

@@ -5,7 +5,7 @@ MyST-NB renders Markdown outputs without table support, so chapters call :func:`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,31 +13,55 @@ from companion.core.errors import BadParameter
 from companion.report import page
 
 
-def show(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str) -> None:
+def show(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    name: str | None = None,
+    values: Mapping[str, Any] | None = None,
+    caption: str | None = None,
+) -> None:
     """Display a table; wide ones scroll on a small screen.
 
     Arguments:
-        columns: headers, shape (columns,); rows: values, shape (rows, columns), shown by ``str``.
-            The first value of a row is its header.
+        columns: headers, shape (columns,).
+        rows: values, shape (rows, columns), shown by ``str``. The first value of a row is its
+            header.
+        name: of the ``{caption}`` block in the chapter's Markdown.
+        values: numbers and strings for the placeholders of that block; they come before those of
+            :func:`companion.report.page.fill`.
+        caption: plain text, for a table that has no ``{caption}`` block.
 
     Raises:
-        BadParameter: a row of another length, or no caption.
+        BadParameter: a row of another length, or neither a name nor a caption.
     """
-    if not caption.strip() or any(len(row) != len(columns) for row in rows):
-        raise BadParameter("tables.show needs a caption, and as many values a row as columns.")
+    if not (caption or name or "").strip() or any(len(row) != len(columns) for row in rows):
+        raise BadParameter(
+            "tables.show needs a name or a caption, and as many values a row as columns."
+        )
+    text = "\n".join("\t".join(map(str, row)) for row in [columns, *rows])
+    entry: dict[str, Any] = {"columns": list(columns), "rows": [[*map(str, r)] for r in rows]}
+    entry |= {key: word for key, word in (("name", name), ("caption", caption)) if word}
+    if values:
+        entry["values"] = page.fillable(values, f"table {name!r}, values")
+    page.emit(
+        {"text/html": html(columns, entry["rows"], caption or str(name)), "text/plain": text},
+        {"table": entry},
+    )
+
+
+def html(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """The table as HTML; everything is plain text."""
     head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
     body = "".join(
-        f'<tr><th scope="row">{escape(str(first))}</th>'
-        + "".join(f"<td>{escape(str(value))}</td>" for value in rest)
+        f'<tr><th scope="row">{escape(first)}</th>'
+        + "".join(f"<td>{escape(value)}</td>" for value in rest)
         + "</tr>"
         for first, *rest in rows
     )
     title = escape(caption)
-    html = (
+    return (
         f'<div class="companion-scroll" tabindex="0" role="region" aria-label="{title}">'
         f'<table class="companion-table"><caption>{title}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-    text = "\n".join("\t".join(map(str, row)) for row in [columns, *rows])
-    entry = {"caption": caption, "columns": list(columns), "rows": [[*map(str, r)] for r in rows]}
-    page.emit({"text/html": html, "text/plain": text}, {"table": entry})
