@@ -27,7 +27,6 @@ from companion.papers.rebasin import (
     Setting,
     counted,
     height,
-    network_name,
     over_pairs,
     said,
     setting,
@@ -37,12 +36,12 @@ from companion.report import claims, figures, page, plots, tables
 from companion.report.claims import Statistic
 from companion.training import Job, Recipe, Run, check_fit
 
-METRICS = {"loss": "loss (nats)", "error": "error (%)", "ece": "calibration error (points)"}
+METRICS = {"loss": "loss (nats)", "error": "error (%)", "ece": "ECE (points)"}
 NONE = "not measured"
 PREDICTORS = {
-    "input": "one input, on average",
-    "merged": "MergeMany",
-    "ensemble": "ensemble of the inputs",
+    "input": "one input",
+    "merged": "merged",
+    "ensemble": "ensemble",
 }
 
 
@@ -63,7 +62,7 @@ class Study(Setting):
 
     def words(self) -> dict[str, float | str]:
         """What captions and prose say of the whole page."""
-        merged = network_name(self.at_width(self.merge_width).net)
+        merged = self.named(self.merge_width)
         many = counted(self.many, "network") if self.many else "several networks"
         return {**super().words(), "merged_network": merged, "many": many}
 
@@ -314,7 +313,7 @@ def show_merges(study: Study) -> None:
     if not study.merges:
         return
     rows = {
-        f"{counted(len(study.groups[data]), 'network')}, {data}: {text}": {
+        f"{len(study.groups[data])} of {data}: {text}": {
             m: over_pairs([study.worth(data, predictor, m)]) for m in METRICS
         }
         for data in study.merges

@@ -9,7 +9,6 @@ are first looked at. Each claim of ``data/claims.yaml`` is one function of a stu
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -128,18 +127,21 @@ class Setting:
             f"{self.pairs} pairs, {hardware}"
         )
 
+    def named(self, width: int) -> str:
+        """The network of this width, for people."""
+        found = models.title(self.at_width(width).net)
+        return f"{found} of {width} units a layer" if self.is_mlp else found
+
     def words(self) -> dict[str, float | str]:
         """What captions and prose say of the whole page."""
-        name = network_name(self.main.net)
-        if models.has_batchnorm(self.main.net):  # the headline is named wherever the network is
-            name += f", statistics: {self.evaluation.bn}"
+        mode = self.evaluation.bn
+        normed = f", BatchNorm {mode}" if models.has_batchnorm(self.main.net) else ""
         return {
             "data": self.images.label,
-            "network": name,
+            "network": self.named(self.width) + normed,
             "steps": self.main.steps,
             "pairs": counted(self.pairs, "pair"),
             "spread": "95 % interval" if self.pairs > 3 else "range, lowest to highest",
-            "train_examples": self.evaluation.train_examples or len(self.images.train),
         }
 
     def align(
@@ -245,26 +247,6 @@ def setting(
     found = Setting(images, net, base, width, pairs, evaluation, max_error, where, workers)
     check_fit(found.main, images)
     return found
-
-
-def network_name(net: str) -> str:
-    """What people call a network: ``mlp:widths=512x3`` is a perceptron with three hidden layers."""
-    family, _, rest = net.partition(":")
-    options = dict(part.split("=", 1) for part in rest.split(",") if "=" in part)
-    widths = re.fullmatch(r"(\d+)x(\d+)", options.get("widths", ""))
-    if family == "mlp" and widths:
-        number = dict(zip("123456", ["one", "two", "three", "four", "five", "six"], strict=True))
-        layers = number.get(widths[2], widths[2])
-        named = f"perceptron with {layers} hidden layers of {widths[1]} units"
-    elif kind := re.fullmatch(r"(resnet|vgg)(\d+)", family):
-        named = f"{'ResNet' if kind[1] == 'resnet' else 'VGG'}-{kind[2]}"
-        named += f" of width {options['width']}" if "width" in options else ""
-        norms = {"layer": "LayerNorm", "batch": "BatchNorm", "group": "GroupNorm"}
-        named += f" with {norms[options['norm']]}" if options.get("norm") in norms else ""
-    else:
-        return net
-    inits = {"lecun": "Flax's", "kaiming": "He's", "torch": "PyTorch's"}
-    return named + (f", {inits[options['init']]} initialisation" if "init" in options else "")
 
 
 @dataclass(frozen=True)
