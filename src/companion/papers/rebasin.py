@@ -141,7 +141,7 @@ class Setting:
             "network": self.named(self.width) + normed,
             "steps": self.main.steps,
             "pairs": counted(self.pairs, "pair"),
-            "spread": "95 % interval" if self.pairs > 3 else "range, lowest to highest",
+            "spread": "95 % interval" if self.pairs > 3 else "their range, lowest to highest",
         }
 
     def align(
@@ -489,19 +489,14 @@ def counterexample() -> tuple[Spec, dict[str, Tensor], dict[str, Tensor]]:
     B the other way round. Source: Git Re-Basin, App. A.6.
     """
 
-    def network(
-        sign_1: list[float], b1: list[float], sign_2: list[float], b2: list[float]
-    ) -> dict[str, Tensor]:
-        return {
-            "0.weight": torch.diag(torch.tensor(sign_1)),
-            "0.bias": torch.tensor(b1),
-            "1.weight": torch.diag(torch.tensor(sign_2)),
-            "1.bias": torch.tensor(b2),
-            "2.weight": torch.tensor([[-1.0, -1.0]]),
-        }
+    def network(signs: list[list[float]], b1: list[float], b2: list[float]) -> dict[str, Tensor]:
+        one, two = (torch.diag(torch.tensor(s)) for s in signs)
+        biases = {"0.bias": torch.tensor(b1), "1.bias": torch.tensor(b2)}
+        last = torch.tensor([[-1.0, -1.0]])
+        return {"0.weight": one, "1.weight": two, "2.weight": last, **biases}
 
-    a = network([-1.0, -1.0], [1.0, 0.0], [-1.0, 1.0], [1.0, 0.0])
-    b = network([1.0, 1.0], [0.0, 1.0], [1.0, -1.0], [0.0, 1.0])
+    a = network([[-1.0, -1.0], [-1.0, 1.0]], [1.0, 0.0], [1.0, 0.0])
+    b = network([[1.0, 1.0], [1.0, -1.0]], [0.0, 1.0], [0.0, 1.0])
     return chain(2, 2, 2, 1), a, b
 
 
@@ -856,7 +851,7 @@ def counted(n: int, thing: str) -> str:
 
 def _told(points: Mapping[int, Interval], form: str = "{:.2f}") -> str:
     """A curve for an alternative text."""
-    return ", ".join(f"{said(v, form)} at {x}" for x, v in points.items()) or "no valid pair"
+    return ", ".join(f"{x}: {said(v, form)}" for x, v in points.items()) or "no valid pair"
 
 
 def _series(found: Mapping[int, Results], value: Value, method: str) -> dict[int, Interval]:
@@ -1143,7 +1138,7 @@ def show_recorded(records: Sequence[recorded.Record]) -> None:
     """Barrier against width and against time in every record that has it."""
     for name, xlabel in (("rebasin-width", "width"), ("rebasin-time", "step of training")):
         runs = recorded.curves(records, name)
-        told = "; ".join(f"{r.title}: {recorded.extremes(r, name)}" for r in records)
+        told = "; ".join(f"{r.title}: {recorded.extremes(r, name, name[8:])}" for r in records)
         page.fill(**{f"recorded_{name[8:]}": told})
         if runs:
             label = "test error barrier (points)"

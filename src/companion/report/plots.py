@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 
     from companion.connectivity import Barrier, Curve, Plane
     from companion.core.stats import Interval
-    from companion.experiments.merged import Reading
     from companion.layerwise import LayerBarriers
 
 UNITS = {"error": "error (%)", "loss": "cross-entropy (nats)"}
 MAP = "cividis_r"  # yellow is low, dark blue is high
 MOST_NAMES = 14  # layers named below one panel at most
-FEWEST = 10  # pairs in a bin of a reliability curve that is drawn; fewer are noise
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", "-.", ":")
 _SPLITS: dict[str, dict[str, Any]] = {
@@ -552,26 +550,6 @@ def spectrum(ax: Axes, series: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         ylim=(0, 1.02),
         xlim=(0, 1),
     )
-    return drawn
-
-
-def reliability(ax: Axes, readings: Mapping[str, Reading]) -> dict[str, Any]:
-    """How often a stated probability comes true, for several predictors, in bins."""
-    ax.plot([0, 1], [0, 1], **_DASHED)
-    drawn = {}
-    for number, (label, one) in enumerate(readings.items()):
-        full = [i for i, n in enumerate(one.count) if n >= FEWEST]
-        ax.plot(
-            [one.confidence[i] for i in full],
-            [one.fraction[i] for i in full],
-            _LINES[number % 4],
-            marker=_MARKERS[number % 7],
-            label=f"{label}, ECE {one.ece:.1f}",
-        )
-        fields = ("confidence", "fraction", "count", "ece")
-        drawn[label] = {field: getattr(one, field) for field in fields}
-    ax.set(xlabel="stated probability", ylabel="share that is true", xlim=(0, 1), ylim=(0, 1.02))
-    _legend(ax, fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
     return drawn
 
 
