@@ -355,11 +355,13 @@ def show_split(study: Study) -> None:
         "trained on all data": float(np.mean(study.read("full data", "loss"))),
     }
     groups = {NAMES[n]: [r.barrier.curve for r in g if r.valid] for n, g in study.halfway.items()}
-    fig, axes = plots.grid(1, columns=1)
-    label = "α, from A (0) to π(B) (1)"
-    drawn = plots.lines(axes[0], groups, metric="loss", xlabel=label)
-    plots.levels(axes[0], bars)
-    plots.legend(fig, columns=3)
+    fig, axes = plots.grid(2, height=4.2)
+    look = {"metric": "loss", "xlabel": "α, from A (0) to π(B) (1)"}
+    drawn = plots.lines(axes[0], groups, **look)
+    plots.lines(axes[1], groups | {NAMES["naive"]: []}, **look)
+    plots.levels(axes[1], bars)
+    for ax in axes:
+        ax.legend(fontsize=8)
     figures.publish(fig, "rebasin-split", data=drawn | {"levels": bars})
 
 

@@ -982,8 +982,9 @@ def _sweep(
     for ax, metric, unit in zip(axes, ("error", "loss"), ("points", "nats"), strict=True):
         series = {
             label: _series(found, height(of.get("split", "test"), metric, bn=of.get("bn")), method)
-            for label, (method, of) in rows.items()
             if metric == "error" or method != "naive"
+            else {}
+            for label, (method, of) in rows.items()
         }
         ylabel = f"{metric} barrier ({unit})"
         drawn[metric] = plots.sweep(ax, series, xlabel=xlabel, ylabel=ylabel, **o)

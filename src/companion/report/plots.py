@@ -251,7 +251,8 @@ def sweep(
     """A statistic with its intervals against a whole number (width, step), evenly spaced.
 
     Arguments:
-        series: label -> number -> interval; ticks: number -> what the axis says there.
+        series: label -> number -> interval; one without any is left out.
+        ticks: number -> what the axis says there.
         total: of the axis (T, for steps); then ticks say the share of it, too.
 
     Returns:
@@ -265,14 +266,16 @@ def sweep(
         mean = np.asarray([p.value for p in points.values()], dtype=float)
         low = np.asarray([p.low for p in points.values()], dtype=float)
         high = np.asarray([p.high for p in points.values()], dtype=float)
-        ax.errorbar(
-            [place[k] + shift[number] for k in points],
-            mean,
-            yerr=np.maximum([mean - low, high - mean], 0),
-            marker=_MARKERS[number % 7],
-            linestyle=_LINES[number % 4],
-            label=label,
-        )
+        if points:
+            ax.errorbar(
+                [place[k] + shift[number] for k in points],
+                mean,
+                yerr=np.maximum([mean - low, high - mean], 0),
+                color=f"C{number}",
+                marker=_MARKERS[number % 7],
+                linestyle=_LINES[number % 4],
+                label=label,
+            )
         drawn[label] = {"k": list(points), "mean": mean, "low": low, "high": high}
         drawn[label]["pairs"] = [p.n for p in points.values()]
     said = {k: f"{k}\n{100 * k / total:.3g} %" if total else str(k) for k in numbers}
