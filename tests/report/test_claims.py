@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from reread import reread
 
 from companion.core import closing
 from companion.core.errors import BadParameter, MissingData
@@ -218,7 +218,7 @@ def test_our_own_numbers_are_not_shown_as_the_papers(judged, tag):
 def test_verdicts_survive_json(judged):
     for value, interval in ((1.0, (0.5, 1.5)), (math.inf, None), (math.nan, None), (None, None)):
         found = judged({"op": "<", "value": 2}, value, interval=interval)
-        back = claims.Verdict.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+        back = reread(found)
         assert repr(back) == repr(found)
 
 

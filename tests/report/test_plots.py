@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from companion.connectivity import Curve, Plane
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.stats import Interval
 from companion.report import figures, plots, recorded
@@ -200,8 +201,8 @@ def test_planes_are_on_one_scale_with_its_bar(metric):
     segment, *marks = axes[0].lines
     assert list(segment.get_xdata()) == [1.0, 0.5]
     assert [m.get_marker() for m in marks] == ["s", "o", "o"]
-    assert drawn == {"0": found[0].to_json(), "9": found[9].to_json()}
-    assert Plane.from_json(drawn["0"]) == found[0]
+    assert drawn == codec.to_json({"0": found[0], "9": found[9]})
+    assert codec.from_json(Plane, drawn["0"]) == found[0]
 
 
 def test_a_plane_may_name_other_networks_and_join_others():

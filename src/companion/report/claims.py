@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from companion.core import closing
+from companion.core import closing, codec
 from companion.core.errors import BadParameter, CompanionError, NotMeasured
 from companion.report import page
 from companion.report.claims_file import EVIDENCE, Claim, papers, registry
@@ -91,28 +91,6 @@ class Verdict:
     n: int | None = None
     detail: str = ""
     note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; numbers that are not finite become text ("inf", "nan")."""
-        entry = asdict(self)
-        entry["claim"]["test"] = dict(self.claim.test)
-        entry["value"] = _plain(self.value)
-        entry["interval"] = self.interval and [_plain(x) for x in self.interval]
-        return entry
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Verdict:
-        """The inverse of :meth:`to_json`."""
-        fields = dict(entry)
-        claim = {**fields.pop("claim")}
-        claim["profiles"] = tuple(claim["profiles"])
-        value, interval = fields.pop("value"), fields.pop("interval")
-        return cls(
-            claim=Claim(**claim),
-            value=None if value is None else float(value),
-            interval=(float(interval[0]), float(interval[1])) if interval else None,
-            **fields,
-        )
 
 
 @dataclass(frozen=True)
@@ -262,7 +240,7 @@ def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Recorded
     html = table(verdicts, caption=f"Scale: {scale}", recorded=recorded)
     page.emit(
         {"text/html": html, "text/plain": "\n".join(lines)},
-        {"claims": [{**v.to_json(), "scale": scale} for v in verdicts]},
+        {"claims": [{**codec.to_json(v), "scale": scale} for v in verdicts]},
     )
 
 
@@ -403,7 +381,3 @@ def _changed(claim: Claim) -> str:
 
 def _small(text: str) -> str:
     return f'<small class="claim-note">{escape(text)}</small>' if text else ""
-
-
-def _plain(x: float | None) -> float | str | None:
-    return x if x is None or math.isfinite(x) else str(x)

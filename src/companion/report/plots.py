@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from companion.core import codec
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -442,7 +444,7 @@ def planes(
         ax.grid(visible=False)
     axes[0].set_ylabel("distance in weight space")
     axes[0].figure.colorbar(filled, ax=axes, label=f"{split} {UNITS[metric]}", shrink=0.8)
-    return {str(title): one.to_json() for title, one in found.items()}
+    return codec.to_json(found)
 
 
 def heat(

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.core.errors import CorruptData
+from companion.core import codec
+from companion.core.errors import BadParameter, CorruptData
 from companion.core.locations import book_root
 from companion.report import claims, page
 
@@ -141,11 +142,11 @@ def _read(path: Path, chapter: str) -> Record:
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", data["date"]) or "name" not in data["dataset"]:
         raise broken("its date or its dataset is not what `companion record` writes")
     try:
-        found = [claims.Verdict.from_json(c) for c in data["claims"]]
+        found = codec.from_json(tuple[claims.Verdict, ...], data["claims"], "claims")
         known = claims.registry()
         # The number was recorded; the word follows from the rule, as everywhere.
         verdicts = {v.claim.id: claims.again(v) for v in found if v.claim.id in known}
-    except (KeyError, TypeError, ValueError) as error:
+    except (CorruptData, BadParameter) as error:
         raise broken(f"its claims are unreadable ({error})") from error
     return Record(chapter, data["profile"], data["name"], verdicts, data)
 
