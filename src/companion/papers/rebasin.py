@@ -987,7 +987,8 @@ def _sweep(
             for label, (method, of) in rows.items()
         }
         ylabel = f"{metric} barrier ({unit})"
-        drawn[metric] = plots.sweep(ax, series, xlabel=xlabel, ylabel=ylabel, **o)
+        look = {"xlabel": xlabel, "ylabel": ylabel, **o}
+        drawn[metric] = plots.sweep(ax, series, axis="log", **look)
         ax.set_ylim(bottom=0)
         ax.legend(fontsize=9)
     figures.publish(fig, name, data=drawn["error"] | {"loss": drawn["loss"]})
