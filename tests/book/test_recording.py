@@ -212,7 +212,8 @@ def test_the_budget_is_what_is_then_computed(root, store):
     said = []
     assert recording.record(ready(root), dry_run=True, say=said.append) is None
     # 2 trunks to k = 3, 4 copies at k = 0, 4 at k = 3, and one of them again for the null control
-    assert "11 of 11 runs to train (210 of 210 steps), 4 of 4 pairs" in said[0]
+    assert "11 of 11 runs to train (210 of 210 steps)" in said[0]
+    assert "to measure: pair 4 of 4, null 1 of 1" in said[0]
     assert not (root / "data").exists() and not list(store.entries())
     recording.record(ready(root), say=said.append)
     kinds = [e.identity["kind"] for e in store.entries()]

@@ -11,6 +11,7 @@ import pytest
 from companion.connectivity import Barrier, Curve, Measure
 from companion.connectivity.gates import Gate
 from companion.core.errors import BadParameter
+from companion.core.runs import Store
 from companion.experiments.aligned import Aligned, Method, pairs_of
 from companion.experiments.merged import Reading
 from companion.papers import merging, rebasin
@@ -384,7 +385,26 @@ def test_bad_parameters_are_refused(
 def test_the_page_on_merging_trains_runs_of_chapter_2() -> None:
     """Networks of all the data are those of the main experiment: nothing is trained twice."""
     main, other = rebasin.design(**PAGE), merging.design(**MERGING)
-    trained = {job.run for plan in main.plans() for job in plan.jobs}
+    trained = {job.run for plan in main.plans() for task in plan.tasks for job in task.jobs()}
     assert set(other.full) <= trained
     assert {r.recipe.net for r in other.groups["same data"]} == {"mlp:widths=128x3"}
     assert set(other.groups["same data"]) <= trained  # width 128 is in the sweep
+
+
+@pytest.mark.slow
+def test_a_budget_holds_what_the_page_measures(store: Store) -> None:
+    """After everything was looked at, nothing of the budget is missing, and nothing else there."""
+    tiny = {"width": 8, "steps": 20, "pairs": 2, "points": 3, "train_examples": 60}
+    more = {"widths": [4], "looks": [10], "ste_steps": 1}
+    main = rebasin.design(**{**PAGE, **tiny, **more})
+    other = merging.design(**{**MERGING, **tiny})
+    for study, names in (
+        (main, ("lines", "by_width", "by_step", "late", "decayed", "map")),
+        (other, ("merges", "halfway", "apart")),
+    ):
+        for name in names:
+            getattr(study, name)
+    tasks = [task for study in (main, other) for plan in study.plans() for task in plan.tasks]
+    planned = {task.entry(store, "cpu").key for task in tasks}
+    there = {e.key for e in store.entries() if e.identity["kind"] in {t.KIND for t in tasks}}
+    assert planned == there

@@ -17,9 +17,9 @@ from companion.connectivity import gates
 from companion.core.errors import BadParameter
 from companion.core.stats import Interval
 from companion.data import load
-from companion.experiments.aligned import Aligned, independent, interval, pairs_of
+from companion.experiments.aligned import Aligned, independent, interval, lines_of, pairs_of
 from companion.experiments.budget import Plan
-from companion.experiments.merged import Readings, merge_runs, split_runs
+from companion.experiments.merged import Halves, Merge, Readings, merge_runs, split_runs
 from companion.experiments.pairs import Pair
 from companion.papers.rebasin import (
     NAMES,
@@ -34,7 +34,7 @@ from companion.papers.rebasin import (
 )
 from companion.report import claims, figures, page, plots, tables
 from companion.report.claims import Statistic
-from companion.training import Job, Recipe, Run, check_fit
+from companion.training import Recipe, Run, check_fit
 
 METRICS = {"loss": "loss (nats)", "error": "error (%)", "ece": "ECE (points)"}
 NONE = "not measured"
@@ -97,10 +97,15 @@ class Study(Setting):
         return [p.a for p in pairs_of(self.main, len(self.split_pairs))]
 
     def plans(self) -> list[Plan]:
-        """All that this page trains, for its budget."""
-        runs = [run for group in self.groups.values() for run in group]
-        runs += [run for p in self.split_pairs for run in (p.a, p.b)] + self.full
-        return [Plan(jobs=tuple(Job(run, weights=(run.last_step,)) for run in runs))]
+        """All that this page trains and measures, for its budget."""
+        evaluation, on = self.evaluation, self.base.data
+        pairs = self.split_pairs
+        tasks = [
+            *(Merge(tuple(runs), evaluation, on) for runs in self.groups.values()),
+            *lines_of(pairs, evaluation=evaluation, on=on),
+            *(Halves(p, full, evaluation) for p, full in zip(pairs, self.full, strict=True)),
+        ]
+        return [Plan(tasks=tuple(tasks))]
 
     @cached_property
     def merges(self) -> Mapping[str, Readings]:

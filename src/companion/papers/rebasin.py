@@ -35,6 +35,7 @@ from companion.experiments.aligned import (
     failures,
     independent,
     interval,
+    lines_of,
     pairs_of,
     permuted,
     trend,
@@ -44,7 +45,7 @@ from companion.experiments.pairs import Evaluation, Pair
 from companion.rebasin import Spec, chain, derive
 from companion.report import claims, figures, page, plots, provenance, recorded, tables
 from companion.report.claims import Statistic
-from companion.training import Fork, Job, Recipe, Run, build, check_fit, load_weights
+from companion.training import Fork, Recipe, Run, build, check_fit, load_weights
 
 Results: TypeAlias = Mapping[str, Sequence[Aligned]]
 """Method -> one result a pair."""
@@ -277,6 +278,10 @@ class Study(Setting):
         """The pairs of the main experiment."""
         return pairs_of(self.main, self.pairs)
 
+    def pairs_at(self, width: int) -> list[Pair]:
+        """Pairs of another width."""
+        return pairs_of(self.at_width(width), self.pairs)
+
     @property
     def fork_at(self) -> int:
         """The step at which late copies leave their networks: half-way."""
@@ -318,15 +323,19 @@ class Study(Setting):
         }
 
     def plans(self) -> list[Plan]:
-        """All that this page trains, for its budget."""
-        everything = [
-            *(p for w in self.widths for p in pairs_of(self.at_width(w), self.pairs)),
-            *(p for s in self.looks for p in pairs_of(self.main, self.pairs, step=s)),
-            *self.late_pairs,
-            *self.decayed_pairs,
-            *(p for group in self.cells.values() for p in group),
+        """All that this page trains and measures, for its budget."""
+        both, short = self.both, {"evaluation": self.short}
+        asked: list[tuple[list[Pair], dict[str, Any]]] = [
+            (both, {"extras": EXTRAS}),
+            (both, {"methods": self.methods}),
+            *((self.pairs_at(w), {"extras": EXTRAS}) for w in self.widths),
+            *((pairs_of(self.main, self.pairs, step=s), short) for s in self.looks),
+            (self.late_pairs, {}),
+            (self.decayed_pairs, {"extras": ("temperature",)}),
+            ([p for group in self.cells.values() for p in group], short),
         ]
-        return [Plan(jobs=tuple(Job(r, weights=(p.at,)) for p in everything for r in (p.a, p.b)))]
+        whole = {"evaluation": self.evaluation}
+        return [Plan(tasks=tuple(lines_of(pairs, **(whole | how)))) for pairs, how in asked]
 
     # ---- the experiments
 
@@ -343,10 +352,7 @@ class Study(Setting):
     @cached_property
     def by_width(self) -> Mapping[int, Results]:
         """Width -> as they are and after weight matching."""
-        return {
-            w: self.align(pairs_of(self.at_width(w), self.pairs), extras=EXTRAS)
-            for w in self.widths
-        }
+        return {w: self.align(self.pairs_at(w), extras=EXTRAS) for w in self.widths}
 
     @cached_property
     def by_step(self) -> Mapping[int, Results]:
