@@ -12,6 +12,7 @@ each pair's largest; the largest of the layers' means is smaller, for it is not 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -759,7 +760,7 @@ CLAIMS: dict[str, Callable[[Study], Statistic]] = {
 
 def called(net: str) -> str:
     """What people call a network; that a plain one has no norms goes without saying."""
-    return models.title(net).replace("norm none, ", "").replace(" (norm none)", "")
+    return re.sub(r" \(norm none\)|, norm none|norm none, ", "", models.title(net))
 
 
 def said(value: float | Interval | None, form: str = "{:.2f}") -> str:
