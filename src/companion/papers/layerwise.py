@@ -1163,29 +1163,27 @@ def show_noise(study: Study) -> None:
 
 def show_recorded(records: Sequence[Record]) -> None:
     """The heat maps of recorded runs."""
-    kept = {
-        r: r.data["figures"]["heatmap"]["data"] for r in records if "heatmap" in r.data["figures"]
-    }
+    kept = [r for r in records if "heatmap" in r.data["figures"]]
     if not kept:
         return
+    drawn = {r.name: r.data["figures"]["heatmap"]["data"] for r in kept}
     fig, axes = plots.grid(len(kept), width=6.4 * min(len(kept), 2), height=7.4)
     plots.heat(
         axes,
-        {r.name: one["train"] for r, one in kept.items()},
-        {r.name: one["steps"] for r, one in kept.items()},
+        {name: one["train"] for name, one in drawn.items()},
+        {name: one["steps"] for name, one in drawn.items()},
         label="train loss barrier (nats)",
     )
     for ax, record in zip(axes, kept, strict=True):
         where = f"{record.data['hardware']}, {record.data['date']}"
         ax.set_title(f"{record.name}: {record.dataset}\n{where}", fontsize=9)
         ax.set_xlabel("training step")
-    ends = [f"{r.name}: {said(one['train']['whole network'][-1])} nats" for r, one in kept.items()]
+    ends = [f"{name}: {said(one['train']['whole network'][-1])}" for name, one in drawn.items()]
     values = {
         "recorded": " ".join(f"{record.title}." for record in kept),
         "recorded_ends": "; ".join(ends),
     }
-    data = {r.name: one for r, one in kept.items()}
-    figures.publish(fig, "layerwise-recorded", data=data, values=values)
+    figures.publish(fig, "layerwise-recorded", data=drawn, values=values)
 
 
 def closing_values(verdicts: Sequence[claims.Verdict]) -> Values:
