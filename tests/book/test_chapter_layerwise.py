@@ -106,7 +106,7 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     # Prose follows the run.
     filled = values(notebook)
     assert "B01 (one pair decides nothing)" in filled["untested"]
-    assert filled["middle"] == 40 and filled["where"].startswith("The costliest neighbours")
+    assert filled["middle"] == 40 and "the costliest is window" in filled["where"]
 
 
 def test_plain_papermill_runs_the_page_on_federated_learning(

@@ -321,14 +321,19 @@ def test_sentences_follow_the_results() -> None:
     assert "In none of these" in str(layerwise.layers_values(low)["answer"])
     assert "true of some networks" in str(layerwise.layers_values(high)["answer"])
     front = layerwise.groups_values(residual(windows=(0.5, 0.1, 0.1)))
-    assert "at the front" in str(front["where"]) and front["window_peak"] == "window 0"
-    assert "neither the first nor" in str(layerwise.groups_values(low)["where"])
+    assert (
+        "1 of 3: in the first third" in str(front["where"]) and front["window_peak"] == "window 0"
+    )
+    assert "2 of 3: in the middle" in str(layerwise.groups_values(low)["where"])
+    back = layerwise.groups_values(residual(windows=(0.1, 0.1, 0.5)))
+    assert "3 of 3: in the last third" in str(back["where"])
     assert "left out" in str(layerwise.groups_values(study_with({"together": False}))["where"])
     shrinks = study_with()
-    steps = {s: [pair(1.0, 0.3 if s < 800 else 0.1)] * 3 for s in shrinks.along}
+    steps = {s: [pair(1.0, 0.3 if s < 480 else 0.1)] * 3 for s in shrinks.along}
     vars(shrinks)["along"] = steps
     assert "lose their barriers" in str(layerwise.time_values(shrinks)["story"])
     assert layerwise.time_values(shrinks)["middle"] == 480
+    assert "does not shrink" in str(layerwise.time_values(low)["story"])
     leave = clients(pathological_deep=BETTER, pathological_none=(96.0, 96.0, 96.0))
     assert "leaving the clients alone" in str(federated.averages_values(leave)["lesson"])
     choose = federated.averages_values(clients(pathological_deep=BETTER))

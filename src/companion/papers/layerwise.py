@@ -879,10 +879,10 @@ def groups_values(study: Study) -> Values:
     """What the first layers, the last ones, and neighbours cost together."""
     deep = study.deep
     sums = [one.additivity("train") for one in deep]
-    out: Values = {
-        "sum_layers": said(mean([a.total for a in sums])),
-        "whole_times": said(over([a.ratio for a in sums]), "{:.1f}"),
-    }
+    out: Values = {"sum_layers": said(mean([a.total for a in sums]))}
+    for name, recipe in zip(("whole", *_SHORT[1:]), study.recipes, strict=True):
+        each = [one.additivity("train").ratio for one in study.good(recipe)]
+        out[f"{name}_times"] = said(over(each), "{:.1f}")
     names = ("window_first", "window_last", "window_peak", "window_most", "four")
     if not study.together:
         nothing = "Groups of layers were left out of this run."
@@ -890,13 +890,11 @@ def groups_values(study: Study) -> Values:
     found = study.windows
     means = [float(np.mean(v)) for v in found.values()]
     at = int(np.argmax(means))
-    place = "at the front" if at == 0 else "at the back" if at == len(means) - 1 else "in between"
-    peak = list(found)[at]
-    last = len(means) - 1
-    if 0 < at < last:
-        where = "The costliest neighbours are neither the first nor the last ones."
-    else:
-        where = f"The costliest neighbours are {place}: it is not the middle that makes the wall."
+    peak, last = list(found)[at], len(means) - 1
+    share = at / max(last, 1)
+    nearer = "in the middle" if 1 / 3 <= share <= 2 / 3 else "in the last third of them"
+    nearer = "in the first third of them" if share < 1 / 3 else nearer
+    where = f"Counted from the input, the costliest is window {at + 1} of {last + 1}: {nearer}."
     four = [max(max(cumulative(o, k)[:4]) for k in ("shallow", "deep")) for o in deep]
     numbers = (means[0], means[-1], means[at], float(np.mean(four)))
     first, end, most, few = map(said, numbers)
@@ -929,8 +927,8 @@ def show_groups(study: Study) -> None:
     drawn["windows"]["layers"] = list(windows)
     title = f"always {study.sets.window} layers"
     axes[1].set(xlabel="first layer of the window", title=title)
-    for ax in axes:
-        plots.dashed(ax, float(np.mean(barriers(deep))), text="the whole network")
+    for ax, text in zip(axes, ("", "the whole network"), strict=True):
+        plots.dashed(ax, float(np.mean(barriers(deep))), text=text)
         ax.locator_params(axis="x", integer=True)
         ax.axhline(0, color="#555555", linewidth=0.6)
     plots.legend(fig, columns=3)
@@ -964,17 +962,19 @@ def maps(study: Study) -> dict[str, dict[str, list[float]]]:
 def time_values(study: Study) -> Values:
     """The worst layer's share of the wall half-way and at the end, and the largest cells."""
     last = study.residual.steps
-    middle, end = (study.shares(step) for step in (study.middle, last))
+    first, middle, end = (study.shares(s) for s in (study.places[1], study.middle, last))
     cells = maps(study)["train"]
     column = {name: row[-1] for name, row in cells.items() if name != "whole network"}
     heaviest = max(column, key=lambda name: column[name])
-    if end < middle:
+    if end < first:
         story = "Layers lose their barriers while the network gains its own: how long one trains "
         story += "is part of the answer."
     else:
         story = "The layers' share of the wall does not shrink in this training."
     return {
+        "first": study.places[1],
         "middle": study.middle,
+        "share_first": said(first, "{:.0%}"),
         "share_middle": said(middle, "{:.0%}"),
         "share_end": said(end, "{:.0%}"),
         "whole_start": said(cells["whole network"][0]),
