@@ -98,7 +98,7 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     (command,) = entries(notebook, "rerun")
     assert "-p steps 40" in command and "-p dataset" not in command
     rows = [row for table in entries(notebook, "table") for row in table["rows"]]
-    normed = "ResNet-8 (width 2, norm batch), T = 40, BatchNorm re-estimated"
+    normed = "ResNet-8 (width 2), T = 40, BatchNorm re-estimated"
     assert any(normed in str(row) for row in rows)
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load("digits").fingerprint

@@ -1040,16 +1040,22 @@ def settings(study: Study) -> dict[str, list[LayerBarriers]]:
 
 
 def regimes_values(study: Study) -> Values:
-    """For the alternative text: each setting's share."""
+    """Each setting's share, for the alternative text; and the gentle training's share and wall."""
     rows = [
         f"{name}: {said(over([largest(o) for o in found if o.valid]), '{:.0%}')}"
         for name, found in settings(study).items()
     ]
-    return {"regimes": "; ".join(rows)}
+    gentle = [one for r in study.gentle for one in study.regimes[r] if one.valid]
+    return {
+        "regimes": "; ".join(rows),
+        "gentle_share": said(over([largest(one) for one in gentle]), "{:.0%}"),
+        "gentle_whole": said(mean(barriers(gentle))),
+    }
 
 
 def show_regimes(study: Study) -> None:
     """The largest layer's share of the wall in every setting, and a table of the rest."""
+    page.fill(**regimes_values(study))
     shares = {
         name: share
         for name, found in settings(study).items()
@@ -1058,7 +1064,7 @@ def show_regimes(study: Study) -> None:
     fig, axes = plots.grid(1, columns=1, height=0.9 + 0.42 * len(shares), width=9.4)
     label = "worst layer's barrier, % of the whole network's"
     drawn = plots.conditions(axes[0], shares, threshold=10, xlabel=label, form="{:.0f}")
-    figures.publish(fig, "regimes", data=drawn, values=regimes_values(study))
+    figures.publish(fig, "regimes", data=drawn)
 
 
 def show_settings(study: Study) -> None:
