@@ -14,7 +14,7 @@ from companion.core.runs import Store
 from companion.experiments.aligned import pairs_of
 from companion.experiments.featured import Scope, survey
 from companion.experiments.featured_stats import after_first
-from companion.experiments.matchers import Method
+from companion.experiments.methods import Method
 from companion.training import Recipe
 
 CHAPTER = "03_llfc"

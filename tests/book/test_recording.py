@@ -902,16 +902,16 @@ def test_a_network_without_a_valid_pair_leaves_no_empty_curve():
     """Of a network whose pairs all failed a gate a record holds a curve without points."""
     some = {"k": [0, 5], "mean": [4.0, 1.0], "low": [3, 0], "high": [5, 2], "pairs": [3, 3]}
     none = {name: [] for name in some}
-    data = {"T": 10, "mlp, test": some, "lenet, test": none, "mlp, train": some}
+    data = {"T": 10, "mlp:widths=9, test": some, "lenet, test": none, "mlp, train": some}
     record = recorded.Record(
         "01_toy", "cpu", "cpu", {},
         {"figures": {"instability": {"data": data}}, "dataset": {"name": "D"}, "hardware": "CPU",
          "date": "2026-01-01"},
     )  # fmt: skip
     ((steps, series),) = recorded.curves([record], "instability").values()
-    assert steps == 10 and list(series) == ["mlp, test"]
+    assert steps == 10 and list(series) == ["two-layer perceptron, test"]
     said = recorded.extremes(record, "instability")
-    assert said == "mlp, test 4.0 points at k = 0, 1.0 at k = 5"
+    assert said == "two-layer perceptron, test 4.0 points at k = 0, 1.0 at k = 5"
 
 
 @pytest.mark.parametrize("chapter", Book(ROOT).chapters())

@@ -23,6 +23,7 @@ from companion.cli.console import size
 from companion.cli.instability import numbers
 from companion.cli.runs import KINDS, describe
 from companion.connectivity import BN_MODES, Barrier, barrier
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
 from companion.core.seeds import Key
@@ -103,7 +104,7 @@ def test_barrier_prints_and_writes_the_numbers_of_the_library(nets, tmp_path):
         assert str(gate) in result.stdout
     assert str(found) in result.stdout
     written = json.loads(out.read_text())
-    assert written["barrier"] == json.loads(json.dumps(found.to_json()))
+    assert written["barrier"] == codec.to_json(found)
     assert written["heights"]["test"]["error"]["linear"] == found.height(definition="linear")
     assert written["valid"] is True
     assert written["data"]["fingerprint"] == data.load("digits").fingerprint
@@ -142,7 +143,7 @@ def test_barrier_of_some_layers_on_a_part_of_the_data(nets, tmp_path):
         bn_data=digits.train,
     )
     written = json.loads(out.read_text())
-    assert written["barrier"] == json.loads(json.dumps(found.to_json()))
+    assert written["barrier"] == codec.to_json(found)
     assert written["barrier"]["curves"]["none"]["sizes"] == {"train": 200, "test": 100}
 
 
@@ -392,7 +393,7 @@ def test_instability_prints_and_writes_the_numbers_of_the_library(tmp_path, stor
     assert written["ks"][1]["train"]["loss"] == dataclasses.asdict(interval)
     assert written["onset"]["test"] == found.onset()
     for sample, pair in zip(found.samples, written["pairs"], strict=True):
-        barrier_ = json.loads(json.dumps(sample.result.barrier.to_json()))
+        barrier_ = codec.to_json(sample.result.barrier)
         assert (pair["k"], pair["init"], pair["barrier"]) == (sample.k, sample.init, barrier_)
     assert picture.read_text().startswith("<?xml")
     assert f"{len(list(store.entries()))} entries read, 0 problems" in run("runs", "verify").stdout
@@ -528,7 +529,7 @@ def test_runs_list_and_show(small_store):
         for name, record in entry.files().items():
             assert re.search(rf"{re.escape(name)}.*{record['sha256'][:12]}", one)
         if entry.identity["kind"] == "pair":
-            kept = Barrier.from_json(entry.read_json("pair.json")["barrier"])
+            kept = codec.from_json(Barrier, entry.read_json("pair.json")["barrier"])
             assert str(kept) in one
             refused = run("barrier", f"run:{entry.key}", f"run:{entry.key}", code=2)
             assert "holds no network" in refused.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reread import reread
 from torch import Tensor, nn
 
 from companion import data, models
 from companion.connectivity import (
     BN_EXAMPLES,
     BN_MODES,
-    Barrier,
     Curve,
     Measure,
     Plane,
@@ -32,6 +31,7 @@ from companion.connectivity import (
     plane,
     segment,
 )
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import distance, layout, snapshot
@@ -423,8 +423,8 @@ def test_reestimation_reads_a_bounded_head_and_the_result_says_how_much() -> Non
     assert {m: c.bn_examples for m, c in found.curves.items()} == {
         "reestimate": 64, "interpolate": None, "batch": None,
     }  # fmt: skip
-    assert Barrier.from_json(json.loads(json.dumps(found.to_json()))) == found
-    assert "bn_examples" not in found.curves["batch"].to_json()
+    assert reread(found) == found
+    assert "bn_examples" not in codec.to_json(found.curves["batch"])
 
 
 def test_reestimation_does_not_ask_the_device_for_a_counter() -> None:
@@ -673,7 +673,7 @@ numbers = st.floats(allow_nan=False, allow_infinity=False)
 @given(st.lists(numbers, min_size=3, max_size=9), st.lists(numbers, min_size=9, max_size=9))
 def test_curves_and_planes_survive_json(values: list[float], table: list[float]) -> None:
     curve = curve_of(values)
-    assert Curve.from_json(json.loads(json.dumps(curve.to_json(), allow_nan=False))) == curve
+    assert reread(curve) == curve
     rows = tuple(tuple(table[i : i + 3]) for i in (0, 3, 6))
     flat = Plane(
         (0.0, 1.0, 2.0),
@@ -682,12 +682,12 @@ def test_curves_and_planes_survive_json(values: list[float], table: list[float])
         ((0.0, 0.0), (table[1], 0.0), (table[2], table[3])),
         "batch",
     )
-    assert Plane.from_json(json.loads(json.dumps(flat.to_json(), allow_nan=False))) == flat
+    assert reread(flat) == flat
 
 
 @pytest.mark.parametrize("spec", [PLAIN, NORMED])
 def test_barriers_survive_json(spec: str) -> None:
     found = barrier(net(0, spec), theta(1, spec), theta(2, spec), SPLITS, points=3)
-    again = Barrier.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+    again = reread(found)
     assert again == found and str(again) == str(found)
     assert again.judged(max_error=100).height() == found.judged(max_error=100).height() > 0

@@ -36,7 +36,7 @@ from companion.experiments.featured_stats import (
     trend,
 )
 from companion.experiments.instability import copy
-from companion.experiments.matchers import Method
+from companion.experiments.methods import Method
 from companion.experiments.pairs import Pair
 from companion.training import Recipe, Run, build
 

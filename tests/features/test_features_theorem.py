@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reread import reread
 from torch.nn import functional as F
 
 from companion import data
@@ -16,7 +16,7 @@ from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import affine
 from companion.features.measure import features
-from companion.features.theorem import Built, Theorem, exact, theorem1
+from companion.features.theorem import Built, exact, theorem1
 
 WIDTHS = (20, 64, 48, 10)
 DIGITS = data.load("digits").train.head(200).x.flatten(1)
@@ -157,7 +157,7 @@ def _hidden(theta: object) -> dict[str, torch.Tensor]:
 def test_json_and_messages() -> None:
     found = theorem1(exact((3, 4, 2), samples=5))
     # The first layer's weights may not differ by anything that is no number.
-    assert Theorem.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+    assert reread(found) == found
     for widths in ((3, 2), (3, 1, 2), (0, 4, 2), (3, 4.0, 2)):
         with pytest.raises(BadParameter, match="widths"):
             exact(widths)  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ from companion.connectivity import Walker, segment
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
 from companion.data import Dataset, Split
-from companion.experiments.aligned import STREAMS, Method, align, pairs_of, permuted, place, placed
+from companion.experiments import methods
+from companion.experiments.aligned import Method, align, pairs_of, permuted, place, placed
 from companion.experiments.pairs import Evaluation
 from companion.models.gpt import gpt
 from companion.rebasin import (
@@ -421,7 +422,7 @@ def text() -> Dataset:
     return Dataset("text", "text", split, split, VOCABULARY, (WINDOW,), (), (), "0" * 64)
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", [k.name for k in methods.KINDS.values() if k.nets == "gpt"])
 def test_methods_of_the_stream(name: str) -> None:
     module, data = network(0), text()
     a, b = state(module), state(network(1))

@@ -38,7 +38,7 @@ from companion.book import parameters
 from companion.book.chapter import Cell, cells
 from companion.book.layout import Book
 from companion.book.prose import Caption, captions, give, merged, places
-from companion.core import closing, deadline, plainyaml
+from companion.core import closing, codec, deadline, plainyaml
 from companion.core.errors import (
     BadParameter,
     CompanionError,
@@ -51,7 +51,6 @@ from companion.core.runs import Entry, Store
 from companion.data import resolve_device
 from companion.experiments.budget import Cost, Probe, count, estimate, probe
 from companion.report import claims, page, partly, provenance
-from companion.report.figures import to_json
 from companion.report.recorded import FORMAT, LIMIT, folder, hardware
 from companion.training import ENGINES, using
 
@@ -106,7 +105,7 @@ class Recording:
 
     def identity(self) -> dict[str, Any]:
         """Names the recording's own entry in the run store, where its time is kept."""
-        values = to_json(self.parameters(), "parameters")
+        values = codec.to_json(self.parameters(), "parameters", null=True)
         return {"kind": "recording", "chapter": self.chapter, "parameters": values}
 
 
@@ -485,7 +484,7 @@ def _document(
         # Its figure failed, or was left out: then that is said already.
         if not r.problems:
             raise RecordingFailed(f"{block.where}: no figure or table is called {block.name!r}.")
-    document = {
+    document: dict[str, object] = {
         "format": FORMAT,
         "chapter": r.chapter,
         "profile": r.profile,
@@ -505,9 +504,7 @@ def _document(
         "provenance": provenance,
         "source": _source(r),
     }
-    plain = to_json(document, "record")
-    assert isinstance(plain, dict)
-    return plain
+    return codec.to_json(document, "record", null=True)
 
 
 def _source(r: Recording) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.cli.barrier import UNITS, heights, number
-from companion.cli.console import say, table
+from companion.cli.barrier import heights
+from companion.cli.console import UNITS, number, say, table
 from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:
@@ -197,7 +197,6 @@ def merged(
         alpha: 0 is A. form: ``reset``, ``forward``, ``closed`` or ``none``.
     """
     from companion.connectivity import Walker, has_batchnorm
-    from companion.experiments.matchers import examples_a_pass
     from companion.rebasin import repair
     from companion.rebasin.repair import merge
 
@@ -211,8 +210,7 @@ def merged(
         layers = () if form == "reset" else None
         kind = "forward" if form == "reset" else form
         x = dataset.train.x
-        size = examples_a_pass(x)
-        found = repair(module, a, aligned, x, alpha=alpha, layers=layers, form=kind, batch=size)
+        found = repair(module, a, aligned, x, alpha=alpha, layers=layers, form=kind)
         theta = found.theta
         say(f"merged: {found}")
     if dataset is not None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from companion.cli.barrier import PICTURES, UNITS, number, summary
-from companion.cli.console import output, say, table, write_json
+from companion.cli import options
+from companion.cli.barrier import summary
+from companion.cli.console import UNITS, number, output, say, table, write_json
 from companion.cli.models import reachable
-from companion.cli.options import BnExamples, averaged
 from companion.core.errors import BadParameter, CorruptEntry
 
 if TYPE_CHECKING:
@@ -80,17 +80,11 @@ def command(
     final_div: Annotated[float, typer.Option(help="onecycle ends at lr / div / final_div.")] = 1e4,
     augment: Annotated[str, typer.Option(help="none, flip, crop4, …; for text shift.")] = "none",
     precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
-    bn_examples: BnExamples = None,
-    points: Annotated[int, typer.Option(help="Points of each path, odd.")] = 31,
-    bn: Annotated[
-        str, typer.Option(help="BatchNorm on the path: interpolate, reestimate or batch.")
-    ] = "interpolate",
-    train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training examples instead of all.")
-    ] = None,
-    test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test examples instead of all.")
-    ] = None,
+    bn_examples: options.BnExamples = None,
+    points: options.Points = 31,
+    bn: options.Bn = "interpolate",
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -110,9 +104,9 @@ def command(
             "(default: 2 points of error, or 0.03 nats of loss)."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
     workers: Annotated[int, typer.Option(help="Processes; 0 is one per core (CPU only).")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    json: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw barrier against k into this file (.svg, .png, .pdf).")
     ] = None,
@@ -124,12 +118,11 @@ def command(
     what is new.
     """
     output(json, "--json")
-    output(plot, "--plot", PICTURES)
+    output(plot, "--plot", options.PICTURES)
 
     from companion import data as datasets
     from companion.core.runs import Store
     from companion.experiments.instability import analyse, threshold_of
-    from companion.experiments.pairs import Evaluation
     from companion.training import check_fit, recipe_from
 
     grid = numbers("--ks", ks, int)
@@ -156,7 +149,7 @@ def command(
             "precision": precision,
         }
     )
-    evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
+    how = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     keep: Literal["reset", "restore"] = "restore" if restore else "reset"
     again: Literal["continue", "restart"] = "restart" if restart else "continue"
     where = str(datasets.resolve_device(device))
@@ -177,7 +170,7 @@ def command(
         noise=noise,
         optimizer=keep,
         schedule=again,
-        evaluation=evaluation,
+        evaluation=how,
         max_error=max_error,
         store=store,
         device=where,
@@ -195,7 +188,7 @@ def command(
             "noise": noise,
             "optimizer_at_k": keep,
             "schedule_at_k": again,
-            "evaluation": evaluation.identity(recipe.net),
+            "evaluation": how.identity(recipe.net),
             "device": where,
             "metric": metric,
             "threshold": limit,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli.console import say, size, table
+from companion.core import codec
 from companion.core.errors import CorruptEntry, one_of
 
 if TYPE_CHECKING:
@@ -87,12 +88,11 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     the store, and is old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
     from companion import training
-    from companion.experiments import aligned, featured, federated, pairs
-    from companion.layerwise import stored
+    from companion.experiments import aligned, featured, federated, layers, pairs
 
     today = {
         **dict.fromkeys(("aligned", "merged", "halves"), aligned.SEMANTICS),
-        "layers": stored.SEMANTICS,
+        "layers": layers.SEMANTICS,
         "features": featured.SEMANTICS,
         "federated": federated.SEMANTICS,
     }
@@ -169,7 +169,7 @@ def show(
     files = [(n, size(f["bytes"]), f["sha256"][:12]) for n, f in sorted(entry.files().items())]
     table(["file", ">size", "sha256"], files)
     if entry.identity.get("kind") == "pair" and "pair.json" in entry:
-        found = Barrier.from_json(entry.read_json("pair.json")["barrier"])
+        found = codec.from_json(Barrier, entry.read_json("pair.json")["barrier"])
         say(str(found))
     say(f"in {entry.path}")
 

@@ -25,20 +25,16 @@ from torch import nn
 
 from companion import data as datasets
 from companion.connectivity import Barrier, Curve, Measure, Walker, barrier
-from companion.connectivity.paths import plain
-from companion.core import closing
+from companion.core import closing, codec
 from companion.core.errors import BadParameter, CorruptEntry, one_of
 from companion.core.pool import run_all
 from companion.core.runs import Entry, Store
 from companion.core.stats import Interval, clustered, spearman
 from companion.core.theta import Theta, distance, layout
 from companion.data import Dataset
-from companion.experiments.matchers import (
-    METHODS,
-    STREAMS,
+from companion.experiments.methods import (
     Method,
     Placed,
-    examples_a_pass,
     key_of,
     match,
     place,
@@ -52,8 +48,6 @@ from companion.training import Job, Recipe, Run, build, train
 
 __all__ = [
     "EXTRAS",
-    "METHODS",
-    "STREAMS",
     "Aligned",
     "Method",
     "Placed",
@@ -198,7 +192,7 @@ def _measure(task: Task) -> dict[str, Any]:
         same_noise=task.pair.a == task.pair.b,
     )
     out: dict[str, Any] = {
-        "barrier": line.to_json(),
+        "barrier": codec.to_json(line),
         "distances": {
             "before": distance(a, here.before, names),
             "after": distance(a, moved, names),
@@ -206,7 +200,8 @@ def _measure(task: Task) -> dict[str, Any]:
         "matching": here.summary,
     }
     if "temperature" in task.extras:
-        out["calibrated"] = _calibrated(module, a, moved, data, task.evaluation).to_json()
+        curve = _calibrated(module, a, moved, data, task.evaluation)
+        out["calibrated"] = codec.to_json(curve)
     if "repair" in task.extras:
         out["repaired"] = _repaired(module, a, moved, data, task, splits)
     return out
@@ -239,9 +234,9 @@ def _repaired(
     module: nn.Module, a: Theta, b: Theta, data: Dataset, task: Task, splits: Mapping[str, Any]
 ) -> dict[str, Any]:
     part = data.train.head(task.method.examples or len(data.train))
-    mended = repair(module, a, b, part.x, alpha=0.5, batch=examples_a_pass(part.x))
+    mended = repair(module, a, b, part.x, alpha=0.5)
     at = Walker(module, splits, bn="interpolate").at(mended.theta)
-    return {s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()}
+    return codec.to_json(at)
 
 
 class Measurement(Protocol):
@@ -329,7 +324,7 @@ def align(
         for pair in pairs
     ]
     raw = run_tasks(tasks, workers, label)
-    lines = [Barrier.from_json(r["barrier"]) for r in raw]
+    lines = [codec.from_json(Barrier, r["barrier"]) for r in raw]
     if reference_error is None:
         reference_error = normal_error(lines)
     out: dict[str, list[Aligned]] = {m.name: [] for m in chosen}
@@ -341,10 +336,8 @@ def align(
                 line.judged(reference_error=reference_error, max_error=max_error),
                 r["distances"],
                 r["matching"],
-                Curve.from_json(r["calibrated"]) if "calibrated" in r else None,
-                {s: Measure(float(m["loss"]), float(m["error"])) for s, m in r["repaired"].items()}
-                if "repaired" in r
-                else None,
+                codec.from_json(Curve, r["calibrated"]) if "calibrated" in r else None,
+                codec.from_json(dict[str, Measure], r["repaired"]) if "repaired" in r else None,
             )
         )
     return out

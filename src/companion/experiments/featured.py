@@ -12,8 +12,8 @@ Explained in our chapter 3; Zhou et al. 2023.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -29,8 +29,8 @@ from companion.connectivity import (
     grid,
     has_batchnorm,
 )
-from companion.connectivity.paths import plain
-from companion.connectivity.walk import default_batch
+from companion.connectivity.batches import default_batch
+from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
 from companion.core.runs import Entry, Store
@@ -38,7 +38,7 @@ from companion.core.theta import Theta
 from companion.data import Dataset, Split
 from companion.experiments.aligned import run_tasks
 from companion.experiments.featured_values import MODES, Featured, Lemma, mean_gap
-from companion.experiments.matchers import Method, key_of, match, weights_of
+from companion.experiments.methods import Method, key_of, match, weights_of
 from companion.experiments.pairs import Pair, averaging, normal_error
 from companion.features import (
     Additivity,
@@ -56,6 +56,7 @@ from companion.features import (
 from companion.features.conditions import measurable
 from companion.training import Job, build
 
+T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 __all__ = [
@@ -122,9 +123,9 @@ class Scope:
 
         ``bn_examples`` counts for networks with BatchNorm only: the store's entry adds it.
         """
-        known = asdict(self)
+        known = codec.to_json(self)
         del known["batch"], known["bn_examples"]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+        return known
 
     def split(self, data: Dataset) -> Split:
         """The test images, or the first of them."""
@@ -192,32 +193,30 @@ def _measure(task: Task) -> dict[str, Any]:
         features(module, a, moved, split, alphas=scope.alphas, bn=m, **average, **where)
         for m in modes
     ]
-    out: dict[str, Any] = {
-        "barrier": line.to_json(),
-        "features": {f.bn: f.to_json() for f in seen},
-        "mixture": [plain(e) for e in mixed(module, a, moved, split, line.curve.alphas)],
+    out: dict[str, object] = {
+        "barrier": line,
+        "features": {f.bn: f for f in seen},
+        "mixture": mixed(module, a, moved, split, line.curve.alphas),
         "examples": len(split),
     }
     relus, linears = measurable(module, split)
     if "additivity" in scope.parts and relus:
-        found = weak_additivity(module, a, moved, split, alphas=scope.alphas, batch=scope.batch)
-        out["additivity"] = found.to_json()
+        out["additivity"] = weak_additivity(
+            module, a, moved, split, alphas=scope.alphas, batch=scope.batch
+        )
     if "commutativity" in scope.parts and linears:
-        out["commutativity"] = commutativity(module, a, moved, split, batch=scope.batch).to_json()
+        out["commutativity"] = commutativity(module, a, moved, split, batch=scope.batch)
     if "stitching" in scope.parts:
-        out["stitching"] = stitch(module, a, moved, split, **where).to_json()
+        out["stitching"] = stitch(module, a, moved, split, **where)
     if "spectra" in scope.parts:
         out["spectra"] = {
-            name: [
-                s.to_json()
-                for s in (
-                    *weight_spectra(module, theta),
-                    *feature_spectra(module, theta, split, layers=scope.layers),
-                )
-            ]
+            name: (
+                *weight_spectra(module, theta),
+                *feature_spectra(module, theta, split, layers=scope.layers),
+            )
             for name, theta in (("a", a), ("b", b))
         }
-    return out
+    return codec.to_json(out)
 
 
 def _equal_inits(pair: Pair, a: Theta, b: Theta) -> bool:
@@ -280,7 +279,7 @@ def examine(
     where = str(datasets.resolve_device(device))
     tasks = [Task(pair, _method(m), scope, store, where) for pair, m in pairs]
     values = run_tasks(tasks, workers, label)
-    lines = [Barrier.from_json(value["barrier"]) for value in values]
+    lines = [codec.from_json(Barrier, value["barrier"]) for value in values]
     out = []
     for task, value, line in zip(tasks, values, lines, strict=True):
         recipe = task.pair.a.recipe
@@ -317,18 +316,18 @@ def jobs_of(pair: Pair) -> list[Job]:
 
 
 def _read(task: Task, raw: Mapping[str, Any], line: Barrier) -> Featured:
-    def part(name: str, read: Callable[[Any], Any]) -> Any:
-        return read(raw[name]) if name in raw else None
+    def part(name: str, kind: type[T]) -> T | None:
+        return codec.from_json(kind, raw[name]) if name in raw else None
 
     return Featured(
         task.pair,
         task.method,
         line,
-        {mode: Features.from_json(f) for mode, f in raw["features"].items()},
-        tuple(float(e) for e in raw["mixture"]),
-        int(raw["examples"]),
-        part("additivity", Additivity.from_json),
-        part("commutativity", Commutativity.from_json),
-        part("stitching", Stitching.from_json),
-        {k: tuple(map(Spectrum.from_json, v)) for k, v in raw.get("spectra", {}).items()},
+        codec.from_json(dict[str, Features], raw["features"]),
+        codec.from_json(tuple[float, ...], raw["mixture"]),
+        raw["examples"],
+        part("additivity", Additivity),
+        part("commutativity", Commutativity),
+        part("stitching", Stitching),
+        part("spectra", dict[str, tuple[Spectrum, ...]]) or {},
     )

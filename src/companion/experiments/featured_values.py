@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from companion.connectivity import Barrier
 from companion.core.errors import one_of
-from companion.experiments.matchers import Method
+from companion.experiments.methods import Method
 from companion.experiments.pairs import Pair
 from companion.features import Additivity, Commutativity, Features, Spectrum, Stitching
 from companion.features.values import LayerFeatures

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from companion import data as datasets
-from companion.core import closing
+from companion.core import closing, codec
 from companion.core.errors import CorruptEntry
 from companion.core.pool import run_all
 from companion.core.runs import Entry, Store
@@ -65,7 +65,7 @@ def sweep_pairs(
     )
     items: list[_Item] = [(pair, settings, store, where) for pair in pairs]
     raw = run_all(_stored, items, workers=workers, device=where, label=label)
-    found = [LayerBarriers.from_json(value) for value in raw]
+    found = [codec.from_json(LayerBarriers, value) for value in raw]
     if reference_error is None:
         reference_error = normal_error([f.full for f in found])
     return [f.judged(reference_error=reference_error, max_error=max_error) for f in found]
@@ -106,7 +106,7 @@ def _sweep(item: _Item) -> dict[str, Any]:
     images = Evaluation(
         train_examples=settings.train_examples, test_examples=settings.test_examples
     )
-    return sweep(
+    found = sweep(
         build(pair.a, data, torch.device(device)),
         a,
         b,
@@ -115,7 +115,8 @@ def _sweep(item: _Item) -> dict[str, Any]:
         bn_data=data.train,
         classes=data.classes,
         same_noise=pair.a == pair.b or shared_init,
-    ).to_json()
+    )
+    return codec.to_json(found)
 
 
 def _is_measured(entry: Entry) -> bool:

@@ -8,7 +8,7 @@ they merge into, and the controls. Explained in our chapter 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,17 +17,17 @@ from torch import nn
 from torch.func import functional_call
 
 from companion import data as datasets
-from companion.connectivity.paths import plain
+from companion.connectivity.batches import examples_a_pass
 from companion.connectivity.walk import has_batchnorm
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.numerics import exact_evaluation
 from companion.core.runs import Entry, Store
 from companion.core.theta import Theta, affine, layout, with_aliases, without_aliases
 from companion.data import Dataset, Split, head_of, text
 from companion.experiments.aligned import SEMANTICS, run_tasks
-from companion.experiments.matchers import (
+from companion.experiments.methods import (
     Method,
-    examples_a_pass,
     key_of,
     match,
     spec_of,
@@ -63,7 +63,7 @@ class Reading:
     count: tuple[int, ...] = field(default=(), repr=False)
 
 
-Readings = Mapping[str, Mapping[str, Reading]]
+Readings = dict[str, dict[str, Reading]]
 """Predictor -> split -> reading."""
 
 
@@ -86,23 +86,6 @@ def read_logits(logits: torch.Tensor, y: torch.Tensor) -> Reading:
     )
 
 
-def _to_json(found: Readings) -> dict[str, Any]:
-    def one(r: Reading) -> dict[str, Any]:
-        numbers = {"loss": plain(r.loss), "error": plain(r.error), "ece": plain(r.ece)}
-        bins = {"confidence": r.confidence, "fraction": r.fraction, "count": r.count}
-        return numbers | {k: list(v) for k, v in bins.items()}
-
-    return {name: {s: one(r) for s, r in splits.items()} for name, splits in found.items()}
-
-
-def _from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Reading]]:
-    def one(r: Mapping[str, Any]) -> Reading:
-        numbers = (float(r["loss"]), float(r["error"]), float(r["ece"]))
-        return Reading(*numbers, tuple(r["confidence"]), tuple(r["fraction"]), tuple(r["count"]))
-
-    return {name: {s: one(r) for s, r in splits.items()} for name, splits in value.items()}
-
-
 @exact_evaluation()
 @torch.inference_mode()
 def logits_of(
@@ -111,7 +94,7 @@ def logits_of(
     """Logits of a network in eval mode, shape (N, K), on the device of ``x``.
 
     Of a text, those of all positions one after the other: (N * L, K). ``batch``: examples a forward
-    pass, at most; default :func:`companion.experiments.matchers.examples_a_pass`.
+    pass, at most; default :func:`companion.connectivity.batches.examples_a_pass`.
     """
     module = module.eval()
     own = without_aliases(theta, layout(module).ties)
@@ -183,7 +166,7 @@ class Merge:
             )
             for n, z in logits.items():
                 found.setdefault(n, {})[name] = read_logits(z, split.y)
-        return {"readings": _to_json(found), "passes": merged.passes}
+        return {"readings": codec.to_json(found), "passes": merged.passes}
 
 
 def merge_runs(
@@ -212,7 +195,7 @@ def merge_runs(
     store, where = store or Store(), str(datasets.resolve_device(device))
     tasks = [Merge(tuple(g), evaluation or Evaluation(), on, store, where) for g in groups]
     raw = run_tasks(tasks, workers, "merging many")
-    return [_from_json(r["readings"]) for r in raw]
+    return [codec.from_json(Readings, r["readings"]) for r in raw]
 
 
 @dataclass(frozen=True)
@@ -274,7 +257,7 @@ class Halves:
             logits["ensemble"] = ensemble_logprobs([logits["A"], logits["B"]])
             for n, z in logits.items():
                 found.setdefault(n, {})[name] = read_logits(z, split.y)
-        return {"readings": _to_json(found)}
+        return {"readings": codec.to_json(found)}
 
 
 def split_runs(
@@ -310,4 +293,4 @@ def split_runs(
         for p, f in zip(pairs, full, strict=True)
     ]
     raw = run_tasks(tasks, workers, "split data")
-    return [_from_json(r["readings"]) for r in raw]
+    return [codec.from_json(Readings, r["readings"]) for r in raw]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +30,7 @@ from companion.connectivity import (
     grid,
 )
 from companion.connectivity.gates import Gate, guessing, noise_independence, null_control
-from companion.connectivity.paths import plain
-from companion.core import closing
+from companion.core import closing, codec
 from companion.core.errors import BadParameter, CorruptEntry, one_of
 from companion.core.pool import run_all
 from companion.core.runs import Entry, Store
@@ -238,8 +237,8 @@ def _measure(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
             "start_init": distance(w_k, init, names),
         }
         at = evaluation.walker(module, splits, data).at(w_k)
-        start = {s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()}
-    return {"barrier": found.to_json(), "distances": distances, "start": start}
+        start = codec.to_json(at)
+    return {"barrier": codec.to_json(found), "distances": distances, "start": start}
 
 
 def entry_of_pair(pair: Pair, evaluation: Evaluation, store: Store, device: str) -> Entry:
@@ -334,14 +333,14 @@ def measure(
     )
     items = [(pair, evaluation, store, where) for pair in pairs]
     raw = run_all(_stored, items, workers=workers, device=where, label=label)
-    found = [Barrier.from_json(r["barrier"]) for r in raw]
+    found = [codec.from_json(Barrier, r["barrier"]) for r in raw]
     if reference_error is None:
         reference_error = normal_error(found)
     return [
         PairResult(
             f.judged(reference_error=reference_error, max_error=max_error),
             r["distances"],
-            {s: Measure(float(m["loss"]), float(m["error"])) for s, m in r["start"].items()},
+            codec.from_json(dict[str, Measure], r["start"]),
         )
         for f, r in zip(found, raw, strict=True)
     ]
@@ -387,18 +386,18 @@ def check_null(
     data = datasets.load(run.recipe.data, device)
     entry = entry_of_null(run, evaluation, store, device)
     if known := _known(entry, "gate.json"):
-        return Gate(**known)
+        return codec.from_json(Gate, known)
     if closing.active():
         if failed := _known(entry, _FAILED):
-            return Gate(**failed)
+            return codec.from_json(Gate, failed)
         closing.lacks([entry])
         return Gate("G1 null control", None, closing.WHY)
     with entry.lock():
         if known := _known(entry, "gate.json"):
-            return Gate(**known)
+            return codec.from_json(Gate, known)
         gate = _null(run, evaluation, data, store, device)
         # One that failed is run again, but whoever closes the recording has to know of it.
-        entry.write_json("gate.json" if gate.passed else _FAILED, asdict(gate))
+        entry.write_json("gate.json" if gate.passed else _FAILED, codec.to_json(gate))
         return gate
 
 

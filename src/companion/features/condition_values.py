@@ -1,14 +1,14 @@
-"""What the checks of the two conditions bring back: values, with JSON."""
+"""What the checks of the two conditions bring back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from companion.core.errors import BadParameter
-from companion.features.values import Stat, plain, stats_from_json, stats_to_json
+from companion.features.values import Stat
 
 L = TypeVar("L", "ReluAdditivity", "LayerCommutativity")
 
@@ -32,27 +32,6 @@ class ReluAdditivity:
     whole: Mapping[float, float]
     opposite: float
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "name": self.name,
-            "size": self.size,
-            "distance": stats_to_json(self.distance),
-            "whole": {repr(float(k)): plain(v) for k, v in self.whole.items()},
-            "opposite": self.opposite,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ReluAdditivity:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            value["name"],
-            value["size"],
-            stats_from_json(value["distance"]),
-            {float(k): float(v) for k, v in value["whole"].items()},
-            value["opposite"],
-        )
-
 
 @dataclass(frozen=True)
 class Additivity:
@@ -75,21 +54,6 @@ class Additivity:
             BadParameter: there is none.
         """
         return _named(self.layers, name)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "layers": [x.to_json() for x in self.layers],
-            "alphas": list(self.alphas),
-            "n": self.n,
-            "bn": self.bn,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Additivity:
-        """The inverse of :meth:`to_json`."""
-        found = tuple(ReluAdditivity.from_json(x) for x in value["layers"])
-        return cls(found, tuple(value["alphas"]), value["n"], value["bn"])
 
 
 @dataclass(frozen=True)
@@ -119,17 +83,6 @@ class LayerCommutativity:
         least = min(self.weights, self.inputs)
         return self.com / least if least > 0 and not math.isnan(self.com) else math.nan
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        found = {k: plain(getattr(self, k)) for k in ("com", "weights", "inputs")}
-        return {"name": self.name, "kind": self.kind, **found}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LayerCommutativity:
-        """The inverse of :meth:`to_json`."""
-        found = (float(value[k]) for k in ("com", "weights", "inputs"))
-        return cls(value["name"], value["kind"], *found)
-
 
 @dataclass(frozen=True)
 class Commutativity:
@@ -146,16 +99,6 @@ class Commutativity:
             BadParameter: there is none.
         """
         return _named(self.layers, name)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {"layers": [x.to_json() for x in self.layers], "n": self.n, "bn": self.bn}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Commutativity:
-        """The inverse of :meth:`to_json`."""
-        found = tuple(LayerCommutativity.from_json(x) for x in value["layers"])
-        return cls(found, value["n"], value["bn"])
 
 
 def _named(layers: Sequence[L], name: str) -> L:

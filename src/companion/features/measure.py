@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from companion.connectivity import BN_EXAMPLES, Score, Walker, classification, has_batchnorm
+from companion.connectivity.batches import fitting
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
@@ -180,12 +181,9 @@ def _batch(batch: int | None, walker: Walker, at: Sequence[Site]) -> int:
     """Inputs a forward pass: as many as the walker takes, if the features of A and B have room."""
     if (chosen := batch_size(batch)) is not None:
         return chosen
-    room = _ROOM
-    if walker.device.type == "cuda":
-        room = torch.cuda.get_device_properties(walker.device).total_memory // 4
     item = max((p.element_size() for p in walker.module.parameters()), default=4)
     each = 2 * item * sum(math.prod(s.shape) for s in at if not s.same)
-    return max(1, min(walker.batch, room // max(each, 1)))
+    return fitting(walker.batch, each, walker.device, _ROOM)
 
 
 def features(

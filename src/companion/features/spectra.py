@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from scipy.linalg import subspace_angles
@@ -87,15 +86,6 @@ class Spectrum:
             held += square
         return len(squares)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {**asdict(self), "values": list(self.values)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Spectrum:
-        """The inverse of :meth:`to_json`."""
-        return cls(**{**value, "values": tuple(value["values"])})
-
 
 @dataclass(frozen=True)
 class SubspaceAngles:
@@ -110,17 +100,6 @@ class SubspaceAngles:
     k: int
     left: tuple[float, ...]
     right: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {**asdict(self), "left": list(self.left), "right": list(self.right)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> SubspaceAngles:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            **{**value, "left": tuple(value["left"]), "right": tuple(value["right"])},
-        )
 
 
 def weight_spectra(

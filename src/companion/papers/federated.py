@@ -37,12 +37,11 @@ from companion.papers.layerwise import (
     over,
     residual,
     said,
-    statistic,
     top,
     worst_layers,
 )
 from companion.report import figures, page, plots, provenance, tables
-from companion.report.claims import Statistic
+from companion.report.claims import Statistic, statistic
 from companion.training import Recipe, build, check_fit
 
 GROUPS = {

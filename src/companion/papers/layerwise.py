@@ -37,14 +37,11 @@ from companion.experiments.layers import sweep_pairs
 from companion.experiments.pairs import Evaluation, Pair
 from companion.layerwise import LayerBarriers, Sweep, layer_groups
 from companion.report import claims, figures, page, plots, provenance, tables
-from companion.report.claims import Statistic
+from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
 from companion.training import Recipe, build, check_fit
 
 Values: TypeAlias = dict[str, float | str]
-Need: TypeAlias = tuple[bool, str]
-"""Whether a premise of a claim is fulfilled, and what to say if it is not."""
-
 SMALL = 0.1
 """Nats: a pair whose whole network has no higher barrier than this has none to compare with."""
 
@@ -575,12 +572,6 @@ def specials(study: Study, recipe: Recipe) -> list[float]:
 
 
 # ---- one function a claim
-
-
-def statistic(value: float | Interval | None, *needs: Need, **more: Any) -> Statistic:
-    """A statistic and what it lacks: each need is (whether it is fulfilled, what to say if not)."""
-    lacking = [why for fulfilled, why in needs if not fulfilled]
-    return Statistic(value, testable=not lacking, note="; ".join(lacking), **more)
 
 
 def trained(results: Sequence[LayerBarriers]) -> Need:

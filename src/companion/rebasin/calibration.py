@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,8 @@ from scipy.optimize import brentq
 from torch import nn
 
 from companion.connectivity import BN_EXAMPLES, Curve, Walker, classification, grid
-from companion.core import deadline
 from companion.core.errors import BadParameter
-from companion.core.theta import Theta, affine, check
+from companion.core.theta import Theta
 from companion.data import Split
 
 RANGE = 1e4
@@ -142,14 +140,6 @@ class CalibratedCurve:
         """The barrier that calibration leaves: :meth:`companion.connectivity.Curve.height`."""
         return self.curve.height(split, metric, definition, signed=signed)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return {
-            "curve": self.curve.to_json(),
-            "plain": self.plain.to_json(),
-            "temperatures": [t if math.isfinite(t) else None for t in self.temperatures],
-        }
-
 
 class _Collector:
     """A score for the walker that keeps the logits of one point of the path."""
@@ -221,21 +211,17 @@ def calibrated_curve(
     logits = _Collector()
     average = bn_data if bn_data is not None else splits.get("train", fit)
     walker = Walker(module, splits, bn=bn, bn_data=average, bn_examples=bn_examples, score=logits)
-    check(walker.module, a, "A")
-    check(walker.module, b, "B")
-    ends = [{k: v.to(walker.device) for k, v in t.items()} for t in (a, b)]
-    walker.load(ends[0])
     labels = {name: split.y.flatten() for name, split in splits.items()}
-    measured, losses, found = [], [], []
-    for row in steps:
-        deadline.check()
-        walker.load(affine(ends, row, walker.layout.floating))
-        measured.append(walker.here())
+    losses, found = [], []
+
+    def fit_here() -> None:
         z = logits.take(splits)
         fine = all(bool(torch.isfinite(v).all()) for v in z.values())
         t = temperature_at or (temperature(z[where], labels[where]) if fine else math.nan)
         found.append(t)
         losses.append({n: nll(z[n], labels[n], t) if fine else math.inf for n in evaluate})
+
+    measured = walker.walk((a, b), steps, each=fit_here)
 
     def curve(loss: Mapping[str, tuple[float, ...]]) -> Curve:
         errors = {n: tuple(m[n].error for m in measured) for n in evaluate}

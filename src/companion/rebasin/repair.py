@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta, affine, check, layout
 from companion.rebasin.moments import Copy, Layer, Moments, batches, correction, measure
@@ -64,10 +65,6 @@ class Repaired:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the weights, JSON-able; a share that is no number is None."""
-
-        def plain(shares: Mapping[str, float]) -> dict[str, float | None]:
-            return {n: None if math.isnan(v) else v for n, v in shares.items()}
-
         return {
             "form": self.form,
             "alpha": self.alpha,
@@ -75,8 +72,8 @@ class Repaired:
             "corrected": list(self.scale),
             "reset": list(self.reset),
             "skipped": dict(self.skipped),
-            "before": plain(self.before),
-            "after": plain(self.after),
+            "before": codec.to_json(self.before, null=True),
+            "after": codec.to_json(self.after, null=True),
         }
 
     def __str__(self) -> str:
@@ -107,7 +104,7 @@ def merge(module: nn.Module, a: Theta, b: Theta, alpha: float) -> dict[str, torc
 
 
 def _checked(
-    module: nn.Module, a: Theta, b: Theta, inputs: torch.Tensor, alpha: float, batch: int
+    module: nn.Module, a: Theta, b: Theta, inputs: torch.Tensor, alpha: float, batch: int | None
 ) -> list[torch.Tensor]:
     """The batches, after everything that can be refused before the first forward pass was."""
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
@@ -177,7 +174,7 @@ def collapse(
     inputs: torch.Tensor,
     *,
     alpha: float = 0.5,
-    batch: int = 500,
+    batch: int | None = None,
 ) -> dict[str, float]:
     """How much variance collapses between A and B: 1 is none, 0 a network of constants.
 
@@ -202,7 +199,7 @@ def collapse(
 
 
 def reset_batchnorm(
-    module: nn.Module, theta: Theta, inputs: torch.Tensor, batch: int = 500
+    module: nn.Module, theta: Theta, inputs: torch.Tensor, batch: int | None = None
 ) -> dict[str, torch.Tensor]:
     """``theta`` with BatchNorm's running statistics estimated again: reset, cumulative average.
 
@@ -289,7 +286,7 @@ def repair(
     alpha: float = 0.5,
     layers: Sequence[str] | None = None,
     form: str = "forward",
-    batch: int = 500,
+    batch: int | None = None,
     passes: int = 1,
 ) -> Repaired:
     """The network at ``alpha`` between A and B, with every channel's mean and spread put right.

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from companion.connectivity.paths import plain
-from companion.core import deadline
+from companion.core import codec, deadline
 from companion.core.errors import BadParameter
 from companion.core.losses import mean_loss
 from companion.core.numerics import exact_evaluation
@@ -219,13 +218,15 @@ def straight_through(
         bound,
         passes=len(losses),
         seconds=time.perf_counter() - begin,
-        details={
-            "loss": [plain(float(x)) for x in losses],
-            "held out": [[step, plain(value)] for step, value in judged],
-            "best": best.step,
-            "weight matching": plain(judged[0][1]),
-            "stopped": stopped,
-        },
+        details=codec.to_json(
+            {
+                "loss": losses,
+                "held out": judged,
+                "best": best.step,
+                "weight matching": judged[0][1],
+                "stopped": stopped,
+            }
+        ),
     )
 
 
