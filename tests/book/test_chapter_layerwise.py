@@ -12,6 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from companion import data, models
+from companion.book import recording
+from companion.book.layout import Book
 from companion.core.runs import Store
 from companion.experiments.instability import copy
 from companion.experiments.layers import sweep_pairs
@@ -161,6 +163,13 @@ def test_chapter_1s_networks_with_chosen_checkpoints_and_no_controls(
     (record,) = entries(notebook, "provenance")
     assert record["residual"]["schedule"] == "step"  # as chapter 1 trains them
     assert record["residual"]["weight_decay"] == 1e-4
+
+
+def test_clients_are_not_announced_as_already_trained(store: Store) -> None:
+    said: list[str] = []
+    ready = recording.prepare(Book(ROOT), FEDERATED, "quick", ["seeds=1"])
+    recording.record(ready, dry_run=True, say=said.append)
+    assert said == ["what this chapter trains cannot be counted beforehand: no estimate"]
 
 
 @pytest.mark.parametrize(
