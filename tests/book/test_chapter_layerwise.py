@@ -82,9 +82,9 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
         "toy",
         "layers",
         "cumulative",
-        "time",
+        "layerwise-time",
         "heatmap",
-        "regimes",
+        "layerwise-regimes",
         "directions",
         "subspaces",
     ]

@@ -362,15 +362,20 @@ def show_averages(study: Study) -> None:
     fig, axes = plots.grid(2, height=3.4, sharex=True, sharey=True)
     drawn = {}
     for ax, kind in zip(axes, study.splits, strict=True):
-        rows = {name: study.reached(kind, group) for group, name in GROUPS.items()}
-        drawn[kind] = plots.conditions(
+        reached = {group: study.reached(kind, group) for group in GROUPS}
+        rows = {group: row for group, row in reached.items() if row is not None}
+        plots.conditions(
             ax,
-            {name: row for name, row in rows.items() if row is not None},
+            {GROUPS[group]: row for group, row in rows.items()},
             threshold=None,
             xlabel="mean accuracy of the clients (%)",
             from_zero=False,
         )
         ax.set_title(kind)
+        drawn[kind] = {
+            group: {"mean": row.value, "low": row.low, "high": row.high, "seeds": row.n}
+            for group, row in rows.items()
+        }
     figures.publish(fig, "federated", data=drawn)
 
 

@@ -1000,7 +1000,7 @@ def show_time(study: Study) -> None:
         ax.set(title=f"{split} images", xlabel=f"training step (of {study.residual.steps})")
     axes[0].set_ylabel("loss barrier (nats)")
     plots.legend(fig, columns=3)
-    figures.publish(fig, "time", data=drawn)
+    figures.publish(fig, "layerwise-time", data=drawn)
 
 
 def show_heatmap(study: Study) -> None:
@@ -1055,7 +1055,7 @@ def show_regimes(study: Study) -> None:
     fig, axes = plots.grid(1, columns=1, height=0.9 + 0.42 * len(shares), width=9.4)
     label = "worst layer's barrier, % of the whole network's"
     drawn = plots.conditions(axes[0], shares, threshold=10, xlabel=label, form="{:.0f}")
-    figures.publish(fig, "regimes", data=drawn)
+    figures.publish(fig, "layerwise-regimes", data=drawn)
 
 
 def show_settings(study: Study) -> None:
