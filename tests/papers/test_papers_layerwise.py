@@ -13,11 +13,11 @@ import pytest
 from companion.connectivity import Barrier, Curve
 from companion.connectivity.gates import Gate
 from companion.core.errors import BadParameter
+from companion.experiments.layers import LayerSweep
 from companion.layerwise import LayerBarriers
 from companion.layerwise.values import Row
 from companion.papers import federated, layerwise
 from companion.report import claims
-from companion.training import Run
 
 SHARED: dict[str, Any] = {
     "dataset": "digits",
@@ -390,8 +390,8 @@ def test_the_runs_are_those_of_before() -> None:
     assert study.perceptron.identity() == perceptron.identity()
     assert (study.convolutional.steps, study.convolutional.warmup) == (1200, 80)
     assert study.places == (0, 160, 320, 480, 640, 800)
-    first = study.plans()[0].pairs[0]
-    assert isinstance(first.a, Run) and first.step == 0
+    first = study.plans()[0].tasks[0]
+    assert isinstance(first, LayerSweep) and first.pair.step == 0
     two = designed(federated).apart
     assert (two.net, two.steps, two.warmup) == (study.residual.net, 200, 80)
     cifar = designed(layerwise, net="resnet20:width=8", steps=1600, lr=0.1)

@@ -21,7 +21,8 @@ from companion.core.pool import one_thread
 from companion.core.stats import Interval
 from companion.data import Dataset
 from companion.experiments import federated
-from companion.experiments.federated import Federation
+from companion.experiments.budget import Plan
+from companion.experiments.federated import FederatedRun, Federation
 from companion.experiments.instability import copy
 from companion.experiments.pairs import Evaluation
 from companion.layerwise import LayerBarriers, Sweep, layer_groups, sweep
@@ -135,13 +136,23 @@ class Study:
             averaged=self.groups[group],
         )
 
+    def plans(self) -> list[Plan]:
+        """All federations of the page, for its budget."""
+        wanted = [*self.wanted.values(), *self.strangers]
+        return [Plan(tasks=tuple(FederatedRun(rule, seed) for rule, seed in wanted))]
+
+    @property
+    def wanted(self) -> dict[tuple[str, str, int], tuple[Federation, int]]:
+        """Split, group and seed -> the federation, and its seed."""
+        keys = [(k, g, n) for k in self.splits for g in self.groups for n in range(self.seeds)]
+        return {(kind, group, n): (self.federation(kind, group), n) for kind, group, n in keys}
+
     @cached_property
     def accuracy(self) -> Mapping[tuple[str, str, int], float]:
         """Split, group and seed -> mean accuracy of the clients at the end, in percent."""
-        keys = [(k, g, n) for k in self.splits for g in self.groups for n in range(self.seeds)]
-        wanted = [(self.federation(kind, group), seed) for kind, group, seed in keys]
-        found = federated.measure(wanted, device=self.device, workers=self.workers)
-        return {key: one.accuracy() for key, one in zip(keys, found, strict=True)}
+        wanted = self.wanted
+        found = federated.measure(list(wanted.values()), device=self.device, workers=self.workers)
+        return {key: one.accuracy() for key, one in zip(wanted, found, strict=True)}
 
     @property
     def strangers(self) -> list[tuple[Federation, int]]:

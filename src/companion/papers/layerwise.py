@@ -33,7 +33,7 @@ from companion.data import Dataset
 from companion.experiments import subspaces
 from companion.experiments.budget import Plan
 from companion.experiments.instability import copy
-from companion.experiments.layers import sweep_pairs
+from companion.experiments.layers import LayerSweep, sweep_pairs
 from companion.experiments.pairs import Evaluation, Pair
 from companion.layerwise import LayerBarriers, Sweep, layer_groups
 from companion.report import claims, figures, page, plots, provenance, tables
@@ -273,11 +273,13 @@ class Study:
         )
 
     def plans(self) -> list[Plan]:
-        """All pairs that the page trains, for its budget."""
-        groups = [pairs_of(self.residual, self.inits, step) for step in self.places]
-        groups += [pairs_of(recipe, self.inits) for recipe in self.recipes]
-        groups += [pairs_of(recipe, self.few) for recipe in (*self.gentle, *self.variants)]
-        return [Plan(tuple(group)) for group in groups]
+        """All sweeps of the page, for its budget."""
+        groups = [(pairs_of(self.residual, self.inits, step), self.alone) for step in self.places]
+        groups += [(pairs_of(recipe, self.inits), self.sets) for recipe in self.recipes]
+        others = (*self.gentle, *self.variants)
+        groups += [(pairs_of(recipe, self.few), self.alone) for recipe in others]
+        asked = [(p, fitting(p.a.recipe, sets)) for pairs, sets in groups for p in pairs]
+        return [Plan(tasks=tuple(LayerSweep(p, sets) for p, sets in asked))]
 
     @cached_property
     def along(self) -> Mapping[int, list[LayerBarriers]]:
