@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,15 +30,7 @@ from companion.core.theta import snapshot
 from companion.data import Dataset
 from companion.experiments.aligned import Method, pairs_of
 from companion.experiments.budget import Plan
-from companion.experiments.featured import (
-    Featured,
-    Lemma,
-    Scope,
-    jobs_of,
-    looks_of,
-    mean_gap,
-    survey,
-)
+from companion.experiments.featured import Featured, Lemma, Scope, looks_of, mean_gap, survey
 from companion.experiments.featured_stats import (
     CONNECTED,
     STATISTICS,
@@ -72,14 +64,10 @@ SHARE = 1 / 32
 Key = tuple[str, str]
 """Network (the recipe's name for it) and kind of pair."""
 
-Items = list[tuple[Pair, Method | None]]
-K = TypeVar("K", bound=Hashable)
+Item = tuple[Pair, Method | str | None]
+"""A pair, and the method that brings B to A."""
 
 _KINDS = {COPIES: "copies"}
-
-
-def _items(groups: Mapping[Any, Items]) -> Items:
-    return [item for items in groups.values() for item in items]
 
 
 def called(net: str) -> str:
@@ -176,14 +164,13 @@ class Study:
         return [Pair(a, b) for a, b in ends]
 
     def plans(self, *, sweeps: bool = True) -> list[Plan]:
-        """What is trained and measured; without ``sweeps`` no fork steps and other widths."""
-        tasks, jobs = looks_of(_items(self._whole), self.scope), []
+        """What is measured, for the budget; without ``sweeps`` no fork steps and other widths."""
+        tasks = looks_of([item for items in self._whole().values() for item in items], self.scope)
         if sweeps:
-            others = _items(self._other_widths) + _items(self._other_forks)
-            tasks += looks_of(others, replace(self.scope, parts=()))
-            firsts = [pairs_of(self.at_width(w), 1)[0] for w in (min(self.widths), self.width)]
-            jobs = [job for pair in firsts for job in jobs_of(pair)]  # of which spectra are taken
-        return [Plan(tasks=tuple(tasks), jobs=tuple(jobs))]
+            rest = (*self._others().values(), *self._forked().values())
+            lines = replace(self.scope, parts=())
+            tasks += looks_of([item for items in rest for item in items], lines)
+        return [Plan(tasks=tuple(tasks))]
 
     def budget(self, *, sweeps: bool = True) -> None:
         """Say what is about to be trained and measured."""
@@ -191,52 +178,20 @@ class Study:
         plans = self.plans(sweeps=sweeps)
         page.budget(plans, evaluation=evaluation, device=self.device, workers=self.workers)
 
-    @property
-    def _whole(self) -> dict[Key, Items]:
-        """The groups of which everything is measured."""
-        groups: dict[Key, Items] = {
-            (r.net, COPIES): [(p, None) for p in self.copies(r, k)] for r, k in self.forks.items()
-        }
-        for r in self.trees:
-            groups[r.net, INDEPENDENT] = [(p, None) for p in pairs_of(r, self.pairs)]
-        for w in self.both:
-            groups |= self._at(w)
-        return groups
-
-    @property
-    def _other_widths(self) -> dict[Key, Items]:
-        others = [w for w in self.widths if w not in self.both]
-        return {key: items for w in others for key, items in self._at(w).items()}
-
-    @property
-    def _other_forks(self) -> dict[int, Items]:
-        others = [k for k in self.ks if k != self.forks[self.swept]]
-        return {k: [(p, None) for p in self.copies(self.swept, k)] for k in others}
-
-    def _at(self, width: int) -> dict[Key, Items]:
-        recipe = self.at_width(width)
-        pairs = pairs_of(recipe, self.pairs)
-        return {(recipe.net, c): [(p, method) for p in pairs] for c, method in self.matched.items()}
-
-    def _survey(self, groups: Mapping[K, Items], **changed: Any) -> dict[K, list[Featured]]:
-        scope = replace(self.scope, **changed)
-        how = {"max_error": self.max_error, "device": self.device, "workers": self.workers}
-        return survey(groups, scope, **how) if groups else {}
-
     @cached_property
     def found(self) -> dict[Key, list[Featured]]:
         """Network, kind of pair -> its pairs, of which everything is measured."""
-        return self._survey(self._whole)
+        return self._survey(self._whole())
 
     @cached_property
     def narrower(self) -> dict[Key, list[Featured]]:
         """The matched network at the other widths: features and the line only."""
-        return self._survey(self._other_widths, parts=())
+        return self._survey(self._others(), parts=())
 
     @cached_property
     def along(self) -> dict[int, list[Featured]]:
         """Fork step -> pairs of copies that part there: features and the line only."""
-        own, seen = self.forks[self.swept], self._survey(self._other_forks, parts=())
+        own, seen = self.forks[self.swept], self._survey(self._forked(), parts=())
         return {k: self.found[self.swept.net, COPIES] if k == own else seen[k] for k in self.ks}
 
     @cached_property
@@ -260,6 +215,36 @@ class Study:
                     (held,) = spectra_of_weights(module, theta, names=(inner,))
                     out[w, when] = (held, seen)
         return out
+
+    def _whole(self) -> dict[Key, list[Item]]:
+        groups: dict[Key, list[Item]] = {
+            (r.net, COPIES): [(p, None) for p in self.copies(r, k)] for r, k in self.forks.items()
+        }
+        for r in self.trees:
+            groups[r.net, INDEPENDENT] = [(p, None) for p in pairs_of(r, self.pairs)]
+        for w in self.both:
+            groups |= self._at(w)
+        return groups
+
+    def _others(self) -> dict[Key, list[Item]]:
+        others = [w for w in self.widths if w not in self.both]
+        return {key: items for w in others for key, items in self._at(w).items()}
+
+    def _forked(self) -> dict[int, list[Item]]:
+        own = self.forks[self.swept]
+        return {k: [(p, None) for p in self.copies(self.swept, k)] for k in self.ks if k != own}
+
+    def _independent(self, width: int) -> list[Pair]:
+        return pairs_of(self.at_width(width), self.pairs)
+
+    def _at(self, width: int) -> dict[Key, list[Item]]:
+        net, pairs = self.at_width(width).net, self._independent(width)
+        return {(net, c): [(p, method) for p in pairs] for c, method in self.matched.items()}
+
+    def _survey(self, groups: Mapping[Any, Any], **changed: Any) -> dict[Any, list[Featured]]:
+        scope = replace(self.scope, **changed)
+        how = {"max_error": self.max_error, "device": self.device, "workers": self.workers}
+        return survey(groups, scope, **how) if groups else {}
 
     # ---- what several claims and figures read
 
@@ -1228,7 +1213,8 @@ def show_fork(study: Study) -> None:
         axes[1], series[1], ylabel="E[1 − cos½], mean over layers", **how
     )
     plots.dashed(axes[0], CONNECTED, text=f"{CONNECTED:g} points: connected")
-    axes[1].set_yscale("log")
+    if any(series[1].values()):  # some pair is valid
+        axes[1].set_yscale("log")
     plots.legend(fig, columns=2)
     _publish(fig, "llfc-fork", data=drawn, values=fork_values(study))
 

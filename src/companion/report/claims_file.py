@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from companion.core import plainyaml
+from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, MissingData
 from companion.core.locations import checkout
 
@@ -54,8 +55,12 @@ class Claim:
     evidence: str  # a key of EVIDENCE
     unit: str = ""
     format: str = "{:.2f}"
-    changed: str = ""  # if the rule changed after a run had been seen: after which, and from what
-    data: tuple[str, ...] = ()  # names of the datasets that can test it; empty: any
+    changed: str = field(
+        default="", metadata=OMIT_DEFAULT
+    )  # if the rule changed after a run had been seen: after which, and from what
+    data: tuple[str, ...] = field(
+        default=(), metadata=OMIT_DEFAULT
+    )  # names of the datasets that can test it; empty: any
 
     def takes(self, dataset: str) -> bool:
         """Whether a dataset can test it; a part (``mnist@split-a``) stands for the whole."""
