@@ -192,9 +192,10 @@ def test_the_counts_are_those_of_the_chapters_budget(
         say=lambda _: None,
     )
     loads, pairs = cost_of_chapter_1("lenet", 4, 3, 2, controls=controls, kinds=2)
-    trained, planned = sum(c.steps for c in found) / 100, sum(load.rounds * 6 for load in loads)
+    trained = sum(c.whole.steps for c in found) / 100
+    planned = sum(load.rounds * 6 for load in loads)
     assert trained <= planned <= 1.6 * trained  # a group that is not full counts as full
-    counted = sum(c.pairs for c in found)
+    counted = sum(c.whole.measured.get("pair", 0) for c in found)
     assert counted <= sum(p.count for p in pairs) <= 1.2 * counted
 
 

@@ -21,7 +21,7 @@ from companion.cli import app
 from companion.cli import instability as instability_command
 from companion.cli.console import size
 from companion.cli.instability import numbers
-from companion.cli.runs import KINDS, describe
+from companion.cli.runs import describe
 from companion.connectivity import BN_MODES, Barrier, barrier
 from companion.core import codec
 from companion.core.errors import BadParameter
@@ -30,6 +30,7 @@ from companion.core.seeds import Key
 from companion.core.theta import snapshot
 from companion.experiments import pairs
 from companion.experiments.instability import NOISE, analyse
+from companion.experiments.measurement import EVALUATION
 from companion.experiments.pairs import Evaluation
 from companion.training import Recipe, Run, State, advance, build
 
@@ -563,7 +564,7 @@ def test_gc_removes_what_no_longer_counts_and_asks_first(small_store):
     fork = {"parent": old.identity, "step": 1, "optimizer": "reset", "schedule": "continue"}
     child = small_store.entry({**current, "fork": fork})
     ends = {"kind": "pair", "a": "0" * 64, "step": 3, "start": None}
-    today = {"semantics": pairs.SEMANTICS, "points": 3}
+    today = {"semantics": EVALUATION, "points": 3}
     orphan = small_store.entry({**ends, "b": old.key, "evaluation": today})
     before = small_store.entry({**ends, "b": "1" * 64, "evaluation": {**today, "semantics": 0}})
     unknown = small_store.entry({"kind": "of another instrument"})
@@ -647,7 +648,7 @@ def test_version_and_help():
         ("data", "check"): (),
         ("models", "list"): (),
         ("models", "show"): (),
-        ("runs", "list"): KINDS,
+        ("runs", "list"): ("run", "pair"),
         ("runs", "show"): (),
         ("runs", "verify"): (),
         ("runs", "gc"): ("--dry-run", "--yes"),

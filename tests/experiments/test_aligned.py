@@ -18,6 +18,7 @@ from companion.core.runs import Store
 from companion.core.theta import layout
 from companion.experiments.aligned import (
     Aligned,
+    MatchedLine,
     Method,
     align,
     clusters,
@@ -73,11 +74,11 @@ def test_a_second_call_reads_the_store(store: Store, monkeypatch: pytest.MonkeyP
     def no(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("companion.experiments.aligned._measure", no)
-    monkeypatch.setattr("companion.experiments.aligned.train", no)
+    monkeypatch.setattr(MatchedLine, "measure", no)
+    monkeypatch.setattr("companion.experiments.measurement.train", no)
     again = align(pairs, ["weights"], FEW, extras=("temperature", "repair"), workers=1)
     assert one(again, "weights") == one(first, "weights")
-    monkeypatch.setattr("companion.experiments.aligned.train", lambda *_, **__: None)
+    monkeypatch.setattr("companion.experiments.measurement.train", lambda *_, **__: None)
     with pytest.raises(AssertionError, match="measured again"):  # another question
         align(pairs, [Method("weights", starts=2)], FEW, workers=1)
 
@@ -330,10 +331,10 @@ def test_a_plan_counts_the_runs_of_what_is_matched(store: Store) -> None:
     jobs = tuple(Job(r, weights=(p.at,)) for p in pairs for r in (p.a, p.b))
     plans = [Plan(jobs=jobs)]
     (before,) = count(plans, FEW, store=store, device="cpu")
-    assert (before.runs, before.steps, before.missing_runs) == (4, 600, 4)
+    assert (before.whole.runs, before.whole.steps, before.missing.runs) == (4, 600, 4)
     load_weights(pairs[0].a, store=store)
     (after,) = count(plans, FEW, store=store, device="cpu")
-    assert (after.missing_runs, after.missing_steps) == (3, 450)
+    assert (after.missing.runs, after.missing.steps) == (3, 450)
 
 
 def test_the_store_says_what_its_entries_are(store: Store) -> None:

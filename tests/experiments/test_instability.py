@@ -20,7 +20,7 @@ from companion.core.runs import Store
 from companion.core.seeds import Key
 from companion.core.theta import cosine_distance, distance, layout
 from companion.data import Augmentation, Augmenter
-from companion.experiments import pairs
+from companion.experiments import measurement
 from companion.experiments.instability import (
     NOISE,
     THRESHOLD,
@@ -65,7 +65,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("worked again on what is in the store")
 
     monkeypatch.setattr(engine.loop, "advance", refuse)
-    monkeypatch.setattr(pairs, "_measure", refuse)
+    monkeypatch.setattr(measurement, "_make", refuse)
 
 
 # ---- end to end

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from companion.cli import rebasin as command
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
-from companion.experiments.aligned import Task, align, pairs_of
+from companion.experiments.aligned import MatchedLine, align, pairs_of
 from companion.experiments.methods import KINDS, Method, Problem, offered, register
 from companion.experiments.pairs import Evaluation
 from companion.rebasin import Matching, activation_matching, straight_through, weight_matching
@@ -117,9 +117,10 @@ def test_a_method_is_one_function(toy: str, store: Store) -> None:
     assert result.distances["after"] != naive.distances["after"]
     stored = {e.identity["method"]["name"]: e for e in store.entries() if "method" in e.identity}
     assert stored[toy].identity["method"] == {"name": toy, "label": 5}
-    task = Task(pairs[0], ways[1], few, (), None, store, "cpu")
-    assert task.entry().key == stored[toy].key
-    assert replace(task, method=Method(toy, label=6)).entry().key != stored[toy].key
+    task = MatchedLine(pairs[0], ways[1], few)
+    assert task.entry(store, "cpu").key == stored[toy].key
+    other = replace(task, method=Method(toy, label=6))
+    assert other.entry(store, "cpu").key != stored[toy].key
 
 
 def test_a_name_and_an_option_are_registered_once() -> None:

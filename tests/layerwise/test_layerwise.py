@@ -18,7 +18,7 @@ from companion.core.errors import BadParameter, MissingData
 from companion.core.runs import Store
 from companion.core.seeds import Key
 from companion.core.theta import distance, flatten, layout, snapshot
-from companion.experiments.layers import entry_of_layers, sweep_pairs
+from companion.experiments.layers import LayerSweep, sweep_pairs
 from companion.experiments.pairs import Pair
 from companion.layerwise import LayerBarriers, Sweep, layer_groups, sweep
 from companion.layerwise.replay import Replay
@@ -476,7 +476,7 @@ def test_stored_pairs_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert sweep_pairs(pairs, settings, workers=1) == [found, at_init]
     store = Store()
     other = replace(settings, points=5)
-    keys = {entry_of_layers(pairs[0], s, store, "cpu").key for s in (settings, other)}
+    keys = {LayerSweep(pairs[0], s).entry(store, "cpu").key for s in (settings, other)}
     assert len(keys) == 2
 
 

@@ -194,8 +194,16 @@ def test_a_rule_that_was_changed_says_so_in_the_table() -> None:
     assert {"R16", "A14", "G09", "C03"} <= {c.id for c in changed}
     html = claims.table([claims.judge("R16", None, testable=False)], caption="x")
     assert "The rule was changed. After a first run on digits" in html
-    kept = claims.table([claims.judge("C01", None, testable=False)], caption="x")
+    kept = claims.table([claims.judge("C02", None, testable=False)], caption="x")
     assert "The rule was changed" not in kept
+
+
+def test_a_verdict_of_data_that_the_claim_is_not_about_is_none() -> None:
+    measured = claims.judge("C01", 15.0, n=3)
+    assert claims.again(measured, "mnist").verdict == "not reproduced"
+    colour = claims.again(measured, "cifar10-jpeg")
+    assert colour.verdict == claims.NOT_TESTABLE and "about digits, mnist" in colour.note
+    assert claims.again(measured).verdict == "not reproduced"
 
 
 def test_an_unverified_value_is_never_printed(judged):

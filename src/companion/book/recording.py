@@ -49,7 +49,7 @@ from companion.core.errors import (
 )
 from companion.core.runs import Entry, Store
 from companion.data import resolve_device
-from companion.experiments.budget import Cost, Probe, count, estimate, probe
+from companion.experiments.budget import Cost, Count, Probe, count, estimate, probe
 from companion.report import claims, page, partly, provenance
 from companion.report.recorded import FORMAT, LIMIT, folder, hardware
 from companion.training import ENGINES, using
@@ -213,42 +213,34 @@ class _Piece:
         assert self.budget is not None
         b, costs = self.budget, self.costs()
         for cost in costs:
+            left, whole = cost.missing, cost.whole
+            measured = [f"{k} {left.measured.get(k, 0)} of {n}" for k, n in whole.measured.items()]
             self.say(
                 f"{cost.recipe.net}, T = {cost.recipe.steps}, lr {cost.recipe.lr:g}: "
-                f"{cost.missing_runs} of {cost.runs} runs to train ({cost.missing_steps:,} of "
-                f"{cost.steps:,} steps), {cost.missing_pairs} of {cost.pairs} pairs to measure"
+                f"{left.runs} of {whole.runs} runs to train ({left.steps:,} of "
+                f"{whole.steps:,} steps), to measure: {', '.join(measured) or 'nothing'}"
             )
-        missing = any(cost.missing_steps or cost.missing_pairs for cost in costs)
-        if missing and not self.dry_run and resolve_device(b.device).type == "cuda":
+        if not any(cost.missing for cost in costs):
+            self.say("everything is in the run store: nothing is left to compute")
+            return
+        if not self.dry_run and resolve_device(b.device).type == "cuda":
             # A probe takes one or two seconds a recipe, and here they may be counted.
             self.say("no estimate while recording on a GPU; --dry-run makes one")
             return
         speed: Probe = partial(probe, evaluation=b.evaluation, device=b.device)
-        seconds = sum(
-            estimate(
-                costs,
-                speed,
-                device=b.device,
-                workers=b.workers,
-            )
-        )
-        self.say(
-            f"estimate: {duration(seconds)} on {b.device}, from the speed of a few steps"
-            if seconds
-            else "everything is in the run store: nothing is left to compute"
-        )
+        seconds = duration(sum(estimate(costs, speed, device=b.device, workers=b.workers)))
+        self.say(f"estimate: {seconds} on {b.device} to train and to walk along lines")
 
     def progress(self) -> str:
         """What the store has by now, in one sentence."""
         if self.budget is None:
             return "What is finished is stored."
         costs = self.costs()
-        runs, pairs = sum(c.runs for c in costs), sum(c.pairs for c in costs)
-        return (
-            f"Stored: {runs - sum(c.missing_runs for c in costs)} of {runs} runs, "
-            f"{pairs - sum(c.missing_pairs for c in costs)} of {pairs} pairs, and the states of "
-            "the runs at work."
-        )
+        left = sum((c.missing for c in costs), Count())
+        whole = sum((c.whole for c in costs), Count())
+        done = [f"{k} {n - left.measured.get(k, 0)} of {n}" for k, n in whole.measured.items()]
+        counts = ", ".join([f"{whole.runs - left.runs} of {whole.runs} runs", *done])
+        return f"Stored: {counts}, and the states of the runs at work."
 
 
 def record(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,13 +12,10 @@ from companion.cli import options
 from companion.cli.barrier import summary
 from companion.cli.console import UNITS, number, output, say, table, write_json
 from companion.cli.models import reachable
-from companion.core.errors import BadParameter, CorruptEntry
+from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:
-    from companion.core.runs import Store
-    from companion.data import Dataset
     from companion.experiments.instability import Instability
-    from companion.training import Job, Recipe
 
 EXAMPLE = (
     "Example: companion instability --net mlp:widths=100x5 --data digits --steps 2000 --batch 60 "
@@ -122,7 +118,8 @@ def command(
 
     from companion import data as datasets
     from companion.core.runs import Store
-    from companion.experiments.instability import analyse, threshold_of
+    from companion.experiments.budget import count
+    from companion.experiments.instability import analyse, plan, threshold_of
     from companion.training import check_fit, recipe_from
 
     grid = numbers("--ks", ks, int)
@@ -160,8 +157,21 @@ def command(
     store = Store()
     # What is out of range is refused by analyse(), in its own words.
     if grid and all(0 <= k < recipe.steps for k in grid):
-        jobs = _jobs(recipe, grid, inits, copies, noise, keep, again)
-        _announce(jobs, dataset, where, store)
+        design = plan(
+            *(recipe, grid),
+            inits=inits,
+            copies=copies,
+            noise=noise,
+            optimizer=keep,
+            schedule=again,
+            controls=False,
+        )
+        for cost in count([design], how, store=store, device=where):
+            runs, left = cost.whole.runs, cost.missing
+            say(
+                f"{runs} runs: {runs - left.runs} in the store {store.root}, "
+                f"{left.runs} to train ({left.steps:,} steps) on {where}"
+            )
     found = analyse(
         recipe,
         grid,
@@ -227,51 +237,6 @@ def command(
             title = f"{found.recipe.net} on {found.recipe.data}"
             ax.set_title(f"{title}: mean of {pairs} pairs, 95 % interval", fontsize=10)
         say(f"figure drawn in {plot}")
-
-
-def _jobs(
-    recipe: Recipe,
-    ks: list[int],
-    inits: int,
-    copies: int,
-    noise: str,
-    optimizer: Literal["reset", "restore"],
-    schedule: Literal["continue", "restart"],
-) -> list[Job]:
-    """Every run that takes part and has something to train, with the states wanted of it."""
-    from companion.experiments.instability import copy, trunk
-    from companion.training import Job, merge
-
-    jobs = []
-    for init, k in itertools.product(range(inits), ks):
-        if k:
-            jobs.append(Job(trunk(recipe, init), states=(k,)))
-        for each in range(1, copies + 1):
-            run = copy(recipe, init, k, each, noise=noise, optimizer=optimizer, schedule=schedule)
-            jobs.append(Job(run, weights=(run.last_step,)))
-    return merge(jobs)
-
-
-def _announce(jobs: list[Job], dataset: Dataset, device: str, store: Store) -> None:
-    """Say how much there is to train before any of it starts."""
-    from companion.cli.runs import stored_steps
-    from companion.training import entry_of
-
-    todo = steps = 0
-    for job in jobs:
-        try:
-            stored = stored_steps(entry_of(job.run, dataset, device, store))
-        except CorruptEntry:  # train() will say so, and make it again
-            stored = {}
-        whole = {step for step, names in stored.items() if any("state" in n for n in names)}
-        missing = {s for s in job.weights if s not in stored} | (set(job.states) - whole)
-        if missing:
-            start = max((s for s in whole if s <= min(missing)), default=job.run.first_step)
-            todo, steps = todo + 1, steps + max(missing) - start
-    say(
-        f"{len(jobs)} runs: {len(jobs) - todo} in the store {store.root}, "
-        f"{todo} to train ({steps:,} steps) on {device}"
-    )
 
 
 def _row(found: Instability, k: int, threshold: float, metric: str) -> dict[str, Any]:

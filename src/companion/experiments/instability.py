@@ -299,12 +299,14 @@ def plan(
     inits: int = 3,
     copies: int = 3,
     noise: str = "both",
+    optimizer: Literal["reset", "restore"] = "reset",
     schedule: Literal["continue", "restart"] = "continue",
     controls: bool = True,
 ) -> Plan:
     """What :func:`analyse` would train and measure with the same arguments, for a budget."""
-    pairs = list(_copies(recipe, sorted(set(ks)), inits, copies, noise, "reset", schedule).values())
-    return Plan(tuple(pairs), again=(pairs[0].a,) if controls else ())
+    design = _copies(recipe, sorted(set(ks)), inits, copies, noise, optimizer, schedule)
+    pairs = tuple(design.values())
+    return Plan(pairs, again=tuple(pair.a for pair in pairs[:1] if controls))
 
 
 def plan_independent(recipe: Recipe, *, inits: int = 3) -> Plan:

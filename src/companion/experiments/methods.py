@@ -268,14 +268,6 @@ def _rotated_activations(method: Method, problem: Problem) -> Rotation:
 # --- carrying them out
 
 
-def key_of(run: Run, store: Store, device: str) -> str:
-    """The store's key of a run."""
-    from companion import data as datasets
-    from companion.training import entry_of
-
-    return entry_of(run, datasets.load(run.recipe.data, device), device, store).key
-
-
 def weights_of(run: Run, step: int, store: Store, device: str) -> dict[str, torch.Tensor]:
     """The network of ``run`` at ``step``, on the device."""
     from companion.training import load_weights

@@ -148,6 +148,33 @@ def describe(spec: str) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in parsed.values.items()}
 
 
+_COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_TITLES = {"lenet": "LeNet", "resnet": "ResNet-", "vgg": "VGG-", "gpt": "GPT"}
+
+
+def title(spec: str) -> str:
+    """What people call a network, for legends and captions.
+
+    ``mlp:widths=100x5`` is a "six-layer perceptron", ``resnet20:width=8`` a "ResNet-20 (width 8)".
+    A network of the user's own keeps its own.
+
+    Raises: :class:`BadParameter` as :func:`canonical` does.
+    """
+    parsed = _parse(spec)
+    options = dict(parsed.options)
+    if parsed.family is None:
+        return spec
+    if parsed.name == "mlp":
+        options.pop("widths", None)
+        layers = len(parsed.values["widths"]) + 1
+        found = f"{_COUNTS[layers - 1] if layers <= len(_COUNTS) else layers}-layer perceptron"
+    else:
+        known = re.fullmatch(r"(lenet|resnet|vgg|gpt)(.*)", parsed.name)
+        found = _TITLES[known[1]] + known[2] if known else parsed.name
+    rest = ", ".join(f"{name} {value}" for name, value in options.items())
+    return f"{found} ({rest})" if rest else found
+
+
 def names() -> list[Listed]:
     """Every network that has a name here, with a line on what it is and its options.
 

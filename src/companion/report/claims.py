@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from companion.core import closing, codec
 from companion.core.errors import BadParameter, CompanionError, NotMeasured
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Claim",
+    "Need",
     "Statistic",
     "Verdict",
     "again",
@@ -37,12 +38,14 @@ __all__ = [
     "papers",
     "registry",
     "show",
+    "statistic",
     "table",
     "tally",
     "verdicts",
 ]
 
 S = TypeVar("S")
+Need: TypeAlias = tuple[bool, str]
 
 _OURS = ("D", "E")  # shown as ours, never as the paper's
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -113,6 +116,19 @@ class Statistic:
     detail: str = ""
     note: str = ""
     testable: bool = True
+
+
+def statistic(
+    value: float | Interval | None, *needs: Need, n: int | None = None, detail: str = ""
+) -> Statistic:
+    """A statistic that stands for something only where all its needs are met.
+
+    Arguments:
+        value, n, detail: as :class:`Statistic`.
+        needs: whether each is met, and what the note says if it is not.
+    """
+    lacking = [why for met, why in needs if not met]
+    return Statistic(value, n=n, detail=detail, note="; ".join(lacking), testable=not lacking)
 
 
 def verdicts(functions: Mapping[str, Callable[[S], Statistic]], study: S) -> list[Verdict]:
@@ -206,16 +222,22 @@ def judge(
     return Verdict(claim, word, value, interval, n, detail, note)
 
 
-def again(verdict: Verdict) -> Verdict:
-    """A verdict of another time, from its statistic and by the rule as it is now."""
+def again(verdict: Verdict, dataset: str = "") -> Verdict:
+    """A verdict of another time, from its statistic and by the rule as it is now.
+
+    Arguments:
+        dataset: the name it was measured on; one that the claim is not about cannot test it.
+    """
+    claim = registry()[verdict.claim.id]
+    other = bool(dataset) and not claim.takes(dataset)
     return judge(
         verdict.claim.id,
         verdict.value,
         n=verdict.n,
         interval=verdict.interval,
         detail=verdict.detail,
-        note=verdict.note,
-        testable=verdict.verdict != NOT_TESTABLE,
+        note=claim.about if other else verdict.note,
+        testable=verdict.verdict != NOT_TESTABLE and not other,
     )
 
 
