@@ -103,8 +103,8 @@ class Study:
         template: its network, with ``{width}`` for the width.
         widths: all, in rising order.
         trees: recipes of networks that are only copied.
-        fork: share of training after which copies
-            part; ks: fork steps of the first of them, or of ``main``.
+        fork: share of training after which copies part.
+        ks: fork steps of the first of them, or of ``main``.
         pairs: of each kind.
         scope: what is measured of each.
         train_examples: images for activation matching.
