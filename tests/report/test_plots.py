@@ -68,7 +68,6 @@ def test_what_is_empty_draws_no_legend_and_does_not_warn(ax):
     plots.against_k(ax, {}, steps=9)
     plots.against_k(ax, {"nothing": {}}, steps=9, threshold=None)
     plots.by_layer(ax, {"A": []})
-    plots.reliability(ax, {})
     plots.conditions(ax, {}, threshold=None)
     plots.legend(ax.figure)
     drawn_without_a_window(ax.figure)
@@ -287,16 +286,6 @@ def test_spectrum_is_over_the_share_of_all(ax):
     drawn = plots.spectrum(ax, {"width 4": [1.0, 0.5, 0.2, 0.1], "width 2": [1.0, 0.1]})
     assert list(ax.lines[0].get_xdata()) == [0.25, 0.5, 0.75, 1.0]
     assert drawn["width 2"]["count"] == 2
-
-
-def test_reliability_leaves_out_bins_of_few(ax):
-    reading = SimpleNamespace(
-        confidence=[0.1, 0.5, 0.9], fraction=[0.2, 0.5, 0.8], count=[100, 3, 40], ece=2.345
-    )
-    drawn = plots.reliability(ax, {"merged": reading})
-    assert list(ax.lines[1].get_xdata()) == [0.1, 0.9]
-    assert entries(ax) == ["merged, ECE 2.3"]
-    assert drawn["merged"]["count"] == [100, 3, 40]
 
 
 def test_levels_and_dashed_lines(ax):

@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 
     from companion.connectivity import Barrier, Curve, Plane
     from companion.core.stats import Interval
-    from companion.experiments.merged import Reading
     from companion.layerwise import LayerBarriers
 
 Axis = Literal["even", "linear", "log"]
 UNITS = {"error": "error (%)", "loss": "cross-entropy (nats)"}
 MAP = "cividis_r"  # yellow is low, dark blue is high
 MOST_NAMES = 14  # layers named below one panel at most
-FEWEST = 10  # pairs in a bin of a reliability curve that is drawn; fewer are noise
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", "-.", ":")
 _SPLITS: dict[str, dict[str, Any]] = {
@@ -258,7 +256,8 @@ def sweep(
     """A statistic with its intervals against a whole number (width, step).
 
     Arguments:
-        series: label -> number -> interval; ticks: number -> what the axis says there.
+        series: label -> number -> interval; one without any is left out.
+        ticks: number -> what the axis says there.
         total: of the axis (T, for steps); then ticks say the share of it, too.
         axis: how the numbers are spaced: in even steps, linearly, or by their logarithm, with 0
             a doubling before the first. Each number has its tick.
@@ -274,14 +273,16 @@ def sweep(
         mean = np.asarray([p.value for p in points.values()], dtype=float)
         low = np.asarray([p.low for p in points.values()], dtype=float)
         high = np.asarray([p.high for p in points.values()], dtype=float)
-        ax.errorbar(
-            [place[k] + shift[number] for k in points],
-            mean,
-            yerr=np.maximum([mean - low, high - mean], 0),
-            marker=_MARKERS[number % 7],
-            linestyle=_LINES[number % 4],
-            label=label,
-        )
+        if points:
+            ax.errorbar(
+                [place[k] + shift[number] for k in points],
+                mean,
+                yerr=np.maximum([mean - low, high - mean], 0),
+                color=f"C{number}",
+                marker=_MARKERS[number % 7],
+                linestyle=_LINES[number % 4],
+                label=label,
+            )
         drawn[label] = {"k": list(points), "mean": mean, "low": low, "high": high}
         drawn[label]["pairs"] = [p.n for p in points.values()]
     said = {k: f"{k}\n{100 * k / total:.3g} %" if total else str(k) for k in numbers}
@@ -578,26 +579,6 @@ def spectrum(ax: Axes, series: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         ylim=(0, 1.02),
         xlim=(0, 1),
     )
-    return drawn
-
-
-def reliability(ax: Axes, readings: Mapping[str, Reading]) -> dict[str, Any]:
-    """How often a stated probability comes true, for several predictors, in bins."""
-    ax.plot([0, 1], [0, 1], **_DASHED)
-    drawn = {}
-    for number, (label, one) in enumerate(readings.items()):
-        full = [i for i, n in enumerate(one.count) if n >= FEWEST]
-        ax.plot(
-            [one.confidence[i] for i in full],
-            [one.fraction[i] for i in full],
-            _LINES[number % 4],
-            marker=_MARKERS[number % 7],
-            label=f"{label}, ECE {one.ece:.1f}",
-        )
-        fields = ("confidence", "fraction", "count", "ece")
-        drawn[label] = {field: getattr(one, field) for field in fields}
-    ax.set(xlabel="stated probability", ylabel="share that is true", xlim=(0, 1), ylim=(0, 1.02))
-    _legend(ax, fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
     return drawn
 
 

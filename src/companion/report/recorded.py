@@ -216,12 +216,12 @@ def _for_people(label: str) -> str:
         return label
 
 
-def extremes(record: Record, figure: str) -> str:
+def extremes(record: Record, figure: str, axis: str = "k") -> str:
     """For an alt text: the first and the last value of each curve of a figure."""
     words = []
     for _, series in curves([record], figure).values():
         for label, points in series.items():
             first, last = min(points), max(points)
             a, b = points[first].value, points[last].value
-            words.append(f"{label} {a:.1f} points at k = {first}, {b:.1f} at k = {last}")
+            words.append(f"{label} {a:.1f} points at {axis} = {first}, {b:.1f} at {axis} = {last}")
     return ", ".join(words) or "no curve"
