@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from companion import data, layerwise
 from companion.connectivity import Curve
@@ -36,7 +37,7 @@ from companion.core.theta import layout
 from companion.data import Dataset
 from companion.data.text import save_windows, tokenizer
 from companion.experiments import instability
-from companion.experiments.aligned import Aligned, Method, align
+from companion.experiments.aligned import Aligned, Method, align, placed
 from companion.experiments.aligned import interval as over_pairs
 from companion.experiments.budget import Plan
 from companion.experiments.instability import THRESHOLDS, Instability, analyse, copy, trunk
@@ -537,6 +538,23 @@ def _passed(study: Study) -> dict[str, list[bool]]:
         [one.valid for one in study.modules["different"]],
     )
     return dict(zip(study.conditions, found, strict=True))
+
+
+def next_words(study: Study, way: str, count: int = 5) -> dict[str, list[str]]:
+    """The likeliest tokens after the first test window: of A, of the average with B, and of B.
+
+    Arguments:
+        way: how B of the first pair of :meth:`Study.strangers` is brought to A, of :data:`WAYS`.
+    """
+    found = placed(study.matched[way][0], device=study.device)
+    mixed = {name: torch.lerp(v, found.b[name].to(v), 0.5) for name, v in found.a.items()}
+    read = tokenizer(study.recipe.data)
+    said = {}
+    for who, theta in (("A", found.a), ("half-way", mixed), ("B", found.b)):
+        with torch.no_grad():
+            logits = functional_call(found.module.eval(), dict(theta), study.text.test.x[:1])
+        said[who] = [read.decode([i]) for i in logits[0, -1].topk(count).indices.tolist()]
+    return said
 
 
 # ---- one function a claim
@@ -1129,7 +1147,10 @@ def embedding_sentence(study: Study) -> str:
     good = valid(study.groups["different"])
     if not good:
         return "This run has no valid pair to say it of."
-    names = ", ".join(dict.fromkeys(study.short(largest(one)[0]) for one in good))
+    named = dict.fromkeys(study.short(largest(one)[0]) for one in good)
+    names = ", ".join(
+        n.replace("embedding = output", "the embedding (also the output)") for n in named
+    )
     alone = over([largest(one)[1] for one in good])
     whole = over(heights(good))
     if np.mean([largest(one)[2] for one in good]) <= 1:
