@@ -158,8 +158,11 @@ def test_a_gpt_is_unstable_at_initialisation_and_stable_later() -> None:
         augment="shift",
     )
     evaluation = Evaluation(points=3, train_examples=32, test_examples=128)
-    more = {"inits": 2, "copies": 2, "evaluation": evaluation, "controls": False}
-    found = analyse(recipe, [0, 240], optimizer="restore", **more)
+    found = analyse(
+        recipe, [0, 240],
+        optimizer="restore", inits=2, copies=2, evaluation=evaluation, controls=False,
+    )  # fmt: skip
     assert found.invalid() == []
-    assert found.interval(0, "test", "loss").low > 0.1
-    assert found.interval(240, "test", "loss").high < 0.03
+    early, late = (found.interval(k, "test", "loss") for k in (0, 240))
+    assert early is not None and early.low > 0.1
+    assert late is not None and late.high < 0.03
