@@ -761,6 +761,7 @@ def _of(study: Study) -> Values:
         "T": study.steps,
         "inits": study.inits,
         "late": study.late,
+        "neighbours": study.neighbours,
     }
 
 
@@ -879,7 +880,7 @@ def show_instability(study: Study) -> None:
         "rise": plots.lines(axes[1], rises, metric="loss"),
     }
     axes[1].axhline(0, color="#555555", linewidth=0.6)
-    axes[1].set_ylabel("test loss above the mean of both ends (nats)")
+    axes[1].set_ylabel("rise of the test loss (nats)")
     figures.publish(fig, "gpt-instability", data=drawn, values=instability_values(study))
 
 
@@ -1018,7 +1019,6 @@ def groups_values(study: Study) -> Values:
             words.append(f"{PAIRS[kind]}: {where} and what follows, {_said(float(mean.max()))}")
     return _of(study) | {
         "groups": len(study.blocks),
-        "neighbours": study.neighbours,
         "peaks": "; ".join(words) or NONE,
         "identity": f"{identity(study):.1e}",
     }
