@@ -180,18 +180,22 @@ def test_the_counts_are_those_of_the_chapters_budget(
     found: list[Any] = []
     settings = ["unstable=mlp:widths=4", "stable=mlp:widths=5", "steps=100", "ks=[0,10,20,30]"]
     settings += ["inits=3", "copies=2", f"controls={str(controls).lower()}", "looks=3"]
-    monkeypatch.setattr(
-        "companion.book.recording.estimate", lambda costs, *_, **__: [found.extend(costs) or 0.0]
-    )
+
+    def estimate(costs: list[Any], *_: Any, **__: Any) -> list[float]:
+        found.extend(costs)
+        return [0.0]
+
+    monkeypatch.setattr("companion.book.recording.estimate", estimate)
     record(
         prepare(Book(ROOT), "01_instability", "quick", [*settings, "device=cpu", "workers=1"], "x"),
         dry_run=True,
         say=lambda _: None,
     )
     loads, pairs = cost_of_chapter_1("lenet", 4, 3, 2, controls=controls, kinds=2)
-    trained, planned = sum(c.steps for c in found) / 100, sum(load.rounds * 6 for load in loads)
+    trained = sum(c.whole.steps for c in found) / 100
+    planned = sum(load.rounds * 6 for load in loads)
     assert trained <= planned <= 1.6 * trained  # a group that is not full counts as full
-    counted = sum(c.pairs for c in found)
+    counted = sum(c.whole.measured.get("pair", 0) for c in found)
     assert counted <= sum(p.count for p in pairs) <= 1.2 * counted
 
 

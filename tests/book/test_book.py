@@ -399,15 +399,3 @@ def test_a_figure_name_is_used_once(capsys):
     with pytest.raises(BadParameter, match="'only-once' is taken"):
         figures.publish(plt.figure(), "only-once", caption="x", alt="y")
     plt.close("all")
-
-
-def test_data_becomes_json():
-    import numpy as np
-    import torch
-
-    value = {
-        "a": np.arange(2),
-        "b": torch.ones(1, requires_grad=True),
-        3: (np.float32(0.5), np.nan, float("inf"), True, None),
-    }
-    assert figures.to_json(value) == {"a": [0, 1], "b": [1.0], "3": [0.5, None, None, True, None]}

@@ -212,7 +212,8 @@ def test_the_budget_is_what_is_then_computed(root, store):
     said = []
     assert recording.record(ready(root), dry_run=True, say=said.append) is None
     # 2 trunks to k = 3, 4 copies at k = 0, 4 at k = 3, and one of them again for the null control
-    assert "11 of 11 runs to train (210 of 210 steps), 4 of 4 pairs" in said[0]
+    assert "11 of 11 runs to train (210 of 210 steps)" in said[0]
+    assert "to measure: pair 4 of 4, null 1 of 1" in said[0]
     assert not (root / "data").exists() and not list(store.entries())
     recording.record(ready(root), say=said.append)
     kinds = [e.identity["kind"] for e in store.entries()]
@@ -700,7 +701,9 @@ def rewritten(source: Path, target: Path, change) -> Path:
     """An archive with every member passed through ``change(member, data)``."""
     with tarfile.open(source) as old, tarfile.open(target, "w") as new:
         for member in old:
-            data = old.extractfile(member).read()
+            file = old.extractfile(member)
+            assert file is not None
+            data = file.read()
             for m, d in change(member, data):
                 m.size = len(d)
                 new.addfile(m, io.BytesIO(d))
@@ -902,16 +905,16 @@ def test_a_network_without_a_valid_pair_leaves_no_empty_curve():
     """Of a network whose pairs all failed a gate a record holds a curve without points."""
     some = {"k": [0, 5], "mean": [4.0, 1.0], "low": [3, 0], "high": [5, 2], "pairs": [3, 3]}
     none = {name: [] for name in some}
-    data = {"T": 10, "mlp, test": some, "lenet, test": none, "mlp, train": some}
+    data = {"T": 10, "mlp:widths=9, test": some, "lenet, test": none, "mlp, train": some}
     record = recorded.Record(
         "01_toy", "cpu", "cpu", {},
         {"figures": {"instability": {"data": data}}, "dataset": {"name": "D"}, "hardware": "CPU",
          "date": "2026-01-01"},
     )  # fmt: skip
     ((steps, series),) = recorded.curves([record], "instability").values()
-    assert steps == 10 and list(series) == ["mlp, test"]
+    assert steps == 10 and list(series) == ["two-layer perceptron, test"]
     said = recorded.extremes(record, "instability")
-    assert said == "mlp, test 4.0 points at k = 0, 1.0 at k = 5"
+    assert said == "two-layer perceptron, test 4.0 points at k = 0, 1.0 at k = 5"
 
 
 @pytest.mark.parametrize("chapter", Book(ROOT).chapters())

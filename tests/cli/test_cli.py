@@ -21,14 +21,16 @@ from companion.cli import app
 from companion.cli import instability as instability_command
 from companion.cli.console import size
 from companion.cli.instability import numbers
-from companion.cli.runs import KINDS, describe
+from companion.cli.runs import describe
 from companion.connectivity import BN_MODES, Barrier, barrier
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
 from companion.experiments import pairs
 from companion.experiments.instability import NOISE, analyse
+from companion.experiments.measurement import EVALUATION
 from companion.experiments.pairs import Evaluation
 from companion.training import Recipe, Run, State, advance, build
 
@@ -103,7 +105,7 @@ def test_barrier_prints_and_writes_the_numbers_of_the_library(nets, tmp_path):
         assert str(gate) in result.stdout
     assert str(found) in result.stdout
     written = json.loads(out.read_text())
-    assert written["barrier"] == json.loads(json.dumps(found.to_json()))
+    assert written["barrier"] == codec.to_json(found)
     assert written["heights"]["test"]["error"]["linear"] == found.height(definition="linear")
     assert written["valid"] is True
     assert written["data"]["fingerprint"] == data.load("digits").fingerprint
@@ -142,7 +144,7 @@ def test_barrier_of_some_layers_on_a_part_of_the_data(nets, tmp_path):
         bn_data=digits.train,
     )
     written = json.loads(out.read_text())
-    assert written["barrier"] == json.loads(json.dumps(found.to_json()))
+    assert written["barrier"] == codec.to_json(found)
     assert written["barrier"]["curves"]["none"]["sizes"] == {"train": 200, "test": 100}
 
 
@@ -392,7 +394,7 @@ def test_instability_prints_and_writes_the_numbers_of_the_library(tmp_path, stor
     assert written["ks"][1]["train"]["loss"] == dataclasses.asdict(interval)
     assert written["onset"]["test"] == found.onset()
     for sample, pair in zip(found.samples, written["pairs"], strict=True):
-        barrier_ = json.loads(json.dumps(sample.result.barrier.to_json()))
+        barrier_ = codec.to_json(sample.result.barrier)
         assert (pair["k"], pair["init"], pair["barrier"]) == (sample.k, sample.init, barrier_)
     assert picture.read_text().startswith("<?xml")
     assert f"{len(list(store.entries()))} entries read, 0 problems" in run("runs", "verify").stdout
@@ -528,7 +530,7 @@ def test_runs_list_and_show(small_store):
         for name, record in entry.files().items():
             assert re.search(rf"{re.escape(name)}.*{record['sha256'][:12]}", one)
         if entry.identity["kind"] == "pair":
-            kept = Barrier.from_json(entry.read_json("pair.json")["barrier"])
+            kept = codec.from_json(Barrier, entry.read_json("pair.json")["barrier"])
             assert str(kept) in one
             refused = run("barrier", f"run:{entry.key}", f"run:{entry.key}", code=2)
             assert "holds no network" in refused.stderr
@@ -562,7 +564,7 @@ def test_gc_removes_what_no_longer_counts_and_asks_first(small_store):
     fork = {"parent": old.identity, "step": 1, "optimizer": "reset", "schedule": "continue"}
     child = small_store.entry({**current, "fork": fork})
     ends = {"kind": "pair", "a": "0" * 64, "step": 3, "start": None}
-    today = {"semantics": pairs.SEMANTICS, "points": 3}
+    today = {"semantics": EVALUATION, "points": 3}
     orphan = small_store.entry({**ends, "b": old.key, "evaluation": today})
     before = small_store.entry({**ends, "b": "1" * 64, "evaluation": {**today, "semantics": 0}})
     unknown = small_store.entry({"kind": "of another instrument"})
@@ -646,7 +648,7 @@ def test_version_and_help():
         ("data", "check"): (),
         ("models", "list"): (),
         ("models", "show"): (),
-        ("runs", "list"): KINDS,
+        ("runs", "list"): ("run", "pair"),
         ("runs", "show"): (),
         ("runs", "verify"): (),
         ("runs", "gc"): ("--dry-run", "--yes"),

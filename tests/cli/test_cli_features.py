@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from companion import data, models
 from companion.cli import app
 from companion.cli.features import small
+from companion.core import codec
 from companion.core.theta import snapshot
 from companion.features import (
     Additivity,
@@ -72,7 +73,7 @@ def test_it_prints_and_writes_the_numbers_of_the_library(nets, thetas, tmp_path)
     layers = ["*.relu", "head"]
     found = features(module, a, b, test, layers=layers, alphas=(0.4, 0.7))
     written = json.loads(out.read_text())
-    assert Features.from_json(written["features"]["none"]) == found
+    assert codec.from_json(Features, written["features"]["none"]) == found
     assert list(written["features"]) == ["none"]
     assert written["valid"] and "provenance" in written and written["a"]["sha256"]
     assert written["settings"] == {"layers": layers, "examples": 100, "per": "sample"}
@@ -98,7 +99,7 @@ def test_both_batchnorm_modes_are_reported(nets, thetas, tmp_path):
         module, thetas["bn_a"], thetas["bn_b"], digits.test.head(60), bn_data=digits.train
     )
     written = json.loads(out.read_text())["features"]
-    assert {mode: Features.from_json(one) for mode, one in written.items()} == want
+    assert {mode: codec.from_json(Features, one) for mode, one in written.items()} == want
     for mode in ("interpolate", "reestimate"):
         assert f"median of c, BatchNorm {mode}" in result.stdout
     one = run("features", nets["bn_a"], nets["bn_b"], *words, "--bn", "reestimate")
@@ -115,10 +116,10 @@ def test_conditions_and_stitching(nets, thetas, tmp_path):
     ends = (module, thetas["a"], thetas["b"], digits.test.head(100))
     written = json.loads(out.read_text())
     sewn, commuting = stitch(*ends), commutativity(*ends)
-    assert Stitching.from_json(written["stitching"]) == sewn
+    assert codec.from_json(Stitching, written["stitching"]) == sewn
     conditions = written["conditions"]
-    assert Commutativity.from_json(conditions["commutativity"]) == commuting
-    assert Additivity.from_json(conditions["weak_additivity"]) == weak_additivity(*ends)
+    assert codec.from_json(Commutativity, conditions["commutativity"]) == commuting
+    assert codec.from_json(Additivity, conditions["weak_additivity"]) == weak_additivity(*ends)
     after = result.stdout.partition("stitching")[2]
     for row in sewn.select():
         (line,) = [x for x in after.splitlines() if x.startswith(row.name)]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from companion import data, models
 from companion.cli import app
+from companion.core import codec
 from companion.core.theta import snapshot
 from companion.layerwise import KINDS, Sweep, sweep
 from companion.training import Recipe, Run, State, advance, build
@@ -81,7 +82,7 @@ def test_it_prints_and_writes_the_numbers_of_the_library(nets, tmp_path):
     written = json.loads(out.read_text())
     assert written["valid"] and written["command"] == "layers" and written["provenance"]
     # Settings differ in the numbers of images alone, which the library got as data.
-    assert written["layers"] == json.loads(json.dumps(found.to_json()))
+    assert written["layers"] == codec.to_json(found)
     assert written["heights"]["single"]["test"]["loss"] == found.heights("single")
     for label in (
         "whole network",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from typer.main import get_command
 
 from companion import data
-from companion.cli import app
 from companion.cli.runs import describe, is_current
 from companion.connectivity import Barrier, Curve, Walker
 from companion.connectivity.gates import Gate
@@ -19,8 +17,8 @@ from companion.core.errors import BadParameter
 from companion.core.runs import Store
 from companion.core.theta import layout
 from companion.experiments.aligned import (
-    METHODS,
     Aligned,
+    MatchedLine,
     Method,
     align,
     clusters,
@@ -34,13 +32,13 @@ from companion.experiments.aligned import (
     trend,
 )
 from companion.experiments.budget import Plan, count
-from companion.experiments.matchers import gradient, weights_of
 from companion.experiments.merged import merge_runs, read_logits, split_runs
+from companion.experiments.methods import KINDS, gradient, weights_of
 from companion.experiments.pairs import Evaluation, Pair
-from companion.rebasin import ste, straight_through
 from companion.rebasin.repair import repair
 from companion.training import Job, Recipe, Run, build, load_weights
 
+METHODS = [k.name for k in KINDS.values() if k.nets != "gpt"]
 RECIPE = Recipe(net="mlp:widths=16x2", data="digits", steps=150, batch=64, lr=0.1)
 FEW = Evaluation(points=5, train_examples=200)
 
@@ -53,7 +51,7 @@ def one(found: dict[str, list[Aligned]], name: str) -> Aligned:
 def test_every_method_is_measured_through_the_gates(store: Store) -> None:
     methods = [Method(n, steps=4, batch=64, examples=200) for n in METHODS]
     found = align(pairs_of(RECIPE, 1), methods, FEW, workers=1)
-    assert list(found) == list(METHODS)
+    assert list(found) == METHODS
     ends = [one(found, n).barrier.curve.ends("test", "loss") for n in METHODS]
     for got in ends:  # a permuted B is the same function: so are the ends of every line
         assert got == pytest.approx(ends[0], rel=1e-5)
@@ -76,11 +74,11 @@ def test_a_second_call_reads_the_store(store: Store, monkeypatch: pytest.MonkeyP
     def no(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("companion.experiments.aligned._measure", no)
-    monkeypatch.setattr("companion.experiments.aligned.train", no)
+    monkeypatch.setattr(MatchedLine, "measure", no)
+    monkeypatch.setattr("companion.experiments.measurement.train", no)
     again = align(pairs, ["weights"], FEW, extras=("temperature", "repair"), workers=1)
     assert one(again, "weights") == one(first, "weights")
-    monkeypatch.setattr("companion.experiments.aligned.train", lambda *_, **__: None)
+    monkeypatch.setattr("companion.experiments.measurement.train", lambda *_, **__: None)
     with pytest.raises(AssertionError, match="measured again"):  # another question
         align(pairs, [Method("weights", starts=2)], FEW, workers=1)
 
@@ -102,13 +100,6 @@ def test_only_what_is_missing_is_trained_for(
     next(damaged.path.glob("value*")).write_text("{")
     align([first, second], ["naive"], FEW, max_error=100.0, workers=1)
     assert "discarded and measured again" in caplog.text
-
-
-def test_the_straight_through_estimator_has_one_default() -> None:
-    (shown,) = [p.help for p in get_command(app).commands["rebasin"].params if p.name == "steps"]
-    assert Method("ste").steps == ste.STEPS
-    assert inspect.signature(straight_through).parameters["steps"].default == ste.STEPS
-    assert f"default {ste.STEPS}" in shown
 
 
 def test_extras_a_temperature_never_hurts_and_repair_is_read_at_the_midpoint(store: Store) -> None:
@@ -146,12 +137,12 @@ def test_invalid_pairs_count_nowhere(store: Store) -> None:
     assert interval(found["naive"], lambda r: r.barrier.height()) is None
 
 
-def given(pair: Pair, test: list[float], train: list[float], valid: bool = True) -> Aligned:
+def given(pair: Pair, test: Sequence[float], train: Sequence[float], valid: bool = True) -> Aligned:
     """A result with these losses on its line; the test error is ten times the test loss."""
     grid = tuple(i / (len(test) - 1) for i in range(len(test)))
     values = {
-        "train": {"loss": train, "error": train},
-        "test": {"loss": test, "error": [10 * v for v in test]},
+        "train": {"loss": tuple(train), "error": tuple(train)},
+        "test": {"loss": tuple(test), "error": tuple(10 * v for v in test)},
     }
     curve = Curve(grid, values, "none", {"train": 1, "test": 1})
     gates = (Gate("G0", valid, ""),)
@@ -226,7 +217,7 @@ def test_gradient_is_the_slope_of_the_training_loss(store: Store) -> None:
     whole = replace(images, train=images.train.head(64))
     wide = replace(whole)
     object.__setattr__(wide.train, "x", whole.train.x.double())
-    g = gradient(module, theta, wide)
+    g = gradient(module, theta, wide.train)
     assert set(g) == set(layout(module).parameters)
     step = {n: theta[n] - 1e-4 * g[n] for n in theta}
     walker = Walker(module, {"train": wide.train})
@@ -241,7 +232,7 @@ def test_steepest_descent_beats_other_permutations_at_its_own_game(store: Store)
     pair = pairs_of(replace(RECIPE, steps=40), 1)[0]
     module = build(pair.a, images, torch.device("cpu"))
     a, b = (weights_of(r, 40, store, "cpu") for r in (pair.a, pair.b))
-    g = gradient(module, a, images)
+    g = gradient(module, a, images.train)
 
     def slope(method: Method) -> float:
         moved = match(method, module, a, b, images).apply(module, b)
@@ -340,10 +331,10 @@ def test_a_plan_counts_the_runs_of_what_is_matched(store: Store) -> None:
     jobs = tuple(Job(r, weights=(p.at,)) for p in pairs for r in (p.a, p.b))
     plans = [Plan(jobs=jobs)]
     (before,) = count(plans, FEW, store=store, device="cpu")
-    assert (before.runs, before.steps, before.missing_runs) == (4, 600, 4)
+    assert (before.whole.runs, before.whole.steps, before.missing.runs) == (4, 600, 4)
     load_weights(pairs[0].a, store=store)
     (after,) = count(plans, FEW, store=store, device="cpu")
-    assert (after.missing_runs, after.missing_steps) == (3, 450)
+    assert (after.missing.runs, after.missing.steps) == (3, 450)
 
 
 def test_the_store_says_what_its_entries_are(store: Store) -> None:

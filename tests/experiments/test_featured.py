@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from companion import data
-from companion.cli.runs import KINDS, describe, is_current
+from companion.cli.runs import describe, is_current
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
 from companion.experiments import featured
 from companion.experiments.aligned import pairs_of
 from companion.experiments.featured import (
     Featured,
+    FeaturesOfPair,
     Lemma,
     Scope,
-    Task,
     examine,
     mean_gap,
     mixed,
@@ -36,7 +36,7 @@ from companion.experiments.featured_stats import (
     trend,
 )
 from companion.experiments.instability import copy
-from companion.experiments.matchers import Method
+from companion.experiments.methods import Method
 from companion.experiments.pairs import Pair
 from companion.training import Recipe, Run, build
 
@@ -62,8 +62,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def found(shared: Store) -> dict[str, list[Featured]]:
     pairs = pairs_of(MLP, 2)
-    late = Pair(*(copy(MLP, 0, 40, n, optimizer="restore") for n in (1, 2)))
-    groups = {
+    a, b = (copy(MLP, 0, 40, n, optimizer="restore") for n in (1, 2))
+    late = Pair(a, b)
+    groups: dict[str, list[tuple[Pair, Method | None]]] = {
         "naive": [(p, None) for p in pairs],
         "weights": [(p, Method("weights")) for p in pairs],
         "spawned": [(late, None)],
@@ -87,7 +88,7 @@ def test_all_parts_are_measured_and_survive_the_store(
     assert one.additivity and one.commutativity and one.stitching
     assert set(one.spectra) == {"a", "b"}
     # A second call reads: nothing is trained, nothing measured.
-    monkeypatch.setattr(featured, "_measure", lambda task: pytest.fail("measured again"))
+    monkeypatch.setattr(FeaturesOfPair, "measure", lambda *_: pytest.fail("measured again"))
     scope = replace(SCOPE, parts=featured.PARTS)
     again = examine([(one.pair, None)], scope, store=shared, **how)
     assert again[0].features == one.features
@@ -221,15 +222,18 @@ def test_only_pairs_with_every_number_are_compared(found: dict[str, list[Feature
 
 def test_the_store_knows_the_kind(found: dict[str, list[Featured]], shared: Store) -> None:
     entries = [e for e in shared.entries() if e.identity["kind"] == "features"]
-    assert "features" in KINDS and len(entries) == 5
+    assert len(entries) == 5
     assert any("weights" in describe(e.identity) for e in entries)
     current = is_current(shared)
     assert all(current(e.identity) for e in entries)
     assert not current({**entries[0].identity, "semantics": -1})
-    task = Task(found["naive"][0].pair, Method("naive"), SCOPE, shared, "cpu")
-    assert task.entry().key != replace(task, scope=replace(SCOPE, points=7)).entry().key
-    # How many images go through at a time changes nothing.
-    assert task.entry().key == replace(task, scope=replace(SCOPE, batch=7)).entry().key
+    task = FeaturesOfPair(found["naive"][0].pair, Method("naive"), SCOPE)
+
+    def key(**change: Any) -> str:
+        return replace(task, scope=replace(SCOPE, **change)).entry(shared, "cpu").key
+
+    assert key() != key(points=7)
+    assert key() == key(batch=7), "how many images go through at a time changes nothing"
 
 
 @pytest.mark.parametrize(

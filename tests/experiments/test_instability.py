@@ -20,7 +20,7 @@ from companion.core.runs import Store
 from companion.core.seeds import Key
 from companion.core.theta import cosine_distance, distance, layout
 from companion.data import Augmentation, Augmenter
-from companion.experiments import pairs
+from companion.experiments import measurement
 from companion.experiments.instability import (
     NOISE,
     THRESHOLD,
@@ -65,7 +65,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("worked again on what is in the store")
 
     monkeypatch.setattr(engine.loop, "advance", refuse)
-    monkeypatch.setattr(pairs, "_measure", refuse)
+    monkeypatch.setattr(measurement, "_make", refuse)
 
 
 # ---- end to end
@@ -379,7 +379,7 @@ def test_a_dead_pair_among_good_ones(found: Instability, shared_store: Store) ->
 def test_the_reference_of_gate_g0(found: Instability, shared_store: Store) -> None:
     pair = Pair(copy(RECIPE, 0, 0, 1), copy(RECIPE, 0, 0, 2))
 
-    def valid(**bounds: float) -> bool:
+    def valid(**bounds: Any) -> bool:
         return measure([pair], FEW, store=shared_store, workers=1, **bounds)[0].barrier.valid
 
     (result,) = measure([pair], FEW, store=shared_store, workers=1)

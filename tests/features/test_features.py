@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reread import reread
 from torch import Tensor, nn
 
 from companion import data, models
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
@@ -115,7 +116,7 @@ def pair(make: Callable[[int], nn.Module]) -> tuple[nn.Module, Theta, Theta]:
             with torch.no_grad():
                 module(DIGITS.train.head(60).x * (1 + seed))
         out.append(snapshot(module))
-    return make(5), *out
+    return make(5), out[0], out[1]
 
 
 def mixed(a: Theta, b: Theta, alpha: float) -> Theta:
@@ -326,11 +327,11 @@ def test_permuted_units():
 
 
 def linear(*weights: Tensor) -> nn.Module:
-    net = nn.Sequential(*(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights))
+    layers = [nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights]
     with torch.no_grad():
-        for layer, w in zip(net, weights, strict=True):
-            layer.weight.copy_(w)  # type: ignore[union-attr]
-    return net
+        for layer, w in zip(layers, weights, strict=True):
+            layer.weight.copy_(w)
+    return nn.Sequential(*layers)
 
 
 def vectors(n: int = 20, size: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
@@ -412,8 +413,8 @@ def test_zero_features_are_counted_and_have_no_angle():
     for stat in (first.gap[0.5], first.c[0.5], first.twin[0.5]):
         assert (stat.n, stat.undefined) == (0, 20) and math.isnan(stat.mean)
     assert first.gap[0.25].n == 18 and first.gap[0.25].mean == pytest.approx(0, abs=1e-12)
-    again = Features.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
-    assert again.to_json() == found.to_json()
+    again = reread(found)
+    assert codec.to_json(again) == codec.to_json(found)
     assert math.isnan(again.layer("0.0").gap[0.5].median)
 
 
@@ -475,7 +476,7 @@ def test_the_bound_of_lemma_1_is_reached_and_the_path_can_break_it():
 def test_json_round_trip():
     module, a, b = pair(NETS["functional"])
     found = features(module, a, b, TEST, alphas=(0.1, 1 / 3))
-    again = Features.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+    again = reread(found)
     assert again == found
 
 
@@ -538,7 +539,7 @@ def test_taps_hand_over_what_was_there_before_it_was_written_over():
         taps.run(x)
 
 
-def test_a_visitor_sees_each_site_keeps_nothing_and_can_replace_outputs():
+def test_a_visitor_sees_each_site_keeps_nothing_and_can_replace_outputs() -> None:
     module, a, b = pair(NETS["functional"])
     x = TEST.x[:9]
     places = sites(module, x)
@@ -550,16 +551,20 @@ def test_a_visitor_sees_each_site_keeps_nothing_and_can_replace_outputs():
         kept, _ = other.run(x, lambda name, f: seen.append(name))
         assert kept == {} and seen == [s.name for s in places]
         for name in ("inner.0.relu#1", "inner.0.relu#2", "inner.1", "norm", "output"):
-            stitched = other.run(x, lambda n, f, name=name: of_a[name] if n == name else None)[1]
+
+            def swap(n: str, _: Tensor, name: str = name) -> Tensor | None:
+                return of_a[name] if n == name else None
+
+            stitched = other.run(x, swap)[1]
             assert torch.equal(stitched, out) == (name == "output")
             net = copy.deepcopy(module).eval()
             net.load_state_dict(b)
             if name == "norm":
-                net.norm.register_forward_hook(lambda *_: of_a["norm"].clone())
+                net.get_submodule("norm").register_forward_hook(lambda *_: of_a["norm"].clone())
                 assert torch.equal(stitched, net(x))
         tail = other.run(x, lambda n, f: of_a[n] if n == "inner.1.relu#2" else None)[1]
         with torch.inference_mode():
-            assert torch.equal(tail, F.log_softmax(net.head(of_a["inner.1"]), 1))
+            assert torch.equal(tail, F.log_softmax(net.get_submodule("head")(of_a["inner.1"]), 1))
         two = of_a["inner.0.two"].clone()
         other.run(x, lambda n, f: of_a[n] if n == "inner.0.two" else None)
         assert torch.equal(of_a["inner.0.two"], two)  # the network writes into its own copy

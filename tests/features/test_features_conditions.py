@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reread import reread
 from torch import Tensor, nn
 
 from companion import data, models
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
-from companion.features.condition_values import Additivity, Commutativity, LayerCommutativity
+from companion.features.condition_values import LayerCommutativity
 from companion.features.conditions import commutativity, measurable, weak_additivity
 from companion.features.measure import features
 from companion.features.theorem import exact, theorem1
@@ -162,7 +162,7 @@ def test_weak_additivity_is_what_stored_features_give(name: str) -> None:
             assert (stat.n, stat.undefined) == (len(good), len(each) - len(good))
             assert stat.mean == pytest.approx(sum(good) / len(good), rel=1e-4)
             assert layer.whole[alpha] == pytest.approx(distance(u, v), rel=1e-4)
-    assert Additivity.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+    assert reread(found) == found
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -198,7 +198,7 @@ def test_commutativity_is_what_four_products_give(name: str) -> None:
     if name != "tokens":
         first = found.layers[0]
         assert first.com == 0 and first.inputs == 0 and math.isnan(first.ratio)
-    again = Commutativity.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+    again = reread(found)
     assert again == found
 
 
@@ -280,8 +280,8 @@ def test_properties(seed: int, alpha: float, batch: int, scale: float) -> None:
             first = rows
         assert rows == [pytest.approx(r, nan_ok=True) for r in first]
     # ReLU and all distances are blind to one positive scale of both networks' first layers.
-    both = [{k: v * scale if k.startswith("layer1") else v for k, v in t.items()} for t in (a, b)]
-    scaled = weak_additivity(nets[0], *both, split, alphas=(alpha,)).layers[0]
+    c, d = ({k: v * scale if k.startswith("layer1") else v for k, v in t.items()} for t in (a, b))
+    scaled = weak_additivity(nets[0], c, d, split, alphas=(alpha,)).layers[0]
     assert scaled.whole[alpha] == pytest.approx(one.layers[0].whole[alpha], nan_ok=True, abs=1e-12)
     # A positive multiple of a unit is on exactly where the unit is.
     longer = {k: v * scale if k.startswith("layer1") else v for k, v in a.items()}

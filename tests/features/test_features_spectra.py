@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reread import reread
 from torch import Tensor, nn
 
 from companion import data, models
@@ -20,7 +20,6 @@ from companion.core.seeds import Key
 from companion.core.theta import snapshot
 from companion.features.spectra import (
     Spectrum,
-    SubspaceAngles,
     feature_spectra,
     principal_angles,
     weight_spectra,
@@ -156,7 +155,7 @@ def test_ranks_are_ordered_and_blind_to_scale(values: list[float], scale: float)
     assert y.effective_rank == pytest.approx(x.effective_rank)
     assert y.stable_rank == pytest.approx(x.stable_rank)
     assert 1 <= x.leading(0.5) <= x.leading(0.9) <= len(values)
-    assert Spectrum.from_json(json.loads(json.dumps(x.to_json(), allow_nan=False))) == x
+    assert reread(x) == x
 
 
 @pytest.mark.parametrize("degrees", [0.0, 1e-6, 30.0, 90.0])
@@ -173,7 +172,7 @@ def test_planted_angles(degrees: float) -> None:
     assert found.k == 2 and found.name == "weight"
     assert found.left == pytest.approx((0, 0), abs=1e-9)
     assert found.right == pytest.approx((0, degrees), rel=1e-6, abs=1e-9)
-    assert SubspaceAngles.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert reread(found) == found
 
 
 def test_angles_of_a_whole_space_and_messages() -> None:

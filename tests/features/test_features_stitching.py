@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reread import reread
 from torch import Tensor, nn
 
 from companion import data, models
 from companion.connectivity import Walker
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
@@ -126,7 +127,7 @@ def test_the_ends_are_the_networks_exactly(name: str) -> None:
             plain = walker.at(theta)["test"]
             assert found.ends[end].loss == pytest.approx(plain.loss, rel=1e-5)
             assert found.ends[end].error == plain.error
-    again = Stitching.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+    again = reread(found)
     assert again == found
     swapped = stitch(module, b, a, split, default="a", batch=16)
     assert [(r.name, r.loss, r.wrong) for r in swapped.rows] == [
@@ -261,6 +262,6 @@ def test_double_precision_keeps_its_ends_too() -> None:
 def test_a_broken_end_is_seen() -> None:
     """The check of the ends can fail."""
     module, a, b = pair("mlp")
-    value = stitch(module, a, b, TEST).to_json()
+    value = codec.to_json(stitch(module, a, b, TEST))
     value["rows"][-1]["loss"] += 1e-9
-    assert not Stitching.from_json(value).closed
+    assert not codec.from_json(Stitching, value).closed

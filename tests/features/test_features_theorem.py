@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reread import reread
+from torch import nn
 from torch.nn import functional as F
 
 from companion import data
@@ -16,7 +17,7 @@ from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import affine
 from companion.features.measure import features
-from companion.features.theorem import Built, Theorem, exact, theorem1
+from companion.features.theorem import Built, exact, theorem1
 
 WIDTHS = (20, 64, 48, 10)
 DIGITS = data.load("digits").train.head(200).x.flatten(1)
@@ -137,9 +138,9 @@ def test_the_check_agrees_with_the_theorem_on_how_much_is_missing() -> None:
         b["head.weight"].shape, dtype=torch.float64, generator=Key("test").generator()
     )
     broken = Built(built.module, built.a, b, built.x)
-    hidden = [
-        torch.func.functional_call(built.module[:-1], _hidden(t), (built.x,)) for t in (built.a, b)
-    ]
+    assert isinstance(built.module, nn.Sequential)
+    below = built.module[:-1]
+    hidden = [torch.func.functional_call(below, _hidden(t), (built.x,)) for t in (built.a, b)]
     change = (built.a["head.weight"] - b["head.weight"]) @ (hidden[0] - hidden[1]).T
     for alpha in (0.25, 0.5):
         mixed = affine((built.a, b), (1 - alpha, alpha), tuple(b))
@@ -157,7 +158,7 @@ def _hidden(theta: object) -> dict[str, torch.Tensor]:
 def test_json_and_messages() -> None:
     found = theorem1(exact((3, 4, 2), samples=5))
     # The first layer's weights may not differ by anything that is no number.
-    assert Theorem.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+    assert reread(found) == found
     for widths in ((3, 2), (3, 1, 2), (0, 4, 2), (3, 4.0, 2)):
         with pytest.raises(BadParameter, match="widths"):
             exact(widths)  # type: ignore[arg-type]

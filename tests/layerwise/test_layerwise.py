@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reread import reread
 from torch import Tensor, nn
 
 from companion import data, models
@@ -17,7 +18,7 @@ from companion.core.errors import BadParameter, MissingData
 from companion.core.runs import Store
 from companion.core.seeds import Key
 from companion.core.theta import distance, flatten, layout, snapshot
-from companion.experiments.layers import entry_of_layers, sweep_pairs
+from companion.experiments.layers import LayerSweep, sweep_pairs
 from companion.experiments.pairs import Pair
 from companion.layerwise import LayerBarriers, Sweep, layer_groups, sweep
 from companion.layerwise.replay import Replay
@@ -166,7 +167,7 @@ def test_a_replay_gives_what_the_plain_walker_gives(name: str, bn: str) -> None:
     assert fast.groups == slow.groups
     after = (*a.values(), *b.values())
     assert all(torch.equal(v, w) for v, w in zip(before, after, strict=True)), "written into"
-    assert LayerBarriers.from_json(json.loads(json.dumps(fast.to_json()))) == fast
+    assert reread(fast) == fast
 
 
 @pytest.mark.parametrize("rest", ["a", "b"])
@@ -253,7 +254,7 @@ def test_a_replay_computes_nothing_below_the_first_changed_layer() -> None:
                 run.append(name)
                 return nn.Linear.forward(part, x)
 
-            part.forward = counted
+            part.__dict__["forward"] = counted
             replay._patch(part)
     x = SPLITS["test"].x
     tape = replay.record(x)
@@ -462,8 +463,8 @@ def test_identity_leaves_defaults_out_and_tells_settings_apart() -> None:
 
 def test_stored_pairs_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(net="mlp:widths=16", data="digits", steps=60, batch=60)
-    runs = [Run(recipe, init=1, order=order) for order in (1, 2)]
-    pairs = [Pair(*runs), Pair(*runs, step=0)]
+    a, b = (Run(recipe, init=1, order=order) for order in (1, 2))
+    pairs = [Pair(a, b), Pair(a, b, step=0)]
     settings = Sweep(kinds=("single",), train_examples=200, test_examples=100)
     found, at_init = sweep_pairs(pairs, settings, workers=1)
     assert found.valid and list(found.groups) == ["layer1.linear", "head"]
@@ -475,7 +476,7 @@ def test_stored_pairs_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert sweep_pairs(pairs, settings, workers=1) == [found, at_init]
     store = Store()
     other = replace(settings, points=5)
-    keys = {entry_of_layers(pairs[0], s, store, "cpu").key for s in (settings, other)}
+    keys = {LayerSweep(pairs[0], s).entry(store, "cpu").key for s in (settings, other)}
     assert len(keys) == 2
 
 

@@ -26,6 +26,7 @@ from companion.models import (
     describe,
     names,
     parameter_count,
+    title,
 )
 from companion.models.layers import default_groups
 from companion.models.resnet import Block
@@ -204,6 +205,22 @@ def test_equals_torchvision_with_the_same_weights(spec, peer):
 def test_canonical(spelled, expected):
     assert canonical(spelled) == expected
     assert canonical(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("mlp:widths=100x5", "six-layer perceptron"),
+        ("mlp:widths=100x11", "12-layer perceptron"),
+        ("mlp:widths=16,norm=layer", "two-layer perceptron (norm layer)"),
+        ("lenet-300-100", "LeNet-300-100"),
+        ("resnet20:width=8", "ResNet-20 (width 8)"),
+        ("vgg16", "VGG-16"),
+        ("a.b:make?z=1", "a.b:make?z=1"),
+    ],
+)
+def test_a_network_has_a_name_for_people(spec, expected):
+    assert title(spec) == expected
 
 
 # These spellings are in the keys of stored runs. A line that fails here means a changed default,
@@ -431,7 +448,7 @@ def test_output_is_logits_without_softmax(spec):
 
 
 @pytest.mark.parametrize("spec", SMALL)
-def test_every_module_that_computes_is_used_once(spec):
+def test_every_module_that_computes_is_used_once(spec: str) -> None:
     net = build(spec, DIGITS, 10, KEY)
     calls: Counter[str] = Counter()
     leaves = [n for n, m in net.named_modules() if not list(m.children())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from reread import reread
 
 from companion.core import closing
 from companion.core.errors import BadParameter, MissingData
@@ -194,8 +194,16 @@ def test_a_rule_that_was_changed_says_so_in_the_table() -> None:
     assert {"R16", "A14", "G09", "C03"} <= {c.id for c in changed}
     html = claims.table([claims.judge("R16", None, testable=False)], caption="x")
     assert "The rule was changed. After a first run on digits" in html
-    kept = claims.table([claims.judge("C01", None, testable=False)], caption="x")
+    kept = claims.table([claims.judge("C02", None, testable=False)], caption="x")
     assert "The rule was changed" not in kept
+
+
+def test_a_verdict_of_data_that_the_claim_is_not_about_is_none() -> None:
+    measured = claims.judge("C01", 15.0, n=3)
+    assert claims.again(measured, "mnist").verdict == "not reproduced"
+    colour = claims.again(measured, "cifar10-jpeg")
+    assert colour.verdict == claims.NOT_TESTABLE and "about digits, mnist" in colour.note
+    assert claims.again(measured).verdict == "not reproduced"
 
 
 def test_an_unverified_value_is_never_printed(judged):
@@ -218,7 +226,7 @@ def test_our_own_numbers_are_not_shown_as_the_papers(judged, tag):
 def test_verdicts_survive_json(judged):
     for value, interval in ((1.0, (0.5, 1.5)), (math.inf, None), (math.nan, None), (None, None)):
         found = judged({"op": "<", "value": 2}, value, interval=interval)
-        back = claims.Verdict.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+        back = reread(found)
         assert repr(back) == repr(found)
 
 

@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from companion.connectivity import Curve, Plane
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.stats import Interval
 from companion.report import figures, plots, recorded
@@ -67,7 +68,6 @@ def test_what_is_empty_draws_no_legend_and_does_not_warn(ax):
     plots.against_k(ax, {}, steps=9)
     plots.against_k(ax, {"nothing": {}}, steps=9, threshold=None)
     plots.by_layer(ax, {"A": []})
-    plots.reliability(ax, {})
     plots.conditions(ax, {}, threshold=None)
     plots.legend(ax.figure)
     drawn_without_a_window(ax.figure)
@@ -146,6 +146,19 @@ def test_against_k_draws_the_line_it_is_held_to(ax):
     assert texts(other) == []
 
 
+def test_an_axis_of_steps_is_not_spaced_as_the_grid_happens_to_be(ax):
+    """0, 10, 20, 80 as four even places is neither linear nor logarithmic."""
+    points = {k: interval(1) for k in (0, 10, 20, 80)}
+    plots.against_k(ax, {"test": points}, steps=100)
+    assert list(ax.get_xticks()) == [-1, 0, 1, 3] and "log" in ax.get_xlabel()
+    assert ax.get_ylim()[0] <= 0, "a barrier is read from 0"
+    assert [t.get_text().split()[0] for t in ax.get_xticklabels()] == ["0", "10", "20", "80"]
+    other = Figure().subplots()
+    plots.against_k(other, {"test": points}, steps=100, axis="linear")
+    assert list(other.get_xticks()) == pytest.approx([0, 0.375, 0.75, 3])
+    plots.against_k(Figure().subplots(), {"test": {0: interval(1)}}, steps=100)
+
+
 def test_panels_share_a_scale_and_hide_the_place_left_over():
     runs = {
         f"run {i}:\n  digits": (10, {"mlp, test": {0: interval(20 * i), 5: interval(1)}})
@@ -201,8 +214,8 @@ def test_planes_are_on_one_scale_with_its_bar(metric):
     segment, *marks = axes[0].lines
     assert list(segment.get_xdata()) == [1.0, 0.5]
     assert [m.get_marker() for m in marks] == ["s", "o", "o"]
-    assert drawn == {"0": found[0].to_json(), "9": found[9].to_json()}
-    assert Plane.from_json(drawn["0"]) == found[0]
+    assert drawn == codec.to_json({"0": found[0], "9": found[9]})
+    assert codec.from_json(Plane, drawn["0"]) == found[0]
 
 
 def test_a_plane_may_name_other_networks_and_join_others():
@@ -273,16 +286,6 @@ def test_spectrum_is_over_the_share_of_all(ax):
     drawn = plots.spectrum(ax, {"width 4": [1.0, 0.5, 0.2, 0.1], "width 2": [1.0, 0.1]})
     assert list(ax.lines[0].get_xdata()) == [0.25, 0.5, 0.75, 1.0]
     assert drawn["width 2"]["count"] == 2
-
-
-def test_reliability_leaves_out_bins_of_few(ax):
-    reading = SimpleNamespace(
-        confidence=[0.1, 0.5, 0.9], fraction=[0.2, 0.5, 0.8], count=[100, 3, 40], ece=2.345
-    )
-    drawn = plots.reliability(ax, {"merged": reading})
-    assert list(ax.lines[1].get_xdata()) == [0.1, 0.9]
-    assert entries(ax) == ["merged, ECE 2.3"]
-    assert drawn["merged"]["count"] == [100, 3, 40]
 
 
 def test_levels_and_dashed_lines(ax):
@@ -380,12 +383,12 @@ def test_layers_are_bars_and_curves():
 
 def test_records_against_the_width_say_the_steps_of_their_networks():
     series = {"k": [8, 16], "mean": [9.0, None], "low": [8.0, None], "high": [9.5, None]}
-    width = {"T": 0, "mlp, test": {**series, "pairs": [3, 0]}}
+    width = {"T": 0, "matched, test": {**series, "pairs": [3, 0]}}
     kept = {"by-width": {"data": width}, "line": {"data": None}, "by-time": {"data": {"T": 3000}}}
     data = {"figures": kept, "dataset": {"name": "MNIST"}, "hardware": "CPU", "date": "2026-01-01"}
     record = recorded.Record("02_git_rebasin", "paper", "cpu-mnist", {}, data)
     (found,) = recorded.curves([record], "by-width").items()
     assert found[0] == "cpu-mnist: MNIST, T = 3000\nCPU, 2026-01-01"
-    assert found[1] == (0, {"mlp, test": {8: Interval(9.0, 8.0, 9.5, 3, 0)}})
+    assert found[1] == (0, {"matched, test": {8: Interval(9.0, 8.0, 9.5, 3, 0)}})
     del kept["by-time"]
     assert list(recorded.curves([record], "by-width")) == ["cpu-mnist: MNIST\nCPU, 2026-01-01"]

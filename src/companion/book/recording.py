@@ -38,7 +38,7 @@ from companion.book import parameters
 from companion.book.chapter import Cell, cells
 from companion.book.layout import Book
 from companion.book.prose import Caption, captions, give, merged, places
-from companion.core import closing, deadline, plainyaml
+from companion.core import closing, codec, deadline, plainyaml
 from companion.core.errors import (
     BadParameter,
     CompanionError,
@@ -49,9 +49,8 @@ from companion.core.errors import (
 )
 from companion.core.runs import Entry, Store
 from companion.data import resolve_device
-from companion.experiments.budget import Cost, Probe, count, estimate, probe
+from companion.experiments.budget import Cost, Count, Probe, count, estimate, probe
 from companion.report import claims, page, partly, provenance
-from companion.report.figures import to_json
 from companion.report.recorded import FORMAT, LIMIT, folder, hardware
 from companion.training import ENGINES, using
 
@@ -75,10 +74,13 @@ class _Planned(Exception):
 class Recording:
     """What to record.
 
-    Args:
-        book: the book; name: the file's name, without ``.json``.
-        chapter, profile: by name; overrides: parameters that differ from the profile's.
-        cells: the chapter's code; captions: those of its Markdown.
+    Arguments:
+        book: the book.
+        name: the file's name, without ``.json``.
+        chapter, profile: by name.
+        overrides: parameters that differ from the profile's.
+        cells: the chapter's code.
+        captions: those of its Markdown.
         values: what profile and overrides set.
         problems: pictures that failed while it ran; their numbers are not in the result.
     """
@@ -106,7 +108,7 @@ class Recording:
 
     def identity(self) -> dict[str, Any]:
         """Names the recording's own entry in the run store, where its time is kept."""
-        values = to_json(self.parameters(), "parameters")
+        values = codec.to_json(self.parameters(), "parameters", null=True)
         return {"kind": "recording", "chapter": self.chapter, "parameters": values}
 
 
@@ -115,7 +117,7 @@ def prepare(
 ) -> Recording:
     """Read chapter, profile and settings, and refuse what is wrong before anything runs.
 
-    Args:
+    Arguments:
         book: the book.
         chapter_name, profile: by name.
         settings: ``NAME=VALUE``, the value read as YAML; they come after the profile's.
@@ -213,43 +215,38 @@ class _Piece:
     def announce(self) -> None:
         assert self.budget is not None
         b, costs = self.budget, self.costs()
+        if not b.plans:
+            self.say("what this chapter trains cannot be counted beforehand: no estimate")
+            return
         for cost in costs:
+            left, whole = cost.missing, cost.whole
+            measured = [f"{k} {left.measured.get(k, 0)} of {n}" for k, n in whole.measured.items()]
             self.say(
                 f"{cost.recipe.net}, T = {cost.recipe.steps}, lr {cost.recipe.lr:g}: "
-                f"{cost.missing_runs} of {cost.runs} runs to train ({cost.missing_steps:,} of "
-                f"{cost.steps:,} steps), {cost.missing_pairs} of {cost.pairs} pairs to measure"
+                f"{left.runs} of {whole.runs} runs to train ({left.steps:,} of "
+                f"{whole.steps:,} steps), to measure: {', '.join(measured) or 'nothing'}"
             )
-        missing = any(cost.missing_steps or cost.missing_pairs for cost in costs)
-        if missing and not self.dry_run and resolve_device(b.device).type == "cuda":
+        if not any(cost.missing for cost in costs):
+            self.say("everything is in the run store: nothing is left to compute")
+            return
+        if not self.dry_run and resolve_device(b.device).type == "cuda":
             # A probe takes one or two seconds a recipe, and here they may be counted.
             self.say("no estimate while recording on a GPU; --dry-run makes one")
             return
         speed: Probe = partial(probe, evaluation=b.evaluation, device=b.device)
-        seconds = sum(
-            estimate(
-                costs,
-                speed,
-                device=b.device,
-                workers=b.workers,
-            )
-        )
-        self.say(
-            f"estimate: {duration(seconds)} on {b.device}, from the speed of a few steps"
-            if seconds
-            else "everything is in the run store: nothing is left to compute"
-        )
+        seconds = duration(sum(estimate(costs, speed, device=b.device, workers=b.workers)))
+        self.say(f"estimate: {seconds} on {b.device} to train and to walk along lines")
 
     def progress(self) -> str:
         """What the store has by now, in one sentence."""
         if self.budget is None:
             return "What is finished is stored."
         costs = self.costs()
-        runs, pairs = sum(c.runs for c in costs), sum(c.pairs for c in costs)
-        return (
-            f"Stored: {runs - sum(c.missing_runs for c in costs)} of {runs} runs, "
-            f"{pairs - sum(c.missing_pairs for c in costs)} of {pairs} pairs, and the states of "
-            "the runs at work."
-        )
+        left = sum((c.missing for c in costs), Count())
+        whole = sum((c.whole for c in costs), Count())
+        done = [f"{k} {n - left.measured.get(k, 0)} of {n}" for k, n in whole.measured.items()]
+        counts = ", ".join([f"{whole.runs - left.runs} of {whole.runs} runs", *done])
+        return f"Stored: {counts}, and the states of the runs at work."
 
 
 def record(
@@ -264,7 +261,7 @@ def record(
 ) -> Path | None:
     """Run the chapter's cells and write the result.
 
-    Args:
+    Arguments:
         recording: from :func:`prepare`.
         time_limit: seconds after ``started`` (``time.monotonic``; default: now) before which to
             have stopped; None: no limit.
@@ -334,7 +331,7 @@ def close(
     testable". Where inits or fork steps are missing altogether, closing it under parameters that
     name those that are there gives more.
 
-    Args:
+    Arguments:
         recording: from :func:`prepare`, with the parameters of the stopped one, or others under
             which more is whole.
         commit: of the code, where neither git nor the stopped recording says.
@@ -485,7 +482,7 @@ def _document(
         # Its figure failed, or was left out: then that is said already.
         if not r.problems:
             raise RecordingFailed(f"{block.where}: no figure or table is called {block.name!r}.")
-    document = {
+    document: dict[str, object] = {
         "format": FORMAT,
         "chapter": r.chapter,
         "profile": r.profile,
@@ -505,9 +502,7 @@ def _document(
         "provenance": provenance,
         "source": _source(r),
     }
-    plain = to_json(document, "record")
-    assert isinstance(plain, dict)
-    return plain
+    return codec.to_json(document, "record", null=True)
 
 
 def _source(r: Recording) -> str:

@@ -20,6 +20,7 @@ import nbformat
 from companion.book.finish import Page, finish
 from companion.book.layout import Book, BookError
 from companion.book.notebooks import read
+from companion.core import codec
 from companion.report import claims, recorded
 
 #: Where the front page takes the scoreboard.
@@ -32,7 +33,7 @@ def stage(book: Book, profile: str) -> Path:
     Files that did not change keep their time stamps, so that Sphinx does not read them again; what
     no longer belongs to the book is removed.
 
-    Args:
+    Arguments:
         book: The book.
         profile: The profile whose executed notebooks to take.
 
@@ -103,7 +104,7 @@ def _with_scoreboard(text: str, pages: list[Page], profile: str) -> str:
     scales: dict[str, str] = {}  # chapter -> what its numbers rest on
     for page in pages:
         for entry in page.claims:
-            verdict = claims.Verdict.from_json({k: v for k, v in entry.items() if k != "scale"})
+            verdict = codec.from_json(claims.Verdict, entry, f"{page.chapter}, claims")
             if verdict.claim.id in links:
                 raise BookError(
                     f"{page.chapter}: {verdict.claim.id} is judged in another chapter too."

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.cli.barrier import UNITS, heights, number
-from companion.cli.console import say, table
+from companion.cli.barrier import heights
+from companion.cli.console import UNITS, number, say, table
 from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ class Aligned:
     """A and the aligned B, in the coordinates in which they are compared.
 
     Arguments:
-        module: the architecture there; a, b: state dicts of it, B aligned.
-        file: the aligned B as it is written; model: the name of its architecture.
+        module: the architecture there.
+        a, b: state dicts of it, B aligned.
+        file: the aligned B as it is written.
+        model: the name of its architecture.
         matching: the permutations; None where B's stream is rotated.
         about: ``spec``, ``matching`` and ``outputs`` for the JSON.
     """
@@ -106,7 +108,8 @@ def barriers(
     """Before and after matching. If the aligned B is A, the second is a null control.
 
     Arguments:
-        module, a, b: the networks as they were; here: what became of them.
+        module, a, b: the networks as they were.
+        here: what became of them.
     """
     import torch
 
@@ -194,10 +197,10 @@ def merged(
     """The network between A and the aligned B, and how it does beside them.
 
     Arguments:
-        alpha: 0 is A. form: ``reset``, ``forward``, ``closed`` or ``none``.
+        alpha: 0 is A.
+        form: ``reset``, ``forward``, ``closed`` or ``none``.
     """
     from companion.connectivity import Walker, has_batchnorm
-    from companion.experiments.matchers import examples_a_pass
     from companion.rebasin import repair
     from companion.rebasin.repair import merge
 
@@ -211,8 +214,7 @@ def merged(
         layers = () if form == "reset" else None
         kind = "forward" if form == "reset" else form
         x = dataset.train.x
-        size = examples_a_pass(x)
-        found = repair(module, a, aligned, x, alpha=alpha, layers=layers, form=kind, batch=size)
+        found = repair(module, a, aligned, x, alpha=alpha, layers=layers, form=kind)
         theta = found.theta
         say(f"merged: {found}")
     if dataset is not None:

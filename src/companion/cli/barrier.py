@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from companion.cli.console import note, output, say, table, write_json
-from companion.cli.models import reachable
-from companion.cli.options import BnExamples, averaged
-from companion.core.errors import BadParameter
+from companion.cli import options
+from companion.cli.console import UNITS, number, output, say, table, write_json
+from companion.cli.opening import amounts, opened
 
 if TYPE_CHECKING:
-    from companion.cli.checkpoints import Checkpoint
     from companion.connectivity import Barrier
-    from companion.data import Split
 
 EXAMPLE = (
     "Example: companion barrier a.safetensors b.safetensors --model resnet20 --data cifar10 "
     "--bn reestimate --plot curve.svg"
 )
-PICTURES = (".svg", ".png", ".pdf")
-UNITS = {"loss": "nats", "error": "points"}
-
-
-def number(value: float, metric: str) -> str:
-    """A loss to 4 digits, an error to 2; INVALID where a gate failed."""
-    return "INVALID" if math.isnan(value) else f"{value:.{4 if metric == 'loss' else 2}f}"
 
 
 def heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
@@ -41,49 +30,14 @@ def heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-def examples(split: Split) -> str:
-    """How many of what: ``1,437 images``, or ``290 windows of 64 tokens``."""
-    what = "images" if split.kind == "images" else f"windows of {split.window} tokens"
-    return f"{len(split):,} {what}"
-
-
-def named(option: str, given: str | None, ends: tuple[Checkpoint, Checkpoint], field: str) -> str:
-    """``given``, or what the runs of the store say, if they agree."""
-    known = {str(end.recipe[field]) for end in ends if end.recipe}
-    if given is None and len(known) == 1:
-        return known.pop()
-    if given is None:
-        raise BadParameter(
-            f"{option}: say which. (Only two runs of the store that agree make it known.)"
-        )
-    return given
-
-
 def command(
-    a: Annotated[
-        str, typer.Argument(metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP.")
-    ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other network, likewise.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The architecture: a name of `companion models list`, or package.module:factory. "
-            "For runs of the store it is known."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="A dataset of `companion data list`. For runs of the store it is known."),
-    ] = None,
-    bn: Annotated[
-        str,
-        typer.Option(
-            help="What BatchNorm does on the path: interpolate, reestimate or batch. All three are "
-            "measured where there is BatchNorm; this one is the headline."
-        ),
-    ] = "interpolate",
-    bn_examples: BnExamples = None,
-    points: Annotated[int, typer.Option(help="Points of the path, odd.")] = 31,
+    a: options.A,
+    b: options.B,
+    model: options.Model = None,
+    data: options.Data = None,
+    bn: options.Bn = "interpolate",
+    bn_examples: options.BnExamples = None,
+    points: options.Points = 31,
     layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,21 +46,11 @@ def command(
         ),
     ] = None,
     rest: Annotated[str, typer.Option(help="Where the other layers stay: a or b.")] = "a",
-    train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training examples instead of all.")
-    ] = None,
-    test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test examples instead of all.")
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            help="Gate G0: the largest test error, in percent, of a network that counts as trained "
-            "(default: half the error of guessing; of text, that of always the commonest token)."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
+    max_error: options.MaxError = None,
+    device: options.Device = "auto",
+    json: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the curve into this file (.svg, .png or .pdf).")
     ] = None,
@@ -118,65 +62,45 @@ def command(
     INVALID.
     """
     output(json, "--json")
-    output(plot, "--plot", PICTURES)
+    output(plot, "--plot", options.PICTURES)
     layers = layers or None
 
-    from companion import data as datasets
-    from companion import models
-    from companion.cli.checkpoints import fit, read, vocabulary
     from companion.connectivity import barrier
     from companion.core.theta import distance, layout
-    from companion.experiments.pairs import Evaluation
 
-    evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
-    ends = (read(a), read(b))
-    net = named("--model", model, ends, "net")
-    name = named("--data", data, ends, "data")
-    dataset = datasets.load(name, device)
-    module = models.build(reachable(net), dataset.in_shape, vocabulary(dataset, ends))
-    first, second = (fit(module, end, label) for label, end in zip("AB", ends, strict=True))
-    for label, end in (("A", first), ("B", second)):
-        for text in end.notes:
-            note(f"{label} ({end.source}): {text}")
-
-    splits = evaluation.splits(dataset)
-    sizes = ", ".join(f"{split} ({examples(s)})" for split, s in splits.items())
+    how = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
+    pair = opened(a, b, model, data, device)
+    dataset, module, first, second = pair.data, pair.module, pair.a.theta, pair.b.theta
+    splits = how.splits(dataset)
     entries = layout(module)
     moving = set(entries.select(layers)).intersection(entries.parameters)
-    say(f"A = {a}")
-    say(f"B = {b}")
-    say(f"{models.canonical(net)} on {dataset.label}: {points} points, {sizes}")
+    pair.announce(f"{dataset.label}: {points} points, {amounts(splits)}")
     found = barrier(
         module,
-        first.theta,
-        second.theta,
+        first,
+        second,
         splits,
         points=points,
         groups=layers,
         rest=rest,
         bn=bn,
         bn_data=dataset.train,
-        bn_examples=evaluation.bn_examples,
+        bn_examples=how.bn_examples,
         classes=dataset.classes,
         max_error=max_error,
     )
     if layers:
-        apart = distance(first.theta, second.theta, sorted(moving))
+        apart = distance(first, second, sorted(moving))
         say(f"moving: {', '.join(layers)} (distance {apart:.4g}); the rest stays at {rest.upper()}")
     _show(found)
     write_json(
         json,
         {
             "command": "barrier",
-            "a": {"source": a, "sha256": first.sha256, "notes": first.notes},
-            "b": {"source": b, "sha256": second.sha256, "notes": second.notes},
-            "model": models.canonical(net),
-            "data": {"name": name, "label": dataset.label, "fingerprint": dataset.fingerprint},
+            **pair.about_data(),
             "layers": layers,
             "rest": rest,
-            "valid": found.valid,
-            "heights": heights(found),
-            "barrier": found.to_json(),
+            **summary(found),
         },
     )
     if plot:
@@ -225,4 +149,4 @@ def _show(found: Barrier) -> None:
 
 def summary(found: Barrier) -> dict[str, Any]:
     """A barrier for JSON: whether it is valid, its heights, and everything behind them."""
-    return {"valid": found.valid, "heights": heights(found), "barrier": found.to_json()}
+    return {"valid": found.valid, "heights": heights(found), "barrier": found}

@@ -7,6 +7,7 @@ names of networks and datasets may hold brackets.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from companion.core import codec
 from companion.core.errors import BadParameter
 
 _PIPED = 200  # columns, where no terminal says how many: a key must not be cut in a log file
+
+
+UNITS = {"loss": "nats", "error": "points"}
+"""Of a barrier."""
+
+
+def number(value: float, metric: str) -> str:
+    """A loss to 4 digits, an error to 2; INVALID where a gate failed."""
+    return "INVALID" if math.isnan(value) else f"{value:.{4 if metric == 'loss' else 2}f}"
 
 
 def out() -> Console:
@@ -93,11 +104,10 @@ def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
     if path is None:
         return
     from companion.report import provenance
-    from companion.report.figures import to_json
 
     whole = {**value, "provenance": provenance.record()}
     try:
-        text = json.dumps(to_json(whole, path.name), indent=1, allow_nan=False)
+        text = json.dumps(codec.to_json(whole, path.name, null=True), indent=1, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as e:
         raise BadParameter(f"--json: {path} cannot be written ({e.strerror}).") from e

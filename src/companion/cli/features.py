@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from companion.cli.barrier import examples as amount
-from companion.cli.barrier import named, number
-from companion.cli.console import note, output, say, table, write_json
-from companion.cli.models import reachable
-from companion.cli.options import BnExamples, averaged
+from companion.cli import options
+from companion.cli.console import note, number, output, say, table, write_json
+from companion.cli.opening import amount, opened
 from companion.core.errors import BadParameter, one_of
 
 if TYPE_CHECKING:
@@ -29,21 +26,10 @@ BN = ("both", "interpolate", "reestimate")
 
 
 def command(
-    a: Annotated[
-        str, typer.Argument(metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP.")
-    ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other network, likewise.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The architecture: a name of `companion models list`, or package.module:factory. "
-            "For runs of the store it is known."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="A dataset of `companion data list`. For runs of the store it is known."),
-    ] = None,
+    a: options.A,
+    b: options.B,
+    model: options.Model = None,
+    data: options.Data = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,7 +48,7 @@ def command(
             "(them, on training data) or both in turn."
         ),
     ] = "both",
-    bn_examples: BnExamples = None,
+    bn_examples: options.BnExamples = None,
     examples: Annotated[
         int | None, typer.Option(help="Measure on this many test examples instead of all.")
     ] = None,
@@ -84,15 +70,9 @@ def command(
             help="Also measure weak additivity of every ReLU and commutativity of every layer.",
         ),
     ] = False,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            help="Gate G0: the largest test error, in percent, of a network that counts as trained "
-            "(default: half the error of guessing; of text, that of always the commonest token)."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    max_error: options.MaxError = None,
+    device: options.Device = "auto",
+    json: options.Json = None,
 ) -> None:
     """Compare the features of two checkpoints with those of the networks between them.
 
@@ -104,31 +84,18 @@ def command(
     output(json, "--json")
     one_of("--bn", bn, BN)
     rates = _alphas(alphas)
-    average = averaged(bn_examples)
+    average = options.averaged(bn_examples)
     if examples is not None and examples < 1:
         raise BadParameter(f"--examples: {examples} must be 1 or more.")
 
-    from companion import data as datasets
-    from companion import models
-    from companion.cli.checkpoints import fit, read, vocabulary
     from companion.connectivity import gates, has_batchnorm
     from companion.core.theta import layout
     from companion.features import features
 
-    checkpoints = (read(a), read(b))
-    net = named("--model", model, checkpoints, "net")
-    name = named("--data", data, checkpoints, "data")
-    dataset = datasets.load(name, device)
-    module = models.build(reachable(net), dataset.in_shape, vocabulary(dataset, checkpoints))
-    ends = [fit(module, end, label) for label, end in zip("AB", checkpoints, strict=True)]
-    for label, end in zip("AB", ends, strict=True):
-        for text in end.notes:
-            note(f"{label} ({end.source}): {text}")
-    theta_a, theta_b = (end.theta for end in ends)
+    pair = opened(a, b, model, data, device)
+    dataset, module, theta_a, theta_b = pair.data, pair.module, pair.a.theta, pair.b.theta
     test = dataset.test.head(examples or len(dataset.test))
-    say(f"A = {a}")
-    say(f"B = {b}")
-    say(f"{models.canonical(net)} on {dataset.label}: test ({amount(test)})")
+    pair.announce(f"{dataset.label}: test ({amount(test)})")
     modes = BN[1:] if bn == "both" and has_batchnorm(module) else (bn,)
     found: dict[str, Features] = {}
     for mode in modes:
@@ -146,14 +113,14 @@ def command(
         )
         found[one.bn] = one
     errors = next(iter(found.values())).errors
-    checks = (
-        gates.quality(
-            [errors["a"], errors["b"]],
-            dataset.classes,
-            max_error=max_error,
-            guess=gates.guessing(test),
-        ),
-        gates.distinct(theta_a, theta_b, layout(module).parameters),
+    checks = gates.of_ends(
+        theta_a,
+        theta_b,
+        layout(module).parameters,
+        [errors["a"], errors["b"]],
+        dataset.classes,
+        test,
+        max_error=max_error,
     )
     for check in checks:
         say(f"  {check}")
@@ -170,29 +137,23 @@ def command(
         additive = weak_additivity(*ends_of, layers=relus, alphas=rates) if relus else None
         commuting = commutativity(*ends_of, layers=linears) if linears else None
         _show_conditions(additive, commuting)
-        more["conditions"] = {
-            "weak_additivity": additive and additive.to_json(),
-            "commutativity": commuting and commuting.to_json(),
-        }
+        more["conditions"] = {"weak_additivity": additive, "commutativity": commuting}
     if stitch:
         from companion.features import stitch as stitched
 
         sewn = stitched(module, theta_a, theta_b, test, layers=layers or None)
         _show_stitching(sewn)
-        more["stitching"] = sewn.to_json()
+        more["stitching"] = sewn
     valid = _valid(checks)
     write_json(
         json,
         {
             "command": "features",
-            "a": {"source": a, "sha256": ends[0].sha256, "notes": ends[0].notes},
-            "b": {"source": b, "sha256": ends[1].sha256, "notes": ends[1].notes},
-            "model": models.canonical(net),
-            "data": {"name": name, "label": dataset.label, "fingerprint": dataset.fingerprint},
+            **pair.about_data(),
             "settings": {"layers": layers or None, "examples": len(test), "per": per},
             "gates": [str(check) for check in checks],
             "valid": valid,
-            "features": {mode: one.to_json() for mode, one in found.items()},
+            "features": found,
             **more,
         },
     )

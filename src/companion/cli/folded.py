@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from companion.core.theta import Theta
-    from companion.data import Dataset
+    from companion.data import Split
+    from companion.experiments.methods import Method
     from companion.rebasin.rotation import Rotation
-
-METHODS = ("folded", "rotated", "rotated-heads", "rotated-activations")
 
 
 def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: int) -> str:
     """The name under which the folded form of a network is built, e.g. ``gpt:tied=false``.
 
     Arguments:
-        net: the name of the network; module: its folded form, for examples of ``shape``.
+        net: the name of the network.
+        module: its folded form, for examples of ``shape``.
 
     Raises:
         BadParameter: there is none.
@@ -54,26 +54,29 @@ def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: in
 
 
 def rotated(
-    method: str,
+    method: Method,
     net: str,
     module: nn.Module,
     a: Theta,
     b: Theta,
     example: torch.Tensor,
     classes: int,
-    dataset: Dataset | None,
+    train: Split | None,
 ) -> Aligned:
     """Fold both networks and turn B's residual stream to A's; B's outputs stay as they are.
 
     Arguments:
-        method: one of :data:`METHODS`. module: the architecture; a, b: state dicts, on its device.
-        example: tokens (2, L); dataset: what ``rotated-activations`` looks at.
+        method: one that folds.
+        module: the architecture.
+        a, b: state dicts, on its device.
+        example: tokens (2, L).
+        train: windows, for a method that looks at some.
 
     Raises:
         BadParameter: no GPT network, or one whose folded form has no name. Unproven: a function
             changed.
     """
-    from companion.experiments.matchers import Method, turn
+    from companion.experiments.methods import turn
     from companion.rebasin import fold, function_gap
     from companion.rebasin.folding import TOLERANCE
 
@@ -82,7 +85,7 @@ def rotated(
     name = folded_name(net, folding.module, tuple(example.shape[1:]), classes)
     here, there = folding.apply(a), folding.apply(b)
     derived = time.perf_counter() - begun
-    found = turn(Method(method), folding, here, there, dataset.train if dataset else None)
+    found = turn(method, folding, here, there, train)
     moved = dict(there) if found is None else found.apply(there)
     gap = function_gap(module, b, folding.module, moved, example)
     _show(found, derived, gap)
@@ -105,7 +108,7 @@ def rotated(
                 "held": dict(folding.spec.held),
                 "seconds": derived,
             },
-            "matching": found.summary() if found else {"method": "folded"},
+            "matching": found.summary() if found else {"method": method.name},
             "outputs": {"largest_relative_difference": gap, "before rounding, at most": TOLERANCE},
         },
     )

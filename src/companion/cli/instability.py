@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from companion.cli.barrier import PICTURES, UNITS, number, summary
-from companion.cli.console import output, say, table, write_json
+from companion.cli import options
+from companion.cli.barrier import summary
+from companion.cli.console import UNITS, number, output, say, table, write_json
 from companion.cli.models import reachable
-from companion.cli.options import BnExamples, averaged
-from companion.core.errors import BadParameter, CorruptEntry
+from companion.core.errors import BadParameter
 
 if TYPE_CHECKING:
-    from companion.core.runs import Store
-    from companion.data import Dataset
     from companion.experiments.instability import Instability
-    from companion.training import Job, Recipe
 
 EXAMPLE = (
     "Example: companion instability --net mlp:widths=100x5 --data digits --steps 2000 --batch 60 "
@@ -80,17 +76,11 @@ def command(
     final_div: Annotated[float, typer.Option(help="onecycle ends at lr / div / final_div.")] = 1e4,
     augment: Annotated[str, typer.Option(help="none, flip, crop4, …; for text shift.")] = "none",
     precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
-    bn_examples: BnExamples = None,
-    points: Annotated[int, typer.Option(help="Points of each path, odd.")] = 31,
-    bn: Annotated[
-        str, typer.Option(help="BatchNorm on the path: interpolate, reestimate or batch.")
-    ] = "interpolate",
-    train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training examples instead of all.")
-    ] = None,
-    test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test examples instead of all.")
-    ] = None,
+    bn_examples: options.BnExamples = None,
+    points: options.Points = 31,
+    bn: options.Bn = "interpolate",
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -110,9 +100,9 @@ def command(
             "(default: 2 points of error, or 0.03 nats of loss)."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
     workers: Annotated[int, typer.Option(help="Processes; 0 is one per core (CPU only).")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    json: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw barrier against k into this file (.svg, .png, .pdf).")
     ] = None,
@@ -124,12 +114,12 @@ def command(
     what is new.
     """
     output(json, "--json")
-    output(plot, "--plot", PICTURES)
+    output(plot, "--plot", options.PICTURES)
 
     from companion import data as datasets
     from companion.core.runs import Store
-    from companion.experiments.instability import analyse, threshold_of
-    from companion.experiments.pairs import Evaluation
+    from companion.experiments.budget import count
+    from companion.experiments.instability import analyse, plan, threshold_of
     from companion.training import check_fit, recipe_from
 
     grid = numbers("--ks", ks, int)
@@ -156,7 +146,7 @@ def command(
             "precision": precision,
         }
     )
-    evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
+    how = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     keep: Literal["reset", "restore"] = "restore" if restore else "reset"
     again: Literal["continue", "restart"] = "restart" if restart else "continue"
     where = str(datasets.resolve_device(device))
@@ -167,8 +157,21 @@ def command(
     store = Store()
     # What is out of range is refused by analyse(), in its own words.
     if grid and all(0 <= k < recipe.steps for k in grid):
-        jobs = _jobs(recipe, grid, inits, copies, noise, keep, again)
-        _announce(jobs, dataset, where, store)
+        design = plan(
+            *(recipe, grid),
+            inits=inits,
+            copies=copies,
+            noise=noise,
+            optimizer=keep,
+            schedule=again,
+            controls=False,
+        )
+        for cost in count([design], how, store=store, device=where):
+            runs, left = cost.whole.runs, cost.missing
+            say(
+                f"{runs} runs: {runs - left.runs} in the store {store.root}, "
+                f"{left.runs} to train ({left.steps:,} steps) on {where}"
+            )
     found = analyse(
         recipe,
         grid,
@@ -177,7 +180,7 @@ def command(
         noise=noise,
         optimizer=keep,
         schedule=again,
-        evaluation=evaluation,
+        evaluation=how,
         max_error=max_error,
         store=store,
         device=where,
@@ -195,7 +198,7 @@ def command(
             "noise": noise,
             "optimizer_at_k": keep,
             "schedule_at_k": again,
-            "evaluation": evaluation.identity(recipe.net),
+            "evaluation": how.identity(recipe.net),
             "device": where,
             "metric": metric,
             "threshold": limit,
@@ -234,51 +237,6 @@ def command(
             title = f"{found.recipe.net} on {found.recipe.data}"
             ax.set_title(f"{title}: mean of {pairs} pairs, 95 % interval", fontsize=10)
         say(f"figure drawn in {plot}")
-
-
-def _jobs(
-    recipe: Recipe,
-    ks: list[int],
-    inits: int,
-    copies: int,
-    noise: str,
-    optimizer: Literal["reset", "restore"],
-    schedule: Literal["continue", "restart"],
-) -> list[Job]:
-    """Every run that takes part and has something to train, with the states wanted of it."""
-    from companion.experiments.instability import copy, trunk
-    from companion.training import Job, merge
-
-    jobs = []
-    for init, k in itertools.product(range(inits), ks):
-        if k:
-            jobs.append(Job(trunk(recipe, init), states=(k,)))
-        for each in range(1, copies + 1):
-            run = copy(recipe, init, k, each, noise=noise, optimizer=optimizer, schedule=schedule)
-            jobs.append(Job(run, weights=(run.last_step,)))
-    return merge(jobs)
-
-
-def _announce(jobs: list[Job], dataset: Dataset, device: str, store: Store) -> None:
-    """Say how much there is to train before any of it starts."""
-    from companion.cli.runs import stored_steps
-    from companion.training import entry_of
-
-    todo = steps = 0
-    for job in jobs:
-        try:
-            stored = stored_steps(entry_of(job.run, dataset, device, store))
-        except CorruptEntry:  # train() will say so, and make it again
-            stored = {}
-        whole = {step for step, names in stored.items() if any("state" in n for n in names)}
-        missing = {s for s in job.weights if s not in stored} | (set(job.states) - whole)
-        if missing:
-            start = max((s for s in whole if s <= min(missing)), default=job.run.first_step)
-            todo, steps = todo + 1, steps + max(missing) - start
-    say(
-        f"{len(jobs)} runs: {len(jobs) - todo} in the store {store.root}, "
-        f"{todo} to train ({steps:,} steps) on {device}"
-    )
 
 
 def _row(found: Instability, k: int, threshold: float, metric: str) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from companion.cli.barrier import PICTURES, UNITS, examples, named, number
-from companion.cli.console import note, output, say, table, write_json
-from companion.cli.models import reachable
-from companion.cli.options import BnExamples, averaged
+from companion.cli import options
+from companion.cli.console import UNITS, number, output, say, table, write_json
+from companion.cli.opening import amounts, opened
 
 if TYPE_CHECKING:
     from companion.layerwise import LayerBarriers
@@ -30,21 +29,10 @@ _TITLES = {
 
 
 def command(
-    a: Annotated[
-        str, typer.Argument(metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP.")
-    ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other network, likewise.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The architecture: a name of `companion models list`, or package.module:factory. "
-            "For runs of the store it is known."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="A dataset of `companion data list`. For runs of the store it is known."),
-    ] = None,
+    a: options.A,
+    b: options.B,
+    model: options.Model = None,
+    data: options.Data = None,
     kinds: Annotated[
         str,
         typer.Option(
@@ -78,25 +66,15 @@ def command(
     bn: Annotated[
         str, typer.Option(help="What BatchNorm does: interpolate, reestimate or batch.")
     ] = "interpolate",
-    bn_examples: BnExamples = None,
+    bn_examples: options.BnExamples = None,
     points: Annotated[
         int, typer.Option(help="Points of each segment, odd; 1 is the middle alone.")
     ] = 3,
-    train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training examples instead of all.")
-    ] = None,
-    test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test examples instead of all.")
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            help="Gate G0: the largest test error, in percent, of a network that counts as trained "
-            "(default: half the error of guessing; of text, that of always the commonest token)."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
+    max_error: options.MaxError = None,
+    device: options.Device = "auto",
+    json: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the barriers into this file (.svg, .png or .pdf).")
     ] = None,
@@ -108,11 +86,8 @@ def command(
     gate fails, they are INVALID.
     """
     output(json, "--json")
-    output(plot, "--plot", PICTURES)
+    output(plot, "--plot", options.PICTURES)
 
-    from companion import data as datasets
-    from companion import models
-    from companion.cli.checkpoints import fit, read, vocabulary
     from companion.experiments.pairs import Evaluation, averaging
     from companion.layerwise import Sweep, sweep
 
@@ -127,27 +102,17 @@ def command(
         bn=bn,
         train_examples=train_examples,
         test_examples=test_examples,
-        bn_examples=averaged(bn_examples),
+        bn_examples=options.averaged(bn_examples),
     )
-    checkpoints = (read(a), read(b))
-    net = named("--model", model, checkpoints, "net")
-    name = named("--data", data, checkpoints, "data")
-    dataset = datasets.load(name, device)
-    module = models.build(reachable(net), dataset.in_shape, vocabulary(dataset, checkpoints))
-    first, second = (fit(module, end, label) for label, end in zip("AB", checkpoints, strict=True))
-    for label, end in (("A", first), ("B", second)):
-        for text in end.notes:
-            note(f"{label} ({end.source}): {text}")
+    pair = opened(a, b, model, data, device)
+    dataset = pair.data
     parts = Evaluation(train_examples=train_examples, test_examples=test_examples)
     splits = parts.splits(dataset)
-    sizes = ", ".join(f"{split} ({examples(s)})" for split, s in splits.items())
-    say(f"A = {a}")
-    say(f"B = {b}")
-    say(f"{models.canonical(net)} on {dataset.label}: {sizes}")
+    pair.announce(f"{dataset.label}: {amounts(splits)}")
     found = sweep(
-        module,
-        first.theta,
-        second.theta,
+        pair.module,
+        pair.a.theta,
+        pair.b.theta,
         splits,
         settings,
         bn_data=dataset.train,
@@ -159,14 +124,11 @@ def command(
         json,
         {
             "command": "layers",
-            "a": {"source": a, "sha256": first.sha256, "notes": first.notes},
-            "b": {"source": b, "sha256": second.sha256, "notes": second.notes},
-            "model": models.canonical(net),
-            "data": {"name": name, "label": dataset.label, "fingerprint": dataset.fingerprint},
-            "settings": settings.identity() | averaging(net, settings.bn_examples),
+            **pair.about_data(),
+            "settings": settings.identity() | averaging(pair.name, settings.bn_examples),
             "valid": found.valid,
             "heights": _heights(found),
-            "layers": found.to_json(),
+            "layers": found,
         },
     )
     if plot:

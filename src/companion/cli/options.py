@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from companion.core.errors import BadParameter
 
+if TYPE_CHECKING:
+    from companion.experiments.pairs import Evaluation
+
+PICTURES = (".svg", ".png", ".pdf")
+"""What ``--plot`` can write."""
+
+A = Annotated[
+    str, typer.Argument(metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP.")
+]
+B = Annotated[str, typer.Argument(metavar="B", help="The other network, likewise.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="The architecture: a name of `companion models list`, or package.module:factory. "
+        "For runs of the store it is known."
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(help="A dataset of `companion data list`. For runs of the store it is known."),
+]
+Bn = Annotated[
+    str,
+    typer.Option(
+        help="What BatchNorm does on the path: interpolate, reestimate or batch. All three are "
+        "measured where there is BatchNorm; this one is the headline."
+    ),
+]
 BnExamples = Annotated[
     int | None,
     typer.Option(
@@ -16,6 +45,23 @@ BnExamples = Annotated[
         "all of them (default: 2000, which is nearly always enough, and quick).",
     ),
 ]
+Points = Annotated[int, typer.Option(help="Points of the path, odd.")]
+TrainExamples = Annotated[
+    int | None, typer.Option(help="Measure on this many training examples instead of all.")
+]
+TestExamples = Annotated[
+    int | None, typer.Option(help="Measure on this many test examples instead of all.")
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option(
+        help="Gate G0: the largest test error, in percent, of a network that counts as trained "
+        "(default: half the error of guessing; for text, that of always predicting the most "
+        "frequent token)."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[Path | None, typer.Option(help="Write all numbers to this file.")]
 
 
 def averaged(bn_examples: int | None) -> int | None:
@@ -31,3 +77,16 @@ def averaged(bn_examples: int | None) -> int | None:
     if bn_examples < 0 or bn_examples == 1:
         raise BadParameter(f"--bn-examples: {bn_examples} must be 2 or more, or 0 for all.")
     return bn_examples or None
+
+
+def evaluation(
+    points: int,
+    bn: str,
+    train_examples: int | None,
+    test_examples: int | None,
+    bn_examples: int | None,
+) -> Evaluation:
+    """How to measure, of the options by these names."""
+    from companion.experiments.pairs import Evaluation
+
+    return Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))

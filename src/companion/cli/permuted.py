@@ -14,36 +14,30 @@ if TYPE_CHECKING:
 
     from companion.core.seeds import Key
     from companion.core.theta import Theta
-    from companion.data import Dataset
-    from companion.rebasin import Matching, Spec
-
-METHODS = ("weights", "activations", "ste", "greedy", "units")
-STARTS = ("weights", "units")
+    from companion.data import Split
+    from companion.experiments.methods import Method
 
 
 def permuted(
-    method: str,
+    method: Method,
     net: str,
     module: nn.Module,
     a: Theta,
     b: Theta,
     file: Theta,
     example: torch.Tensor,
-    dataset: Dataset | None,
+    train: Split | None,
     device: torch.device,
-    starts: int,
-    steps: int | None,
     key: Key,
 ) -> Aligned:
     """B with its units in A's order; ``file`` is B as it was read."""
     from companion import models
-    from companion.rebasin import derive, stream_of
+    from companion.experiments.methods import Problem
+    from companion.rebasin import Matching, derive
     from companion.rebasin.proof import check_equal
 
     begun = time.perf_counter()
     spec = derive(module, example, unread="hold")
-    if method == "units":
-        spec = spec.hold(stream_of(module, spec))
     derived = time.perf_counter() - begun
     if not spec.groups:
         why = [f"{axis}: {reason}" for axis, reason in list(spec.held.items())[:3]]
@@ -51,7 +45,10 @@ def permuted(
             f"model {net!r}: no unit can be reordered without changing the outputs, so there is "
             f"nothing to match. {'; '.join(why)}"
         )
-    found = _match(method, spec, module, a, b, dataset, device, starts, steps, key)
+    one, two = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))
+    found = method.kind.find(method, Problem(module, spec, one, two, train, key))
+    assert isinstance(found, Matching)
+    spec = found.spec
     aligned = found.apply(module, b, check_outputs=False)
     gap = check_equal(module, b, aligned, spec)
     show(spec, found, derived, gap)
@@ -74,33 +71,3 @@ def permuted(
             "outputs": {"largest_relative_difference": gap, "tolerance": spec.tolerance},
         },
     )
-
-
-def _match(
-    method: str,
-    spec: Spec,
-    module: nn.Module,
-    a: Theta,
-    b: Theta,
-    dataset: Dataset | None,
-    device: torch.device,
-    starts: int,
-    steps: int | None,
-    key: Key,
-) -> Matching:
-    from companion import rebasin
-    from companion.experiments.matchers import examples_a_pass
-    from companion.rebasin import ste
-
-    a, b = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))
-    if method in STARTS:
-        return rebasin.weight_matching(spec, a, b, starts=starts, key=key)
-    if method == "greedy":
-        return rebasin.greedy(spec, a, b)
-    assert dataset is not None
-    train = dataset.train
-    batch = examples_a_pass(train.x)
-    if method == "activations":
-        return rebasin.activation_matching(spec, module, a, b, train, batch=batch)
-    steps = ste.STEPS if steps is None else steps
-    return rebasin.straight_through(spec, module, a, b, train, steps=steps, batch=batch, key=key)

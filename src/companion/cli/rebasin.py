@@ -7,26 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from companion.cli import folded, permuted
-from companion.cli.barrier import PICTURES, named, summary
-from companion.cli.console import note, output, say, write_json
-from companion.cli.models import reachable, shape_of
-from companion.cli.options import BnExamples, averaged
-from companion.core.errors import BadParameter, MissingData, one_of
+from companion.cli import folded, options, permuted
+from companion.cli.barrier import summary
+from companion.cli.console import output, say, write_json
+from companion.cli.opening import opened
+from companion.core.errors import BadParameter, one_of
+from companion.experiments.methods import KINDS, Method, described, offered
 
 if TYPE_CHECKING:
     import torch
 
-    from companion.cli.checkpoints import Checkpoint
     from companion.core.seeds import Key
-    from companion.data import Dataset
 
 EXAMPLE = (
     "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
     "-o b_aligned.safetensors"
 )
-METHODS = (*permuted.METHODS, *folded.METHODS)
-NEEDS_DATA = ("activations", "ste", "rotated-activations")
+DEFAULT = Method()
 REPAIRS = ("reset", "forward", "closed", "none")
 
 
@@ -49,13 +46,7 @@ def command(
             "has it: same names, same types.",
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The architecture: a name of `companion models list`, or package.module:factory. "
-            "For runs of the store it is known."
-        ),
-    ] = None,
+    model: options.Model = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -75,43 +66,23 @@ def command(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(
-            help="weights (needs no data), activations, ste (straight-through estimator: slow, "
-            "trains) or greedy (one pass from the input on). For GPT networks also: units "
-            "(weights, with the residual stream in place), folded (nothing matched, LayerNorm "
-            "folded), rotated (folded, the stream rotated), rotated-heads (and units inside of "
-            "heads), rotated-activations."
-        ),
-    ] = "weights",
+        typer.Option(help=described()),
+    ] = DEFAULT.name,
     starts: Annotated[
         int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
-    ] = 1,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps of ste (default 200).")] = None,
+    ] = DEFAULT.starts,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Optimiser steps of ste (default {DEFAULT.steps}).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random in the matching.")] = 0,
-    bn: Annotated[
-        str,
-        typer.Option(
-            help="What BatchNorm does on the path: interpolate, reestimate or batch. All three are "
-            "measured where there is BatchNorm; this one is the headline."
-        ),
-    ] = "interpolate",
-    bn_examples: BnExamples = None,
-    points: Annotated[int, typer.Option(help="Points of the path, odd.")] = 31,
-    train_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many training examples instead of all.")
-    ] = None,
-    test_examples: Annotated[
-        int | None, typer.Option(help="Measure on this many test examples instead of all.")
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            help="Gate G0: the largest test error, in percent, of a network that counts as trained "
-            "(default: half the error of guessing; of text, that of always the commonest token)."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    bn: options.Bn = "interpolate",
+    bn_examples: options.BnExamples = None,
+    points: options.Points = 31,
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
+    max_error: options.MaxError = None,
+    device: options.Device = "auto",
+    json: options.Json = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw both curves into this file (.svg, .png or .pdf); needs --data."),
@@ -143,35 +114,36 @@ def command(
     used. Prints what was found, and, with data, the barrier before and after. Methods that fold or
     rotate a GPT network write networks of another form, and say under which name they load.
     """
-    one_of("--method", method, METHODS)
+    one_of("--method", method, offered())
+    kind = KINDS[method]
     one_of("--repair", repair, REPAIRS)
     if not 0 <= alpha <= 1:
         raise BadParameter(f"--alpha: {alpha:g} must lie between 0 (A) and 1 (the aligned B).")
     if merge is None and (alpha != 0.5 or repair != "reset"):
         raise BadParameter("--alpha and --repair belong to --merge FILE.")
-    if starts != 1 and method not in permuted.STARTS:
-        raise BadParameter(f"--starts belongs to --method weights or units, not to {method}.")
-    if matching and method in folded.METHODS:
+    for option, changed in (("starts", starts != DEFAULT.starts), ("steps", steps is not None)):
+        if changed and option not in kind.options:
+            having = " or ".join(offered(option))
+            raise BadParameter(f"--{option} belongs to --method {having}, not to {method}.")
+    if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
-    if steps is not None and method != "ste":
-        raise BadParameter(f"--steps belongs to --method ste, not to {method}.")
     for option, number in (("--starts", starts), ("--steps", steps)):
         if number is not None and number < 1:
             raise BadParameter(f"{option}: {number} must be a whole number of 1 or more.")
     _files(out, json, plot, matching, merge, (a, b))
 
-    from companion import models
     from companion.cli.aligned import barriers, merged, show_barriers, write
-    from companion.cli.checkpoints import fit, read
+    from companion.connectivity.batches import examples_a_pass
     from companion.core.seeds import Key
     from companion.data import resolve_device
-    from companion.experiments.pairs import Evaluation
 
-    evaluation = Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
-    ends = (read(a), read(b))
-    net = named("--model", model, ends, "net")
-    dataset, shape, count = _examples(data, ends, in_shape, classes, device)
-    if dataset is None and method in NEEDS_DATA:
+    measuring = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
+    pair = opened(
+        a, b, model, data, device, _shape_and_classes(data, in_shape, classes), optional=True
+    )
+    dataset, module, shape, count = pair.dataset, pair.module, pair.shape, pair.classes
+    first, second, net = pair.a, pair.b, pair.name
+    if dataset is None and kind.data:
         raise BadParameter(
             f"--method {method} looks at data: say which with --data. Without data there is "
             "--method weights."
@@ -180,41 +152,25 @@ def command(
         raise BadParameter("--plot draws the barrier, which needs data: say which with --data.")
     if dataset is None and merge and repair in ("forward", "closed"):
         raise BadParameter(f"--repair {repair} looks at data: say which with --data.")
-    module = models.build(reachable(net), shape, count, Key("rebasin", "module"))
-    first, second = (fit(module, end, label) for label, end in zip("AB", ends, strict=True))
-    for label, end in (("A", first), ("B", second)):
-        for text in end.notes:
-            note(f"{label} ({end.source}): {text}")
-    say(f"A = {a}")
-    say(f"B = {b}")
-    say(f"{models.canonical(net)} on {dataset.label if dataset else _by(shape)}")
+    pair.announce(dataset.label if dataset else _by(shape))
 
+    train = dataset.train if dataset else None
+    batch = DEFAULT.batch if train is None else min(DEFAULT.batch, examples_a_pass(train.x))
+    how = Method(method, starts, steps=DEFAULT.steps if steps is None else steps, batch=batch)
     key = Key("rebasin", "cli", seed)
     at = dataset.train.x.device if dataset else resolve_device(device)
     example = _example(shape, count, key)
-    if method in folded.METHODS:
+    if kind.folds:
         one, two = ({k: v.to(at) for k, v in end.theta.items()} for end in (first, second))
-        here = folded.rotated(method, net, module.to(at), one, two, example.to(at), count, dataset)
+        here = folded.rotated(how, net, module.to(at), one, two, example.to(at), count, train)
     else:
-        here = permuted.permuted(
-            method,
-            net,
-            module,
-            first.theta,
-            second.theta,
-            ends[1].theta,
-            example,
-            dataset,
-            at,
-            starts,
-            steps,
-            key,
-        )
+        theta_a, theta_b, file = first.theta, second.theta, pair.files[1].theta
+        here = permuted.permuted(how, net, module, theta_a, theta_b, file, example, train, at, key)
 
     measured: dict[str, Any] | None = None
     if dataset is not None:
         before, after = barriers(
-            module, first.theta, second.theta, here, dataset, evaluation, max_error
+            module, first.theta, second.theta, here, dataset, measuring, max_error
         )
         measured = {
             "data": {"name": dataset.name, "label": dataset.label},
@@ -237,12 +193,12 @@ def command(
     between = None
     if merge:
         theta, between = merged(
-            here.module, here.a, here.b, dataset, evaluation, alpha=alpha, form=repair
+            here.module, here.a, here.b, dataset, measuring, alpha=alpha, form=repair
         )
         write(
             merge, theta, about | {"alpha": f"{alpha:g}", "repair": repair}, what="merged network"
         )
-        if method in folded.METHODS:
+        if kind.folds:
             say(f"the merged network is in folded form, too: --model {here.model}")
     if plot and measured:
         from companion.report import figures, plots
@@ -255,9 +211,7 @@ def command(
         json,
         {
             "command": "rebasin",
-            "a": {"source": a, "sha256": first.sha256, "notes": first.notes},
-            "b": {"source": b, "sha256": second.sha256, "notes": second.notes},
-            "model": models.canonical(net),
+            **pair.about(),
             "in_shape": list(shape),
             "classes": count,
             "output": out.name,
@@ -281,7 +235,7 @@ def _files(
 ) -> None:
     output(out, "--output", (".safetensors",))
     output(json, "--json")
-    output(plot, "--plot", PICTURES)
+    output(plot, "--plot", options.PICTURES)
     output(matching, "--matching", (".safetensors",))
     output(merge, "--merge", (".safetensors",))
     given = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
@@ -295,38 +249,17 @@ def _files(
         raise BadParameter(f"{', '.join(files)}: each needs a file of its own.")
 
 
-def _examples(
-    name: str | None,
-    ends: tuple[Checkpoint, Checkpoint],
-    in_shape: str | None,
-    classes: int | None,
-    device: str,
-) -> tuple[Dataset | None, tuple[int, ...], int]:
-    """The dataset, if one was named or the runs say which; shape of an example, and classes."""
-    from companion import data as datasets
-    from companion.cli.checkpoints import vocabulary
-
-    recipes = {str(end.recipe["data"]) for end in ends if end.recipe}
-    if in_shape is not None or classes is not None:
-        if name is not None:
-            raise BadParameter("--in-shape, --classes: --data says both already; leave them out.")
-        if in_shape is None or classes is None:
-            raise BadParameter("--in-shape and --classes: without --data both are needed.")
-        return None, _shape(in_shape), classes
-    if name is not None:
-        dataset = datasets.load(name, device)
-    elif len(recipes) == 1:
-        known_name = recipes.pop()
-        try:
-            dataset = datasets.load(known_name, device)
-        except MissingData as e:
-            note(f"no barrier is measured: {e}")
-            return None, *shape_of(known_name)
-    else:
-        raise BadParameter(
-            "--data: say which, or --in-shape and --classes, to build the model without data."
-        )
-    return dataset, dataset.in_shape, vocabulary(dataset, ends)
+def _shape_and_classes(
+    data: str | None, in_shape: str | None, classes: int | None
+) -> tuple[tuple[int, ...], int] | None:
+    """What stands in for data; None where it is data that say it."""
+    if in_shape is None and classes is None:
+        return None
+    if data is not None:
+        raise BadParameter("--in-shape, --classes: --data says both already; leave them out.")
+    if in_shape is None or classes is None:
+        raise BadParameter("--in-shape and --classes: without --data both are needed.")
+    return _shape(in_shape), classes
 
 
 def _shape(text: str) -> tuple[int, ...]:

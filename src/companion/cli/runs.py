@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli.console import say, size, table
+from companion.core import codec
 from companion.core.errors import CorruptEntry, one_of
 
 if TYPE_CHECKING:
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The run store: list, show, verify, carry, clean up.")
 
-KINDS = (
-    *("run", "pair", "null", "aligned", "merged", "halves", "layers", "features", "federated"),
-    *("windows", "recording"),
-)
-_EVALUATED = ("pair", "null", "aligned", "merged", "halves")  # these say how they were measured
 _STEP = re.compile(r"(?:state|weights)-(\d+)\.safetensors")
 
 
@@ -35,67 +31,55 @@ def stored_steps(entry: Entry) -> dict[int, list[str]]:
     return dict(sorted(found.items()))
 
 
+def known_kinds() -> list[str]:
+    """Every kind of entry: runs, all registered measurements, and what is kept beside them."""
+    from companion.experiments.measurement import kinds
+
+    return ["run", *kinds(), "windows", "recording"]
+
+
 def describe(identity: Mapping[str, Any]) -> str:
     """One line on what an entry is."""
+    from companion.experiments.measurement import kinds
+
+    kind = str(identity.get("kind"))
     try:
-        return _describe(identity, identity.get("kind"))
+        if kind == "run":
+            return _describe_run(identity)
+        if kind == "windows":
+            return f"windows of text to measure on, SHA-256 {identity['windows'][:12]}"
+        if kind == "recording":
+            return f"time spent on recording {identity['chapter']}"
+        measured = kinds()
+        if kind in measured:
+            return measured[kind].describe(identity)
     except (KeyError, TypeError):  # its own checksum is wrong too: `companion runs verify` says so
         return "unreadable"
+    return kind if identity else "unreadable"
 
 
-def _describe(identity: Mapping[str, Any], kind: object) -> str:
-    if kind == "run":
-        recipe = identity["recipe"]
-        words = [recipe["net"], f"on {recipe['data']}", f"T={recipe['steps']}"]
-        words += [
-            f"{name} {identity[name]}" for name in ("init", "order", "augment") if name in identity
-        ]
-        if fork := identity.get("fork"):
-            words.append(f"fork k={fork['step']}")
-        return ", ".join(words) + ("" if identity["device"] == "cpu" else f", {identity['device']}")
-    if kind == "pair":
-        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
-        return f"{ends}, {identity['evaluation']['points']} points"
-    if kind == "layers":
-        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
-        return f"{ends}, layer by layer"
-    if kind == "features":
-        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
-        return f"{ends}, features, units matched by {identity['method']['name']}"
-    if kind == "null":
-        return f"null control (gate G1) of {identity['run'][:12]}"
-    if kind == "aligned":
-        ends = f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
-        return f"{ends}, units matched by {identity['method']['name']}"
-    if kind == "merged":
-        return f"{len(identity['runs'])} networks merged into one"
-    if kind == "halves":
-        a, b, whole = (key[:12] for key in identity["runs"])
-        return f"{a} and {b} of parts of the data, beside {whole} of all"
-    if kind == "windows":
-        return f"windows of text to measure on, SHA-256 {identity['windows'][:12]}"
-    if kind == "recording":
-        return f"time spent on recording {identity['chapter']}"
-    return "unreadable" if not identity else f"{kind}"
+def _describe_run(identity: Mapping[str, Any]) -> str:
+    recipe = identity["recipe"]
+    words = [recipe["net"], f"on {recipe['data']}", f"T={recipe['steps']}"]
+    words += [
+        f"{name} {identity[name]}" for name in ("init", "order", "augment") if name in identity
+    ]
+    if fork := identity.get("fork"):
+        words.append(f"fork k={fork['step']}")
+    return ", ".join(words) + ("" if identity["device"] == "cpu" else f", {identity['device']}")
 
 
 def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     """A predicate on identities: would this version of the code still ask for that entry?
 
     A run counts while its own semantics and those of all runs it forks from are today's; what is
-    measured, and a federation, while its own are. Whatever refers by key to a run that is in
-    the store, and is old, is old too. Other kinds are kept: whoever wrote them knows better.
+    measured, while its class says so. Whatever refers by key to a run that is in the store, and is
+    old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
     from companion import training
-    from companion.experiments import aligned, featured, federated, pairs
-    from companion.layerwise import stored
+    from companion.experiments.measurement import kinds
 
-    today = {
-        **dict.fromkeys(("aligned", "merged", "halves"), aligned.SEMANTICS),
-        "layers": stored.SEMANTICS,
-        "features": featured.SEMANTICS,
-        "federated": federated.SEMANTICS,
-    }
+    measured = kinds()
 
     def run_current(identity: Mapping[str, Any]) -> bool:
         fork = identity.get("fork")
@@ -109,23 +93,20 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     }
 
     def current(identity: Mapping[str, Any]) -> bool:
-        kind = identity.get("kind")
+        kind = str(identity.get("kind"))
         if kind == "run":
             return run_current(identity)
         fields = [field if isinstance(field, list) else [field] for field in identity.values()]
         if not old.isdisjoint(v for field in fields for v in field if isinstance(v, str)):
             return False
-        if kind in today and identity.get("semantics") != today[kind]:
-            return False
-        measured = identity.get("evaluation", {}) if kind in _EVALUATED else None
-        return measured is None or measured.get("semantics") == pairs.SEMANTICS
+        return kind not in measured or measured[kind].is_current(identity)
 
     return current
 
 
 @app.command("list", epilog="Example: companion runs list --kind run")
 def list_(
-    kind: Annotated[str | None, typer.Option(help=f"Only one of {', '.join(KINDS)}.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only this kind, such as run or pair.")] = None,
 ) -> None:
     """Show what is in the run store: key, kind, what it is, which steps are stored, size."""
     from companion.core.runs import Store
@@ -136,8 +117,8 @@ def list_(
         key=lambda e: (str(e.identity.get("kind")) != "run", describe(e.identity)),
     )
     if kind is not None:
-        known = {str(e.identity.get("kind")) for e in entries if e.identity}
-        one_of("kind", kind, [*KINDS, *sorted(known - set(KINDS))])
+        there = {str(e.identity.get("kind")) for e in entries if e.identity}
+        one_of("kind", kind, list(dict.fromkeys([*known_kinds(), *sorted(there)])))
         entries = [e for e in entries if e.identity.get("kind") == kind]
     rows, total = [], 0
     for entry in entries:
@@ -169,7 +150,7 @@ def show(
     files = [(n, size(f["bytes"]), f["sha256"][:12]) for n, f in sorted(entry.files().items())]
     table(["file", ">size", "sha256"], files)
     if entry.identity.get("kind") == "pair" and "pair.json" in entry:
-        found = Barrier.from_json(entry.read_json("pair.json")["barrier"])
+        found = codec.from_json(Barrier, entry.read_json("pair.json")["barrier"])
         say(str(found))
     say(f"in {entry.path}")
 
@@ -213,7 +194,7 @@ def export(
     from companion.core.runs import Store
 
     for name in kind or []:
-        one_of("kind", name, KINDS)
+        one_of("kind", name, known_kinds())
     moved = archives.export(archives.chosen(Store(), kind or (), keys or ()), archive)
     say(f"{moved.entries} entries, {moved.files} files, {size(moved.bytes)}, in {archive}")
 

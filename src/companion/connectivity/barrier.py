@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from companion.connectivity import gates
 from companion.connectivity.gates import Gate
 from companion.connectivity.paths import Curve, grid, segment, splits_of
-from companion.connectivity.walk import BN_EXAMPLES, BN_MODES, Walker, has_batchnorm
+from companion.connectivity.walk import BN_EXAMPLES, BN_MODES, Measure, Walker, has_batchnorm
+from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import one_of
-from companion.core.theta import Theta, distance
+from companion.core.theta import Layout, Theta, distance, layout
 from companion.data import Dataset, Split
 
 
@@ -39,7 +39,7 @@ class Barrier:
     distance: float
     classes: int
     errors: tuple[float, float]
-    guess: float | None = None
+    guess: float | None = field(default=None, metadata=OMIT_DEFAULT)
 
     @property
     def valid(self) -> bool:
@@ -116,27 +116,6 @@ class Barrier:
         heights = [f"{s} {self.height(s):{form}} {unit}" for s in self.curve.values]
         return f"barrier {', '.join(heights)}{named}"
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "curves": {m: c.to_json() for m, c in self.curves.items()},
-            "bn": self.bn,
-            "gates": [asdict(g) for g in self.gates],
-            "distance": self.distance,
-            "classes": self.classes,
-            "errors": list(self.errors),
-            **({} if self.guess is None else {"guess": self.guess}),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Barrier:
-        """The inverse of :meth:`to_json`."""
-        curves = {m: Curve.from_json(c) for m, c in value["curves"].items()}
-        found = tuple(Gate(**g) for g in value["gates"])
-        a, b = value["errors"]
-        rest = (value["distance"], value["classes"], (a, b), value.get("guess"))
-        return cls(curves, value["bn"], found, *rest)
-
 
 def barrier(
     module: nn.Module,
@@ -159,7 +138,9 @@ def barrier(
     """The error and loss barrier between networks A and B, gates included.
 
     Arguments:
-        module: the architecture; a, b: state dicts of it; data, points, groups, rest: as
+        module: the architecture.
+        a, b: state dicts of it.
+        data, points, groups, rest: as
             :func:`segment`.
         bn: the headline BatchNorm mode; all three are measured where the network has BatchNorm.
         bn_data, bn_examples: as :class:`Walker` takes them.
@@ -177,33 +158,83 @@ def barrier(
     """
     one_of("bn", bn, BN_MODES)
     splits = splits_of(data)
-    if classes is None:
-        largest = max(int(s.y.max()) for s in splits.values())
-        classes = data.classes if isinstance(data, Dataset) else largest + 1
+    if isinstance(data, Dataset):
+        classes = classes or data.classes
     modes = [bn, *(m for m in BN_MODES if m != bn)] if has_batchnorm(module) else [bn]
     curves: dict[str, Curve] = {}
-    held_out = "test" if "test" in splits else list(splits)[-1]
     self_gap = 0.0
-    walker = None
+    entries = layout(module)
     for mode in modes:
         walker = Walker(module, splits, bn=mode, bn_data=bn_data, bn_examples=bn_examples)
         curve = segment(module, a, b, data, points=points, groups=groups, rest=rest, walker=walker)
         curves[curve.bn] = curve
         if mode == bn:
-            at_a, at_b = walker.walk((a, b), [(1.0, 0.0), (0.0, 1.0)])
+            ends = walker.walk((a, b), [(1.0, 0.0), (0.0, 1.0)])
             mixed = walker.walk((a, a), [grid(points)[points // 3]])[0]
-            self_gap = max(abs(mixed[s].loss - at_a[s].loss) for s in splits)
-            errors = (at_a[held_out].error, at_b[held_out].error)
-    assert walker is not None
+            self_gap = max(abs(mixed[s].loss - ends[0][s].loss) for s in splits)
+    return gated(
+        curves,
+        bn if bn in curves else "none",
+        a,
+        b,
+        entries,
+        splits,
+        ends,
+        self_gap,
+        classes=classes,
+        reference_error=reference_error,
+        max_error=max_error,
+        same_noise=same_noise,
+        controls=controls,
+    )
+
+
+def gated(
+    curves: Mapping[str, Curve],
+    headline: str,
+    a: Theta,
+    b: Theta,
+    entries: Layout,
+    splits: Mapping[str, Split],
+    ends: Sequence[Mapping[str, Measure]],
+    self_gap: float,
+    *,
+    classes: int | None = None,
+    reference_error: float | None = None,
+    max_error: float | None = None,
+    same_noise: bool = False,
+    controls: Sequence[Gate] = (),
+) -> Barrier:
+    """The barrier of curves that are measured already: the one place where all gates are asked.
+
+    Arguments:
+        headline: the BatchNorm mode that is reported.
+        entries: the layout of the network.
+        ends: what was measured of A and of B, split -> measure.
+        self_gap: as :func:`companion.connectivity.gates.symmetry` takes it.
+        curves, splits: as of :func:`barrier`; so is what is not named here.
+    """
+    held_out = "test" if "test" in splits else list(splits)[-1]
+    if classes is None:
+        classes = 1 + max(int(s.y.max()) for s in splits.values())
+    errors = (ends[0][held_out].error, ends[1][held_out].error)
     average = curves["reestimate"].bn_examples if "reestimate" in curves else None
-    headline = bn if bn in curves else "none"
-    names = walker.layout.parameters
-    guess = gates.guessing(splits[held_out])
+    names = entries.parameters
     found = (
-        gates.quality(errors, classes, reference=reference_error, max_error=max_error, guess=guess),
-        gates.distinct(a, b, names, same_noise=same_noise),
-        gates.symmetry(a, b, walker.layout.floating, self_gap),
+        *gates.of_ends(
+            a,
+            b,
+            names,
+            errors,
+            classes,
+            splits[held_out],
+            reference=reference_error,
+            max_error=max_error,
+            same_noise=same_noise,
+        ),
+        gates.symmetry(a, b, entries.floating, self_gap),
         gates.batchnorm(headline, list(curves), average),
         *controls,
     )
+    guess = gates.guessing(splits[held_out])
     return Barrier(curves, headline, found, distance(a, b, names), classes, errors, guess)

@@ -101,6 +101,30 @@ def distinct(a: Theta, b: Theta, names: Sequence[str], *, same_noise: bool = Fal
     return Gate("G0b distinct", d > 0, f"distance {d:.4g}")
 
 
+def of_ends(
+    a: Theta,
+    b: Theta,
+    names: Sequence[str],
+    errors: Sequence[float],
+    classes: int,
+    held_out: Split,
+    *,
+    reference: float | None = None,
+    max_error: float | None = None,
+    same_noise: bool = False,
+) -> tuple[Gate, Gate]:
+    """G0 and G0b: two trained networks, and not one of them twice.
+
+    Arguments:
+        names: of the parameters.
+        errors: of A and B on ``held_out``; the others: as
+            :func:`quality` and :func:`distinct` take them.
+    """
+    guess = guessing(held_out)
+    trained = quality(errors, classes, reference=reference, max_error=max_error, guess=guess)
+    return trained, distinct(a, b, names, same_noise=same_noise)
+
+
 def null_control(a: Theta, b: Theta, names: Sequence[str], barrier: float) -> Gate:
     """G1: same start, same noise, trained twice: the same network, and a barrier of exactly 0."""
     gap = max(float((a[n].double() - b[n].double()).abs().max()) for n in names)
@@ -198,7 +222,8 @@ def batchnorm(headline: str, modes: Sequence[str], average: int | None = None) -
     """G5: with BatchNorm all three modes are logged, and the headline one is named.
 
     Arguments:
-        headline: the mode that is reported; modes: all that were measured.
+        headline: the mode that is reported.
+        modes: all that were measured.
         average: training inputs behind the statistics of ``reestimate``, for the detail.
     """
     if headline == "none":

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from companion.connectivity.walk import Walker
+from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta, check, flatten
 from companion.data import Dataset, Split
@@ -31,11 +30,6 @@ def grid(points: int) -> list[tuple[float, float]]:
         raise BadParameter(f"points: {points} must be odd and 3 or more, so that ½ is on the grid.")
     last = points - 1
     return [((last - i) / last, i / last) for i in range(points)]
-
-
-def plain(value: float) -> float | str:
-    """A number for JSON, which has no infinity: ``float`` reads the text ``"inf"`` back."""
-    return value if math.isfinite(value) else str(value)
 
 
 def splits_of(data: Dataset | Mapping[str, Split]) -> Mapping[str, Split]:
@@ -60,7 +54,7 @@ class Curve:
     values: Mapping[str, Mapping[str, tuple[float, ...]]]
     bn: str
     sizes: Mapping[str, int]
-    bn_examples: int | None = None
+    bn_examples: int | None = field(default=None, metadata=OMIT_DEFAULT)
 
     def ends(self, split: str = "test", metric: str = "error") -> tuple[float, float]:
         """The values at alpha = 0 and 1."""
@@ -98,29 +92,6 @@ class Curve:
         v = self.values[split][metric]
         return self.alphas[v.index(max(v))]
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        values = {
-            s: {m: [plain(x) for x in v] for m, v in ms.items()} for s, ms in self.values.items()
-        }
-        return {
-            "alphas": list(self.alphas),
-            "values": values,
-            "bn": self.bn,
-            "sizes": dict(self.sizes),
-            **({} if self.bn_examples is None else {"bn_examples": self.bn_examples}),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Curve:
-        """The inverse of :meth:`to_json`."""
-        values = {
-            s: {m: tuple(float(x) for x in v) for m, v in ms.items()}
-            for s, ms in value["values"].items()
-        }
-        sizes, average = dict(value["sizes"]), value.get("bn_examples")
-        return cls(tuple(value["alphas"]), values, value["bn"], sizes, average)
-
 
 def segment(
     module: nn.Module,
@@ -137,7 +108,8 @@ def segment(
     """Loss and error on the straight line from network A to network B.
 
     Arguments:
-        module: the architecture; a, b: state dicts of it.
+        module: the architecture.
+        a, b: state dicts of it.
         data: where to measure.
         points: odd; 31 by default, so ½ is on the grid.
         groups: layers that move (names or prefixes); the others stay at network ``rest``
@@ -180,29 +152,6 @@ class Plane:
     values: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
     points: tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
     bn: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "x": list(self.x),
-            "y": list(self.y),
-            "values": {
-                s: {m: [[plain(x) for x in row] for row in v] for m, v in ms.items()}
-                for s, ms in self.values.items()
-            },
-            "points": [list(p) for p in self.points],
-            "bn": self.bn,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Plane:
-        """The inverse of :meth:`to_json`."""
-        values = {
-            s: {m: tuple(tuple(float(x) for x in r) for r in v) for m, v in ms.items()}
-            for s, ms in value["values"].items()
-        }
-        o, a, b = (tuple(p) for p in value["points"])
-        return cls(tuple(value["x"]), tuple(value["y"]), values, (o, a, b), value["bn"])
 
 
 def plane(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from companion.connectivity.batches import default_batch
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
@@ -73,38 +74,6 @@ def check_bn_examples(value: int | None) -> None:
 def has_batchnorm(module: nn.Module) -> bool:
     """True if the network keeps running statistics, so that a BatchNorm mode has to be named."""
     return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in module.modules())
-
-
-_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 30}
-"""Bytes of the logits of one pass over windows of text. They are the largest tensor there is, and
-the loss makes two more of their size. On a CPU so few stay in the cache (a GPT of width 64 reads
-a third more tokens a second than with four times as many)."""
-
-
-def default_batch(
-    module: nn.Module, device: torch.device, bn: str, example: torch.Tensor | None = None
-) -> int:
-    """Examples a forward pass: what the cache of a core or the width of a GPU asks for.
-
-    On a CPU 128 where the network convolves, whose feature maps then stay in the cache (a curve of
-    ResNet-20 takes two thirds of the time it takes with 500), else 500; on a GPU 2,500.
-
-    Where BatchNorm takes statistics of the batches themselves it is 500 on every device: with
-    another size the numbers would mean something else.
-
-    Of text, as many windows as keep the logits (B, L, K) small; one ``example`` (1, L) tells K.
-    """
-    if bn not in ("none", "interpolate"):
-        return 500
-    if example is not None and not example.is_floating_point():
-        with torch.no_grad():
-            logits = module(example)
-        if isinstance(logits, torch.Tensor) and logits.numel():
-            size = 4 * logits.numel() // len(example)
-            return max(1, _LOGITS["cuda" if device.type == "cuda" else "cpu"] // size)
-    if device.type == "cuda":
-        return 2500
-    return 128 if any(isinstance(m, nn.Conv2d) for m in module.modules()) else 500
 
 
 class Walker:
@@ -246,6 +215,7 @@ class Walker:
         *,
         names: Sequence[str] | None = None,
         rest: Theta | None = None,
+        each: Callable[[], None] | None = None,
     ) -> list[dict[str, Measure]]:
         """Measure ``sum_i w_i anchors[i]`` for every ``w`` of ``weights``.
 
@@ -254,6 +224,7 @@ class Walker:
             weights: rows of ``len(anchors)`` numbers that sum to one.
             names: entries that move (default: all floating-point entries of the layout).
             rest: where the other entries stay (default: at the first anchor).
+            each: called after every point, such as to take what a score has kept of it.
 
         Raises:
             BadParameter: an anchor that is no finite point of this network's weight space.
@@ -271,4 +242,6 @@ class Walker:
                 if m.running_var is not None:  # beyond the anchors of a plane it can fall below 0
                     m.running_var.clamp_(min=0)
             sums.append(self._sums())
+            if each is not None:
+                each()
         return self._read(sums)

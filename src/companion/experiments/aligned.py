@@ -14,53 +14,46 @@ Explained in our chapter 2; Git Re-Basin (Ainsworth et al. 2023).
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from companion import data as datasets
 from companion.connectivity import Barrier, Curve, Measure, Walker, barrier
-from companion.connectivity.paths import plain
-from companion.core import closing
-from companion.core.errors import BadParameter, CorruptEntry, one_of
-from companion.core.pool import run_all
-from companion.core.runs import Entry, Store
+from companion.core import codec
+from companion.core.errors import BadParameter, one_of
+from companion.core.runs import Store
 from companion.core.stats import Interval, clustered, spearman
 from companion.core.theta import Theta, distance, layout
 from companion.data import Dataset
-from companion.experiments.matchers import (
-    METHODS,
-    STREAMS,
+from companion.experiments.measurement import Json, Measurement, ends, run
+from companion.experiments.methods import (
     Method,
     Placed,
-    examples_a_pass,
-    key_of,
     match,
     place,
     spec_of,
     weights_of,
 )
-from companion.experiments.pairs import Evaluation, Pair, normal_error
+from companion.experiments.pairs import Evaluation, Pair, jobs_of, normal_error
 from companion.rebasin.calibration import calibrated_curve
 from companion.rebasin.repair import repair
-from companion.training import Job, Recipe, Run, build, train
+from companion.training import Job, Recipe, Run, build
 
 __all__ = [
     "EXTRAS",
-    "METHODS",
-    "STREAMS",
     "Aligned",
+    "MatchedLine",
     "Method",
     "Placed",
     "align",
     "clusters",
     "independent",
     "interval",
+    "lines_of",
     "match",
     "pairs_of",
     "permuted",
@@ -68,11 +61,6 @@ __all__ = [
     "placed",
     "spec_of",
 ]
-
-log = logging.getLogger("companion")
-
-SEMANTICS = 1
-"""Raised by hand when a measurement of the same networks would give other numbers."""
 
 EXTRAS = ("temperature", "repair")
 """What may be measured besides the line: it with a temperature fitted at every point, on the test
@@ -130,159 +118,99 @@ class Aligned:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One measurement: what the store keeps an entry of.
+class MatchedLine(Measurement):
+    """The line between A and what a method makes of B.
 
     Arguments:
         on: name of the dataset to measure on; None: the one A was trained on.
     """
 
+    KIND = "aligned"
+
     pair: Pair
     method: Method
     evaluation: Evaluation
-    extras: tuple[str, ...]
-    on: str | None
-    store: Store
-    device: str
+    extras: tuple[str, ...] = ()
+    on: str | None = None
 
-    def dataset(self) -> Dataset:
+    def dataset(self, device: str) -> Dataset:
         """What the networks are measured on."""
-        return datasets.load(self.on or self.pair.a.recipe.data, self.device)
+        return datasets.load(self.on or self.pair.a.recipe.data, device)
 
-    def entry(self) -> Entry:
-        """The store's entry."""
-        return self.store.entry(
-            {
-                "kind": "aligned",
-                "semantics": SEMANTICS,
-                "evaluation": self.evaluation.identity(self.pair.a.recipe.net),
-                "method": self.method.identity(),
-                "extras": list(self.extras),
-                "on": self.dataset().fingerprint,
-                "a": key_of(self.pair.a, self.store, self.device),
-                "b": key_of(self.pair.b, self.store, self.device),
-                "step": self.pair.at,
-            }
-        )
+    def identity(self, device: str) -> Json:
+        return {
+            "evaluation": self.evaluation.identity(self.pair.a.recipe.net),
+            "method": self.method.identity(),
+            "extras": list(self.extras),
+            "on": self.dataset(device).fingerprint,
+            **self.pair.identity(device),
+        }
 
     def jobs(self) -> list[Job]:
-        """What has to be trained before."""
         return jobs_of(self.pair)
 
-    def measure(self) -> dict[str, Any]:
-        """The value, JSON-able."""
-        return _measure(self)
-
-
-def _measure(task: Task) -> dict[str, Any]:
-    data, method = task.dataset(), task.method
-    module = build(task.pair.a, data, torch.device(task.device))
-    a: Theta
-    a, b = (
-        weights_of(r, task.pair.at, task.store, task.device) for r in (task.pair.a, task.pair.b)
-    )
-    here = place(method, module, a, b, data)
-    module, a, moved = here.module, here.a, here.b
-    names = layout(module).parameters
-    splits = task.evaluation.splits(data)
-    line = barrier(
-        module,
-        a,
-        moved,
-        splits,
-        points=task.evaluation.points,
-        bn=task.evaluation.bn,
-        bn_data=data.train,
-        bn_examples=task.evaluation.bn_examples,
-        classes=data.classes,
-        same_noise=task.pair.a == task.pair.b,
-    )
-    out: dict[str, Any] = {
-        "barrier": line.to_json(),
-        "distances": {
-            "before": distance(a, here.before, names),
-            "after": distance(a, moved, names),
-        },
-        "matching": here.summary,
-    }
-    if "temperature" in task.extras:
-        out["calibrated"] = _calibrated(module, a, moved, data, task.evaluation).to_json()
-    if "repair" in task.extras:
-        out["repaired"] = _repaired(module, a, moved, data, task, splits)
-    return out
-
-
-def _calibrated(
-    module: nn.Module, a: Theta, b: Theta, data: Dataset, evaluation: Evaluation
-) -> Curve:
-    """The test line with the best temperature at every point, fitted on the test images themselves.
-
-    It shows at most what a temperature can repair. One number for hundreds of images or more: what
-    it flatters, it flatters alike everywhere. On other images it is ill-posed: a network without an
-    error there has no best temperature but 0, and an infinite loss at its first error elsewhere.
-    """
-    test = evaluation.splits(data)["test"]
-    return calibrated_curve(
-        module,
-        a,
-        b,
-        test,
-        {"test": test},
-        points=evaluation.points,
-        bn=evaluation.bn,
-        bn_data=data.train,
-        bn_examples=evaluation.bn_examples,
-    ).curve
-
-
-def _repaired(
-    module: nn.Module, a: Theta, b: Theta, data: Dataset, task: Task, splits: Mapping[str, Any]
-) -> dict[str, Any]:
-    part = data.train.head(task.method.examples or len(data.train))
-    mended = repair(module, a, b, part.x, alpha=0.5, batch=examples_a_pass(part.x))
-    at = Walker(module, splits, bn="interpolate").at(mended.theta)
-    return {s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()}
-
-
-class Measurement(Protocol):
-    """What :func:`run_tasks` runs: a picklable value that knows its entry and how to fill it."""
-
     @property
-    def store(self) -> Store: ...
+    def points(self) -> int:
+        return self.evaluation.points_of(self.pair.a.recipe.net)
 
-    @property
-    def device(self) -> str: ...
+    @staticmethod
+    def describe(identity: Mapping[str, Any]) -> str:
+        return f"{ends(identity)}, units matched by {identity['method']['name']}"
 
-    def entry(self) -> Entry: ...
+    def measure(self, store: Store, device: str) -> object:
+        data, pair, evaluation = self.dataset(device), self.pair, self.evaluation
+        module = build(pair.a, data, torch.device(device))
+        a: Theta
+        a, b = (weights_of(r, pair.at, store, device) for r in (pair.a, pair.b))
+        here = place(self.method, module, a, b, data)
+        module, a, moved = here.module, here.a, here.b
+        names = layout(module).parameters
+        splits = evaluation.splits(data)
+        how = evaluation.keywords(data)
+        same = pair.a == pair.b
+        line = barrier(module, a, moved, splits, classes=data.classes, same_noise=same, **how)
+        out: Json = {
+            "barrier": line,
+            "distances": {
+                "before": distance(a, here.before, names),
+                "after": distance(a, moved, names),
+            },
+            "matching": here.summary,
+        }
+        if "temperature" in self.extras:
+            # Fitted on the test images themselves, so at most what a temperature can repair: one
+            # number for hundreds of images flatters every point alike. On other images it is
+            # ill-posed: a network without an error there has no best temperature but 0, and an
+            # infinite loss at its first error elsewhere.
+            test = splits["test"]
+            fitted = calibrated_curve(module, a, moved, test, {"test": test}, **how)
+            out["calibrated"] = fitted.curve
+        if "repair" in self.extras:
+            part = data.train.head(self.method.examples or len(data.train))
+            mended = repair(module, a, moved, part.x, alpha=0.5)
+            out["repaired"] = Walker(module, splits, bn="interpolate").at(mended.theta)
+        return out
 
-    def jobs(self) -> list[Job]: ...
 
-    def measure(self) -> dict[str, Any]: ...
-
-
-def stored(task: Measurement) -> dict[str, Any]:
-    """What ``task`` measures, from the store if it is there. It runs in any process."""
-    entry = task.entry()
-    if (known := read(entry)) is not None:
-        return known  # without a lock, so that a read-only store serves what it has
-    with entry.lock():
-        if (known := read(entry)) is None:
-            known = task.measure()
-            entry.write_json("value.json", known)
-        return known
-
-
-def read(entry: Entry) -> dict[str, Any] | None:
-    """The stored value of an entry; None if there is none, or none that can be read."""
-    try:
-        value: dict[str, Any] | None = (
-            entry.read_json("value.json") if "value.json" in entry else None
-        )
-    except CorruptEntry as e:
-        log.warning("%s; it is discarded and measured again", e)
-        entry.discard()
-        return None
-    return value
+def lines_of(
+    pairs: Sequence[Pair],
+    methods: Sequence[Method | str] = ("naive", "weights"),
+    evaluation: Evaluation | None = None,
+    *,
+    extras: Sequence[str] = (),
+    on: str | None = None,
+) -> list[MatchedLine]:
+    """What :func:`align` measures with these arguments, method by method, for a budget."""
+    chosen = [Method(m) if isinstance(m, str) else m for m in methods]
+    if len({m.name for m in chosen}) < len(chosen):
+        raise BadParameter(f"methods: one is given twice in {[m.name for m in chosen]}.")
+    for extra in extras:
+        one_of("extra", extra, EXTRAS)
+    return [
+        MatchedLine(pair, method, evaluation or Evaluation(), tuple(extras), on)
+        for method in chosen
+        for pair in pairs
+    ]
 
 
 def align(
@@ -316,23 +244,12 @@ def align(
     Raises:
         BadParameter: a method twice, an unknown extra; what training and matching refuse.
     """
-    store, evaluation = store or Store(), evaluation or Evaluation()
-    where = str(datasets.resolve_device(device))
-    chosen = [Method(m) if isinstance(m, str) else m for m in methods]
-    if len({m.name for m in chosen}) < len(chosen):
-        raise BadParameter(f"methods: one is given twice in {[m.name for m in chosen]}.")
-    for extra in extras:
-        one_of("extra", extra, EXTRAS)
-    tasks = [
-        Task(pair, method, evaluation, tuple(extras), on, store, where)
-        for method in chosen
-        for pair in pairs
-    ]
-    raw = run_tasks(tasks, workers, label)
-    lines = [Barrier.from_json(r["barrier"]) for r in raw]
+    tasks = lines_of(pairs, methods, evaluation, extras=extras, on=on)
+    raw = run(tasks, store=store, device=device, workers=workers, label=label)
+    lines = [codec.from_json(Barrier, r["barrier"]) for r in raw]
     if reference_error is None:
         reference_error = normal_error(lines)
-    out: dict[str, list[Aligned]] = {m.name: [] for m in chosen}
+    out: dict[str, list[Aligned]] = {m if isinstance(m, str) else m.name: [] for m in methods}
     for task, line, r in zip(tasks, lines, raw, strict=True):
         out[task.method.name].append(
             Aligned(
@@ -341,10 +258,8 @@ def align(
                 line.judged(reference_error=reference_error, max_error=max_error),
                 r["distances"],
                 r["matching"],
-                Curve.from_json(r["calibrated"]) if "calibrated" in r else None,
-                {s: Measure(float(m["loss"]), float(m["error"])) for s, m in r["repaired"].items()}
-                if "repaired" in r
-                else None,
+                codec.from_json(Curve, r["calibrated"]) if "calibrated" in r else None,
+                codec.from_json(dict[str, Measure], r["repaired"]) if "repaired" in r else None,
             )
         )
     return out
@@ -361,33 +276,13 @@ def pairs_of(
     """``count`` pairs of independent runs that share no network: 0 and 1, 2 and 3, ….
 
     Arguments:
-        step: at which they are taken (None: T); other: the recipe of B, if it is not A's.
+        step: at which they are taken (None: T).
+        other: the recipe of B, if it is not A's.
     """
     return [
         Pair(independent(recipe, 2 * i), independent(other or recipe, 2 * i + 1), step=step)
         for i in range(count)
     ]
-
-
-def jobs_of(pair: Pair) -> list[Job]:
-    """What has to be trained before the pair can be matched."""
-    return [Job(pair.a, weights=(pair.at,)), Job(pair.b, weights=(pair.at,))]
-
-
-def run_tasks(tasks: Sequence[Measurement], workers: int, label: str) -> list[dict[str, Any]]:
-    """Train what tasks that are not in the store yet need, then :func:`stored` of every task.
-
-    What is measured needs no networks: they may be gone from the store.
-    """
-    if not tasks:
-        return []
-    store, device = tasks[0].store, tasks[0].device
-    if missing := [task for task in tasks if read(task.entry()) is None]:
-        entries = [task.entry() for task in missing]
-        closing.check(entries, f"{len(missing)} of {len(tasks)} measurements")
-        jobs = [job for task in missing for job in task.jobs()]
-        train(jobs, store=store, device=device, workers=workers)
-    return run_all(stored, tasks, workers=workers, device=device, label=label)
 
 
 def placed(found: Aligned, *, store: Store | None = None, device: str = "cpu") -> Placed:

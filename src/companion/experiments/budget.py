@@ -1,26 +1,27 @@
-"""What an experiment costs, before it runs: the runs and pairs that are missing, and a speed.
+"""What an experiment costs, before it runs: the runs and measurements missing, and a speed.
 
-A plan lists exactly the pairs that an analysis will measure, so counting them counts what the run
-store does not have yet; :func:`probe` takes a handful of steps on this device. The product is an
-estimate, for planning a GPU's time: read it as "minutes or hours", not as a promise.
+A plan lists exactly what an analysis will measure, so counting it counts what the run store does
+not have yet; :func:`probe` takes a handful of steps on this device. The product is an estimate, for
+planning a GPU's time: read it as "minutes or hours", not as a promise.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 
 from companion import data as datasets
-from companion.connectivity import BN_MODES
 from companion.core.errors import CorruptEntry
 from companion.core.pool import one_thread, resolve_workers
 from companion.core.runs import Entry, Store
-from companion.core.theta import layout, snapshot
-from companion.experiments.pairs import Evaluation, Pair, entry_of_null, entry_of_pair
+from companion.core.theta import snapshot
+from companion.experiments.measurement import Measurement
+from companion.experiments.pairs import Evaluation, NullControl, Pair, PairBarrier
 from companion.training import Job, Recipe, Run, State, advance, build, entry_of, merge
 
 _PROBE_S = 0.5  # seconds of the last call of a recipe, at least
@@ -31,36 +32,67 @@ class Plan:
     """What one analysis trains and measures.
 
     Arguments:
-        pairs: those to measure; what they need is trained.
-        again: runs that are trained a second time (the null control, gate G1).
-        jobs: what is trained for measurements that are not barriers of pairs, such as pairs that
-            are matched first. Counted as missing while their states are, measured or not.
+        pairs: those whose barriers are measured, as the budget's evaluation says.
+        again: runs whose null control (gate G1) is measured.
+        tasks: whatever else is measured: matched lines, sweeps of layers, federations, ….
+        jobs: what is trained for nothing that is stored. Counted as missing while its states are.
     """
 
     pairs: tuple[Pair, ...] = ()
     again: tuple[Run, ...] = ()
     jobs: tuple[Job, ...] = ()
+    tasks: tuple[Measurement, ...] = ()
+
+    def measurements(self, evaluation: Evaluation) -> list[Measurement]:
+        """Everything that is measured."""
+        return [
+            *(PairBarrier(pair, evaluation) for pair in self.pairs),
+            *(NullControl(run, evaluation) for run in self.again),
+            *self.tasks,
+        ]
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many runs are trained, of how many steps in all, and what is measured.
+
+    Arguments:
+        measured: kind of measurement -> number.
+        points: networks evaluated on all splits for them, as far as they know beforehand.
+    """
+
+    runs: int = 0
+    steps: int = 0
+    measured: Mapping[str, int] = field(default_factory=dict)
+    points: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(
+            self.runs + other.runs,
+            self.steps + other.steps,
+            Counter(self.measured) + Counter(other.measured),
+            self.points + other.points,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.steps or self.measured)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of one recipe; ``missing_*`` is what the run store does not have yet."""
+    """What a recipe costs in all, and the part of it that the run store does not have yet."""
 
     recipe: Recipe
-    runs: int
-    steps: int
-    pairs: int
-    missing_runs: int
-    missing_steps: int
-    missing_pairs: int
+    whole: Count = Count()
+    missing: Count = Count()
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one training step, and of measuring one pair, in one process."""
+    """Seconds of one training step, and of evaluating one network on all splits."""
 
     step: float
-    pair: float
+    point: float
 
 
 Probe: TypeAlias = Callable[[Recipe], Speed]
@@ -69,54 +101,44 @@ Probe: TypeAlias = Callable[[Recipe], Speed]
 def count(
     plans: Sequence[Plan], evaluation: Evaluation, *, store: Store | None = None, device: str
 ) -> list[Cost]:
-    """Runs, steps and pairs of all plans together; what two plans share counts once.
+    """Runs, steps and measurements of all plans together; what two plans share counts once.
 
     Returns:
         one :class:`Cost` a recipe, in the order of the plans.
     """
     store, where = store or Store(), str(datasets.resolve_device(device))
+    tasks = [task for plan in plans for task in plan.measurements(evaluation)]
     # Two ways to ask for one measurement (step T, or the end) are one entry.
-    pairs = {
-        (entry := entry_of_pair(pair, evaluation, store, where)).key: (pair, entry)
-        for plan in plans
-        for pair in plan.pairs
+    entries = {(entry := task.entry(store, where)).key: (task, entry) for task in tasks}
+    unknown = {k for k, (task, entry) in entries.items() if task.FILE not in _files(entry)}
+    jobs = [job for plan in plans for job in plan.jobs]
+    found: list[tuple[Recipe, Count, Count]] = []
+    needed = {
+        job.run: job
+        for job in _with_parents([*jobs, *(j for k in unknown for j in entries[k][0].jobs())])
     }
-    missing = [pair for pair, entry in pairs.values() if "pair.json" not in _files(entry)]
-    again = {
-        run: "gate.json" not in _files(entry_of_null(run, evaluation, store, where))
-        for plan in plans
-        for run in plan.again
-    }
-    asked = [job for plan in plans for job in plan.jobs]
-    needed = {job.run: job for job in _jobs(missing, asked)}
-    totals: dict[Recipe, list[int]] = {}
-    for job in _jobs([pair for pair, _ in pairs.values()], asked):
-        steps = _stop(job) - job.run.first_step
-        if not steps:  # an init: built, not trained
-            continue
-        row = totals.setdefault(job.run.recipe, [0] * 6)
-        left = job.run in needed and not _is_trained(needed[job.run], store, where)
-        row[0] += 1 + (job.run in again)
-        row[1] += steps * (1 + (job.run in again))
-        row[3] += left + again.get(job.run, False)
-        row[4] += steps * (left + again.get(job.run, False))
-    for pair, entry in pairs.values():
-        row = totals.setdefault(pair.a.recipe, [0] * 6)
-        row[2] += 1
-        row[5] += "pair.json" not in _files(entry)
-    return [Cost(recipe, *row) for recipe, row in totals.items()]
+    for job in _with_parents([*jobs, *(j for task, _ in entries.values() for j in task.jobs())]):
+        stop = max((*job.weights, *job.states), default=job.run.first_step)
+        if steps := stop - job.run.first_step:  # an init is built, not trained
+            left = _steps_left(needed[job.run], store, where) if job.run in needed else 0
+            rest = Count(1, left) if left else Count()
+            found.append((job.run.recipe, Count(1, steps), rest))
+    for key, (task, _) in entries.items():
+        own = Count(len(task.trains), sum(task.trains), {task.KIND: 1}, task.points)
+        found.append((task.recipe, own, own if key in unknown else Count()))
+    costs: dict[Recipe, Cost] = {}
+    for recipe, whole, missing in found:
+        cost = costs.get(recipe, Cost(recipe))
+        costs[recipe] = Cost(recipe, cost.whole + whole, cost.missing + missing)
+    return list(costs.values())
 
 
-def _jobs(pairs: Sequence[Pair], others: Sequence[Job]) -> list[Job]:
-    """What the pairs and the others need, with the trunks that copies leave; one job a run."""
-    wave = jobs = [*(job for pair in pairs for job in pair.jobs()), *others]
+def _with_parents(jobs: Sequence[Job]) -> list[Job]:
+    """One job a run, the trunks included that copies leave."""
+    every = wave = list(jobs)
     while wave := [parent for job in wave if (parent := job.parents())]:
-        jobs = jobs + wave
-    return merge(jobs)
-
-
-def _stop(job: Job) -> int:
-    return max((*job.weights, *job.states), default=job.run.first_step)
+        every = every + wave
+    return merge(every)
 
 
 def _files(entry: Entry) -> set[str]:
@@ -127,11 +149,16 @@ def _files(entry: Entry) -> set[str]:
         return set()
 
 
-def _is_trained(job: Job, store: Store, device: str) -> bool:
-    """Whether the store has the job's last state; resume points in between are not looked into."""
+def _steps_left(job: Job, store: Store, device: str) -> int:
+    """Steps to train until the store has all of the job's states; resume points do not count."""
     data = datasets.load(job.run.recipe.data, device)
     files = _files(entry_of(job.run, data, device, store))
-    return any(f"{kind}-{_stop(job):08d}.safetensors" in files for kind in ("weights", "state"))
+    whole = {int(name[6:14]) for name in files if name.startswith("state-")}
+    known = whole | {int(name[8:16]) for name in files if name.startswith("weights-")}
+    missing = {*job.states} - whole | {*job.weights} - known
+    if not missing:
+        return 0
+    return max(missing) - max((s for s in whole if s <= min(missing)), default=job.run.first_step)
 
 
 def probe(recipe: Recipe, evaluation: Evaluation, device: str) -> Speed:
@@ -164,22 +191,20 @@ def probe(recipe: Recipe, evaluation: Evaluation, device: str) -> Speed:
         start = wait()
         walker.at(state.theta)
         point = wait() - start
-    modes = len(BN_MODES) if layout(module).buffers else 1
-    return Speed(step, point * (evaluation.points * modes + 4))
+    return Speed(step, point)
 
 
 def estimate(costs: Sequence[Cost], speeds: Probe, *, device: str, workers: int) -> list[float]:
-    """Seconds that are left, one number a cost.
+    """Estimated seconds remaining, one per cost, to train and to walk along lines.
+
+    Matching, features and sweeps of layers are counted as measurements, but not in the time.
 
     On a CPU as many processes work as ``workers`` says; a GPU works through runs in turn.
     """
     at_once = resolve_workers(workers) if datasets.resolve_device(device).type == "cpu" else 1
     out = []
     for cost in costs:
-        if not (cost.missing_steps or cost.missing_pairs):
-            out.append(0.0)
-            continue
-        speed = speeds(cost.recipe)
-        work = cost.missing_steps * speed.step + cost.missing_pairs * speed.pair
-        out.append(work / at_once)
+        speed = speeds(cost.recipe) if cost.missing else Speed(0.0, 0.0)
+        seconds = cost.missing.steps * speed.step + cost.missing.points * speed.point
+        out.append(seconds / at_once)
     return out

@@ -12,8 +12,8 @@ Explained in our chapter 3; Zhou et al. 2023.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -29,17 +29,17 @@ from companion.connectivity import (
     grid,
     has_batchnorm,
 )
-from companion.connectivity.paths import plain
-from companion.connectivity.walk import default_batch
+from companion.connectivity.batches import default_batch
+from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
-from companion.core.runs import Entry, Store
+from companion.core.runs import Store
 from companion.core.theta import Theta
 from companion.data import Dataset, Split
-from companion.experiments.aligned import run_tasks
 from companion.experiments.featured_values import MODES, Featured, Lemma, mean_gap
-from companion.experiments.matchers import Method, key_of, match, weights_of
-from companion.experiments.pairs import Pair, averaging, normal_error
+from companion.experiments.measurement import Json, Measurement, ends, run
+from companion.experiments.methods import Method, match, weights_of
+from companion.experiments.pairs import Pair, averaging, jobs_of, normal_error
 from companion.features import (
     Additivity,
     Commutativity,
@@ -56,24 +56,22 @@ from companion.features import (
 from companion.features.conditions import measurable
 from companion.training import Job, build
 
+T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 __all__ = [
     "MODES",
     "PARTS",
     "Featured",
+    "FeaturesOfPair",
     "Lemma",
     "Scope",
-    "Task",
     "examine",
-    "jobs_of",
+    "looks_of",
     "mean_gap",
     "mixed",
     "survey",
 ]
-
-SEMANTICS = 1
-"""Raised by hand when a measurement of the same networks would give other numbers."""
 
 PARTS = ("additivity", "commutativity", "stitching", "spectra")
 """What may be measured besides the features: the two conditions of Theorem 1, the stitching test,
@@ -122,9 +120,9 @@ class Scope:
 
         ``bn_examples`` counts for networks with BatchNorm only: the store's entry adds it.
         """
-        known = asdict(self)
+        known = codec.to_json(self)
         del known["batch"], known["bn_examples"]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+        return known
 
     def split(self, data: Dataset) -> Split:
         """The test images, or the first of them."""
@@ -132,92 +130,81 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One measurement: what the store keeps an entry of."""
+class FeaturesOfPair(Measurement):
+    """The features of A, of what a method makes of B, and between them."""
+
+    KIND = "features"
 
     pair: Pair
     method: Method
     scope: Scope
-    store: Store
-    device: str
 
-    def entry(self) -> Entry:
-        """The store's entry."""
-        return self.store.entry(
-            {
-                "kind": "features",
-                "semantics": SEMANTICS,
-                "scope": self.scope.identity()
-                | averaging(self.pair.a.recipe.net, self.scope.bn_examples),
-                "method": self.method.identity(),
-                "a": key_of(self.pair.a, self.store, self.device),
-                "b": key_of(self.pair.b, self.store, self.device),
-                "step": self.pair.at,
-            }
-        )
+    def identity(self, device: str) -> Json:
+        bn = averaging(self.pair.a.recipe.net, self.scope.bn_examples)
+        return {
+            "scope": self.scope.identity() | bn,
+            "method": self.method.identity(),
+            **self.pair.identity(device),
+        }
 
     def jobs(self) -> list[Job]:
-        """What has to be trained before."""
         return jobs_of(self.pair)
 
-    def measure(self) -> dict[str, Any]:
-        """The value, JSON-able."""
-        return _measure(self)
+    @staticmethod
+    def describe(identity: Mapping[str, Any]) -> str:
+        return f"{ends(identity)}, features, units matched by {identity['method']['name']}"
 
-
-def _measure(task: Task) -> dict[str, Any]:
-    scope, pair = task.scope, task.pair
-    data = datasets.load(pair.a.recipe.data, task.device)
-    module = build(pair.a, data, torch.device(task.device))
-    a, b = (weights_of(r, pair.at, task.store, task.device) for r in (pair.a, pair.b))
-    naive = task.method.name == "naive"
-    moved = dict(b) if naive else match(task.method, module, a, b, data).apply(module, b)
-    split = scope.split(data)
-    modes = scope.bn if has_batchnorm(module) else scope.bn[:1]
-    line = barrier(
-        module,
-        a,
-        moved,
-        {"test": split},
-        points=scope.points,
-        bn=modes[0],
-        bn_data=data.train,
-        bn_examples=scope.bn_examples,
-        classes=data.classes,
-        same_noise=pair.a == pair.b or _equal_inits(pair, a, b),
-    )
-    where: dict[str, Any] = {"layers": scope.layers, "batch": scope.batch}
-    average: dict[str, Any] = {"bn_data": data.train, "bn_examples": scope.bn_examples}
-    seen = [
-        features(module, a, moved, split, alphas=scope.alphas, bn=m, **average, **where)
-        for m in modes
-    ]
-    out: dict[str, Any] = {
-        "barrier": line.to_json(),
-        "features": {f.bn: f.to_json() for f in seen},
-        "mixture": [plain(e) for e in mixed(module, a, moved, split, line.curve.alphas)],
-        "examples": len(split),
-    }
-    relus, linears = measurable(module, split)
-    if "additivity" in scope.parts and relus:
-        found = weak_additivity(module, a, moved, split, alphas=scope.alphas, batch=scope.batch)
-        out["additivity"] = found.to_json()
-    if "commutativity" in scope.parts and linears:
-        out["commutativity"] = commutativity(module, a, moved, split, batch=scope.batch).to_json()
-    if "stitching" in scope.parts:
-        out["stitching"] = stitch(module, a, moved, split, **where).to_json()
-    if "spectra" in scope.parts:
-        out["spectra"] = {
-            name: [
-                s.to_json()
-                for s in (
+    def measure(self, store: Store, device: str) -> object:
+        scope, pair = self.scope, self.pair
+        data = datasets.load(pair.a.recipe.data, device)
+        module = build(pair.a, data, torch.device(device))
+        a, b = (weights_of(r, pair.at, store, device) for r in (pair.a, pair.b))
+        naive = self.method.name == "naive"
+        moved = dict(b) if naive else match(self.method, module, a, b, data).apply(module, b)
+        split = scope.split(data)
+        modes = scope.bn if has_batchnorm(module) else scope.bn[:1]
+        line = barrier(
+            module,
+            a,
+            moved,
+            {"test": split},
+            points=scope.points,
+            bn=modes[0],
+            bn_data=data.train,
+            bn_examples=scope.bn_examples,
+            classes=data.classes,
+            same_noise=pair.a == pair.b or _equal_inits(pair, a, b),
+        )
+        where: dict[str, Any] = {"layers": scope.layers, "batch": scope.batch}
+        average: dict[str, Any] = {"bn_data": data.train, "bn_examples": scope.bn_examples}
+        seen = [
+            features(module, a, moved, split, alphas=scope.alphas, bn=m, **average, **where)
+            for m in modes
+        ]
+        out: Json = {
+            "barrier": line,
+            "features": {f.bn: f for f in seen},
+            "mixture": mixed(module, a, moved, split, line.curve.alphas),
+            "examples": len(split),
+        }
+        relus, linears = measurable(module, split)
+        if "additivity" in scope.parts and relus:
+            out["additivity"] = weak_additivity(
+                module, a, moved, split, alphas=scope.alphas, batch=scope.batch
+            )
+        if "commutativity" in scope.parts and linears:
+            out["commutativity"] = commutativity(module, a, moved, split, batch=scope.batch)
+        if "stitching" in scope.parts:
+            out["stitching"] = stitch(module, a, moved, split, **where)
+        if "spectra" in scope.parts:
+            out["spectra"] = {
+                name: (
                     *weight_spectra(module, theta),
                     *feature_spectra(module, theta, split, layers=scope.layers),
                 )
-            ]
-            for name, theta in (("a", a), ("b", b))
-        }
-    return out
+                for name, theta in (("a", a), ("b", b))
+            }
+        return out
 
 
 def _equal_inits(pair: Pair, a: Theta, b: Theta) -> bool:
@@ -233,7 +220,8 @@ def mixed(
     """Error (%) of the mixed logits (1 - alpha) f(A) + alpha f(B) at each alpha.
 
     Arguments:
-        a, b: state dicts of ``module``; split: images and labels, on the device to compute on.
+        a, b: state dicts of ``module``.
+        split: images and labels, on the device to compute on.
 
     Source: Zhou et al. 2023, Lemma 1: such a mixture is wrong only where A or B is.
     """
@@ -246,6 +234,16 @@ def mixed(
         for i, alpha in enumerate(alphas):
             wrong[i] += (((1 - alpha) * f_a + alpha * f_b).argmax(1) != y).sum()
     return [100 * w / len(split) for w in wrong.tolist()]
+
+
+def looks_of(
+    pairs: Sequence[tuple[Pair, Method | str | None]], scope: Scope | None = None
+) -> list[FeaturesOfPair]:
+    """What :func:`examine` measures with these arguments, for a budget."""
+    return [
+        FeaturesOfPair(pair, m if isinstance(m, Method) else Method(m or "naive"), scope or Scope())
+        for pair, m in pairs
+    ]
 
 
 def examine(
@@ -276,11 +274,9 @@ def examine(
 
     Source: Zhou et al. 2023, Figures 2 to 7 and Tables 2 and 3; our chapter 3.
     """
-    store, scope = store or Store(), scope or Scope()
-    where = str(datasets.resolve_device(device))
-    tasks = [Task(pair, _method(m), scope, store, where) for pair, m in pairs]
-    values = run_tasks(tasks, workers, label)
-    lines = [Barrier.from_json(value["barrier"]) for value in values]
+    tasks = looks_of(pairs, scope)
+    values = run(tasks, store=store, device=device, workers=workers, label=label)
+    lines = [codec.from_json(Barrier, value["barrier"]) for value in values]
     out = []
     for task, value, line in zip(tasks, values, lines, strict=True):
         recipe = task.pair.a.recipe
@@ -298,7 +294,8 @@ def survey(
     """:func:`examine` for many groups of pairs at once, so that no process waits between them.
 
     Arguments:
-        groups: any label -> items of :func:`examine`; how: its keywords.
+        groups: any label -> items of :func:`examine`.
+        how: its keywords.
 
     Returns:
         label -> one :class:`Featured` an item.
@@ -307,28 +304,19 @@ def survey(
     return {label: [next(found) for _ in items] for label, items in groups.items()}
 
 
-def _method(method: Method | str | None) -> Method:
-    return method if isinstance(method, Method) else Method(method or "naive")
-
-
-def jobs_of(pair: Pair) -> list[Job]:
-    """What has to be trained before a pair can be looked at."""
-    return [Job(pair.a, weights=(pair.at,)), Job(pair.b, weights=(pair.at,))]
-
-
-def _read(task: Task, raw: Mapping[str, Any], line: Barrier) -> Featured:
-    def part(name: str, read: Callable[[Any], Any]) -> Any:
-        return read(raw[name]) if name in raw else None
+def _read(task: FeaturesOfPair, raw: Mapping[str, Any], line: Barrier) -> Featured:
+    def part(name: str, kind: type[T]) -> T | None:
+        return codec.from_json(kind, raw[name]) if name in raw else None
 
     return Featured(
         task.pair,
         task.method,
         line,
-        {mode: Features.from_json(f) for mode, f in raw["features"].items()},
-        tuple(float(e) for e in raw["mixture"]),
-        int(raw["examples"]),
-        part("additivity", Additivity.from_json),
-        part("commutativity", Commutativity.from_json),
-        part("stitching", Stitching.from_json),
-        {k: tuple(map(Spectrum.from_json, v)) for k, v in raw.get("spectra", {}).items()},
+        codec.from_json(dict[str, Features], raw["features"]),
+        codec.from_json(tuple[float, ...], raw["mixture"]),
+        raw["examples"],
+        part("additivity", Additivity),
+        part("commutativity", Commutativity),
+        part("stitching", Stitching),
+        part("spectra", dict[str, tuple[Spectrum, ...]]) or {},
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from companion.connectivity import Barrier
 from companion.core.errors import one_of
-from companion.experiments.matchers import Method
+from companion.experiments.methods import Method
 from companion.experiments.pairs import Pair
 from companion.features import Additivity, Commutativity, Features, Spectrum, Stitching
 from companion.features.values import LayerFeatures
@@ -60,7 +60,8 @@ class Featured:
         pair, method: which.
         barrier: of the test error and loss on the line from A to B (or pi(B)), with its gates.
         features: BatchNorm mode -> the features; one entry ``none`` without BatchNorm.
-        mixture: error (%) of the mixed logits on the line's grid; examples: images behind it.
+        mixture: error (%) of the mixed logits on the line's grid.
+        examples: images behind it.
         additivity, commutativity, stitching: if they were asked for.
         spectra: ``a`` and ``b`` -> singular values of weights and features, if asked for.
     """

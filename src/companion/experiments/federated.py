@@ -13,7 +13,6 @@ the paper's code refers to. Source: Adilova et al. 2024, Section 6; our chapter 
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,19 +25,14 @@ from numpy.typing import NDArray
 
 from companion import data as datasets
 from companion.connectivity import Measure, Walker
-from companion.core import closing, deadline
-from companion.core.errors import BadParameter, CorruptEntry
-from companion.core.pool import run_all
+from companion.core import deadline
+from companion.core.errors import BadParameter
 from companion.core.runs import Entry, Store
 from companion.core.seeds import Key
 from companion.core.theta import Layout, affine, layout, snapshot, with_aliases
 from companion.data import Dataset, Split
-from companion.training import Recipe, Run, State, advance, build, check_fit
-
-log = logging.getLogger("companion")
-
-SEMANTICS = 1
-"""Raised by hand when the same federation would end in other numbers."""
+from companion.experiments.measurement import Json, Measurement, run
+from companion.training import Job, Recipe, Run, State, advance, build, check_fit
 
 _ATTEMPTS = 1000  # draws of a random split until every client has a batch
 _FORM = re.compile(r"(dirichlet):([0-9.]+)|(classes):([0-9]+)|iid")
@@ -84,21 +78,6 @@ class Federation:
         """How often is averaged."""
         return self.recipe.steps // self.every
 
-    def identity(self, fingerprint: str, seed: int, device: str) -> dict[str, Any]:
-        """Everything that determines the outcome, for the run store."""
-        return {
-            "kind": "federated",
-            "semantics": SEMANTICS,
-            "recipe": self.recipe.identity(),
-            "clients": self.clients,
-            "split": self.split,
-            "every": self.every,
-            "averaged": None if self.averaged is None else list(self.averaged),
-            "data": fingerprint,
-            "seed": seed,
-            "device": device,
-        }
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -106,7 +85,8 @@ class Outcome:
 
     Arguments:
         history: round -> client -> loss and error on its own test images, right after averaging.
-        sizes: training images of each client. test_sizes: its test images.
+        sizes: training images of each client.
+        test_sizes: its test images.
         entry: of the run store; :func:`networks` reads the clients' networks from it.
     """
 
@@ -172,7 +152,8 @@ def assign(y: torch.Tensor, parts: NDArray[np.float64], key: Key) -> list[torch.
     """The rows of each client: each class is shuffled and cut where its shares say.
 
     Arguments:
-        y: labels, shape (N,). parts: shape (classes, clients).
+        y: labels, shape (N,).
+        parts: shape (classes, clients).
 
     Returns:
         ascending rows of every client, disjoint, together all of them.
@@ -203,7 +184,8 @@ def client_data(federation: Federation, data: Dataset, seed: int) -> list[Datase
             "classes. Take a dataset of images, such as digits."
         )
     key = Key("federated", federation.split, federation.clients, seed)
-    for attempt in range(_ATTEMPTS):
+    possible = federation.clients * federation.recipe.batch <= len(data.train)
+    for attempt in range(_ATTEMPTS if possible else 0):
         draw = key.fold("attempt", attempt)
         parts = shares(federation.split, data.classes, federation.clients, draw)
         train = assign(data.train.y, parts, draw.fold("train"))
@@ -237,7 +219,8 @@ def average(
     """The clients' networks after one averaging: the named groups agree, the rest is untouched.
 
     Arguments:
-        thetas: state dicts. weights: one a client; they are divided by their sum.
+        thetas: state dicts.
+        weights: one a client; they are divided by their sum.
         groups: names or prefixes of layers; () averages nothing, None everything.
     """
     if groups is not None and not groups:
@@ -314,34 +297,54 @@ def federate(federation: Federation, seed: int, data: Dataset) -> dict[str, Any]
     }
 
 
-def _entry(federation: Federation, seed: int, store: Store, device: str) -> Entry:
-    data = datasets.load(federation.recipe.data, device)
-    kind = torch.device(device).type
-    return store.entry(federation.identity(data.fingerprint, seed, kind))
+@dataclass(frozen=True)
+class FederatedRun(Measurement):
+    """One federation under one seed; the clients' networks are stored beside its history."""
 
+    KIND = "federated"
+    FILE = "federated.json"
 
-def _stored(item: tuple[Federation, int, Store, str]) -> dict[str, Any]:
-    federation, seed, _, device = item
-    entry = _entry(*item)
-    if known := _known(entry):
-        return known
-    with entry.lock():
-        if known := _known(entry):
-            return known
-        found = federate(federation, seed, datasets.load(federation.recipe.data, device))
+    federation: Federation
+    seed: int
+
+    def identity(self, device: str) -> Json:
+        rule = self.federation
+        return {
+            "recipe": rule.recipe.identity(),
+            "clients": rule.clients,
+            "split": rule.split,
+            "every": rule.every,
+            "averaged": None if rule.averaged is None else list(rule.averaged),
+            "data": datasets.load(rule.recipe.data, device).fingerprint,
+            "seed": self.seed,
+            "device": torch.device(device).type,
+        }
+
+    def jobs(self) -> list[Job]:
+        return []
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.federation.recipe
+
+    @property
+    def trains(self) -> tuple[int, ...]:
+        return (self.recipe.steps,) * self.federation.clients
+
+    @staticmethod
+    def describe(identity: Mapping[str, Any]) -> str:
+        recipe, averaged = identity["recipe"], identity["averaged"]
+        groups = "all layers" if averaged is None else f"{len(averaged)} layers"
+        return (
+            f"{identity['clients']} clients, {recipe['net']} on {recipe['data']} "
+            f"({identity['split']}), {groups} averaged, seed {identity['seed']}"
+        )
+
+    def measure(self, store: Store, device: str) -> object:
+        found = federate(self.federation, self.seed, datasets.load(self.recipe.data, device))
         for client, theta in enumerate(found.pop("thetas")):
-            entry.write_tensors(f"client-{client:04d}.safetensors", theta)
-        entry.write_json("federated.json", found)  # last: what is listed is complete
+            self.entry(store, device).write_tensors(f"client-{client:04d}.safetensors", theta)
         return found
-
-
-def _known(entry: Entry) -> dict[str, Any] | None:
-    try:
-        return entry.read_json("federated.json") if "federated.json" in entry else None
-    except CorruptEntry as e:
-        log.warning("%s; it is discarded and trained again", e)
-        entry.discard()
-        return None
 
 
 def measure(
@@ -355,28 +358,27 @@ def measure(
     """Train what the run store lacks; return every outcome, in the order of ``wanted``.
 
     Arguments:
-        wanted: (federation, seed) pairs. store, device, workers: see :mod:`companion.training`.
+        wanted: (federation, seed) pairs.
+        store, device, workers: see :mod:`companion.training`.
 
     Raises:
         as :func:`federate`.
     """
     store, where = store or Store(), str(datasets.resolve_device(device))
-    items = [(federation, seed, store, where) for federation, seed in wanted]
-    if missing := [e for item in items if _known(e := _entry(*item)) is None]:
-        closing.check(missing, f"{len(missing)} of {len(items)} federations")
     for federation, seed in wanted:  # refuse what cannot be, before anything trains
         data = datasets.load(federation.recipe.data, where)
         check_fit(federation.recipe, data)
         client_data(federation, data, seed)
-    raw = run_all(_stored, items, workers=workers, device=where, label=label)
+    tasks = [FederatedRun(federation, seed) for federation, seed in wanted]
+    raw = run(tasks, store=store, device=where, workers=workers, label=label)
     return [
         Outcome(
             tuple(tuple(Measure(float(a), float(b)) for a, b in row) for row in r["history"]),
             tuple(r["sizes"]),
             tuple(r["test_sizes"]),
-            _entry(*item),
+            task.entry(store, where),
         )
-        for item, r in zip(items, raw, strict=True)
+        for task, r in zip(tasks, raw, strict=True)
     ]
 
 

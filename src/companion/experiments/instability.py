@@ -299,12 +299,14 @@ def plan(
     inits: int = 3,
     copies: int = 3,
     noise: str = "both",
+    optimizer: Literal["reset", "restore"] = "reset",
     schedule: Literal["continue", "restart"] = "continue",
     controls: bool = True,
 ) -> Plan:
     """What :func:`analyse` would train and measure with the same arguments, for a budget."""
-    pairs = list(_copies(recipe, sorted(set(ks)), inits, copies, noise, "reset", schedule).values())
-    return Plan(tuple(pairs), again=(pairs[0].a,) if controls else ())
+    design = _copies(recipe, sorted(set(ks)), inits, copies, noise, optimizer, schedule)
+    pairs = tuple(design.values())
+    return Plan(pairs, again=tuple(pair.a for pair in pairs[:1] if controls))
 
 
 def plan_independent(recipe: Recipe, *, inits: int = 3) -> Plan:
@@ -341,7 +343,8 @@ def analyse(
     Arguments:
         recipe: how the network trains; its ``steps`` is T.
         ks: fork steps, each in 0 … T - 1.
-        inits: number of independent W_0; copies: of each W_k, 2 or more (3 give 3 pairs).
+        inits: number of independent W_0.
+        copies: of each W_k, 2 or more (3 give 3 pairs).
         noise: what differs between copies, one of :data:`NOISE`.
         optimizer: what a copy starts with, ``reset`` (fresh) or ``restore`` (the trunk's momentum).
         schedule: ``continue``, or ``restart`` for the control of Fig. 4 (all T steps again).

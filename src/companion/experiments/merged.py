@@ -1,9 +1,9 @@
 """Networks made of several: merged, averaged, ensembled, corrected for what their data lacked.
 
-The second half of the bridge that :mod:`companion.experiments.aligned` begins. :func:`merge_runs`
-merges any number of stored runs (Algorithm 3) and reads the result beside its inputs, their plain
-mean and their ensemble; :func:`split_runs` reads two networks of biased halves of one dataset, what
-they merge into, and the controls. Explained in our chapter 2.
+Beside :mod:`companion.experiments.aligned`, which matches two networks. :func:`merge_runs` merges
+any number of stored runs (Algorithm 3) and reads the result beside its inputs, their plain mean and
+their ensemble; :func:`split_runs` reads two networks of biased halves of one dataset, what they
+merge into, and the controls. Explained in our chapter 2.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from torch import nn
 from torch.func import functional_call
 
 from companion import data as datasets
-from companion.connectivity.paths import plain
+from companion.connectivity.batches import examples_a_pass
 from companion.connectivity.walk import has_batchnorm
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.numerics import exact_evaluation
-from companion.core.runs import Entry, Store
+from companion.core.runs import Store
 from companion.core.theta import Theta, affine, layout, with_aliases, without_aliases
 from companion.data import Dataset, Split, head_of, text
-from companion.experiments.aligned import SEMANTICS, run_tasks
-from companion.experiments.matchers import (
+from companion.experiments.measurement import Json, Measurement, key_of, run
+from companion.experiments.methods import (
     Method,
-    examples_a_pass,
-    key_of,
     match,
     spec_of,
     weights_of,
@@ -49,7 +48,8 @@ class Reading:
     """What one predictor is worth on one split.
 
     Arguments:
-        loss: mean cross-entropy, nats; error: percent.
+        loss: mean cross-entropy, nats.
+        error: percent.
         ece: expected calibration error of the top label, percentage points.
         confidence, fraction: over all (example, class) pairs, in bins of the stated probability:
             its mean, and how often it came true; count: pairs in the bin. Empty bins are left out.
@@ -63,7 +63,7 @@ class Reading:
     count: tuple[int, ...] = field(default=(), repr=False)
 
 
-Readings = Mapping[str, Mapping[str, Reading]]
+Readings = dict[str, dict[str, Reading]]
 """Predictor -> split -> reading."""
 
 
@@ -86,23 +86,6 @@ def read_logits(logits: torch.Tensor, y: torch.Tensor) -> Reading:
     )
 
 
-def _to_json(found: Readings) -> dict[str, Any]:
-    def one(r: Reading) -> dict[str, Any]:
-        numbers = {"loss": plain(r.loss), "error": plain(r.error), "ece": plain(r.ece)}
-        bins = {"confidence": r.confidence, "fraction": r.fraction, "count": r.count}
-        return numbers | {k: list(v) for k, v in bins.items()}
-
-    return {name: {s: one(r) for s, r in splits.items()} for name, splits in found.items()}
-
-
-def _from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Reading]]:
-    def one(r: Mapping[str, Any]) -> Reading:
-        numbers = (float(r["loss"]), float(r["error"]), float(r["ece"]))
-        return Reading(*numbers, tuple(r["confidence"]), tuple(r["fraction"]), tuple(r["count"]))
-
-    return {name: {s: one(r) for s, r in splits.items()} for name, splits in value.items()}
-
-
 @exact_evaluation()
 @torch.inference_mode()
 def logits_of(
@@ -111,7 +94,7 @@ def logits_of(
     """Logits of a network in eval mode, shape (N, K), on the device of ``x``.
 
     Of a text, those of all positions one after the other: (N * L, K). ``batch``: examples a forward
-    pass, at most; default :func:`companion.experiments.matchers.examples_a_pass`.
+    pass, at most; default :func:`companion.connectivity.batches.examples_a_pass`.
     """
     module = module.eval()
     own = without_aliases(theta, layout(module).ties)
@@ -132,41 +115,37 @@ def _mean(
 
 
 @dataclass(frozen=True)
-class Merge:
-    """One merge of many, as the store keeps it; the arguments are :func:`merge_runs`'."""
+class Merge(Measurement):
+    """Readings of one merge of many; the arguments are :func:`merge_runs`'."""
+
+    KIND = "merged"
 
     runs: tuple[Run, ...]
     evaluation: Evaluation
-    on: str | None
-    store: Store
-    device: str
+    on: str | None = None
 
-    def dataset(self) -> Dataset:
+    def dataset(self, device: str) -> Dataset:
         """What the networks are read on."""
-        return datasets.load(self.on or self.runs[0].recipe.data, self.device)
+        return datasets.load(self.on or self.runs[0].recipe.data, device)
 
-    def entry(self) -> Entry:
-        """The store's entry."""
-        return self.store.entry(
-            {
-                "kind": "merged",
-                "semantics": SEMANTICS,
-                "evaluation": self.evaluation.identity(self.runs[0].recipe.net),
-                "on": self.dataset().fingerprint,
-                "runs": [key_of(r, self.store, self.device) for r in self.runs],
-            }
-        )
+    def identity(self, device: str) -> Json:
+        return {
+            "evaluation": self.evaluation.identity(self.runs[0].recipe.net),
+            "on": self.dataset(device).fingerprint,
+            "runs": [key_of(r, device) for r in self.runs],
+        }
 
     def jobs(self) -> list[Job]:
-        """What has to be trained before."""
         return [Job(r, weights=(r.last_step,)) for r in self.runs]
 
-    def measure(self) -> dict[str, Any]:
-        """The readings, JSON-able."""
+    @staticmethod
+    def describe(identity: Mapping[str, Any]) -> str:
+        return f"{len(identity['runs'])} networks merged into one"
 
-        data = self.dataset()
-        module = build(self.runs[0], data, torch.device(self.device))
-        thetas = [weights_of(r, r.last_step, self.store, self.device) for r in self.runs]
+    def measure(self, store: Store, device: str) -> object:
+        data = self.dataset(device)
+        module = build(self.runs[0], data, torch.device(device))
+        thetas = [weights_of(r, r.last_step, store, device) for r in self.runs]
         spec = spec_of(module, data)
         merged = merge_many(spec, thetas)
         moved = [spec.permute(t, p) for t, p in zip(thetas, merged.perms, strict=True)]
@@ -183,7 +162,7 @@ class Merge:
             )
             for n, z in logits.items():
                 found.setdefault(n, {})[name] = read_logits(z, split.y)
-        return {"readings": _to_json(found), "passes": merged.passes}
+        return {"readings": found, "passes": merged.passes}
 
 
 def merge_runs(
@@ -209,47 +188,42 @@ def merge_runs(
     """
     if any(len(g) < 2 for g in groups):
         raise BadParameter("merge_runs: a group needs two runs or more.")
-    store, where = store or Store(), str(datasets.resolve_device(device))
-    tasks = [Merge(tuple(g), evaluation or Evaluation(), on, store, where) for g in groups]
-    raw = run_tasks(tasks, workers, "merging many")
-    return [_from_json(r["readings"]) for r in raw]
+    tasks = [Merge(tuple(g), evaluation or Evaluation(), on) for g in groups]
+    raw = run(tasks, store=store, device=device, workers=workers, label="merging many")
+    return [codec.from_json(Readings, r["readings"]) for r in raw]
 
 
 @dataclass(frozen=True)
-class Halves:
-    """Two networks of biased parts of one dataset; the arguments are :func:`split_runs`'."""
+class Halves(Measurement):
+    """Readings of two networks of biased parts of one dataset; arguments as :func:`split_runs`."""
+
+    KIND = "halves"
 
     pair: Pair
     full: Run
     evaluation: Evaluation
-    store: Store
-    device: str
 
-    def entry(self) -> Entry:
-        """The store's entry."""
-        return self.store.entry(
-            {
-                "kind": "halves",
-                "semantics": SEMANTICS,
-                "evaluation": self.evaluation.identity(self.full.recipe.net),
-                "runs": [
-                    key_of(r, self.store, self.device)
-                    for r in (self.pair.a, self.pair.b, self.full)
-                ],
-            }
-        )
+    @property
+    def runs(self) -> tuple[Run, Run, Run]:
+        """A, B and the network of the whole dataset."""
+        return self.pair.a, self.pair.b, self.full
+
+    def identity(self, device: str) -> Json:
+        known = self.evaluation.identity(self.full.recipe.net)
+        return {"evaluation": known, "runs": [key_of(r, device) for r in self.runs]}
 
     def jobs(self) -> list[Job]:
-        """What has to be trained before."""
-        return [Job(r, weights=(r.last_step,)) for r in (self.pair.a, self.pair.b, self.full)]
+        return [Job(r, weights=(r.last_step,)) for r in self.runs]
 
-    def measure(self) -> dict[str, Any]:
-        """The readings, JSON-able."""
+    @staticmethod
+    def describe(identity: Mapping[str, Any]) -> str:
+        a, b, whole = (key[:12] for key in identity["runs"])
+        return f"{a} and {b} of parts of the data, beside {whole} of all"
 
-        data = datasets.load(self.full.recipe.data, self.device)
-        module = build(self.full, data, torch.device(self.device))
-        runs = (self.pair.a, self.pair.b, self.full)
-        a, b, full = (weights_of(r, r.last_step, self.store, self.device) for r in runs)
+    def measure(self, store: Store, device: str) -> object:
+        data = datasets.load(self.full.recipe.data, device)
+        module = build(self.full, data, torch.device(device))
+        a, b, full = (weights_of(r, r.last_step, store, device) for r in self.runs)
         moved = match(Method("weights"), module, a, b, data).apply(module, b)
         networks = {
             "A": a,
@@ -263,8 +237,8 @@ class Halves:
             return torch.bincount(split.y, minlength=data.classes)
 
         own = {
-            n: prior(datasets.load(r.recipe.data, self.device).train)
-            for n, r in zip("AB", runs[:2], strict=True)
+            n: prior(datasets.load(r.recipe.data, device).train)
+            for n, r in zip("AB", self.runs[:2], strict=True)
         }
         found: dict[str, dict[str, Reading]] = {}
         for name, split in self.evaluation.splits(data).items():
@@ -274,7 +248,7 @@ class Halves:
             logits["ensemble"] = ensemble_logprobs([logits["A"], logits["B"]])
             for n, z in logits.items():
                 found.setdefault(n, {})[name] = read_logits(z, split.y)
-        return {"readings": _to_json(found)}
+        return {"readings": found}
 
 
 def split_runs(
@@ -304,10 +278,6 @@ def split_runs(
         raise BadParameter("split_runs: one network of the whole dataset for each pair is needed.")
     if any(text.is_text(run.recipe.data) for run in full):
         raise BadParameter("split_runs: parts are of labelled images; a text has no parts.")
-    store, where = store or Store(), str(datasets.resolve_device(device))
-    tasks = [
-        Halves(p, f, evaluation or Evaluation(), store, where)
-        for p, f in zip(pairs, full, strict=True)
-    ]
-    raw = run_tasks(tasks, workers, "split data")
-    return [_from_json(r["readings"]) for r in raw]
+    tasks = [Halves(p, f, evaluation or Evaluation()) for p, f in zip(pairs, full, strict=True)]
+    raw = run(tasks, store=store, device=device, workers=workers, label="split data")
+    return [codec.from_json(Readings, r["readings"]) for r in raw]

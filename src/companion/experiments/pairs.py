@@ -7,10 +7,9 @@ barrier between them (forks, independent inits, checkpoints along training) goes
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,14 +29,14 @@ from companion.connectivity import (
     grid,
 )
 from companion.connectivity.gates import Gate, guessing, noise_independence, null_control
-from companion.connectivity.paths import plain
-from companion.core import closing
-from companion.core.errors import BadParameter, CorruptEntry, one_of
-from companion.core.pool import run_all
+from companion.core import closing, codec
+from companion.core.errors import BadParameter, one_of
 from companion.core.runs import Entry, Store
 from companion.core.theta import cosine_distance, distance, layout
 from companion.data import Augmentation, Dataset, Split
 from companion.data.augmentation import draw
+from companion.experiments import measurement
+from companion.experiments.measurement import EVALUATION, Json, Measurement, ends, key_of
 from companion.models import has_dropout
 from companion.training import (
     Job,
@@ -47,14 +46,8 @@ from companion.training import (
     load_state,
     load_weights,
     made_by,
-    train,
     train_one,
 )
-
-log = logging.getLogger("companion")
-
-SEMANTICS = 1
-"""Raised by hand when a measurement of the same networks would give other numbers."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +88,23 @@ class Evaluation:
             "test": data.test.head(self.test_examples or whole),
         }
 
+    def keywords(self, data: Dataset) -> dict[str, Any]:
+        """What every function that measures a line takes as keywords."""
+        average = {"bn_data": data.train, "bn_examples": self.bn_examples}
+        return {"points": self.points, "bn": self.bn, **average}
+
     def walker(self, module: nn.Module, splits: Mapping[str, Split], data: Dataset) -> Walker:
         """What measures single points as the lines of pairs are measured."""
         return Walker(module, splits, bn=self.bn, bn_data=data.train, bn_examples=self.bn_examples)
 
+    def points_of(self, net: str) -> int:
+        """Networks on a line, all BatchNorm modes of a network called ``net`` counted."""
+        return self.points * (len(BN_MODES) if models.has_batchnorm(net) else 1)
+
     def identity(self, net: str) -> dict[str, Any]:
         """Everything that determines the numbers of a network called ``net``, for the store."""
         return {
-            "semantics": SEMANTICS,
+            "semantics": EVALUATION,
             "points": self.points,
             "bn": self.bn,
             "train": self.train_examples,
@@ -115,7 +117,8 @@ def averaging(net: str, bn_examples: int | None) -> dict[str, Any]:
     """The part of a store key that says what BatchNorm averages over: of networks that may have it.
 
     Arguments:
-        net: of a recipe; bn_examples: as :class:`Evaluation` has it.
+        net: of a recipe.
+        bn_examples: as :class:`Evaluation` has it.
     """
     return {"bn_examples": bn_examples} if models.has_batchnorm(net) else {}
 
@@ -125,7 +128,8 @@ class Pair:
     """Two stored networks to compare, and the state both come from.
 
     Arguments:
-        a, b: the runs; step: at which step of them (None = T).
+        a, b: the runs.
+        step: at which step of them (None = T).
         start: run and step of W_k, the state they share; None for independent networks.
     """
 
@@ -139,14 +143,22 @@ class Pair:
         """The step both networks are taken at."""
         return self.a.last_step if self.step is None else self.step
 
+    def identity(self, device: str) -> Json:
+        """Which networks these are, for the store."""
+        return {"a": key_of(self.a, device), "b": key_of(self.b, device), "step": self.at}
+
     def jobs(self) -> list[Job]:
-        """What has to be trained before the pair can be measured."""
-        out = [Job(self.a, weights=(self.at,)), Job(self.b, weights=(self.at,))]
-        out.append(Job(_root(self.a), weights=(0,)))
+        """What has to be trained before its barrier and its distances can be measured."""
+        out = [*jobs_of(self), Job(_root(self.a), weights=(0,))]
         if self.start:
             run, step = self.start
             out.append(Job(run, weights=() if step else (0,), states=(step,) if step else ()))
         return out
+
+
+def jobs_of(pair: Pair) -> list[Job]:
+    """What has to be trained before the two networks can be looked at."""
+    return [Job(pair.a, weights=(pair.at,)), Job(pair.b, weights=(pair.at,))]
 
 
 def _root(run: Run) -> Run:
@@ -199,94 +211,66 @@ def _missing(pair: Pair, evaluation: Evaluation, device: str) -> PairResult:
     return PairResult(found, dict.fromkeys(names, math.nan), nowhere)
 
 
-def _measure(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
-    pair, evaluation, store, device = item
-    data = datasets.load(pair.a.recipe.data, device)
+@dataclass(frozen=True)
+class PairBarrier(Measurement):
+    """The barrier between the networks of a pair, their distances, and where they started."""
 
-    def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
-        return load_weights(run, step, store=store, device=device)
+    KIND = "pair"
+    SEMANTICS = None
+    FILE = "pair.json"
 
-    module = build(pair.a, data, torch.device(device))
-    names = layout(module).parameters
-    a, b = weights(pair.a, pair.at), weights(pair.b, pair.at)
-    splits = evaluation.splits(data)
-    found = barrier(
-        module,
-        a,
-        b,
-        splits,
-        points=evaluation.points,
-        bn=evaluation.bn,
-        bn_data=data.train,
-        bn_examples=evaluation.bn_examples,
-        classes=data.classes,
-        same_noise=pair.a == pair.b,
-    )
-    init = weights(_root(pair.a), 0)
-    distances = {
-        "ab": distance(a, b, names),
-        "cosine": cosine_distance(a, b, names),
-        "a_init": distance(a, init, names),
-        "b_init": distance(b, weights(_root(pair.b), 0), names),
-    }
-    start: dict[str, Any] = {}
-    if pair.start:
-        w_k = weights(*pair.start)
-        distances |= {
-            "a_start": distance(a, w_k, names),
-            "b_start": distance(b, w_k, names),
-            "start_init": distance(w_k, init, names),
+    pair: Pair
+    evaluation: Evaluation
+
+    def identity(self, device: str) -> Json:
+        start = self.pair.start
+        return {
+            "evaluation": self.evaluation.identity(self.pair.a.recipe.net),
+            **self.pair.identity(device),
+            "start": [key_of(start[0], device), start[1]] if start else None,
         }
-        at = evaluation.walker(module, splits, data).at(w_k)
-        start = {s: {"loss": plain(m.loss), "error": plain(m.error)} for s, m in at.items()}
-    return {"barrier": found.to_json(), "distances": distances, "start": start}
 
+    def jobs(self) -> list[Job]:
+        return self.pair.jobs()
 
-def entry_of_pair(pair: Pair, evaluation: Evaluation, store: Store, device: str) -> Entry:
-    """The store's entry of what was measured of a pair."""
-    data = datasets.load(pair.a.recipe.data, device)
+    @property
+    def points(self) -> int:
+        return self.evaluation.points_of(self.pair.a.recipe.net) + 4
 
-    def key(run: Run) -> str:
-        return entry_of(run, data, device, store).key
+    @staticmethod
+    def describe(identity: Mapping[str, Any]) -> str:
+        return f"{ends(identity)}, {identity['evaluation']['points']} points"
 
-    return store.entry(
-        {
-            "kind": "pair",
-            "evaluation": evaluation.identity(pair.a.recipe.net),
-            "a": key(pair.a),
-            "b": key(pair.b),
-            "step": pair.at,
-            "start": [key(pair.start[0]), pair.start[1]] if pair.start else None,
+    def measure(self, store: Store, device: str) -> object:
+        pair, evaluation = self.pair, self.evaluation
+        data = datasets.load(pair.a.recipe.data, device)
+
+        def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
+            return load_weights(run, step, store=store, device=device)
+
+        module = build(pair.a, data, torch.device(device))
+        names = layout(module).parameters
+        a, b = weights(pair.a, pair.at), weights(pair.b, pair.at)
+        splits = evaluation.splits(data)
+        how = evaluation.keywords(data) | {"same_noise": pair.a == pair.b}
+        found = barrier(module, a, b, splits, classes=data.classes, **how)
+        init = weights(_root(pair.a), 0)
+        distances = {
+            "ab": distance(a, b, names),
+            "cosine": cosine_distance(a, b, names),
+            "a_init": distance(a, init, names),
+            "b_init": distance(b, weights(_root(pair.b), 0), names),
         }
-    )
-
-
-def _stored(item: tuple[Pair, Evaluation, Store, str]) -> dict[str, Any]:
-    entry = entry_of_pair(*item)
-    if known := _known(entry, "pair.json"):
-        return known  # without a lock, so that a read-only store serves what it has
-    with entry.lock():
-        value = _known(entry, "pair.json")
-        if value is None:
-            value = _measure(item)
-            entry.write_json("pair.json", value)
-        return value
-
-
-def _is_measured(entry: Entry) -> bool:
-    try:
-        return "pair.json" in entry
-    except CorruptEntry:  # whoever reads it says so
-        return False
-
-
-def _known(entry: Entry, name: str) -> dict[str, Any] | None:
-    try:
-        return entry.read_json(name) if name in entry else None
-    except CorruptEntry as e:
-        log.warning("%s; it is discarded and measured again", e)
-        entry.discard()
-        return None
+        start: Mapping[str, Measure] = {}
+        if pair.start:
+            w_k = weights(*pair.start)
+            distances |= {
+                "a_start": distance(a, w_k, names),
+                "b_start": distance(b, w_k, names),
+                "start_init": distance(w_k, init, names),
+            }
+            start = evaluation.walker(module, splits, data).at(w_k)
+        return {"barrier": found, "distances": distances, "start": start}
 
 
 def measure(
@@ -314,37 +298,24 @@ def measure(
     """
     store, evaluation = store or Store(), evaluation or Evaluation()
     where = str(datasets.resolve_device(device))
-    # What was measured needs no weights: a store may hold the numbers alone.
-    missing = [p for p in pairs if not _is_measured(entry_of_pair(p, evaluation, store, where))]
-    if missing and closing.active():
-        closing.lacks([entry_of_pair(p, evaluation, store, where) for p in missing])
-        known = iter(
-            measure(
-                [p for p in pairs if p not in missing],
-                evaluation,
-                reference_error=reference_error,
-                max_error=max_error,
-                store=store,
-                device=where,
-            )
-        )
-        return [_missing(p, evaluation, where) if p in missing else next(known) for p in pairs]
-    train(
-        [job for pair in missing for job in pair.jobs()], store=store, device=where, workers=workers
-    )
-    items = [(pair, evaluation, store, where) for pair in pairs]
-    raw = run_all(_stored, items, workers=workers, device=where, label=label)
-    found = [Barrier.from_json(r["barrier"]) for r in raw]
+    tasks = [PairBarrier(pair, evaluation) for pair in pairs]
+    raw: Sequence[Json | None]
+    if closing.active():
+        raw = measurement.stored(tasks, store, where)
+    else:
+        raw = measurement.run(tasks, store=store, device=where, workers=workers, label=label)
+    known = [None if r is None else codec.from_json(Barrier, r["barrier"]) for r in raw]
     if reference_error is None:
-        reference_error = normal_error(found)
-    return [
-        PairResult(
-            f.judged(reference_error=reference_error, max_error=max_error),
-            r["distances"],
-            {s: Measure(float(m["loss"]), float(m["error"])) for s, m in r["start"].items()},
-        )
-        for f, r in zip(found, raw, strict=True)
-    ]
+        reference_error = normal_error([f for f in known if f])
+    out = []
+    for pair, r, found in zip(pairs, raw, known, strict=True):
+        if r is None or found is None:
+            out.append(_missing(pair, evaluation, where))
+            continue
+        judged = found.judged(reference_error=reference_error, max_error=max_error)
+        start = codec.from_json(dict[str, Measure], r["start"])
+        out.append(PairResult(judged, r["distances"], start))
+    return out
 
 
 def normal_error(found: Sequence[Barrier]) -> float | None:
@@ -363,11 +334,38 @@ def normal_error(found: Sequence[Barrier]) -> float | None:
 _FAILED = "failed.json"
 
 
-def entry_of_null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Entry:
-    """The store's entry of the null control of a run."""
-    key = entry_of(run, datasets.load(run.recipe.data, device), device, store).key
-    known = evaluation.identity(run.recipe.net)
-    return store.entry({"kind": "null", "evaluation": known, "run": key})
+@dataclass(frozen=True)
+class NullControl(Measurement):
+    """Gate G1 of a run: trained once more under the same noise, it comes out the same."""
+
+    KIND = "null"
+    SEMANTICS = None
+    FILE = "gate.json"
+
+    run: Run
+    evaluation: Evaluation
+
+    def identity(self, device: str) -> Json:
+        known = self.evaluation.identity(self.run.recipe.net)
+        return {"evaluation": known, "run": key_of(self.run, device)}
+
+    def jobs(self) -> list[Job]:
+        return [Job(self.run, weights=(self.run.last_step,))]
+
+    @property
+    def trains(self) -> tuple[int, ...]:
+        return (self.run.last_step - self.run.first_step,)
+
+    def file_of(self, value: Json) -> str:
+        # One that failed is run again, but whoever closes the recording has to know of it.
+        return self.FILE if value["passed"] else _FAILED
+
+    @staticmethod
+    def describe(identity: Mapping[str, Any]) -> str:
+        return f"null control (gate G1) of {identity['run'][:12]}"
+
+    def measure(self, store: Store, device: str) -> object:
+        return _null(self.run, self.evaluation, store, device)
 
 
 def check_null(
@@ -382,24 +380,17 @@ def check_null(
     The stored copy may come from another process; both must agree in every bit, and the barrier
     between them must be exactly 0. A control that passed is kept in the store and not run again.
     """
-    store, evaluation = store or Store(), evaluation or Evaluation()
-    device = str(datasets.resolve_device(device))
-    data = datasets.load(run.recipe.data, device)
-    entry = entry_of_null(run, evaluation, store, device)
-    if known := _known(entry, "gate.json"):
-        return Gate(**known)
-    if closing.active():
-        if failed := _known(entry, _FAILED):
-            return Gate(**failed)
+    store, where = store or Store(), str(datasets.resolve_device(device))
+    task = NullControl(run, evaluation or Evaluation())
+    if not closing.active():
+        (value,) = measurement.run([task], store=store, device=where, label="null control")
+        return codec.from_json(Gate, value)
+    entry = task.entry(store, where)
+    known = measurement.read(entry, task.FILE) or measurement.read(entry, _FAILED)
+    if known is None:
         closing.lacks([entry])
         return Gate("G1 null control", None, closing.WHY)
-    with entry.lock():
-        if known := _known(entry, "gate.json"):
-            return Gate(**known)
-        gate = _null(run, evaluation, data, store, device)
-        # One that failed is run again, but whoever closes the recording has to know of it.
-        entry.write_json("gate.json" if gate.passed else _FAILED, asdict(gate))
-        return gate
+    return codec.from_json(Gate, known)
 
 
 class _Again(Store):
@@ -409,7 +400,8 @@ class _Again(Store):
         return super().entry({**identity, "again": True})
 
 
-def _null(run: Run, evaluation: Evaluation, data: Dataset, store: Store, device: str) -> Gate:
+def _null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Gate:
+    data = datasets.load(run.recipe.data, device)
     first = load_weights(run, store=store, device=device)
     # Entries of their own in the same store: a second copy that was stopped goes on, too.
     fresh = _Again(store.root)
@@ -428,18 +420,8 @@ def _null(run: Run, evaluation: Evaluation, data: Dataset, store: Store, device:
     for entry in used:  # the next control trains anew
         entry.discard()
     module = build(run, data, torch.device(device))
-    found = barrier(
-        module,
-        first,
-        second,
-        evaluation.splits(data),
-        points=3,
-        bn=evaluation.bn,
-        bn_data=data.train,
-        bn_examples=evaluation.bn_examples,
-        same_noise=True,
-        max_error=100.0,
-    )
+    how = evaluation.keywords(data) | {"points": 3, "same_noise": True, "max_error": 100.0}
+    found = barrier(module, first, second, evaluation.splits(data), **how)
     worst = max(found.height(s, m) for s in ("train", "test") for m in ("error", "loss"))
     return null_control(first, second, layout(module).floating, worst)
 

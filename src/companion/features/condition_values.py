@@ -1,14 +1,14 @@
-"""What the checks of the two conditions bring back: values, with JSON."""
+"""What the checks of the two conditions bring back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from companion.core.errors import BadParameter
-from companion.features.values import Stat, plain, stats_from_json, stats_to_json
+from companion.features.values import Stat
 
 L = TypeVar("L", "ReluAdditivity", "LayerCommutativity")
 
@@ -18,7 +18,8 @@ class ReluAdditivity:
     """One ReLU, on what A and B feed it: X and Y.
 
     Arguments:
-        name: of the site; size: units (times positions) of one sample.
+        name: of the site.
+        size: units (times positions) of one sample.
         distance: alpha -> Dist_sigma of each sample: of ``relu((1 - alpha) X + alpha Y)`` and
             ``(1 - alpha) relu(X) + alpha relu(Y)``. Undefined where one of the two is all zeros.
         whole: alpha -> the same with the features of all samples as one vector.
@@ -32,34 +33,14 @@ class ReluAdditivity:
     whole: Mapping[float, float]
     opposite: float
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "name": self.name,
-            "size": self.size,
-            "distance": stats_to_json(self.distance),
-            "whole": {repr(float(k)): plain(v) for k, v in self.whole.items()},
-            "opposite": self.opposite,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ReluAdditivity:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            value["name"],
-            value["size"],
-            stats_from_json(value["distance"]),
-            {float(k): float(v) for k, v in value["whole"].items()},
-            value["opposite"],
-        )
-
 
 @dataclass(frozen=True)
 class Additivity:
     """Weak additivity of every ReLU, in the order they compute.
 
     Arguments:
-        alphas: weight of B; n: samples.
+        alphas: weight of B.
+        n: samples.
         bn: ``own``: BatchNorm with each network's own running statistics; ``none`` without any.
     """
 
@@ -75,21 +56,6 @@ class Additivity:
             BadParameter: there is none.
         """
         return _named(self.layers, name)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "layers": [x.to_json() for x in self.layers],
-            "alphas": list(self.alphas),
-            "n": self.n,
-            "bn": self.bn,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Additivity:
-        """The inverse of :meth:`to_json`."""
-        found = tuple(ReluAdditivity.from_json(x) for x in value["layers"])
-        return cls(found, tuple(value["alphas"]), value["n"], value["bn"])
 
 
 @dataclass(frozen=True)
@@ -119,17 +85,6 @@ class LayerCommutativity:
         least = min(self.weights, self.inputs)
         return self.com / least if least > 0 and not math.isnan(self.com) else math.nan
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        found = {k: plain(getattr(self, k)) for k in ("com", "weights", "inputs")}
-        return {"name": self.name, "kind": self.kind, **found}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LayerCommutativity:
-        """The inverse of :meth:`to_json`."""
-        found = (float(value[k]) for k in ("com", "weights", "inputs"))
-        return cls(value["name"], value["kind"], *found)
-
 
 @dataclass(frozen=True)
 class Commutativity:
@@ -146,16 +101,6 @@ class Commutativity:
             BadParameter: there is none.
         """
         return _named(self.layers, name)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {"layers": [x.to_json() for x in self.layers], "n": self.n, "bn": self.bn}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Commutativity:
-        """The inverse of :meth:`to_json`."""
-        found = tuple(LayerCommutativity.from_json(x) for x in value["layers"])
-        return cls(found, value["n"], value["bn"])
 
 
 def _named(layers: Sequence[L], name: str) -> L:

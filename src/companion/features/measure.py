@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from companion.connectivity import BN_EXAMPLES, Score, Walker, classification, has_batchnorm
+from companion.connectivity.batches import fitting
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
@@ -101,7 +102,8 @@ class Products:
         """Write ``sum(tensors[i] * tensors[j])`` of each row, for (i, j) in ``pairs``.
 
         Arguments:
-            out: (pairs, rows) float64; tensors: up to three of shape (rows, …), equal shapes.
+            out: (pairs, rows) float64.
+            tensors: up to three of shape (rows, …), equal shapes.
         """
         rows = len(tensors[0])
         size = tensors[0][:1].numel()
@@ -180,12 +182,9 @@ def _batch(batch: int | None, walker: Walker, at: Sequence[Site]) -> int:
     """Inputs a forward pass: as many as the walker takes, if the features of A and B have room."""
     if (chosen := batch_size(batch)) is not None:
         return chosen
-    room = _ROOM
-    if walker.device.type == "cuda":
-        room = torch.cuda.get_device_properties(walker.device).total_memory // 4
     item = max((p.element_size() for p in walker.module.parameters()), default=4)
     each = 2 * item * sum(math.prod(s.shape) for s in at if not s.same)
-    return max(1, min(walker.batch, room // max(each, 1)))
+    return fitting(walker.batch, each, walker.device, _ROOM)
 
 
 def features(
@@ -206,7 +205,8 @@ def features(
     """Compare the features of A, B and the networks ``(1 - alpha) A + alpha B``, at every layer.
 
     Arguments:
-        module: the architecture; copied, never changed. a, b: state dicts of it.
+        module: the architecture; copied, never changed.
+        a, b: state dicts of it.
         split: inputs (N, …) and targets (N,), on the device to compute on; for token networks
             integer inputs (N, L) and targets (N, L).
         layers: see :func:`companion.features.sites`.

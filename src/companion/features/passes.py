@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from companion.connectivity.walk import Score, default_batch, has_batchnorm
+from companion.connectivity import Score, has_batchnorm
+from companion.connectivity.batches import default_batch, fitting
 from companion.core import deadline
 from companion.core.errors import BadParameter
 from companion.core.theta import Theta, check
@@ -80,11 +81,8 @@ def batches(
     """
     device = split.x.device
     if batch_size(batch) is None:
-        room = 1 << 28
-        if device.type == "cuda":
-            room = torch.cuda.get_device_properties(device).total_memory // 4
         each = 2 * 4 * sum(math.prod(s.shape) for s in found if not s.same)
-        batch = max(1, min(default_batch(module, device, "none"), room // max(each, 1)))
+        batch = fitting(default_batch(module, device, "none"), each, device, 1 << 28)
     for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
         deadline.check()
         yield x, y

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta
 from companion.features.passes import batches, checked, own_statistics, scored, tapped
 from companion.features.taps import Examples, Site, Taps, sites
-from companion.features.values import plain
 
 INPUT = "input"
 """The row of the default network itself: nothing is replaced."""
@@ -40,19 +38,20 @@ class Stitched:
     Arguments:
         name, kind: of the site whose output is the other network's; :data:`INPUT` for none.
         default: the network that keeps all the rest, ``b`` (the paper's) or ``a``.
-        loss, error: nats, percent; wrong: number of errors.
+        wrong: number of errors.
         cut: nothing of the default network's beginning gets past the site, as in a chain, or after
             a whole residual block. Inside a block the shortcut goes around, and even networks
             that have nothing in common can fit there.
+        loss, error: nats, percent.
     """
 
     name: str
     kind: str
     default: str
-    loss: float
-    error: float
     wrong: int
     cut: bool
+    loss: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -134,28 +133,6 @@ class Stitching:
                 good &= (row.loss, row.error) == (end.loss, end.error)
         return good
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        numbers = ("loss", "error")
-        return {
-            "rows": [
-                {k: getattr(r, k) for k in ("name", "kind", "default", "wrong", "cut")}
-                | {k: plain(getattr(r, k)) for k in numbers}
-                for r in self.rows
-            ],
-            "ends": {n: {k: plain(getattr(m, k)) for k in numbers} for n, m in self.ends.items()},
-            "outputs": list(self.outputs),
-            "n": self.n,
-            "bn": self.bn,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Stitching:
-        """The inverse of :meth:`to_json`."""
-        rows = (Stitched(**{**r, "loss": float(r["loss"])}) for r in value["rows"])
-        ends = {n: Measure(float(m["loss"]), float(m["error"])) for n, m in value["ends"].items()}
-        return cls(tuple(rows), ends, tuple(value["outputs"]), value["n"], value["bn"])
-
 
 def stitch(
     module: nn.Module,
@@ -176,11 +153,13 @@ def stitch(
     beginning is left. BatchNorm uses the running statistics that belong to its own network.
 
     Arguments:
-        a, b: state dicts of ``module``; split: data, on the device to compute on.
+        a, b: state dicts of ``module``.
+        split: data, on the device to compute on.
         layers: as for :func:`companion.features.sites`; default its default, which ends with the
             network's output.
         default: the network that keeps the rest, ``b``, ``a`` or ``both`` in turn.
-        batch: samples a forward pass; score: how outputs become loss and error.
+        batch: samples a forward pass.
+        score: how outputs become loss and error.
 
     Raises:
         BadParameter: networks that do not fit, no data, unknown layers, targets that do not fit.
@@ -215,8 +194,9 @@ def stitch(
     for base in bases:
         places = [(INPUT, INPUT, INPUT), *((s.name, s.kind, s.same or s.name) for s in found)]
         for name, kind, measured in places:
-            numbers = _means(sums[base, measured], count)
-            rows.append(Stitched(name, kind, base, *numbers, name == INPUT or measured in cuts))
+            loss, error, wrong = _means(sums[base, measured], count)
+            cut = name == INPUT or measured in cuts
+            rows.append(Stitched(name, kind, base, wrong, cut, loss, error))
     return Stitching(tuple(rows), ends, ended, count, own_statistics(module))
 
 

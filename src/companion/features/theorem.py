@@ -18,9 +18,8 @@ units are scaled by factors between a half and two, on top of a random change of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ from torch import Tensor, nn
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import Theta, affine
-from companion.features.values import plain
 from companion.models.mlp import mlp
 
 _HALVINGS = 40
@@ -77,16 +75,6 @@ class LayerCheck:
     c: float
     baseline: float
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values: what is not a number becomes text, which ``float`` reads."""
-        return {k: plain(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LayerCheck:
-        """The inverse of :meth:`to_json`."""
-        numbers = {k: None if v is None else float(v) for k, v in value.items() if k != "name"}
-        return cls(name=value["name"], **numbers)  # type: ignore[arg-type]
-
 
 @dataclass(frozen=True)
 class Theorem:
@@ -95,7 +83,8 @@ class Theorem:
     Arguments:
         layers: in order of execution.
         alphas: where the mixtures were.
-        samples: rows of the data; undefined: pairs (sample, layer) left out of ``gap`` and ``c``,
+        samples: rows of the data.
+        undefined: pairs (sample, layer) left out of ``gap`` and ``c``,
             since one of their features is all zeros.
     """
 
@@ -118,25 +107,6 @@ class Theorem:
     def c(self) -> float:
         """The largest ``|c - 1|``."""
         return max(r.c for r in self.layers)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "layers": [r.to_json() for r in self.layers],
-            "alphas": list(self.alphas),
-            "samples": self.samples,
-            "undefined": self.undefined,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Theorem:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            tuple(LayerCheck.from_json(r) for r in value["layers"]),
-            tuple(value["alphas"]),
-            value["samples"],
-            value["undefined"],
-        )
 
 
 def exact(

@@ -1,26 +1,17 @@
-"""What a measurement of features brings back: values, with JSON."""
+"""What a measurement of features brings back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
+from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter
 
 LOW, HIGH = 0.05, 0.95
-
-
-def plain(value: float) -> float | str:
-    """A number for JSON, which has no NaN: ``float`` reads the text ``"nan"`` back."""
-    return value if math.isfinite(value) else str(value)
-
-
-def _key(alpha: float) -> str:
-    return repr(float(alpha))
 
 
 @dataclass(frozen=True)
@@ -29,7 +20,8 @@ class Stat:
 
     Arguments:
         mean, std: std is the population's, over samples.
-        n: samples that count; median, low, high: low and high are the 5 % and 95 % quantiles.
+        n: samples that count.
+        median, low, high: low and high are the 5 % and 95 % quantiles.
         undefined: samples that do not count: a feature is zero, or not finite, and has no angle.
             With ``n = 0`` all numbers are NaN.
     """
@@ -55,18 +47,6 @@ class Stat:
         mean, std = float(good.mean()), float(good.std(correction=0))
         return cls(mean, std, good.numel(), median, low, high, undefined)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {k: plain(v) for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Stat:
-        """The inverse of :meth:`to_json`."""
-        mean, std, median, low, high = (
-            float(value[k]) for k in ("mean", "std", "median", "low", "high")
-        )
-        return cls(mean, std, value["n"], median, low, high, value["undefined"])
-
 
 def _quantile(ordered: torch.Tensor, q: float) -> float:
     """Linear between neighbours (torch.quantile refuses more than 16 million values)."""
@@ -77,16 +57,6 @@ def _quantile(ordered: torch.Tensor, q: float) -> float:
     return below + (at - i) * (above - below)
 
 
-def stats_to_json(stats: Mapping[float, Stat]) -> dict[str, Any]:
-    """Alpha -> stat, as JSON-able values; :func:`stats_from_json` is the inverse."""
-    return {_key(alpha): stat.to_json() for alpha, stat in stats.items()}
-
-
-def stats_from_json(value: Mapping[str, Any]) -> dict[float, Stat]:
-    """The inverse of :func:`stats_to_json`."""
-    return {float(alpha): Stat.from_json(stat) for alpha, stat in value.items()}
-
-
 @dataclass(frozen=True)
 class LayerFeatures:
     """How linearly the features of one site are connected.
@@ -95,7 +65,8 @@ class LayerFeatures:
     feature ``(1 - alpha) F_A + alpha F_B``, both flattened to one vector a sample.
 
     Arguments:
-        name, kind: of the site; size: numbers in one sample's feature.
+        name, kind: of the site.
+        size: numbers in one sample's feature.
         baseline: 1 - cos(F_A, F_B).
         gap: alpha -> 1 - cos(F_alpha, F_int), cosine with its sign: from 0 to 2.
         c: alpha -> <F_alpha, F_int> / |F_alpha|^2, the c of Definition 2.
@@ -118,36 +89,17 @@ class LayerFeatures:
         base = self.baseline.mean
         return self.gap[alpha].mean / base if base > 0 else math.nan
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "size": self.size,
-            "baseline": self.baseline.to_json(),
-            **{k: stats_to_json(getattr(self, k)) for k in ("gap", "c", "twin")},
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LayerFeatures:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            value["name"],
-            value["kind"],
-            value["size"],
-            Stat.from_json(value["baseline"]),
-            *(stats_from_json(value[k]) for k in ("gap", "c", "twin")),
-        )
-
 
 @dataclass(frozen=True)
 class Features:
     """The features of two networks and of those between them, layer by layer.
 
     Arguments:
-        layers: in the order they compute; alphas: 0 = A, 1 = B (the paper writes it the other way
+        layers: in the order they compute.
+        alphas: 0 = A, 1 = B (the paper writes it the other way
             round; it matters to nobody who uses a symmetric set).
-        n: samples (or positions) behind each layer; per: ``sample`` or ``position``.
+        n: samples (or positions) behind each layer.
+        per: ``sample`` or ``position``.
         bn: the BatchNorm mode of every network here, the ends included; ``none`` without any.
         predictions: behind each error.
         errors, losses: ``a``, ``b`` -> percent, nats.
@@ -168,7 +120,7 @@ class Features:
     path_loss: Mapping[float, float]
     mixture: Mapping[float, float]
     mixture_loss: Mapping[float, float]
-    bn_examples: int | None = None
+    bn_examples: int | None = field(default=None, metadata=OMIT_DEFAULT)
 
     def layer(self, name: str) -> LayerFeatures:
         """The site called ``name``.
@@ -207,29 +159,3 @@ class Features:
 
     def _count(self, error: float) -> int:
         return round(error * self.predictions / 100)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "layers": [layer.to_json() for layer in self.layers],
-            "alphas": list(self.alphas),
-            **{k: getattr(self, k) for k in ("n", "per", "bn", "predictions")},
-            **{k: {e: plain(v) for e, v in getattr(self, k).items()} for k in ("errors", "losses")},
-            **{k: {_key(t): plain(v) for t, v in getattr(self, k).items()} for k in _BY_ALPHA},
-            **({} if self.bn_examples is None else {"bn_examples": self.bn_examples}),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Features:
-        """The inverse of :meth:`to_json`."""
-        found = cls(
-            tuple(LayerFeatures.from_json(x) for x in value["layers"]),
-            tuple(value["alphas"]),
-            *(value[k] for k in ("n", "per", "bn", "predictions")),
-            *({e: float(v) for e, v in value[k].items()} for k in ("errors", "losses")),
-            *({float(t): float(v) for t, v in value[k].items()} for k in _BY_ALPHA),
-        )
-        return replace(found, bn_examples=value.get("bn_examples"))
-
-
-_BY_ALPHA = ("path", "path_loss", "mixture", "mixture_loss")

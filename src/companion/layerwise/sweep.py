@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from companion.connectivity import Barrier, Curve, Measure, barrier, gates, grid, has_batchnorm
+from companion.connectivity import Barrier, Curve, Measure, barrier, grid, has_batchnorm
+from companion.connectivity.barrier import gated
 from companion.connectivity.paths import splits_of
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
@@ -51,7 +52,8 @@ def sweep(
     """Barriers of single layers, and of any sets of layers, between networks A and B.
 
     Arguments:
-        module: the architecture; a, b: state dicts of it.
+        module: the architecture.
+        a, b: state dicts of it.
         data: where to measure (all of it; ``settings.train_examples`` is for stored pairs).
         settings: what to measure, see :class:`Sweep`.
         bn_data, classes, max_error, same_noise: as :func:`companion.connectivity.barrier`.
@@ -264,24 +266,21 @@ def _full(
             max_error=max_error,
             same_noise=same_noise,
         )
-    held_out = "test" if "test" in splits else list(splits)[-1]
-    errors = (ends[0][held_out].error, ends[1][held_out].error)
-    if classes is None:
-        classes = 1 + max(int(s.y.max()) for s in splits.values())
     smallest = min(splits, key=lambda s: len(splits[s]))
     # Whether a mixture of A with itself is A shows on any images; a few are enough.
     few = Split(splits[smallest].x[:_FEW], splits[smallest].y[:_FEW])
     plain = LayerWalker(module, {smallest: few}, batch=walker.batch)
     mixed, itself = plain.walk((a, a), [(2 / 3, 1 / 3), (1.0, 0.0)])
-    names = walker.layout.parameters
-    guess = gates.guessing(splits[held_out])
-    found = (
-        gates.quality(errors, classes, max_error=max_error, guess=guess),
-        gates.distinct(a, b, names, same_noise=same_noise),
-        gates.symmetry(
-            a, b, walker.layout.floating, abs(mixed[smallest].loss - itself[smallest].loss)
-        ),
-        gates.batchnorm("none", ["none"]),
+    return gated(
+        {"none": rows[0].curve},
+        "none",
+        a,
+        b,
+        walker.layout,
+        splits,
+        ends,
+        abs(mixed[smallest].loss - itself[smallest].loss),
+        classes=classes,
+        max_error=max_error,
+        same_noise=same_noise,
     )
-    curves = {"none": rows[0].curve}
-    return Barrier(curves, "none", found, distance(a, b, names), classes, errors, guess)

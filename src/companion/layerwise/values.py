@@ -1,4 +1,4 @@
-"""What a sweep is asked for, and what it brings back: values, with JSON."""
+"""What a sweep is asked for, and what it brings back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from companion.connectivity import BN_EXAMPLES, BN_MODES, Barrier, Curve, check_bn_examples, grid
+from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 
 KINDS = ("single", "shallow", "deep", "random", "window")
@@ -102,18 +103,7 @@ class Sweep:
 
         ``bn_examples`` counts for networks with BatchNorm only: the store's entry adds it.
         """
-        blank = Sweep()
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        fields.pop("bn_examples")
-        return {
-            k: [[n, list(g)] for n, g in v]
-            if k == "subsets"
-            else list(v)
-            if isinstance(v, tuple)
-            else v
-            for k, v in fields.items()
-            if v != getattr(blank, k)
-        }
+        return {k: v for k, v in codec.changed(self).items() if k != "bn_examples"}
 
 
 @dataclass(frozen=True)
@@ -145,38 +135,14 @@ class Row:
         """The value at alpha = ½."""
         return self.curve.values[split][metric][self.curve.alphas.index(0.5)]
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return {
-            "kind": self.kind,
-            "label": self.label,
-            "groups": list(self.groups),
-            "rest": self.rest,
-            "draw": self.draw,
-            "length": self.length,
-            "curve": self.curve.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Row:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            value["kind"],
-            value["label"],
-            tuple(value["groups"]),
-            value["rest"],
-            value["draw"],
-            value["length"],
-            Curve.from_json(value["curve"]),
-        )
-
 
 @dataclass(frozen=True)
 class Additivity:
     """Is the full barrier more than its parts? (claim B7)
 
     Arguments:
-        full: barrier of the whole network at ½; total: sum over layers of the positive
+        full: barrier of the whole network at ½.
+        total: sum over layers of the positive
             single-layer barriers, each the larger of the two defaults'; ratio: full / total
             (infinite if no layer has a barrier).
     """
@@ -350,34 +316,3 @@ class LayerBarriers:
         """These with gate G0 asked again, see :meth:`companion.connectivity.Barrier.judged`."""
         full = self.full.judged(reference_error=reference_error, max_error=max_error)
         return replace(self, full=full)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values; :meth:`from_json` is the inverse."""
-        return {
-            "groups": {label: list(names) for label, names in self.groups.items()},
-            "rows": [row.to_json() for row in self.rows],
-            "full": self.full.to_json(),
-            "ends": {
-                s: {m: [_plain(x) for x in v] for m, v in ms.items()} for s, ms in self.ends.items()
-            },
-            "method": self.method,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LayerBarriers:
-        """The inverse of :meth:`to_json`."""
-        ends = {
-            s: {m: (float(v[0]), float(v[1])) for m, v in ms.items()}
-            for s, ms in value["ends"].items()
-        }
-        return cls(
-            {label: tuple(names) for label, names in value["groups"].items()},
-            tuple(Row.from_json(r) for r in value["rows"]),
-            Barrier.from_json(value["full"]),
-            ends,
-            value["method"],
-        )
-
-
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)

@@ -14,6 +14,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion.connectivity import Measure, Walker
+from companion.connectivity.batches import room
 from companion.core import deadline
 from companion.core.errors import OutOfTime
 from companion.core.theta import Theta, affine, check
@@ -25,6 +26,8 @@ log = logging.getLogger("companion")
 
 _KEPT = 1 << 30
 """Bytes of mixed weights and random directions that are kept between batches of images."""
+_RECORDED = 1 << 29
+"""Bytes that recorded passes may take on a CPU."""
 _CACHED = 1 << 26
 """Bytes of a recorded pass that a batch aims at, on a CPU."""
 _PROBE = 8  # images of the pass that measures memory and checks the replay
@@ -174,8 +177,8 @@ class _Replayed:
             if not self.walker.chosen and self.walker.device.type == "cpu":
                 # Small feature maps want large batches, large ones small batches: both are faster.
                 images = max(16, min(500, _CACHED * len(x) // most))
-            room = _room(self.walker.device) * len(x) // (3 * most)  # A, B and a mixture
-            self.walker.batch = max(1, min(images, room))
+            kept = room(self.walker.device, _RECORDED) * len(x) // (3 * most)  # A, B and a mixture
+            self.walker.batch = max(1, min(images, kept))
         return True
 
     def _visit(self, x: torch.Tensor) -> Iterator[tuple[int, Tape, float]]:
@@ -251,13 +254,6 @@ class _Replayed:
             moved = {k: v.to(self.walker.device) for k, v in path.end().items()}
             self.last = (path, moved)
         return self.last[1]
-
-
-def _room(device: torch.device) -> int:
-    """Bytes that recorded passes may take: half a gigabyte, or a quarter of a GPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory // 4)
-    return 1 << 29
 
 
 def _place(path: Path, weights: Weights) -> Weights:

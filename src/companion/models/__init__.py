@@ -13,6 +13,7 @@ from companion.models.spec import (
     has_dropout,
     names,
     takes,
+    title,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "parameter_count",
     "source_digest",
     "takes",
+    "title",
 ]

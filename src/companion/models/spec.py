@@ -125,7 +125,7 @@ def canonical(spec: str) -> str:
     keys, so it may stand in a content hash. A network of the user's own keeps all its options,
     because its defaults are not known here; it is not imported.
 
-    Args:
+    Arguments:
         spec: "name", "name:option=value,…" or "package.module:factory?option=value,…".
 
     Raises: :class:`BadParameter` for an unknown name, option or value, and for clashing options.
@@ -146,6 +146,33 @@ def describe(spec: str) -> dict[str, Any]:
     """
     parsed = _parse(spec)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in parsed.values.items()}
+
+
+_COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_TITLES = {"lenet": "LeNet", "resnet": "ResNet-", "vgg": "VGG-", "gpt": "GPT"}
+
+
+def title(spec: str) -> str:
+    """What people call a network, for legends and captions.
+
+    ``mlp:widths=100x5`` is a "six-layer perceptron", ``resnet20:width=8`` a "ResNet-20 (width 8)".
+    A network of the user's own keeps its own.
+
+    Raises: :class:`BadParameter` as :func:`canonical` does.
+    """
+    parsed = _parse(spec)
+    options = dict(parsed.options)
+    if parsed.family is None:
+        return spec
+    if parsed.name == "mlp":
+        options.pop("widths", None)
+        layers = len(parsed.values["widths"]) + 1
+        found = f"{_COUNTS[layers - 1] if layers <= len(_COUNTS) else layers}-layer perceptron"
+    else:
+        known = re.fullmatch(r"(lenet|resnet|vgg|gpt)(.*)", parsed.name)
+        found = _TITLES[known[1]] + known[2] if known else parsed.name
+    rest = ", ".join(f"{name} {value}" for name, value in options.items())
+    return f"{found} ({rest})" if rest else found
 
 
 def names() -> list[Listed]:
@@ -233,7 +260,7 @@ def _check_data(spec: str, family: Family | None, in_shape: Any, classes: Any) -
 def build(spec: str, in_shape: tuple[int, ...], classes: int, key: Key | None = None) -> nn.Module:
     """Build a network, on the CPU, with freshly drawn weights.
 
-    Args:
+    Arguments:
         spec: "resnet20", "mlp:widths=300-100,norm=layer", "package.module:factory?width=3", …;
             :func:`names` lists what there is.
         in_shape: (C, H, W) of one image, or (L,) of one window of tokens.

@@ -87,12 +87,18 @@ class Study:
     """The experiments of chapter 5. Each runs, once, when it is first looked at.
 
     Arguments:
-        recipe: of the GPT. text: the dataset. module: the architecture, on the device.
+        recipe: of the GPT.
+        text: the dataset.
+        module: the architecture, on the device.
         blocks: its groups of layers: embedding, positions, blocks, last norm.
-        ks: fork steps, sorted, 0 first. looks: checkpoints of the heat map, T last.
+        ks: fork steps, sorted, 0 first.
+        looks: checkpoints of the heat map, T last.
         inits: initialisations; two networks of each.
         neighbours: groups in a sliding window.
+        evaluation: how pairs are measured.
         max_error: percent; a network up to it counts as trained in any case.
+        device: where.
+        workers: processes on a CPU; 0: one a core.
     """
 
     recipe: Recipe
@@ -363,8 +369,7 @@ def design(
 ) -> Study:
     """The recipe, the fork steps, and what is measured. Nothing is trained.
 
-    Arguments:
-        the chapter's parameters; None: the network's own.
+    Its arguments are the chapter's parameters; None: the network's own.
 
     Raises:
         BadParameter, MissingData, DeviceUnavailable: whatever is wrong with them.

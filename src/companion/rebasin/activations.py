@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
@@ -126,7 +127,7 @@ def activation_matching(
     inputs: Inputs,
     *,
     statistic: str = "moment",
-    batch: int = 500,
+    batch: int | None = None,
 ) -> Matching:
     """Match units that respond alike to the same data: one linear assignment for each group.
 
@@ -134,12 +135,14 @@ def activation_matching(
     together, exactly. Networks run in eval mode, on the device of ``inputs``, as copies.
 
     Arguments:
-        spec: of ``module``; module: the architecture; a, b: state dicts of it, not changed.
+        spec: of ``module``.
+        module: the architecture.
+        a, b: state dicts of it, not changed.
         inputs: a split; a tensor, shape (N, …); or a sequence whose members are the arguments of
             one forward pass each, a tuple or a single tensor. No labels are needed. The paper takes
             the whole training set, un-augmented; a part of it will often do.
         statistic: one of :data:`STATISTICS`.
-        batch: samples a forward pass, for a split or a tensor.
+        batch: samples a forward pass, for a split or a tensor; None: what suits them.
 
     Returns:
         permutations for B. ``objective``, ``before`` and ``bound`` are sums over groups of means
@@ -233,10 +236,10 @@ def _solve(spec: Spec, sums: Mapping[Look, Sums], statistic: str, begin: float) 
 
 
 def _batches(
-    inputs: Inputs, batch: int
+    inputs: Inputs, batch: int | None
 ) -> tuple[Iterator[tuple[Any, ...]], tuple[Any, ...], Tensor]:
     """Arguments of the forward passes, a few to try sites with, and a tensor of them."""
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise BadParameter(f"batch: {batch} must be 1 or more.")
     if isinstance(inputs, Split):
         inputs = inputs.x
@@ -250,6 +253,7 @@ def _batches(
     if len(inputs) == 0:
         raise BadParameter("inputs: there are none. Activation matching needs at least one sample.")
     if isinstance(inputs, Tensor):
+        batch = batch or examples_a_pass(inputs)
         return ((x,) for x in inputs.split(batch)), (inputs[: min(batch, PROBE)],), inputs
     tensors = (x for x in pytree.tree_leaves(inputs[0]) if isinstance(x, Tensor))
     found = next(tensors, None)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,8 @@ from scipy.optimize import brentq
 from torch import nn
 
 from companion.connectivity import BN_EXAMPLES, Curve, Walker, classification, grid
-from companion.core import deadline
 from companion.core.errors import BadParameter
-from companion.core.theta import Theta, affine, check
+from companion.core.theta import Theta
 from companion.data import Split
 
 RANGE = 1e4
@@ -63,7 +61,8 @@ def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:
     :data:`RANGE` times below or above the logits' own spread.
 
     Arguments:
-        logits: (N, K), any float type; y: (N,) int64 classes.
+        logits: (N, K), any float type.
+        y: (N,) int64 classes.
 
     Raises:
         BadParameter: shapes that do not fit, classes out of range, logits that are not finite.
@@ -96,7 +95,8 @@ class Calibrated:
     """Loss on held-out data before and after a temperature was fitted on other data.
 
     Arguments:
-        temperature: the fitted one; before, loss: in nats, at temperature 1 and at the fitted one;
+        temperature: the fitted one.
+        before, loss: in nats, at temperature 1 and at the fitted one;
         error: percent; the temperature does not change it.
     """
 
@@ -142,14 +142,6 @@ class CalibratedCurve:
         """The barrier that calibration leaves: :meth:`companion.connectivity.Curve.height`."""
         return self.curve.height(split, metric, definition, signed=signed)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return {
-            "curve": self.curve.to_json(),
-            "plain": self.plain.to_json(),
-            "temperatures": [t if math.isfinite(t) else None for t in self.temperatures],
-        }
-
 
 class _Collector:
     """A score for the walker that keeps the logits of one point of the path."""
@@ -194,7 +186,8 @@ def calibrated_curve(
     (tokens × vocabulary × 8 bytes): give parts of a text, such as ``split.head(100)``.
 
     Arguments:
-        module: the architecture; a, b: state dicts of it, B permuted or not.
+        module: the architecture.
+        a, b: state dicts of it, B permuted or not.
         fit: what the temperature is fitted on: a held-out part, or the training data.
         evaluate: name -> where to measure, e.g. ``{"test": …}``; may hold ``fit`` itself too.
         points, bn: as :func:`companion.connectivity.segment`.
@@ -221,21 +214,17 @@ def calibrated_curve(
     logits = _Collector()
     average = bn_data if bn_data is not None else splits.get("train", fit)
     walker = Walker(module, splits, bn=bn, bn_data=average, bn_examples=bn_examples, score=logits)
-    check(walker.module, a, "A")
-    check(walker.module, b, "B")
-    ends = [{k: v.to(walker.device) for k, v in t.items()} for t in (a, b)]
-    walker.load(ends[0])
     labels = {name: split.y.flatten() for name, split in splits.items()}
-    measured, losses, found = [], [], []
-    for row in steps:
-        deadline.check()
-        walker.load(affine(ends, row, walker.layout.floating))
-        measured.append(walker.here())
+    losses, found = [], []
+
+    def fit_here() -> None:
         z = logits.take(splits)
         fine = all(bool(torch.isfinite(v).all()) for v in z.values())
         t = temperature_at or (temperature(z[where], labels[where]) if fine else math.nan)
         found.append(t)
         losses.append({n: nll(z[n], labels[n], t) if fine else math.inf for n in evaluate})
+
+    measured = walker.walk((a, b), steps, each=fit_here)
 
     def curve(loss: Mapping[str, tuple[float, ...]]) -> Curve:
         errors = {n: tuple(m[n].error for m in measured) for n in evaluate}
@@ -274,7 +263,8 @@ def ece(probabilities: torch.Tensor, y: torch.Tensor, bins: int = 15) -> float:
     """Expected calibration error of the top label: mean |accuracy - confidence| over bins.
 
     Arguments:
-        probabilities: (N, K), rows that sum to 1; y: (N,) int64 classes.
+        probabilities: (N, K), rows that sum to 1.
+        y: (N,) int64 classes.
         bins: of equal width over [0, 1]; each counts by its share of the examples.
 
     Returns:
@@ -294,7 +284,9 @@ class Reliability:
     """How often a stated probability comes true.
 
     Arguments:
-        centres: middle of each bin; confidence: mean probability stated in it; fraction: share of
+        centres: middle of each bin.
+        confidence: mean probability stated in it.
+        fraction: share of
             its (example, class) pairs that are true; counts: number of its pairs. Confidence and
             fraction are NaN in an empty bin.
     """
@@ -312,7 +304,8 @@ def reliability(probabilities: torch.Tensor, y: torch.Tensor, bins: int = 15) ->
     the edge of two bins in both; here it is in the lower one.
 
     Arguments:
-        probabilities: (N, K), rows that sum to 1; y: (N,) int64 classes.
+        probabilities: (N, K), rows that sum to 1.
+        y: (N,) int64 classes.
         bins: of equal width over [0, 1]; the paper's are 15 (Figure 11) and 10 (Figure 13).
 
     Source: Git Re-Basin, Figures 5, 11 and 13; our chapter 2.
@@ -344,7 +337,8 @@ def prior_shift(
     merging networks of differently biased data has to beat: one such network, re-biased.
 
     Arguments:
-        logits: (N, K); train_prior, test_prior: (K,) probabilities or counts of the classes.
+        logits: (N, K).
+        train_prior, test_prior: (K,) probabilities or counts of the classes.
 
     Returns:
         (N, K), of the logits' type; rows are shifted, not normalised.
@@ -372,7 +366,8 @@ def ensemble_logprobs(
     """The ensemble of models as the paper has it: a weighted mean of their log-probabilities.
 
     Arguments:
-        logits: one (N, K) for each model; weights: that sum to 1 (default: equal).
+        logits: one (N, K) for each model.
+        weights: that sum to 1 (default: equal).
 
     Returns:
         (N, K) float64 log-probabilities, normalised again: the logarithm of the models' geometric

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
+from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
 from companion.core.errors import BadParameter
 from companion.core.numerics import exact_evaluation
@@ -97,7 +98,8 @@ class Layer:
     """A module that scales channels.
 
     Arguments:
-        module: itself, in the private copy of the network; axis: of its channels in its outputs.
+        module: itself, in the private copy of the network.
+        axis: of its channels in its outputs.
         runs: how often it runs in a forward pass.
         last: whether the network's outputs are its own.
         refused: why a scale and a shift for each channel cannot be written into it, or ``""``.
@@ -124,7 +126,9 @@ def fusible(name: str, module: nn.Module, entries: set[str], tied: set[str]) -> 
     """Why a scale and a shift for each channel cannot be written into a layer, ``""`` if they can.
 
     Arguments:
-        name: its path; entries: names in the state dict; tied: those that share their tensor.
+        name: its path.
+        entries: names in the state dict.
+        tied: those that share their tensor.
     """
     if isinstance(module, _BatchNorm):
         if module.running_mean is None:
@@ -146,8 +150,10 @@ def fusible(name: str, module: nn.Module, entries: set[str], tied: set[str]) -> 
     return ""
 
 
-def batches(inputs: torch.Tensor, batch: int) -> list[torch.Tensor]:
+def batches(inputs: torch.Tensor, batch: int | None) -> list[torch.Tensor]:
     """``inputs`` in the fewest batches of at most ``batch``, of equal size give or take one.
+
+    None: :func:`companion.connectivity.batches.examples_a_pass`.
 
     Raises:
         BadParameter: no tensor of two or more inputs, NaN in it, or a batch below 2.
@@ -157,6 +163,7 @@ def batches(inputs: torch.Tensor, batch: int) -> list[torch.Tensor]:
         raise BadParameter(f"inputs: a tensor (N, …) with N of 2 or more is needed, got {what}.")
     if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
         raise BadParameter("inputs: they hold NaN or infinite values.")
+    batch = examples_a_pass(inputs) if batch is None else batch
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 2:
         raise BadParameter(f"batch: {batch!r} must be a whole number of 2 or more.")
     # Never a batch of one: it has no spread, and BatchNorm refuses it.
@@ -168,7 +175,8 @@ class Copy:
     """A private copy of a network in eval mode, and its layers in the order in which they run.
 
     Arguments:
-        module: copied, never changed; example: a batch of its inputs, on the device to compute on.
+        module: copied, never changed.
+        example: a batch of its inputs, on the device to compute on.
     """
 
     def __init__(self, module: nn.Module, example: torch.Tensor):

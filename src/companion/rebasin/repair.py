@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta, affine, check, layout
 from companion.rebasin.moments import Copy, Layer, Moments, batches, correction, measure
@@ -47,7 +48,8 @@ class Repaired:
             varies in an end.
         reset: BatchNorm layers whose running statistics were estimated again.
         skipped: layer that was neither corrected nor reset -> why.
-        form: one of :data:`FORMS`; alpha: the position between A and B.
+        form: one of :data:`FORMS`.
+        alpha: the position between A and B.
         samples: inputs that the statistics are of.
     """
 
@@ -64,10 +66,6 @@ class Repaired:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the weights, JSON-able; a share that is no number is None."""
-
-        def plain(shares: Mapping[str, float]) -> dict[str, float | None]:
-            return {n: None if math.isnan(v) else v for n, v in shares.items()}
-
         return {
             "form": self.form,
             "alpha": self.alpha,
@@ -75,8 +73,8 @@ class Repaired:
             "corrected": list(self.scale),
             "reset": list(self.reset),
             "skipped": dict(self.skipped),
-            "before": plain(self.before),
-            "after": plain(self.after),
+            "before": codec.to_json(self.before, null=True),
+            "after": codec.to_json(self.after, null=True),
         }
 
     def __str__(self) -> str:
@@ -107,7 +105,7 @@ def merge(module: nn.Module, a: Theta, b: Theta, alpha: float) -> dict[str, torc
 
 
 def _checked(
-    module: nn.Module, a: Theta, b: Theta, inputs: torch.Tensor, alpha: float, batch: int
+    module: nn.Module, a: Theta, b: Theta, inputs: torch.Tensor, alpha: float, batch: int | None
 ) -> list[torch.Tensor]:
     """The batches, after everything that can be refused before the first forward pass was."""
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
@@ -177,13 +175,15 @@ def collapse(
     inputs: torch.Tensor,
     *,
     alpha: float = 0.5,
-    batch: int = 500,
+    batch: int | None = None,
 ) -> dict[str, float]:
     """How much variance collapses between A and B: 1 is none, 0 a network of constants.
 
     Arguments:
-        module: the architecture; a, b: state dicts, B permuted to A (or not, to compare).
-        inputs: (N, …), unlabelled, on the device to compute on; alpha: where to look.
+        module: the architecture.
+        a, b: state dicts, B permuted to A (or not, to compare).
+        inputs: (N, …), unlabelled, on the device to compute on.
+        alpha: where to look.
         batch: inputs a forward pass, at most.
 
     Returns:
@@ -202,7 +202,7 @@ def collapse(
 
 
 def reset_batchnorm(
-    module: nn.Module, theta: Theta, inputs: torch.Tensor, batch: int = 500
+    module: nn.Module, theta: Theta, inputs: torch.Tensor, batch: int | None = None
 ) -> dict[str, torch.Tensor]:
     """``theta`` with BatchNorm's running statistics estimated again: reset, cumulative average.
 
@@ -211,7 +211,8 @@ def reset_batchnorm(
     plain ones.
 
     Arguments:
-        module: the architecture, not changed; theta: a state dict of it, not changed.
+        module: the architecture, not changed.
+        theta: a state dict of it, not changed.
         inputs: (N, …), unlabelled training data, on the device to compute on.
         batch: inputs a forward pass, at most; the data is cut into batches of equal size.
 
@@ -289,7 +290,7 @@ def repair(
     alpha: float = 0.5,
     layers: Sequence[str] | None = None,
     form: str = "forward",
-    batch: int = 500,
+    batch: int | None = None,
     passes: int = 1,
 ) -> Repaired:
     """The network at ``alpha`` between A and B, with every channel's mean and spread put right.
@@ -305,7 +306,8 @@ def repair(
     too, so there the function is A's or B's only without BatchNorm).
 
     Arguments:
-        module: the architecture, not changed. a, b: state dicts, B already permuted to A.
+        module: the architecture, not changed.
+        a, b: state dicts, B already permuted to A.
         inputs: (N, …), N >= 2, unlabelled training data on the device to compute on.
         alpha: position, 0 = A, 1 = B.
         layers: names of those to correct. None: every layer that can take a scale and a shift for

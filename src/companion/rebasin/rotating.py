@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
@@ -38,9 +39,6 @@ from companion.rebasin.rotation import (
 from companion.rebasin.spec import Permutations
 from companion.rebasin.terms import Family, Term, families
 from companion.rebasin.weights import norms
-
-TOKENS = 8192
-"""In one forward pass of :func:`activation_rotation`, at most."""
 
 
 def rotation_matching(
@@ -64,7 +62,8 @@ def rotation_matching(
         a, b: folded state dicts (:meth:`companion.rebasin.folding.Folding.apply`), not changed.
         heads: one of :data:`HEADS`; pairs of heads are compared by what they gain at their best.
         start: a Q to begin at in place of the first one.
-        max_iterations: of both half-steps; rtol: an iteration that gains less than this share of
+        max_iterations: of both half-steps.
+        rtol: an iteration that gains less than this share of
             the bound is the last.
 
     Raises:
@@ -271,7 +270,8 @@ def activation_rotation(
     determine without their outputs, come from the weights, with Q and the order of heads in place.
 
     Arguments:
-        a, b: folded state dicts; inputs: tokens, a split or int64 (N, L).
+        a, b: folded state dicts.
+        inputs: tokens, a split or int64 (N, L).
         heads: one of :data:`HEADS`.
 
     Returns:
@@ -287,9 +287,8 @@ def activation_rotation(
     if x.dim() != 2 or not len(x):
         raise BadParameter(f"inputs: tokens of shape (N, L) are needed, got {tuple(x.shape)}.")
     problem = _Problem(folding, a, b, heads)
-    batch = max(1, TOKENS // x.shape[1])
-    q = procrustes(_streams(folding, a, b, x, batch))
-    found = activation_matching(folding.units, folding.module, a, b, x, batch=batch)
+    q = procrustes(_streams(folding, a, b, x))
+    found = activation_matching(folding.units, folding.module, a, b, x)
     perms, inner = dict(found.perms), {}
     if heads == "rotated":
         inner = _turns_inside(problem, q, perms)
@@ -315,7 +314,7 @@ def _turns_inside(problem: _Problem, q: Tensor, perms: dict[str, Tensor]) -> dic
 
 @exact_evaluation()
 @torch.no_grad()
-def _streams(folding: Folding, a: Theta, b: Theta, x: Tensor, batch: int) -> Tensor:
+def _streams(folding: Folding, a: Theta, b: Theta, x: Tensor) -> Tensor:
     """Inner products of all pairs of coordinates of A's and B's stream, float64 (D, D)."""
     nets = []
     for theta in (a, b):
@@ -334,7 +333,7 @@ def _streams(folding: Folding, a: Theta, b: Theta, x: Tensor, batch: int) -> Ten
         for name in folding.parts.readers:
             net.get_submodule(name).register_forward_hook(keep(where, name))
     sums = Sums(centred=False)
-    for part in x.split(batch):
+    for part in x.split(examples_a_pass(x)):
         deadline.check()
         for net in nets:
             net(part)

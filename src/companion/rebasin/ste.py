@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from companion.connectivity.paths import plain
-from companion.core import deadline
+from companion.core import codec, deadline
 from companion.core.errors import BadParameter
 from companion.core.losses import mean_loss
 from companion.core.numerics import exact_evaluation
@@ -56,7 +55,8 @@ class Midpoint:
         module: the architecture; copied, never changed. In eval mode but for BatchNorm, which uses
             the statistics of each batch: interpolated running statistics let the activations'
             variance collapse at the midpoint (Jordan et al. 2023), and with it the gradient.
-        a: network A, on the device to compute on; score: the loss.
+        a: network A, on the device to compute on.
+        score: the loss.
     """
 
     def __init__(self, module: nn.Module, a: Theta, inputs: Tensor, score: Score):
@@ -129,7 +129,9 @@ def straight_through(
     (see :class:`Midpoint`), dropout is off. Computes on the device of ``train``.
 
     Arguments:
-        spec: of ``module``; module: the architecture; a, b: state dicts of it. None is changed.
+        spec: of ``module``.
+        module: the architecture.
+        a, b: state dicts of it. None is changed.
         train: data of the steps, un-augmented.
         steps: of momentum SGD on the free weights (authors: 250 epochs).
         batch: examples a step, of a new permutation every epoch (authors: 1000 for MLPs, 500 for
@@ -219,13 +221,15 @@ def straight_through(
         bound,
         passes=len(losses),
         seconds=time.perf_counter() - begin,
-        details={
-            "loss": [plain(float(x)) for x in losses],
-            "held out": [[step, plain(value)] for step, value in judged],
-            "best": best.step,
-            "weight matching": plain(judged[0][1]),
-            "stopped": stopped,
-        },
+        details=codec.to_json(
+            {
+                "loss": losses,
+                "held out": judged,
+                "best": best.step,
+                "weight matching": judged[0][1],
+                "stopped": stopped,
+            }
+        ),
     )
 
 

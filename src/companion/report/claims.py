@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-from companion.core import closing
+from companion.core import closing, codec
 from companion.core.errors import BadParameter, CompanionError, NotMeasured
 from companion.report import page
 from companion.report.claims_file import EVIDENCE, Claim, papers, registry
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Claim",
+    "Need",
     "Statistic",
     "Verdict",
     "again",
@@ -37,12 +38,14 @@ __all__ = [
     "papers",
     "registry",
     "show",
+    "statistic",
     "table",
     "tally",
     "verdicts",
 ]
 
 S = TypeVar("S")
+Need: TypeAlias = tuple[bool, str]
 
 _OURS = ("D", "E")  # shown as ours, never as the paper's
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -92,28 +95,6 @@ class Verdict:
     detail: str = ""
     note: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; numbers that are not finite become text ("inf", "nan")."""
-        entry = asdict(self)
-        entry["claim"]["test"] = dict(self.claim.test)
-        entry["value"] = _plain(self.value)
-        entry["interval"] = self.interval and [_plain(x) for x in self.interval]
-        return entry
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Verdict:
-        """The inverse of :meth:`to_json`."""
-        fields = dict(entry)
-        claim = {**fields.pop("claim")}
-        claim["profiles"] = tuple(claim["profiles"])
-        value, interval = fields.pop("value"), fields.pop("interval")
-        return cls(
-            claim=Claim(**claim),
-            value=None if value is None else float(value),
-            interval=(float(interval[0]), float(interval[1])) if interval else None,
-            **fields,
-        )
-
 
 @dataclass(frozen=True)
 class Statistic:
@@ -135,6 +116,19 @@ class Statistic:
     detail: str = ""
     note: str = ""
     testable: bool = True
+
+
+def statistic(
+    value: float | Interval | None, *needs: Need, n: int | None = None, detail: str = ""
+) -> Statistic:
+    """A statistic that stands for something only where all its needs are met.
+
+    Arguments:
+        value, n, detail: as :class:`Statistic`.
+        needs: whether each is met, and what the note says if it is not.
+    """
+    lacking = [why for met, why in needs if not met]
+    return Statistic(value, n=n, detail=detail, note="; ".join(lacking), testable=not lacking)
 
 
 def verdicts(functions: Mapping[str, Callable[[S], Statistic]], study: S) -> list[Verdict]:
@@ -187,7 +181,7 @@ def judge(
     With an interval, the whole interval has to lie on one side of the threshold; where it straddles
     it, the verdict is "undetermined". A statistic that is NaN is undetermined too: no valid number.
 
-    Args:
+    Arguments:
         id: The claim, such as ``"C01"``.
         statistic: What the claim's ``statistic`` describes, in its ``unit``, alone or with its
             interval; a truth value for ``op: "true"``; None if it was not measured.
@@ -228,23 +222,29 @@ def judge(
     return Verdict(claim, word, value, interval, n, detail, note)
 
 
-def again(verdict: Verdict) -> Verdict:
-    """A verdict of another time, from its statistic and by the rule as it is now."""
+def again(verdict: Verdict, dataset: str = "") -> Verdict:
+    """A verdict of another time, from its statistic and by the rule as it is now.
+
+    Arguments:
+        dataset: the name it was measured on; one that the claim is not about cannot test it.
+    """
+    claim = registry()[verdict.claim.id]
+    other = bool(dataset) and not claim.takes(dataset)
     return judge(
         verdict.claim.id,
         verdict.value,
         n=verdict.n,
         interval=verdict.interval,
         detail=verdict.detail,
-        note=verdict.note,
-        testable=verdict.verdict != NOT_TESTABLE,
+        note=claim.about if other else verdict.note,
+        testable=verdict.verdict != NOT_TESTABLE and not other,
     )
 
 
 def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Recorded] = ()) -> None:
     """Display the table of reported against reproduced, and hand the verdicts to the book.
 
-    Args:
+    Arguments:
         verdicts: What :func:`judge` returned, in the order of the table.
         scale: What the numbers rest on: dataset, network, samples, hardware.
         recorded: What :func:`companion.report.recorded.load` returned; each profile becomes a
@@ -262,7 +262,7 @@ def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Recorded
     html = table(verdicts, caption=f"Scale: {scale}", recorded=recorded)
     page.emit(
         {"text/html": html, "text/plain": "\n".join(lines)},
-        {"claims": [{**v.to_json(), "scale": scale} for v in verdicts]},
+        {"claims": [{**codec.to_json(v), "scale": scale} for v in verdicts]},
     )
 
 
@@ -275,7 +275,7 @@ def table(
 ) -> str:
     """The table as HTML: claim, reported (and where), reproduced here, verdict, recorded.
 
-    Args:
+    Arguments:
         verdicts: The rows.
         caption: Plain text above the table.
         links: Claim id to address; the ids of the rows become links.
@@ -403,7 +403,3 @@ def _changed(claim: Claim) -> str:
 
 def _small(text: str) -> str:
     return f'<small class="claim-note">{escape(text)}</small>' if text else ""
-
-
-def _plain(x: float | None) -> float | str | None:
-    return x if x is None or math.isfinite(x) else str(x)

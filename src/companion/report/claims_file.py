@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from companion.core import plainyaml
+from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, MissingData
 from companion.core.locations import checkout
 
@@ -54,7 +55,21 @@ class Claim:
     evidence: str  # a key of EVIDENCE
     unit: str = ""
     format: str = "{:.2f}"
-    changed: str = ""  # if the rule changed after a run had been seen: after which, and from what
+    changed: str = field(
+        default="", metadata=OMIT_DEFAULT
+    )  # if the rule changed after a run had been seen: after which, and from what
+    data: tuple[str, ...] = field(
+        default=(), metadata=OMIT_DEFAULT
+    )  # names of the datasets that can test it; empty: any
+
+    def takes(self, dataset: str) -> bool:
+        """Whether a dataset can test it; a part (``mnist@split-a``) stands for the whole."""
+        return not self.data or dataset.partition("@")[0] in self.data
+
+    @property
+    def about(self) -> str:
+        """For the note of a verdict on other data."""
+        return f"the claim is about {', '.join(self.data)}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class _Registry:
 def registry(path: Path | None = None) -> dict[str, Claim]:
     """All claims by id, in the file's order.
 
-    Args:
+    Arguments:
         path: A claims file; by default ``data/claims.yaml`` of the checkout.
 
     Raises:
@@ -118,7 +133,7 @@ def _load(path: Path) -> _Registry:
 
 
 _FIELDS = {name: f.default for name, f in Claim.__dataclass_fields__.items()}
-_TEXTS = set(_FIELDS) - {"test", "profiles"}
+_TEXTS = set(_FIELDS) - {"test", "profiles", "data"}
 
 
 def _claim(entry: Any, where: str, names: Mapping[str, str]) -> Claim:
@@ -132,7 +147,7 @@ def _claim(entry: Any, where: str, names: Mapping[str, str]) -> Claim:
         raise BadParameter(
             f"{where}: unknown field {', '.join(unknown)}. Allowed: {', '.join(_FIELDS)}."
         )
-    optional = {"unit", "format", "changed"}
+    optional = {"unit", "format", "changed", "data"}
     missing = [name for name in _FIELDS if name not in entry and name not in optional]
     if missing:
         raise BadParameter(f"{where}: missing field {', '.join(missing)}.")
@@ -154,9 +169,10 @@ def _claim(entry: Any, where: str, names: Mapping[str, str]) -> Claim:
         raise BadParameter(
             f"{where}: paper {entry['paper']!r} has no short name. Known: {', '.join(names)}."
         )
-    profiles = entry["profiles"]
-    if not isinstance(profiles, list) or not all(isinstance(p, str) for p in profiles):
-        raise BadParameter(f"{where}: profiles is a list of names, such as [quick, gpu, paper].")
+    for name, example in (("profiles", "[quick, gpu, paper]"), ("data", "[mnist, digits]")):
+        value = entry.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise BadParameter(f"{where}: {name} is a list of names, such as {example}.")
     form = entry.get("format", Claim.format)
     try:
         form.format(0.5)
@@ -165,7 +181,7 @@ def _claim(entry: Any, where: str, names: Mapping[str, str]) -> Claim:
             f"{where}: format {form!r} does not format a number: {error}."
         ) from error
     _check_test(entry["test"], where)
-    return Claim(**{**entry, "profiles": tuple(profiles)})
+    return Claim(**{**entry, **{n: tuple(entry.get(n, ())) for n in ("profiles", "data")}})
 
 
 def _check_test(test: Any, where: str) -> None:

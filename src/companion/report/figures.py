@@ -24,20 +24,18 @@ The palette is Okabe and Ito's, legible with every common colour blindness.
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
+from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.report import page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 #: Okabe and Ito's eight colours in the order lines take them; yellow, weak on white, is last.
 OKABE_ITO = {
@@ -114,7 +112,7 @@ def publish(
 ) -> None:
     """Show a figure and hand it to the book: label, the data behind it, and what its caption says.
 
-    Args:
+    Arguments:
         fig: The figure. It is closed, so nothing shows it twice.
         name: Lower-case letters, digits and hyphens. It names the files, and the label is
             ``fig-<name>`` (a leading ``fig-`` is not doubled): ``{numref}`fig-<name>```.
@@ -143,7 +141,8 @@ def publish(
                 + (", for somebody who does not see it." if what == "alt" else ".")
             )
         entry[what] = " ".join(text.split())
-    entry["data"] = None if data is None else to_json(data, f"figure {name!r}, data")
+    where = f"figure {name!r}, data"
+    entry["data"] = None if data is None else codec.to_json(data, where, null=True)
     if values:
         entry["values"] = page.fillable(values, f"figure {name!r}, values")
     _claim_name(name)
@@ -162,7 +161,8 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
     """A figure of the book's look that is written to a file at the end; no window, no pyplot.
 
     Arguments:
-        path: ends in .svg, .pdf or .png. title: in the file's metadata.
+        path: ends in .svg, .pdf or .png.
+        title: in the file's metadata.
         size: for the figure, such as ``figsize``.
 
     Raises:
@@ -186,36 +186,6 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
 def label(name: str) -> str:
     """The cross-reference label of the figure ``name``: ``fig-<name>``."""
     return name if name.startswith("fig-") else f"fig-{name}"
-
-
-def to_json(value: Any, where: str = "data") -> Json:
-    """``value`` as plain JSON types: arrays and tensors become lists, NaN and infinities null.
-
-    Args:
-        value: Nested mappings and iterables of numbers, strings, booleans, None, NumPy or torch.
-        where: What to call the value in an error message.
-
-    Raises:
-        BadParameter: Something JSON cannot hold; the message says where.
-    """
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): to_json(v, f"{where}[{str(k)!r}]") for k, v in value.items()}
-    if hasattr(value, "detach"):  # a torch tensor, on any device, with or without a graph
-        value = value.detach().cpu()
-    if hasattr(value, "tolist"):  # NumPy and torch, arrays and scalars
-        return to_json(value.tolist(), where)
-    if isinstance(value, Iterable) and not isinstance(value, (bytes, set, frozenset)):
-        return [to_json(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    raise BadParameter(
-        f"{where}: a {type(value).__name__} cannot be written as JSON. "
-        "Allowed: numbers, strings, booleans, None, lists, mappings, NumPy arrays, torch tensors."
-    )
 
 
 def _svg(fig: Figure, title: str) -> str:

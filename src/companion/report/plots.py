@@ -8,9 +8,11 @@ wherever colour stands for a number, dark is high. matplotlib is imported when a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from companion.core import codec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,13 +20,12 @@ if TYPE_CHECKING:
 
     from companion.connectivity import Barrier, Curve, Plane
     from companion.core.stats import Interval
-    from companion.experiments.merged import Reading
     from companion.layerwise import LayerBarriers
 
+Axis = Literal["even", "linear", "log"]
 UNITS = {"error": "error (%)", "loss": "cross-entropy (nats)"}
 MAP = "cividis_r"  # yellow is low, dark blue is high
 MOST_NAMES = 14  # layers named below one panel at most
-FEWEST = 10  # pairs in a bin of a reliability curve that is drawn; fewer are noise
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", "-.", ":")
 _SPLITS: dict[str, dict[str, Any]] = {
@@ -92,6 +93,7 @@ def dashed(ax: Axes, y: float | None = None, *, x: float | None = None, text: st
             color=_DASHED["color"],
             fontsize=9,
             bbox=_PLATE,
+            zorder=1,  # below the curves
         )
 
 
@@ -144,7 +146,9 @@ def band(
     """Mean of several curves, and their range from lowest to highest as a band.
 
     Arguments:
-        x: shape (points,). curves: one a pair, same shape. number: chooses colour and marker.
+        x: shape (points,).
+        curves: one a pair, same shape.
+        number: chooses colour and marker.
     """
     drawn = {"x": list(x)} | _range(curves)
     look = {"color": f"C{number}", "ls": _LINES[number % 4], "marker": _MARKERS[number % 7]}
@@ -249,38 +253,55 @@ def sweep(
     ylabel: str,
     ticks: Mapping[int, str] | None = None,
     total: int = 0,
+    axis: Axis = "even",
 ) -> dict[str, Any]:
-    """A statistic with its intervals against a whole number (width, step), evenly spaced.
+    """A statistic with its intervals against a whole number (width, step).
 
     Arguments:
-        series: label -> number -> interval; ticks: number -> what the axis says there.
+        series: label -> number -> interval; one without any is left out.
+        ticks: number -> what the axis says there.
         total: of the axis (T, for steps); then ticks say the share of it, too.
+        axis: how the numbers are spaced: in even steps, linearly, or by their logarithm, with 0
+            a doubling before the first. Each number has its tick.
 
     Returns:
         what was drawn, in the form that :func:`companion.report.recorded.curves` reads.
     """
     numbers = sorted({k for points in series.values() for k in points})
-    place = {k: i for i, k in enumerate(numbers)}
+    place = _places(numbers, axis)
     drawn: dict[str, Any] = {"T": total}
     shift = 0.06 * (np.arange(len(series)) - (len(series) - 1) / 2)
     for number, (label, points) in enumerate(series.items()):
         mean = np.asarray([p.value for p in points.values()], dtype=float)
         low = np.asarray([p.low for p in points.values()], dtype=float)
         high = np.asarray([p.high for p in points.values()], dtype=float)
-        ax.errorbar(
-            [place[k] + shift[number] for k in points],
-            mean,
-            yerr=np.maximum([mean - low, high - mean], 0),
-            marker=_MARKERS[number % 7],
-            linestyle=_LINES[number % 4],
-            label=label,
-        )
+        if points:
+            ax.errorbar(
+                [place[k] + shift[number] for k in points],
+                mean,
+                yerr=np.maximum([mean - low, high - mean], 0),
+                color=f"C{number}",
+                marker=_MARKERS[number % 7],
+                linestyle=_LINES[number % 4],
+                label=label,
+            )
         drawn[label] = {"k": list(points), "mean": mean, "low": low, "high": high}
         drawn[label]["pairs"] = [p.n for p in points.values()]
     said = {k: f"{k}\n{100 * k / total:.3g} %" if total else str(k) for k in numbers}
-    ax.set_xticks(range(len(numbers)), [(ticks or said).get(k, str(k)) for k in numbers])
+    ax.set_xticks([place[k] for k in numbers], [(ticks or said).get(k, str(k)) for k in numbers])
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return drawn
+
+
+def _places(numbers: Sequence[int], axis: Axis) -> dict[int, float]:
+    """Where each number stands on the axis; neighbours are about one unit apart."""
+    if axis == "even" or len(numbers) < 2:
+        return {k: float(i) for i, k in enumerate(numbers)}
+    if axis == "linear":
+        unit = (numbers[-1] - numbers[0]) / (len(numbers) - 1)
+        return {k: (k - numbers[0]) / unit for k in numbers}
+    first = next(k for k in numbers if k > 0)
+    return {k: float(np.log2(k / first)) if k else -1.0 for k in numbers}
 
 
 def against_k(
@@ -290,18 +311,23 @@ def against_k(
     steps: int,
     threshold: float | None = 2.0,
     meaning: str = "points: the paper's line",
-    xlabel: str = "fork step k, and its share of training",
+    axis: Axis = "log",
+    xlabel: str = "fork step k (log axis, 0 set apart), and its share",
     ylabel: str = "error barrier (points)",
 ) -> dict[str, Any]:
     """:func:`sweep` over the fork step k, with the line that a barrier is held to.
 
     Arguments:
-        series: label -> k -> interval. steps: T. threshold: where the dashed line is; None: none.
+        series: label -> k -> interval.
+        steps: T.
+        threshold: where the dashed line is; None: none.
         meaning: what is written there behind the number.
+        axis: as :func:`sweep`.
     """
-    drawn = sweep(ax, series, xlabel=xlabel, ylabel=ylabel, total=steps)
+    drawn = sweep(ax, series, xlabel=xlabel, ylabel=ylabel, total=steps, axis=axis)
     if threshold is not None:
         dashed(ax, threshold, text=f"{threshold:g} {meaning}")
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     _legend(ax)
     return drawn
 
@@ -310,7 +336,7 @@ def panels(
     runs: Mapping[str, tuple[int, Mapping[str, Mapping[int, Interval]]]],
     *,
     threshold: float | None = 2.0,
-    xlabel: str = "fork step k, and its share of training",
+    xlabel: str = "fork step k (log axis, 0 set apart), and its share",
     ylabel: str = "error barrier (points)",
 ) -> tuple[Figure, dict[str, Any]]:
     """:func:`against_k` for several runs, a panel each, on one vertical scale.
@@ -326,7 +352,13 @@ def panels(
     drawn = {}
     for ax, (title, (steps, series)) in zip(axes, runs.items(), strict=True):
         drawn[" ".join(title.split())] = against_k(
-            ax, series, steps=steps, threshold=threshold, xlabel=xlabel, ylabel=ylabel
+            ax,
+            series,
+            steps=steps,
+            threshold=threshold,
+            axis="log" if steps else "even",
+            xlabel=xlabel,
+            ylabel=ylabel,
         )
         ax.set_title(title, fontsize=10)
         _legend(ax, fontsize=8)
@@ -346,7 +378,8 @@ def conditions(
     """One statistic under several named conditions: a dot and its interval each, top to bottom.
 
     Arguments:
-        form: of the numbers at the dots. colours: one a row; default: the same for all.
+        form: of the numbers at the dots.
+        colours: one a row; default: the same for all.
         from_zero: whether 0 is on the axis.
     """
     for place, row in enumerate(rows.values()):
@@ -405,7 +438,8 @@ def planes(
 
     Arguments:
         found: title -> plane; a panel each.
-        names: of the three networks; segments: which of them are joined, the last by a solid line.
+        names: of the three networks.
+        segments: which of them are joined, the last by a solid line.
 
     Returns:
         title -> the plane as JSON has it.
@@ -441,7 +475,7 @@ def planes(
         ax.grid(visible=False)
     axes[0].set_ylabel("distance in weight space")
     axes[0].figure.colorbar(filled, ax=axes, label=f"{split} {UNITS[metric]}", shrink=0.8)
-    return {str(title): one.to_json() for title, one in found.items()}
+    return codec.to_json(found)
 
 
 def heat(
@@ -460,8 +494,10 @@ def heat(
 
     Arguments:
         maps: key -> row label -> one value a column; a panel each.
-        columns: their labels, for all panels or by key. label: of the colour bar, with the unit.
-        form: of the numbers. missing: what a cell says without one; it is grey.
+        columns: their labels, for all panels or by key.
+        label: of the colour bar, with the unit.
+        form: of the numbers.
+        missing: what a cell says without one; it is grey.
         apart: whether the first row is set apart from the others.
 
     Returns:
@@ -516,7 +552,8 @@ def dots(
     """One dot a layer and pair, in the order of the layers; each pair's whole network as a line.
 
     Arguments:
-        pairs: one mapping a pair: layer -> barrier (nats). full: the whole network's, one a pair.
+        pairs: one mapping a pair: layer -> barrier (nats).
+        full: the whole network's, one a pair.
         labels: whether layers are named.
     """
     names = list(pairs[0])
@@ -552,26 +589,6 @@ def spectrum(ax: Axes, series: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         ylim=(0, 1.02),
         xlim=(0, 1),
     )
-    return drawn
-
-
-def reliability(ax: Axes, readings: Mapping[str, Reading]) -> dict[str, Any]:
-    """How often a stated probability comes true, for several predictors, in bins."""
-    ax.plot([0, 1], [0, 1], **_DASHED)
-    drawn = {}
-    for number, (label, one) in enumerate(readings.items()):
-        full = [i for i, n in enumerate(one.count) if n >= FEWEST]
-        ax.plot(
-            [one.confidence[i] for i in full],
-            [one.fraction[i] for i in full],
-            _LINES[number % 4],
-            marker=_MARKERS[number % 7],
-            label=f"{label}, ECE {one.ece:.1f}",
-        )
-        fields = ("confidence", "fraction", "count", "ece")
-        drawn[label] = {field: getattr(one, field) for field in fields}
-    ax.set(xlabel="stated probability", ylabel="share that is true", xlim=(0, 1), ylim=(0, 1.02))
-    _legend(ax, fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
     return drawn
 
 

@@ -17,11 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from companion.core import closing
+from companion.core import closing, codec
 from companion.core.errors import BadParameter
 from companion.core.locations import checkout
 from companion.report import page
-from companion.report.figures import to_json
 
 _PACKAGES = ("companion", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "transformers")
 
@@ -29,7 +28,7 @@ _PACKAGES = ("companion", "torch", "torchvision", "numpy", "scipy", "scikit-lear
 def record(**extra: Any) -> dict[str, Any]:
     """What a reader needs to judge or repeat a run.
 
-    Args:
+    Arguments:
         extra: Anything else that JSON can hold, such as ``dataset={"name": "digits", ...}``.
 
     Returns:
@@ -56,7 +55,7 @@ def record(**extra: Any) -> dict[str, Any]:
         raise BadParameter(f"provenance.record: {', '.join(clash)} is filled in already.")
     # While a recording is closed: of where its numbers come from.
     entry |= closing.origin()
-    return entry | {name: to_json(value, name) for name, value in extra.items()}
+    return entry | {k: codec.to_json(v, k, null=True) for k, v in extra.items()}
 
 
 def show(entry: Mapping[str, Any]) -> None:
@@ -73,7 +72,7 @@ def show(entry: Mapping[str, Any]) -> None:
     text = "\n".join(f"{name}: {value}" for name, value in _rows(entry))
     page.emit(
         {"text/html": html, "text/plain": text},
-        {"provenance": to_json(dict(entry), "provenance")},
+        {"provenance": codec.to_json(entry, "provenance", null=True)},
     )
 
 
@@ -82,7 +81,7 @@ def rerun(
 ) -> str:
     """The command that runs a chapter's notebook again with these parameters.
 
-    Args:
+    Arguments:
         chapter: The chapter's name, such as ``"01_instability"``.
         parameters: The values to run with.
         defaults: The chapter's own values; parameters that equal them are left out. Without
@@ -114,7 +113,7 @@ def _command(
             default = defaults[name]
             if type(default) is type(value) and default == value:
                 continue
-        words.append(shlex.join(_option(name, to_json(value, name))))
+        words.append(shlex.join(_option(name, codec.to_json(value, name, null=True))))
     return words
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.core.errors import CorruptData
+from companion.core import codec
+from companion.core.errors import BadParameter, CorruptData
 from companion.core.locations import book_root
 from companion.report import claims, page
 
@@ -45,7 +46,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 class Record:
     """One recorded file.
 
-    Args:
+    Arguments:
         verdicts: claim id -> verdict, by the rules of today (the statistic is what was recorded).
         data: the whole document.
     """
@@ -104,7 +105,7 @@ def hardware(provenance: Mapping[str, Any]) -> str:
 def load(chapter: str, root: Path | None = None) -> list[Record]:
     """The records of a chapter, by name; none is no error. While recording there are none.
 
-    Args:
+    Arguments:
         chapter: its name.
         root: of the book; default: the book at hand.
 
@@ -141,11 +142,12 @@ def _read(path: Path, chapter: str) -> Record:
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", data["date"]) or "name" not in data["dataset"]:
         raise broken("its date or its dataset is not what `companion record` writes")
     try:
-        found = [claims.Verdict.from_json(c) for c in data["claims"]]
+        found = codec.from_json(tuple[claims.Verdict, ...], data["claims"], "claims")
         known = claims.registry()
         # The number was recorded; the word follows from the rule, as everywhere.
-        verdicts = {v.claim.id: claims.again(v) for v in found if v.claim.id in known}
-    except (KeyError, TypeError, ValueError) as error:
+        dataset = str(data["parameters"].get("dataset", ""))
+        verdicts = {v.claim.id: claims.again(v, dataset) for v in found if v.claim.id in known}
+    except (CorruptData, BadParameter) as error:
         raise broken(f"its claims are unreadable ({error})") from error
     return Record(chapter, data["profile"], data["name"], verdicts, data)
 
@@ -171,6 +173,8 @@ def curves(
 ) -> dict[str, tuple[int, dict[str, dict[int, Interval]]]]:
     """The curves against k of one figure in every record that has it, on test data.
 
+    A curve that a record names after a network's recipe has the network's name for people.
+
     Returns:
         title -> (T, or 0 if the axis has no total; label -> k -> interval), as
             :func:`companion.report.plots.panels` draws them.
@@ -182,7 +186,7 @@ def curves(
         drawn = {n: (f or {}).get("data") or {} for n, f in record.data["figures"].items()}
         data = drawn.get(figure, {})
         series = {
-            label: {
+            _for_people(label): {
                 k: Interval(mean, low, high, n, 0)
                 for k, mean, low, high, n in zip(
                     *(s[name] for name in ("k", "mean", "low", "high", "pairs")), strict=True
@@ -201,12 +205,23 @@ def curves(
     return found
 
 
-def extremes(record: Record, figure: str) -> str:
+def _for_people(label: str) -> str:
+    """``mlp:widths=100x5, test`` -> ``six-layer perceptron, test``; others stay as they are."""
+    from companion.models import title
+
+    name, _, split = label.rpartition(", ")
+    try:
+        return f"{title(name)}, {split}"
+    except BadParameter:
+        return label
+
+
+def extremes(record: Record, figure: str, axis: str = "k") -> str:
     """For an alt text: the first and the last value of each curve of a figure."""
     words = []
     for _, series in curves([record], figure).values():
         for label, points in series.items():
             first, last = min(points), max(points)
             a, b = points[first].value, points[last].value
-            words.append(f"{label} {a:.1f} points at k = {first}, {b:.1f} at k = {last}")
+            words.append(f"{label} {a:.1f} points at {axis} = {first}, {b:.1f} at {axis} = {last}")
     return ", ".join(words) or "no curve"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from companion import models
+from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
 from companion.data import Augmentation
@@ -129,12 +130,7 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The fields that differ from their defaults, so a new field keeps old hashes."""
-        out = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                out[field.name] = list(value) if isinstance(value, tuple) else value
-        return out
+        return codec.changed(self)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step ``step`` (0-based). Closed form, so a fork needs no replay."""

@@ -1,0 +1,160 @@
+"""One opening of what most commands begin with: A, B, their architecture, the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from companion.cli.console import note, say
+from companion.cli.models import reachable, shape_of
+from companion.core.errors import BadParameter, MissingData
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from companion.cli.checkpoints import Checkpoint
+    from companion.data import Dataset, Split
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """Two checkpoints as networks of one architecture, and the data to measure on.
+
+    Arguments:
+        a, b: state dicts of ``module``, with what had to be done to the files.
+        files: the two as they were read.
+        model: the architecture's canonical name.
+        name: the one it was given.
+        module: it.
+        shape: of an example.
+        classes: as the model has them.
+        dataset: None without data.
+        source: the name it was given.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    files: tuple[Checkpoint, Checkpoint]
+    model: str
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    classes: int
+    dataset: Dataset | None
+    source: str | None
+
+    @property
+    def data(self) -> Dataset:
+        """The data of a command that needs them."""
+        assert self.dataset is not None
+        return self.dataset
+
+    def announce(self, what: str) -> None:
+        """Say what was opened; ``what`` ends the line on model and data."""
+        say(f"A = {self.a.source}")
+        say(f"B = {self.b.source}")
+        say(f"{self.model} on {what}")
+
+    def about(self) -> dict[str, Any]:
+        """Where the networks come from, for the JSON."""
+        ends = {
+            name: {"source": end.source, "sha256": end.sha256, "notes": end.notes}
+            for name, end in (("a", self.a), ("b", self.b))
+        }
+        return {**ends, "model": self.model}
+
+    def about_data(self) -> dict[str, Any]:
+        """The same with the data."""
+        data = self.data
+        where = {"name": self.source, "label": data.label, "fingerprint": data.fingerprint}
+        return {**self.about(), "data": where}
+
+
+def opened(
+    a: str,
+    b: str,
+    model: str | None,
+    data: str | None,
+    device: str,
+    shape: tuple[tuple[int, ...], int] | None = None,
+    *,
+    optional: bool = False,
+) -> Opened:
+    """Read A and B, load the data, build the model, and fit both to it.
+
+    Arguments:
+        a, b, model, data, device: as on the command line; None: as the runs of the store say.
+        shape: in place of data, the shape of an example, and classes.
+        optional: do without data that the runs name and that are not here.
+
+    Raises:
+        BadParameter: model or data are not known, or the networks do not fit. MissingData: no data.
+    """
+    from companion import models
+    from companion.cli.checkpoints import fit, read
+    from companion.core.seeds import Key
+
+    files = (read(a), read(b))
+    net = _named("--model", model, files, "net")
+    source, dataset, example, classes = _data(data, files, device, shape, optional)
+    # Its own weights count for nothing, but what is derived of it should not vary with them.
+    module = models.build(reachable(net), example, classes, Key("rebasin", "module"))
+    first, second = (fit(module, end, label) for label, end in zip("AB", files, strict=True))
+    for label, end in (("A", first), ("B", second)):
+        for text in end.notes:
+            note(f"{label} ({end.source}): {text}")
+    ends = (first, second, files)
+    return Opened(*ends, models.canonical(net), net, module, example, classes, dataset, source)
+
+
+def _named(option: str, given: str | None, ends: Sequence[Checkpoint], field: str) -> str:
+    """``given``, or what the runs of the store say, if they agree."""
+    known = {str(end.recipe[field]) for end in ends if end.recipe}
+    if given is None and len(known) == 1:
+        return known.pop()
+    if given is None:
+        raise BadParameter(
+            f"{option}: say which. (Only two runs of the store that agree make it known.)"
+        )
+    return given
+
+
+def _data(
+    name: str | None,
+    ends: tuple[Checkpoint, Checkpoint],
+    device: str,
+    shape: tuple[tuple[int, ...], int] | None,
+    optional: bool,
+) -> tuple[str | None, Dataset | None, tuple[int, ...], int]:
+    """The dataset's name and the dataset, if there is one; shape of an example, and classes."""
+    from companion import data as datasets
+    from companion.cli.checkpoints import vocabulary
+
+    if shape is not None:
+        return None, None, *shape
+    known = name
+    if name is None and optional and len({str(e.recipe["data"]) for e in ends if e.recipe}) != 1:
+        raise BadParameter(
+            "--data: say which, or --in-shape and --classes, to build the model without data."
+        )
+    known = _named("--data", name, ends, "data")
+    try:
+        dataset = datasets.load(known, device)
+    except MissingData as e:
+        if name is not None or not optional:
+            raise
+        note(f"no barrier is measured: {e}")
+        return known, None, *shape_of(known)
+    return known, dataset, dataset.in_shape, vocabulary(dataset, ends)
+
+
+def amount(split: Split) -> str:
+    """How many of what: ``1,437 images``, or ``290 windows of 64 tokens``."""
+    what = "images" if split.kind == "images" else f"windows of {split.window} tokens"
+    return f"{len(split):,} {what}"
+
+
+def amounts(splits: dict[str, Split]) -> str:
+    """The same of every split, by name."""
+    return ", ".join(f"{name} ({amount(split)})" for name, split in splits.items())
