@@ -24,7 +24,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from companion import data, layerwise
 from companion.connectivity import Curve
@@ -34,7 +33,7 @@ from companion.core.pool import one_thread
 from companion.core.runs import Store
 from companion.core.stats import Interval
 from companion.core.theta import layout
-from companion.data import Dataset
+from companion.data import Dataset, Split
 from companion.data.text import save_windows, tokenizer
 from companion.experiments import instability
 from companion.experiments.aligned import Aligned, Method, align, placed
@@ -88,12 +87,18 @@ class Study:
     """The experiments of chapter 5. Each runs, once, when it is first looked at.
 
     Arguments:
-        recipe: of the GPT. text: the dataset. module: the architecture, on the device.
+        recipe: of the GPT.
+        text: the dataset.
+        module: the architecture, on the device.
         blocks: its groups of layers: embedding, positions, blocks, last norm.
-        ks: fork steps, sorted, 0 first. looks: checkpoints of the heat map, T last.
+        ks: fork steps, sorted, 0 first.
+        looks: checkpoints of the heat map, T last.
         inits: initialisations; two networks of each.
         neighbours: groups in a sliding window.
+        evaluation: how pairs are measured.
         max_error: percent; a network up to it counts as trained in any case.
+        device: where.
+        workers: processes on a CPU; 0: one a core.
     """
 
     recipe: Recipe
@@ -232,7 +237,16 @@ class Study:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the windows that everything is measured on; they are kept in the store."""
-        return save_windows(self.text.test.head(self.windows), Store())
+        return save_windows(self.shown, Store())
+
+    @property
+    def shown(self) -> Split:
+        """The windows that everything is measured on."""
+        return self.text.test.head(self.windows)
+
+    def read(self, tokens: torch.Tensor) -> str:
+        """Tokens of shape (T,) as text, in one line."""
+        return " ".join(tokenizer(self.recipe.data).decode(tokens).split())
 
     def weights(self, run: Run) -> dict[str, torch.Tensor]:
         """A trained network, on the device."""
@@ -355,8 +369,7 @@ def design(
 ) -> Study:
     """The recipe, the fork steps, and what is measured. Nothing is trained.
 
-    Arguments:
-        the chapter's parameters; None: the network's own.
+    Its arguments are the chapter's parameters; None: the network's own.
 
     Raises:
         BadParameter, MissingData, DeviceUnavailable: whatever is wrong with them.
@@ -540,20 +553,23 @@ def _passed(study: Study) -> dict[str, list[bool]]:
     return dict(zip(study.conditions, found, strict=True))
 
 
-def next_words(study: Study, way: str, count: int = 5) -> dict[str, list[str]]:
-    """The likeliest tokens after the first test window: of A, of the average with B, and of B.
+def continued(study: Study, way: str, count: int = 30) -> dict[str, str]:
+    """How A, the average with B, and B go on after the first test window, by the likeliest token.
 
     Arguments:
         way: how B of the first pair of :meth:`Study.strangers` is brought to A, of :data:`WAYS`.
     """
     found = placed(study.matched[way][0], device=study.device)
     mixed = {name: torch.lerp(v, found.b[name].to(v), 0.5) for name, v in found.a.items()}
-    read = tokenizer(study.recipe.data)
     said = {}
     for who, theta in (("A", found.a), ("half-way", mixed), ("B", found.b)):
+        found.module.eval().load_state_dict(theta)
+        x = start = study.shown.x[:1]
         with torch.no_grad():
-            logits = functional_call(found.module.eval(), dict(theta), study.text.test.x[:1])
-        said[who] = [read.decode([i]) for i in logits[0, -1].topk(count).indices.tolist()]
+            for _ in range(count):
+                logits = found.module(x[:, -start.shape[1] :])
+                x = torch.cat([x, logits[:, -1:].argmax(-1)], 1)
+        said[who] = study.read(x[0, start.shape[1] :])
     return said
 
 
@@ -750,6 +766,7 @@ def _of(study: Study) -> Values:
         "T": study.steps,
         "inits": study.inits,
         "late": study.late,
+        "neighbours": study.neighbours,
     }
 
 
@@ -868,7 +885,7 @@ def show_instability(study: Study) -> None:
         "rise": plots.lines(axes[1], rises, metric="loss"),
     }
     axes[1].axhline(0, color="#555555", linewidth=0.6)
-    axes[1].set_ylabel("test loss above the mean of both ends (nats)")
+    axes[1].set_ylabel("rise of the test loss (nats)")
     figures.publish(fig, "gpt-instability", data=drawn, values=instability_values(study))
 
 
@@ -1007,7 +1024,6 @@ def groups_values(study: Study) -> Values:
             words.append(f"{PAIRS[kind]}: {where} and what follows, {_said(float(mean.max()))}")
     return _of(study) | {
         "groups": len(study.blocks),
-        "neighbours": study.neighbours,
         "peaks": "; ".join(words) or NONE,
         "identity": f"{identity(study):.1e}",
     }
@@ -1185,9 +1201,7 @@ def values(study: Study) -> Values:
     first = next(label for label in study.blocks if label.startswith("transformer.h."))
     dots = {f"left_{name.replace('-', '_')}": _said(found.get(name)) for name in WAYS}
     return _of(study) | dots | {
-        "sample": " ".join(
-            tokenizer(study.recipe.data).decode(study.text.test.x[0]).split()
-        )[:160],
+        "sample": study.read(study.shown.x[0])[:160],
         "window": study.text.test.window or 0,
         "loss": f"{loss:.2f}",
         "choices": f"{math.exp(loss):.0f}",
