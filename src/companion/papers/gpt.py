@@ -36,11 +36,11 @@ from companion.core.theta import layout
 from companion.data import Dataset, Split
 from companion.data.text import save_windows, tokenizer
 from companion.experiments import instability
-from companion.experiments.aligned import Aligned, Method, align, placed
+from companion.experiments.aligned import Aligned, Method, align, lines_of, placed
 from companion.experiments.aligned import interval as over_pairs
 from companion.experiments.budget import Plan
-from companion.experiments.instability import THRESHOLDS, Instability, analyse, copy, trunk
-from companion.experiments.layers import sweep_pairs
+from companion.experiments.instability import THRESHOLDS, Instability, analyse, copy, plan, trunk
+from companion.experiments.layers import LayerSweep, sweep_pairs
 from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Features, features
 from companion.layerwise import LayerBarriers, Sweep
@@ -73,6 +73,9 @@ WAYS = {
     "rotated-heads": "… and rotated inside of heads",
 }
 """Method of matching -> the same for people, and in figures and records."""
+
+TURNED = ("naive", "rotated")
+"""Those that copies which fork at 0 are compared by."""
 
 Values: TypeAlias = dict[str, float | str]
 Swept: TypeAlias = dict[str, list[LayerBarriers]]
@@ -143,10 +146,26 @@ class Study:
         ]
 
     def plans(self) -> list[Plan]:
-        """All that is trained, for :func:`companion.report.page.budget`."""
-        jobs = [job for s in self.looks for pair in self.strangers(s) for job in pair.jobs()]
-        forks = [Plan(tuple(self.twins(k=k))) for k in self.ks]
-        return [*forks, Plan(jobs=tuple(jobs)), Plan(again=(self.twins()[0].a,))]
+        """All that is measured, for :func:`companion.report.page.budget`."""
+        alone, ends = self._alone(), (*self.twins(), *self.strangers())
+        at = [p for step in self.looks for p in (*self.twins(step), *self.strangers(step))]
+        lines = lines_of(self.strangers(), [Method(name) for name in WAYS], self.evaluation)
+        turned = [Method(name) for name in TURNED]
+        return [
+            plan(self.recipe, self.ks, inits=self.inits, copies=2, optimizer="restore"),
+            Plan(tasks=tuple(LayerSweep(pair, alone) for pair in at)),
+            Plan(tasks=tuple(LayerSweep(p, s) for s in self._finer() for p in ends)),
+            Plan(tasks=(*lines, *lines_of(self.twins(), turned, self.evaluation))),
+        ]
+
+    def _finer(self) -> tuple[Sweep, Sweep, Sweep]:
+        """By part, by module, and by groups of blocks, at the end of training."""
+        alone, kinds = self._alone(), ("single", "shallow", "deep", "window")
+        return (
+            replace(alone, by="part"),
+            replace(alone, by="module"),
+            replace(alone, kinds=kinds, window=self.neighbours),
+        )
 
     # What is measured
 
@@ -188,18 +207,17 @@ class Study:
     @cached_property
     def parts(self) -> Swept:
         """Barriers of attention, MLP and norms of each block, at the end of training."""
-        return self._swept(replace(self._alone(), by="part"))
+        return self._swept(self._finer()[0])
 
     @cached_property
     def modules(self) -> Swept:
         """Barriers of the paper's layers, single modules, at the end of training."""
-        return self._swept(replace(self._alone(), by="module"))
+        return self._swept(self._finer()[1])
 
     @cached_property
     def groups(self) -> Swept:
         """Barriers of blocks alone, of the first and the last n, and of windows of neighbours."""
-        kinds = ("single", "shallow", "deep", "window")
-        return self._swept(replace(self._alone(), kinds=kinds, window=self.neighbours))
+        return self._swept(self._finer()[2])
 
     @cached_property
     def matched(self) -> dict[str, list[Aligned]]:
@@ -209,7 +227,7 @@ class Study:
     @cached_property
     def turned_twins(self) -> dict[str, list[Aligned]]:
         """The same for copies that fork at 0, as trained and with the stream rotated."""
-        return self._aligned(self.twins(), ("naive", "rotated"))
+        return self._aligned(self.twins(), TURNED)
 
     @cached_property
     def streams(self) -> dict[str, list[Features]]:
