@@ -71,22 +71,8 @@ def pair(
         )
         for size, name in enumerate(LAYERS, start=5)
     )
-    nothing: dict[float, float] = {}
     ends = {"a": 2.0, "b": 2.0}
-    seen = Features(
-        layers,
-        ALPHAS,
-        1000,
-        "sample",
-        "none",
-        1000,
-        ends,
-        ends,
-        path=nothing,
-        path_loss=nothing,
-        mixture=nothing,
-        mixture_loss=nothing,
-    )
+    seen = Features(layers, ALPHAS, 1000, "sample", "none", 1000, ends, ends, {}, {}, {}, {})
     rows = [("input", 2.0), *((name, stitched) for name in LAYERS[:-1]), ("head", 2.0)]
     path = (2.0, 4.0 + excess, 2.0)
     curve = SimpleNamespace(alphas=(0.0, 0.5, 1.0), values={"test": {"error": path}})
@@ -103,7 +89,7 @@ def pair(
         1000,
         Additivity(
             tuple(
-                ReluAdditivity(n, 8, {a: stat(sigma) for a in ALPHAS}, nothing, 10.0)
+                ReluAdditivity(n, 8, {a: stat(sigma) for a in ALPHAS}, {}, 10.0)
                 for n in LAYERS
                 if n.endswith("relu")
             ),
@@ -182,8 +168,8 @@ def study(**changed: Any) -> Study:
     wide: Callable[[int], dict[str, Any]] = changed.get(
         "wide", lambda i: {"height": 1.5 - 0.2 * i, "gap": 0.02 / 2**i}
     )
-    found: dict[llfc.Key, list[Featured]] = {}
-    narrower: dict[llfc.Key, list[Featured]] = {}
+    found: dict[tuple[str, str], list[Featured]] = {}
+    narrower: dict[tuple[str, str], list[Featured]] = {}
     for i, w in enumerate(made.widths):
         net = made.at_width(w).net
         target = found if w in made.both else narrower
