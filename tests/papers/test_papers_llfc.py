@@ -434,7 +434,7 @@ def test_the_design_of_digits() -> None:
     assert made.ks == (0, 3, 12, 50, 200) and made.swept.net == "vgg11:width=8"
     assert [made.forks[r] for r in (made.main, *made.trees)] == [62, 50, 50]
     (everything,), (short,) = made.plans(), made.plans(sweeps=False)
-    assert set(short.jobs) < set(everything.jobs)
+    assert set(short.tasks) < set(everything.tasks)
 
 
 def test_the_page_says_of_the_mnist_record_what_is_in_it() -> None:
