@@ -701,7 +701,9 @@ def rewritten(source: Path, target: Path, change) -> Path:
     """An archive with every member passed through ``change(member, data)``."""
     with tarfile.open(source) as old, tarfile.open(target, "w") as new:
         for member in old:
-            data = old.extractfile(member).read()
+            file = old.extractfile(member)
+            assert file is not None
+            data = file.read()
             for m, d in change(member, data):
                 m.size = len(d)
                 new.addfile(m, io.BytesIO(d))
