@@ -65,9 +65,11 @@ class Study:
     """The experiments of the page. Each runs, once, when it is first looked at.
 
     Arguments:
-        local: the recipe of every client; every: steps between two averages.
+        local: the recipe of every client.
+        every: steps between two averages.
         splits: mild and pathological -> how the classes are shared out.
-        apart: the recipe of two clients that never average; pairs: of them, for each split.
+        apart: the recipe of two clients that never average.
+        pairs: how many such pairs there are for each split.
     """
 
     images: Dataset

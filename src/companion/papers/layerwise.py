@@ -199,7 +199,8 @@ class Study:
         gentle: the residual one with a smaller learning rate and larger batches; empty: left out.
         variants: other networks, for the question what gives a layer a barrier.
         places: steps at which the residual network is looked at, 0 and T among them.
-        inits: pairs; few: pairs where the question is ours.
+        inits: pairs.
+        few: pairs where the question is ours.
         sets: what is measured between two networks: groups and random directions, too, or single
             layers alone.
         max_error: percent, for gate G0.
