@@ -250,8 +250,7 @@ def design(
 ) -> Study:
     """The study that the page's parameters ask for; refused before anything trains.
 
-    Arguments:
-        as the parameters cell of the page explains them; what is None follows from the dataset.
+    The parameters are explained in the page's cell; what is None follows from the dataset.
 
     Raises:
         BadParameter: what a parameter cannot be, or the dataset cannot serve.
