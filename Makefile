@@ -51,6 +51,7 @@ lint: $(READY) $(NOTEBOOKS) ## ruff, formatting, types and the direction of impo
 	$(BIN)/ruff check . $(NOTEBOOKS)
 	$(BIN)/ruff format --check . $(NOTEBOOKS)
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
 
 format: $(READY) ## format the package and the chapters' cells, and mend what ruff can mend

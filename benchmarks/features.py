@@ -51,7 +51,7 @@ State = dict[str, torch.Tensor]
 Numbers = list[float]  # baseline, then gap, c and twin of each alpha, layer by layer: means
 
 
-def ends(net: str, shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, State, State]:
+def ends(net: str, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, State, State]:
     """The architecture, and two networks of it."""
     a, b = (snapshot(models.build(net, shape, classes, Key("init", i))) for i in (0, 1))
     # Neighbours, as two trained networks of one init are.

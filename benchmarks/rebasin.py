@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,6 +81,7 @@ def plant(name: str, which: str) -> tuple[nn.Module, nn.Module, int, float]:
         a = network(name).eval()
         for module in a.modules():  # norms start as 1 and 0, where a mix-up would not be seen
             if isinstance(module, nn.BatchNorm2d):
+                assert module.running_var is not None and module.running_mean is not None
                 for x in (module.weight, module.running_var):
                     nn.init.uniform_(x, 0.5, 1.5)
                 for x in (module.bias, module.running_mean):
@@ -134,7 +136,7 @@ def peer(path: Path | None) -> tuple[Align, str] | None:
     sys.path = [str(path)] if path else []
     sys.path += [p for p in searched if Path(p or ".").resolve() != HERE.resolve()]
     try:
-        from rebasin import PermutationCoordinateDescent
+        from rebasin import PermutationCoordinateDescent  # type: ignore[attr-defined]
 
         version = importlib.metadata.version("rebasin")
     except ImportError:
@@ -186,8 +188,8 @@ def compare(
             Contender(
                 key,
                 "spec or trace, matching, application",
-                lambda key=key: align(key),
-                lambda key=key: fresh(key),
+                partial(align, key),
+                partial(fresh, key),
             )
         )
     ours.parts.clear()
@@ -256,7 +258,7 @@ def measure(key: str, folder: Path, name: str, aligners: dict[str, Align]) -> No
         nets.append(net)
     size = sum(v.nbytes for net in nets for v in net.state_dict().values())
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    aligners[key](*nets, x)
+    aligners[key](nets[0], nets[1], x)
     print(json.dumps({"multiple": round((status("VmHWM") - before) / size, 2)}))
 
 

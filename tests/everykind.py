@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from companion.core.runs import Store
@@ -37,7 +40,7 @@ COPIES = pairs.Pair(_copy(1), _copy(2), start=(TRUNK, 2))
 HALVES = pairs.Pair(_run(0, "digits@split-a"), _run(1, "digits@split-b"))
 FEDERATION = federated.Federation(recipe=PLAIN, clients=2, every=2, averaged=("head",))
 
-ASKED = {
+ASKED: dict[str, Callable[[Store], Any]] = {
     "pair": lambda store: pairs.measure([COPIES], FEW, store=store, workers=1),
     "null": lambda store: pairs.check_null(COPIES.a, FEW, store=store),
     "aligned": lambda store: align(

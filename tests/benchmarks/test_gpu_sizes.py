@@ -180,9 +180,12 @@ def test_the_counts_are_those_of_the_chapters_budget(
     found: list[Any] = []
     settings = ["unstable=mlp:widths=4", "stable=mlp:widths=5", "steps=100", "ks=[0,10,20,30]"]
     settings += ["inits=3", "copies=2", f"controls={str(controls).lower()}", "looks=3"]
-    monkeypatch.setattr(
-        "companion.book.recording.estimate", lambda costs, *_, **__: [found.extend(costs) or 0.0]
-    )
+
+    def estimate(costs: list[Any], *_: Any, **__: Any) -> list[float]:
+        found.extend(costs)
+        return [0.0]
+
+    monkeypatch.setattr("companion.book.recording.estimate", estimate)
     record(
         prepare(Book(ROOT), "01_instability", "quick", [*settings, "device=cpu", "workers=1"], "x"),
         dry_run=True,

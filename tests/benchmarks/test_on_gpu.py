@@ -238,8 +238,11 @@ def test_only_some_stages_and_the_rest_is_remembered(site: Site) -> None:
 def test_the_time_is_shared(site: Site) -> None:
     """A stage gets its limit or what is left; without enough it is left out, and later done."""
     late = (on_gpu.PACK_S + 8) / 60
-    todo = (stub("short", "print(1)", limit=4), stub("long", "print(2)", limit=100, least=2))
-    todo += (stub("too long", "print(3)", limit=100, least=50),)
+    todo = (
+        stub("short", "print(1)", limit=4),
+        stub("long", "print(2)", limit=100, least=2),
+        stub("too long", "print(3)", limit=100, least=50),
+    )
     found = go(site, *todo, minutes=late)
     assert [row["state"] for row in found["stages"]] == ["done", "done", "left out"]
     assert found["stages"][0]["notes"]["slot"] == 4

@@ -265,7 +265,8 @@ def test_other_entries_are_no_masks(published: tuple[Path, Path], tmp_path: Path
 
 def test_published_files_on_the_command_line(published: tuple[Path, Path], tmp_path: Path) -> None:
     text = f"pydoc?vocab=300&window={L}"
-    assert data.load(text).classes == 320 and data.load(text).text.vocabulary == 300
+    facts = data.load(text).text
+    assert data.load(text).classes == 320 and facts is not None and facts.vocabulary == 300
     words = ("--model", NET, "--data", text, *SHORT)
     assert "INVALID" not in said("barrier", *published, *words)
     said("layers", *published, *words, "--by", "block", "--kinds", "single")

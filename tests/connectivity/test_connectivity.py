@@ -106,7 +106,7 @@ def quadratic(outputs: Tensor, _: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 A, B = [0.0, 1.0, -2.0], [1.0, 0.5, 4.0]
-ENDS = [{"w": torch.tensor(w, dtype=torch.float64)} for w in (A, B)]
+END_A, END_B = ENDS = [{"w": torch.tensor(w, dtype=torch.float64)} for w in (A, B)]
 
 
 def exact_loss(alpha: float) -> float:
@@ -123,7 +123,7 @@ def toy(n: int = 7, **options: Any) -> Walker:
 @pytest.mark.parametrize(("n", "batch"), [(7, 500), (7, 2), (1, 1)])
 def test_segment_of_a_quadratic(n: int, batch: int) -> None:
     walker = toy(n, batch=batch)
-    curve = segment(Point(A), *ENDS, walker.splits, walker=walker)
+    curve = segment(Point(A), END_A, END_B, walker.splits, walker=walker)
     assert len(curve.alphas) == 31 and curve.alphas[15] == 0.5
     expected = [exact_loss(t) for t in curve.alphas]
     assert curve.values["test"]["loss"] == pytest.approx(expected, abs=1e-9)
@@ -309,14 +309,14 @@ def test_a_path_of_layers_starts_anew() -> None:
 # ---- BatchNorm
 
 
-def with_statistics(module: nn.Module, point: Theta, split: Split, parts: int) -> nn.Module:
+def with_statistics(module: nn.Module, point: Theta, split: Split, parts: int) -> Any:
     """Statistics of the split at ``point``, layer by layer, batch by batch, written out."""
-    module = copy.deepcopy(module).eval()
-    module.load_state_dict(point)
+    at: Any = copy.deepcopy(module).eval()
+    at.load_state_dict(point)
     chunks = split.x.tensor_split(parts)
     hidden = [c.flatten(1) for c in chunks]
     with torch.no_grad():
-        for layer in (module.layer1, module.layer2):
+        for layer in (at.layer1, at.layer2):
             before = [layer.linear(h) for h in hidden]
             layer.norm.running_mean.copy_(torch.stack([h.mean(0) for h in before]).mean(0))
             layer.norm.running_var.copy_(torch.stack([h.var(0) for h in before]).mean(0))
@@ -327,7 +327,7 @@ def with_statistics(module: nn.Module, point: Theta, split: Split, parts: int) -
                 )
                 for h in before
             ]
-    return module
+    return at
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -337,11 +337,9 @@ def test_reestimated_statistics_equal_a_direct_computation(parts: int) -> None:
     walker = Walker(module, SPLITS, bn="reestimate", bn_data=other, batch=-(-301 // parts))
     found = walker.walk((a, b), [(0.5, 0.5)])[0]
     direct = with_statistics(module, lerp(a, b, 0.5), other, parts)
-    for own, expected in zip(
-        (walker.module.layer1.norm, walker.module.layer2.norm),
-        (direct.layer1.norm, direct.layer2.norm),
-        strict=True,
-    ):
+    for layer in ("layer1.norm", "layer2.norm"):
+        own: Any = walker.module.get_submodule(layer)
+        expected = direct.get_submodule(layer)
         torch.testing.assert_close(own.running_mean, expected.running_mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(own.running_var, expected.running_var, rtol=1e-4, atol=1e-5)
     assert close(found["test"], naive(direct, snapshot(direct), SPLITS["test"]))
@@ -508,11 +506,11 @@ def test_tied_weights_move_as_one() -> None:
         curve = segment(module, a, b, SPLITS, points=5, groups=groups)
         for i, alpha in enumerate(curve.alphas):
             expected = naive(module, lerp(a, b, alpha, names), SPLITS["test"])
-            found = Measure(*(curve.values["test"][m][i] for m in ("loss", "error")))
-            assert close(found, expected)
+            point = Measure(*(curve.values["test"][m][i] for m in ("loss", "error")))
+            assert close(point, expected)
     assert module.decode.weight is module.encode.weight
-    short = [{n: v for n, v in t.items() if n != "decode.weight"} for t in (a, b)]
-    assert segment(module, *short, SPLITS, points=3) == segment(module, a, b, SPLITS, points=3)
+    c, d = ({n: v for n, v in t.items() if n != "decode.weight"} for t in (a, b))
+    assert segment(module, c, d, SPLITS, points=3) == segment(module, a, b, SPLITS, points=3)
     found = barrier(module, a, b, SPLITS, points=3, max_error=100)
     once = distance(a, b, ["encode.weight", "head.weight", "head.bias"])
     assert found.distance == pytest.approx(once, rel=1e-12), "a tied tensor counts once"
@@ -566,11 +564,10 @@ def test_a_plane_takes_networks_from_any_device() -> None:
     module = nn.Linear(2, 3)
     x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
     split = Split(x, torch.arange(8) % 3)
-    ends = [{k: torch.randn_like(v) for k, v in module.state_dict().items()} for _ in range(3)]
+    o, a, b = ({k: torch.randn_like(v) for k, v in module.state_dict().items()} for _ in range(3))
     there = Split(split.x.cuda(), split.y.cuda())
-    mixed = [ends[0], {k: v.cuda() for k, v in ends[1].items()}, ends[2]]
-    found = plane(module, *mixed, {"test": there}, points=3)
-    expected = plane(module, *ends, {"test": split}, points=3)
+    found = plane(module, o, {k: v.cuda() for k, v in a.items()}, b, {"test": there}, points=3)
+    expected = plane(module, o, a, b, {"test": split}, points=3)
     assert found.x == pytest.approx(expected.x)
 
 
@@ -595,7 +592,8 @@ def test_plane_reaches_beyond_its_networks() -> None:
 )
 def test_networks_on_one_line_span_no_plane(make: Callable[..., Any]) -> None:
     with pytest.raises(BadParameter, match=r"on one line; they span no plane"):
-        plane(net(0), *make(theta(1), theta(2)), SPLITS, points=2)
+        o, a, b = make(theta(1), theta(2))
+        plane(net(0), o, a, b, SPLITS, points=2)
 
 
 def test_a_variance_below_0_beyond_the_networks_is_0() -> None:

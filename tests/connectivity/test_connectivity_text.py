@@ -280,7 +280,7 @@ def test_a_network_that_has_not_learned_is_invalid() -> None:
         theta["transformer.ln_f.bias"] = torch.ones(8)
         theta["lm_head.weight"][commonest] += 1
         ends.append(theta)
-    found = barrier(flat, *ends, {"test": split}, points=3)
+    found = barrier(flat, ends[0], ends[1], {"test": split}, points=3)
     assert found.errors == (found.guess, found.guess)
     assert found.curve.height("test", "error") == 0
     assert (
@@ -344,7 +344,7 @@ def test_barrier_from_the_command_line(written: str, tmp_path: Path) -> None:
         del theta["lm_head.weight"]  # as Hugging Face saves tied tensors: once
         theta["transformer.wte.weight"] += 0.1
         save_file(theta, tmp_path / f"{name}.safetensors")
-    words = ["barrier", tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    words: list[str | Path] = ["barrier", tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     words += ["--model", NET, "--data", written, "--points", "3", "--device", "cpu"]
     out = said(*words, "--max-error", "100", "--json", tmp_path / "out.json")
     assert f"windows of {L} tokens" in out and "images" not in out

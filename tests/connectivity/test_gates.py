@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_one_network_under_two_names_is_caught() -> None:
     assert found.passed is False and "share memory" in found.detail
     equal = gates.distinct(theta(1), theta(1), NAMES)
     assert equal.passed is False and "distance 0" in equal.detail
-    shared = {**theta(2), "head.bias": same.head.bias}
+    shared = {**theta(2), "head.bias": same.get_parameter("head.bias")}
     assert gates.distinct(same.state_dict(), shared, NAMES).passed is False
 
 
@@ -312,7 +313,8 @@ def test_judging_again_changes_g0_only() -> None:
 
 def test_g0_asks_about_the_networks_not_about_the_ends_of_a_path_of_layers() -> None:
     """With ``groups``, the far end is a hybrid of both networks: what it costs is the result."""
-    module, a = net(1), net(1)
+    module = net(1)
+    a: Any = net(1)
     x, y = SPLITS["train"].x.flatten(1), SPLITS["train"].y
     hidden = a.layer1(x)
     target = 6.0 * torch.nn.functional.one_hot(y, 10) - 3.0

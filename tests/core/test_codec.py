@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass
+from types import GenericAlias
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,11 @@ def _grown(kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """Annotations made of annotations, frozen dataclasses among them."""
     some = st.lists(kinds, min_size=1, max_size=3)
     return st.one_of(
-        kinds.map(lambda k: tuple[k, ...]),
-        some.map(lambda ks: tuple[tuple(ks)]),
-        st.tuples(st.sampled_from((str, int, float)), kinds).map(lambda kv: Mapping[kv]),
+        kinds.map(lambda k: GenericAlias(tuple, (k, ...))),
+        some.map(lambda ks: GenericAlias(tuple, tuple(ks))),
+        st.tuples(st.sampled_from((str, int, float)), kinds).map(
+            lambda kv: GenericAlias(Mapping, kv)
+        ),
         kinds.filter(lambda k: type(None) not in getattr(k, "__args__", ())).map(
             lambda k: k | None
         ),
@@ -49,7 +52,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     """Values of an annotation."""
     if kind in PLAIN:
         return PLAIN[kind]
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         parts = {f.name: values(f.type) for f in dataclasses.fields(kind)}
         return st.builds(kind, **parts)
     inner = kind.__args__

@@ -408,11 +408,10 @@ def test_manifest_whose_key_is_not_the_identity(filled: Entry) -> None:
 
 
 def test_find(store: Store) -> None:
-    keys = sorted(
-        e.key
-        for e in (store.entry({"n": n}) for n in range(40))
-        if e._write("x.json", b"1") is None
-    )
+    made = [store.entry({"n": n}) for n in range(40)]
+    for entry in made:
+        entry._write("x.json", b"1")
+    keys = sorted(e.key for e in made)
     assert [e.key for e in store.entries()] == keys
     assert {e.identity["n"] for e in store.entries()} == set(range(40))
     assert store.find(keys[7][:12]).key == keys[7]

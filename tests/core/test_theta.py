@@ -101,7 +101,7 @@ def test_snapshot_is_not_touched_by_training() -> None:
     kept = before["stage10.weight"].clone()
     with torch.no_grad():
         net.stage10.weight += 1
-        net.mask.logical_not_()
+        net.get_buffer("mask").logical_not_()
     assert (
         torch.equal(before["stage10.weight"], kept) and not before["stage10.weight"].requires_grad
     )

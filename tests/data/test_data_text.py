@@ -701,7 +701,7 @@ def fake_datasets(monkeypatch, answer) -> list[tuple[str, str]]:
         return {s.replace("valid", "validation"): Rows(body) for s, body in answer.items()}
 
     module = ModuleType("datasets")
-    module.load_dataset = load_dataset
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
     return calls
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -136,12 +137,12 @@ def test_invalid_pairs_count_nowhere(store: Store) -> None:
     assert interval(found["naive"], lambda r: r.barrier.height()) is None
 
 
-def given(pair: Pair, test: list[float], train: list[float], valid: bool = True) -> Aligned:
+def given(pair: Pair, test: Sequence[float], train: Sequence[float], valid: bool = True) -> Aligned:
     """A result with these losses on its line; the test error is ten times the test loss."""
     grid = tuple(i / (len(test) - 1) for i in range(len(test)))
     values = {
-        "train": {"loss": train, "error": train},
-        "test": {"loss": test, "error": [10 * v for v in test]},
+        "train": {"loss": tuple(train), "error": tuple(train)},
+        "test": {"loss": tuple(test), "error": tuple(10 * v for v in test)},
     }
     curve = Curve(grid, values, "none", {"train": 1, "test": 1})
     gates = (Gate("G0", valid, ""),)

@@ -62,8 +62,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def found(shared: Store) -> dict[str, list[Featured]]:
     pairs = pairs_of(MLP, 2)
-    late = Pair(*(copy(MLP, 0, 40, n, optimizer="restore") for n in (1, 2)))
-    groups = {
+    a, b = (copy(MLP, 0, 40, n, optimizer="restore") for n in (1, 2))
+    late = Pair(a, b)
+    groups: dict[str, list[tuple[Pair, Method | None]]] = {
         "naive": [(p, None) for p in pairs],
         "weights": [(p, Method("weights")) for p in pairs],
         "spawned": [(late, None)],

@@ -379,7 +379,7 @@ def test_a_dead_pair_among_good_ones(found: Instability, shared_store: Store) ->
 def test_the_reference_of_gate_g0(found: Instability, shared_store: Store) -> None:
     pair = Pair(copy(RECIPE, 0, 0, 1), copy(RECIPE, 0, 0, 2))
 
-    def valid(**bounds: float) -> bool:
+    def valid(**bounds: Any) -> bool:
         return measure([pair], FEW, store=shared_store, workers=1, **bounds)[0].barrier.valid
 
     (result,) = measure([pair], FEW, store=shared_store, workers=1)

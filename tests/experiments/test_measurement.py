@@ -121,7 +121,12 @@ def test_every_kind_is_described(kind: str) -> None:
 
 def test_equal_tasks_are_measured_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(Merge, "measure", lambda self, *_: made.append("x") or {"n": len(made)})
+
+    def measure(*_: object) -> dict[str, int]:
+        made.append("x")
+        return {"n": len(made)}
+
+    monkeypatch.setattr(Merge, "measure", measure)
     monkeypatch.setattr(measurement, "train", lambda *_, **__: None)
     tasks = [Merge((A, B), FEW), Merge((B, A), FEW), Merge((A, B), FEW)]
     found = measurement.run(tasks, store=store, workers=1)

@@ -116,7 +116,7 @@ def pair(make: Callable[[int], nn.Module]) -> tuple[nn.Module, Theta, Theta]:
             with torch.no_grad():
                 module(DIGITS.train.head(60).x * (1 + seed))
         out.append(snapshot(module))
-    return make(5), *out
+    return make(5), out[0], out[1]
 
 
 def mixed(a: Theta, b: Theta, alpha: float) -> Theta:
@@ -327,11 +327,11 @@ def test_permuted_units():
 
 
 def linear(*weights: Tensor) -> nn.Module:
-    net = nn.Sequential(*(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights))
+    layers = [nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights]
     with torch.no_grad():
-        for layer, w in zip(net, weights, strict=True):
-            layer.weight.copy_(w)  # type: ignore[union-attr]
-    return net
+        for layer, w in zip(layers, weights, strict=True):
+            layer.weight.copy_(w)
+    return nn.Sequential(*layers)
 
 
 def vectors(n: int = 20, size: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
@@ -539,7 +539,7 @@ def test_taps_hand_over_what_was_there_before_it_was_written_over():
         taps.run(x)
 
 
-def test_a_visitor_sees_each_site_keeps_nothing_and_can_replace_outputs():
+def test_a_visitor_sees_each_site_keeps_nothing_and_can_replace_outputs() -> None:
     module, a, b = pair(NETS["functional"])
     x = TEST.x[:9]
     places = sites(module, x)
@@ -551,16 +551,20 @@ def test_a_visitor_sees_each_site_keeps_nothing_and_can_replace_outputs():
         kept, _ = other.run(x, lambda name, f: seen.append(name))
         assert kept == {} and seen == [s.name for s in places]
         for name in ("inner.0.relu#1", "inner.0.relu#2", "inner.1", "norm", "output"):
-            stitched = other.run(x, lambda n, f, name=name: of_a[name] if n == name else None)[1]
+
+            def swap(n: str, _: Tensor, name: str = name) -> Tensor | None:
+                return of_a[name] if n == name else None
+
+            stitched = other.run(x, swap)[1]
             assert torch.equal(stitched, out) == (name == "output")
             net = copy.deepcopy(module).eval()
             net.load_state_dict(b)
             if name == "norm":
-                net.norm.register_forward_hook(lambda *_: of_a["norm"].clone())
+                net.get_submodule("norm").register_forward_hook(lambda *_: of_a["norm"].clone())
                 assert torch.equal(stitched, net(x))
         tail = other.run(x, lambda n, f: of_a[n] if n == "inner.1.relu#2" else None)[1]
         with torch.inference_mode():
-            assert torch.equal(tail, F.log_softmax(net.head(of_a["inner.1"]), 1))
+            assert torch.equal(tail, F.log_softmax(net.get_submodule("head")(of_a["inner.1"]), 1))
         two = of_a["inner.0.two"].clone()
         other.run(x, lambda n, f: of_a[n] if n == "inner.0.two" else None)
         assert torch.equal(of_a["inner.0.two"], two)  # the network writes into its own copy

@@ -280,8 +280,8 @@ def test_properties(seed: int, alpha: float, batch: int, scale: float) -> None:
             first = rows
         assert rows == [pytest.approx(r, nan_ok=True) for r in first]
     # ReLU and all distances are blind to one positive scale of both networks' first layers.
-    both = [{k: v * scale if k.startswith("layer1") else v for k, v in t.items()} for t in (a, b)]
-    scaled = weak_additivity(nets[0], *both, split, alphas=(alpha,)).layers[0]
+    c, d = ({k: v * scale if k.startswith("layer1") else v for k, v in t.items()} for t in (a, b))
+    scaled = weak_additivity(nets[0], c, d, split, alphas=(alpha,)).layers[0]
     assert scaled.whole[alpha] == pytest.approx(one.layers[0].whole[alpha], nan_ok=True, abs=1e-12)
     # A positive multiple of a unit is on exactly where the unit is.
     longer = {k: v * scale if k.startswith("layer1") else v for k, v in a.items()}

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reread import reread
+from torch import nn
 from torch.nn import functional as F
 
 from companion import data
@@ -137,9 +138,9 @@ def test_the_check_agrees_with_the_theorem_on_how_much_is_missing() -> None:
         b["head.weight"].shape, dtype=torch.float64, generator=Key("test").generator()
     )
     broken = Built(built.module, built.a, b, built.x)
-    hidden = [
-        torch.func.functional_call(built.module[:-1], _hidden(t), (built.x,)) for t in (built.a, b)
-    ]
+    assert isinstance(built.module, nn.Sequential)
+    below = built.module[:-1]
+    hidden = [torch.func.functional_call(below, _hidden(t), (built.x,)) for t in (built.a, b)]
     change = (built.a["head.weight"] - b["head.weight"]) @ (hidden[0] - hidden[1]).T
     for alpha in (0.25, 0.5):
         mixed = affine((built.a, b), (1 - alpha, alpha), tuple(b))

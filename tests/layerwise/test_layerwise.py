@@ -254,7 +254,7 @@ def test_a_replay_computes_nothing_below_the_first_changed_layer() -> None:
                 run.append(name)
                 return nn.Linear.forward(part, x)
 
-            part.forward = counted
+            part.__dict__["forward"] = counted
             replay._patch(part)
     x = SPLITS["test"].x
     tape = replay.record(x)
@@ -463,8 +463,8 @@ def test_identity_leaves_defaults_out_and_tells_settings_apart() -> None:
 
 def test_stored_pairs_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(net="mlp:widths=16", data="digits", steps=60, batch=60)
-    runs = [Run(recipe, init=1, order=order) for order in (1, 2)]
-    pairs = [Pair(*runs), Pair(*runs, step=0)]
+    a, b = (Run(recipe, init=1, order=order) for order in (1, 2))
+    pairs = [Pair(a, b), Pair(a, b, step=0)]
     settings = Sweep(kinds=("single",), train_examples=200, test_examples=100)
     found, at_init = sweep_pairs(pairs, settings, workers=1)
     assert found.valid and list(found.groups) == ["layer1.linear", "head"]

@@ -448,7 +448,7 @@ def test_output_is_logits_without_softmax(spec):
 
 
 @pytest.mark.parametrize("spec", SMALL)
-def test_every_module_that_computes_is_used_once(spec):
+def test_every_module_that_computes_is_used_once(spec: str) -> None:
     net = build(spec, DIGITS, 10, KEY)
     calls: Counter[str] = Counter()
     leaves = [n for n, m in net.named_modules() if not list(m.children())]

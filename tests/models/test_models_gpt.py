@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -40,11 +41,11 @@ def shaken(module: nn.Module) -> nn.Module:
     return module
 
 
-def theirs(module: nn.Module, **config: object) -> nn.Module:
+def theirs(module: nn.Module, **config: Any) -> nn.Module:
     """Transformers' own network of that size with the same weights; absent biases are 0."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = module.config
+    c: Any = module.config
     other = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=c.vocab_size,
@@ -89,7 +90,7 @@ def test_logits_are_those_of_transformers(
         mine = net(tokens())
         assert mine.shape == (3, L, K)
         torch.testing.assert_close(mine, other(tokens()).logits, rtol=1e-5, atol=1e-5)
-        net.config._attn_implementation = "eager"
+        net.config._attn_implementation = "eager"  # type: ignore[union-attr]
         torch.testing.assert_close(net(tokens()), mine, rtol=1e-5, atol=1e-5)
 
 
@@ -194,7 +195,9 @@ def test_the_tied_embedding_is_one_group() -> None:
     assert not found.buffers and not found.integers
     net = small()
     net.load_state_dict(snapshot(small(key=Key("init", "other"))))
-    assert net.lm_head.weight is net.transformer.wte.weight, "loading keeps the tie"
+    assert net.get_parameter("lm_head.weight") is net.get_parameter("transformer.wte.weight"), (
+        "loading keeps the tie"
+    )
     untied = layout(small(",tied=false"))
     assert not untied.ties and untied.groups["lm_head"] == ("lm_head.weight",)
 

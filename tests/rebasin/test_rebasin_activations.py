@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -163,13 +164,15 @@ def test_objective_is_what_all_features_at_once_give(name: str) -> None:
     def features(module: nn.Module) -> dict[str, torch.Tensor]:
         kept: dict[str, torch.Tensor] = {}
         if name == "flat":
-            kept["conv"] = F.relu(module.conv(inputs)).permute(0, 2, 3, 1).reshape(-1, 9)
+            kept["conv"] = (
+                F.relu(module.get_submodule("conv")(inputs)).permute(0, 2, 3, 1).reshape(-1, 9)
+            )
         elif name == "joined":
             for layer in ("left", "right"):
                 out = F.relu(module.get_submodule(layer)(inputs)).permute(0, 2, 3, 1)
                 kept[layer] = out.reshape(-1, out.shape[-1])
         else:
-            x = module.flatten(inputs)
+            x = module.get_submodule("flatten")(inputs)
             for layer in ("layer1", "layer2"):
                 x = kept[f"{layer}.linear"] = module.get_submodule(layer)(x)
         return {n: x.detach().double() for n, x in kept.items()}
@@ -338,8 +341,8 @@ def test_bad_input() -> None:
     x = noise(9, 6)
 
     def refused(match: str, **changed: object) -> None:
-        given = {"spec": spec, "a": a, "b": a, "inputs": x, "statistic": "moment", "batch": 4}
-        given |= changed
+        given: dict[str, Any] = {"spec": spec, "a": a, "b": a, "inputs": x}
+        given |= {"statistic": "moment", "batch": 4} | changed
         with pytest.raises(BadParameter, match=match):
             activation_matching(
                 given["spec"], module, given["a"], given["b"], given["inputs"],

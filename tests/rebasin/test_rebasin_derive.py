@@ -449,6 +449,8 @@ def test_named_arguments() -> None:
 class Masked(nn.Module):
     """A mask of minus infinity, and one of zeros and ones, as buffers."""
 
+    keep: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.5)

@@ -472,15 +472,15 @@ def test_layers_without_any_spread_have_no_share() -> None:
 def test_nothing_is_changed() -> None:
     module = conv(nn.BatchNorm2d).train()
     a, b = theta(module, 1), theta(module, 2)
-    before = [copy.deepcopy(v) for v in (snapshot(module), a, b, X)]
+    before, inputs = [copy.deepcopy(v) for v in (snapshot(module), a, b)], X.clone()
     momentum = module[1].momentum  # type: ignore[index]
     for form in ("forward", "closed"):
         assert isinstance(repair(module, a, b, X, form=form), Repaired)
     collapse(module, a, b, X)
     reset_batchnorm(module, a, X)
-    for was, now in zip(before[:3], (module.state_dict(), a, b), strict=True):
+    for was, now in zip(before, (module.state_dict(), a, b), strict=True):
         assert all(torch.equal(v, now[n]) for n, v in was.items())
-    assert torch.equal(before[3], X)
+    assert torch.equal(inputs, X)
     assert module.training and module[1].momentum == momentum  # type: ignore[index]
     assert not any(m._forward_hooks for m in module.modules())
     assert all(p.requires_grad for p in module.parameters())

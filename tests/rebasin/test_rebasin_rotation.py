@@ -6,7 +6,9 @@ Networks are tiny GPTs whose every weight was shaken: no zero or equal weights h
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -55,9 +57,7 @@ def tokens(count: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (count, WINDOW), generator=generator(seed))
 
 
-def network(
-    seed: int, *, layers: int = 2, width: int = 12, heads: int = 3, **kind: str
-) -> nn.Module:
+def network(seed: int, *, layers: int = 2, width: int = 12, heads: int = 3, **kind: Any) -> Any:
     """A GPT with noise on all its weights, gains and biases included; seed 0, 1, … are others."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -82,7 +82,7 @@ def folded(seed: int, bias: str = "true", tied: str = "true") -> Theta:
     return folding(bias, tied).apply(state(network(seed, bias=bias, tied=tied)))
 
 
-def gap(a: Theta, b: Theta) -> float:
+def gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
@@ -160,7 +160,7 @@ class PostNorm(nn.Module):
         self.transformer, self.lm_head = own.transformer, own.lm_head
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.transformer
+        parts: Any = self.transformer
         z = parts.wte(x) + parts.wpe(torch.arange(x.shape[1]))
         for block in parts.h:
             z = block.ln_1(z + block.attn(z)[0])

@@ -44,9 +44,10 @@ def spec(module: nn.Module, digits: tuple[Split, Split]) -> Spec:
 
 
 @pytest.fixture(scope="module")
-def pair(shared_store: Store) -> list[dict[str, torch.Tensor]]:
+def pair(shared_store: Store) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Two networks trained from their own inits."""
-    return [load_weights(Run(RECIPE, init=i, order=i), store=shared_store) for i in range(2)]
+    a, b = (load_weights(Run(RECIPE, init=i, order=i), store=shared_store) for i in range(2))
+    return a, b
 
 
 def midpoint_loss(
@@ -95,8 +96,9 @@ def test_it_beats_weight_matching_on_the_held_out_loss(module, spec, pair, digit
 def test_a_key_decides(module, spec, pair, digits) -> None:
     def go(label: int) -> Any:
         return straight_through(
-            spec, module, *pair, digits[0], steps=4, batch=100, lr=1.0, key=Key("k", label)
-        )
+            spec, module, pair[0], pair[1], digits[0],
+            steps=4, batch=100, lr=1.0, key=Key("k", label),
+        )  # fmt: skip
 
     first, again, other = go(1), go(1), go(2)
     assert torch.equal(flat(first.perms), flat(again.perms))
@@ -107,8 +109,12 @@ def test_a_key_decides(module, spec, pair, digits) -> None:
 
 def test_inside_no_grad_it_still_learns(module, spec, pair, digits) -> None:
     with torch.no_grad():
-        inside = straight_through(spec, module, *pair, digits[0], steps=4, batch=100, lr=1.0)
-    outside = straight_through(spec, module, *pair, digits[0], steps=4, batch=100, lr=1.0)
+        inside = straight_through(
+            spec, module, pair[0], pair[1], digits[0], steps=4, batch=100, lr=1.0
+        )
+    outside = straight_through(
+        spec, module, pair[0], pair[1], digits[0], steps=4, batch=100, lr=1.0
+    )
     assert inside.details == outside.details
 
 
@@ -150,7 +156,9 @@ def test_the_best_is_a_copy(module, spec, pair, digits, monkeypatch: pytest.Monk
 
 def test_a_later_call_does_not_change_an_earlier_result(module, spec, pair, digits) -> None:
     def go() -> Any:
-        return straight_through(spec, module, *pair, digits[0], steps=2, batch=100, lr=1.0)
+        return straight_through(
+            spec, module, pair[0], pair[1], digits[0], steps=2, batch=100, lr=1.0
+        )
 
     first = go()
     kept = flat(first.perms).clone()
@@ -215,14 +223,14 @@ def test_batchnorm_uses_batch_statistics_and_keeps_its_buffers() -> None:
     for theta, copy in zip((a, b), kept, strict=True):
         assert all(torch.equal(theta[k], v) for k, v in copy.items())
     # Running statistics do not enter the search.
-    broken = [{k: v + 50 if "running" in k else v for k, v in t.items()} for t in (a, b)]
-    same = straight_through(spec, net, *broken, train, steps=6, batch=20, lr=1.0, held_out=train)
+    c, d = ({k: v + 50 if "running" in k else v for k, v in t.items()} for t in (a, b))
+    same = straight_through(spec, net, c, d, train, steps=6, batch=20, lr=1.0, held_out=train)
     assert same.details == found.details
 
 
 def test_free_weights_that_overflow_end_the_search(module, spec, pair, digits) -> None:
     found = straight_through(
-        spec, module, *pair, digits[0], steps=50, batch=50, lr=1e38,
+        spec, module, pair[0], pair[1], digits[0], steps=50, batch=50, lr=1e38,
         score=lambda outputs, targets: 1e6 * F.cross_entropy(outputs, targets),
     )  # fmt: skip
     details = found.details or {}
@@ -277,4 +285,4 @@ def test_a_time_limit_ends_it(module, spec, pair, digits) -> None:
     from companion.core import deadline
 
     with deadline.until(0.0), pytest.raises(OutOfTime):
-        straight_through(spec, module, *pair, digits[0], steps=1000000, batch=50)
+        straight_through(spec, module, pair[0], pair[1], digits[0], steps=1000000, batch=50)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -143,8 +144,8 @@ def test_prices_make_an_assignment_every_rows_choice() -> None:
     gain = torch.randn(30, 30, generator=generator(0), dtype=torch.float64)
     gain += torch.randn(30, generator=generator(1), dtype=torch.float64) * 3  # columns all want
     p = assign(gain)
-    price = None
-    for _ in range(4):
+    price = prices(gain, p, None)
+    for _ in range(3):
         price = prices(gain, p, price)
     assert float((gain - price).amax(1).sum() + price.sum()) == pytest.approx(
         float(gain[torch.arange(30), p].sum())
@@ -254,7 +255,7 @@ def test_more_starts_find_what_one_does_not() -> None:
             for n, axes in spec.axes.items()
         }
         b, back = planted(spec, a, 1000 + seed)
-        kind = {"key": Key("toy", seed), "order": "random"}
+        kind: dict[str, Any] = {"key": Key("toy", seed), "order": "random"}
         one += same(weight_matching(spec, a, b, begin="identity", **kind).perms, back)
         ten += same(weight_matching(spec, a, b, begin="identity", starts=10, **kind).perms, back)
         anchored += same(weight_matching(spec, a, b, **kind).perms, back)
@@ -300,13 +301,17 @@ def test_never_worse_than_where_it_began(name: str, seed: int) -> None:
     kept = {n: (a[n].clone(), b[n].clone()) for n in a}
     start = spec.random(generator(seed))
     kept_start = {n: p.clone() for n, p in start.items()}
-    for kind in ({}, {"begin": "identity"}, {"order": "random"}, {"start": start}):
+    kinds: tuple[dict[str, Any], ...] = (
+        {}, {"begin": "identity"}, {"order": "random"}, {"start": start}
+    )  # fmt: skip
+    for kind in kinds:
         found = weight_matching(spec, a, b, key=Key(seed), **kind)
         spec.check(found.perms)
         assert found.objective == pytest.approx(value(spec, a, b, found.perms))
         assert found.objective == pytest.approx(objective(spec, a, b, found.perms))
         floor = value(spec, a, b, start if kind == {"start": start} else spec.identity())
         assert found.objective >= floor - 1e-9 * found.bound
+        assert found.details is not None
         steps = found.details["history"]
         assert all(x <= y for x, y in itertools.pairwise(steps))
         assert steps[-1] == pytest.approx(found.objective)
@@ -325,10 +330,10 @@ def test_ends_where_no_swap_helps(name: str, seed: int) -> None:
     spec = SPECS[name]
     a, b = draw(spec, seed), draw(spec, seed + 1)
     found = weight_matching(spec, a, b, key=Key(seed))
-    assert found.details["starts"][0]["converged"]
+    assert found.details is not None and found.details["starts"][0]["converged"]
     for group, p in found.perms.items():
         if spec.groups[group].within or any(g.within == group for g in spec.groups.values()):
-            rows = range(len(p)) if spec.groups[group].within else ()
+            rows: Iterable[int | None] = range(len(p)) if spec.groups[group].within else ()
         else:
             rows = (None,)
         for row in rows:
@@ -387,8 +392,10 @@ def test_a_network_matches_itself(name: str) -> None:
 def test_same_key_same_result_and_best_of_starts() -> None:
     spec = weakly_anchored()
     a, b = draw(spec, 1), draw(spec, 2)
-    kind = {"starts": 5, "begin": "identity"}
-    one, two = (weight_matching(spec, a, b, key=Key("x"), **kind) for _ in range(2))
+    one, two = (
+        weight_matching(spec, a, b, key=Key("x"), starts=5, begin="identity") for _ in range(2)
+    )
+    assert one.details is not None
     assert same(one.perms, two.perms)
     values = [s["objective"] for s in one.details["starts"]]
     assert len(set(values)) > 1

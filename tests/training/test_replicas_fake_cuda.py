@@ -149,9 +149,8 @@ def test_a_step_stays_on_its_device(
             )
             for name, split in (("train", DIGITS.train), ("test", DIGITS.test))
         }
-        stepper = Stepper(
-            *(module, what, replace(DIGITS, **splits), states, 40), engine=engine, window=10
-        )
+        there = replace(DIGITS, train=splits["train"], test=splits["test"])
+        stepper = Stepper(module, what, there, states, 40, engine=engine, window=10)
         stepper.feed(epoch, 0)
         stepper.step()
         stepper.step()

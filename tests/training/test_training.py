@@ -266,7 +266,8 @@ class NextYear(Recipe):
 
 def test_a_new_field_with_a_default_keeps_old_names() -> None:
     old = recipe(lr=0.2)
-    values = {"net": "mlp:widths=16", "data": "digits", "steps": 40, "batch": 60, "lr": 0.2}
+    values: dict[str, Any] = {"net": "mlp:widths=16", "data": "digits"}
+    values |= {"steps": 40, "batch": 60, "lr": 0.2}
     assert NextYear(**values).identity() == old.identity()
     assert NextYear(**values, clip=1.0).identity() == {**old.identity(), "clip": 1.0}
     a, b = (Run(r).identity("f", "cpu") for r in (NextYear(**values), old))
@@ -570,7 +571,8 @@ def test_batchnorm_statistics_are_part_of_the_state() -> None:
 
 
 def test_checkpoints_are_runs_that_stopped_there() -> None:
-    run, saved = Run(recipe(optimizer="adam", lr=1e-3)), []
+    run = Run(recipe(optimizer="adam", lr=1e-3))
+    saved: list[State] = []
     advance(run, start(run), 30, DIGITS, checkpoints=(7, 23), save=saved.append)
     assert [s.step for s in saved] == [7, 23]
     for state in saved:
@@ -615,7 +617,8 @@ def test_order_and_augmentation_are_two_sources(
     epochs = []
     for label in (1, 2):
         seen.clear()
-        run = Run(recipe(augment="flip+crop1"), **{differ: label})
+        noise: dict[str, Any] = {differ: label}
+        run = Run(recipe(augment="flip+crop1"), **noise)
         advance(run, start(run), PER_EPOCH, DIGITS)
         epochs.append((torch.cat([r for r, _ in seen]), torch.cat([x for _, x in seen])))
     (rows_a, _), (rows_b, _) = epochs
@@ -1002,7 +1005,7 @@ def test_bf16_keeps_float32_weights() -> None:
 
 def test_optimisers_are_made_from_the_recipe() -> None:
     net = build(Run(recipe()), DIGITS, CPU)
-    net.head.weight.requires_grad_(False)
+    net.get_parameter("head.weight").requires_grad_(False)
     sgd = make_optimizer(recipe(momentum=0.7, weight_decay=0.1, lr=0.2), net)
     assert isinstance(sgd, torch.optim.SGD)
     group = sgd.param_groups[0]

@@ -23,8 +23,9 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 class Cell:
     """One code cell.
 
-    Args:
-        source: its code; line: the line of the file its code starts at, from 1.
+    Arguments:
+        source: its code.
+        line: the line of the file its code starts at, from 1.
         options: such as ``{"tags": ["parameters"]}``.
     """
 
@@ -41,7 +42,7 @@ class Cell:
 def cells(text: str, where: str) -> list[Cell]:
     """The code cells of a MyST notebook, in order.
 
-    Args:
+    Arguments:
         text: the whole file.
         where: its name, for messages.
 

@@ -44,7 +44,7 @@ class Page:
 def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
     """Turn papermill's output into a page.
 
-    Args:
+    Arguments:
         book: The book; its root is cut out of every path that a cell printed.
         profile: The profile the notebook ran with.
         chapter: The chapter's name.

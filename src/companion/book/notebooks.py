@@ -21,7 +21,7 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 def build(book: Book, chapter: str) -> Path:
     """Write ``build/notebooks/<chapter>.ipynb``, which plain papermill can run.
 
-    Args:
+    Arguments:
         book: The book.
         chapter: The chapter's name.
 
@@ -56,7 +56,7 @@ def format_cells(book: Book, chapter: str) -> bool:
 
     (``jupytext --pipe`` would write its version into every chapter's header.)
 
-    Args:
+    Arguments:
         book: The book.
         chapter: The chapter's name.
 
@@ -95,7 +95,7 @@ def format_cells(book: Book, chapter: str) -> bool:
 def execute(book: Book, profile: str, chapter: str) -> Path:
     """Run a chapter's notebook with a profile's parameters.
 
-    Args:
+    Arguments:
         book: The book.
         profile: The profile's name.
         chapter: The chapter's name; :func:`build` has to have run.

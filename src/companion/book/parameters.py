@@ -38,7 +38,7 @@ class Parameter:
 def declared(source: str, where: str) -> dict[str, Parameter]:
     """Read the parameters cell.
 
-    Args:
+    Arguments:
         source: The cell's text.
         where: The chapter, for messages.
 
@@ -88,7 +88,7 @@ def declared(source: str, where: str) -> dict[str, Parameter]:
 def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[str, Any]:
     """What a profile sets for a chapter; empty if it has no file for it.
 
-    Args:
+    Arguments:
         book: The book.
         profile: The profile's name.
         chapter: The chapter's name.
@@ -124,7 +124,7 @@ def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[
 def check(values: Mapping[str, Any], parameters: Mapping[str, Parameter], where: str) -> None:
     """Refuse values of unknown parameters, and values whose type cannot be meant.
 
-    Args:
+    Arguments:
         values: Name to value.
         parameters: What :func:`declared` read.
         where: Who sets the values, for messages.
@@ -143,7 +143,7 @@ def check(values: Mapping[str, Any], parameters: Mapping[str, Parameter], where:
 def substituted(source: str, values: Mapping[str, Any], where: str) -> str:
     """The parameters cell with other values in place of its defaults; comments stay.
 
-    Args:
+    Arguments:
         source: The cell's text.
         values: Name to value; every name has to be declared.
         where: The chapter, for messages.

@@ -74,10 +74,13 @@ class _Planned(Exception):
 class Recording:
     """What to record.
 
-    Args:
-        book: the book; name: the file's name, without ``.json``.
-        chapter, profile: by name; overrides: parameters that differ from the profile's.
-        cells: the chapter's code; captions: those of its Markdown.
+    Arguments:
+        book: the book.
+        name: the file's name, without ``.json``.
+        chapter, profile: by name.
+        overrides: parameters that differ from the profile's.
+        cells: the chapter's code.
+        captions: those of its Markdown.
         values: what profile and overrides set.
         problems: pictures that failed while it ran; their numbers are not in the result.
     """
@@ -114,7 +117,7 @@ def prepare(
 ) -> Recording:
     """Read chapter, profile and settings, and refuse what is wrong before anything runs.
 
-    Args:
+    Arguments:
         book: the book.
         chapter_name, profile: by name.
         settings: ``NAME=VALUE``, the value read as YAML; they come after the profile's.
@@ -255,7 +258,7 @@ def record(
 ) -> Path | None:
     """Run the chapter's cells and write the result.
 
-    Args:
+    Arguments:
         recording: from :func:`prepare`.
         time_limit: seconds after ``started`` (``time.monotonic``; default: now) before which to
             have stopped; None: no limit.
@@ -325,7 +328,7 @@ def close(
     testable". Where inits or fork steps are missing altogether, closing it under parameters that
     name those that are there gives more.
 
-    Args:
+    Arguments:
         recording: from :func:`prepare`, with the parameters of the stopped one, or others under
             which more is whole.
         commit: of the code, where neither git nor the stopped recording says.

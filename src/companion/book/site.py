@@ -17,7 +17,7 @@ from companion.book.layout import Book, BookError
 def build(book: Book, profile: str) -> Path:
     """Run Jupyter Book on the staged tree. A warning is an error; then check the site.
 
-    Args:
+    Arguments:
         book: The book; :func:`companion.book.stage.stage` has to have run.
         profile: The profile.
 
@@ -53,7 +53,7 @@ def check(book: Book, profile: str) -> None:
     network; every link and resource inside the site exists, with its anchor; every picture has an
     alt text; no path of this machine is printed.
 
-    Args:
+    Arguments:
         book: The book.
         profile: The profile whose site to check.
 

@@ -33,7 +33,7 @@ def stage(book: Book, profile: str) -> Path:
     Files that did not change keep their time stamps, so that Sphinx does not read them again; what
     no longer belongs to the book is removed.
 
-    Args:
+    Arguments:
         book: The book.
         profile: The profile whose executed notebooks to take.
 

@@ -30,8 +30,10 @@ class Aligned:
     """A and the aligned B, in the coordinates in which they are compared.
 
     Arguments:
-        module: the architecture there; a, b: state dicts of it, B aligned.
-        file: the aligned B as it is written; model: the name of its architecture.
+        module: the architecture there.
+        a, b: state dicts of it, B aligned.
+        file: the aligned B as it is written.
+        model: the name of its architecture.
         matching: the permutations; None where B's stream is rotated.
         about: ``spec``, ``matching`` and ``outputs`` for the JSON.
     """
@@ -106,7 +108,8 @@ def barriers(
     """Before and after matching. If the aligned B is A, the second is a null control.
 
     Arguments:
-        module, a, b: the networks as they were; here: what became of them.
+        module, a, b: the networks as they were.
+        here: what became of them.
     """
     import torch
 
@@ -194,7 +197,8 @@ def merged(
     """The network between A and the aligned B, and how it does beside them.
 
     Arguments:
-        alpha: 0 is A. form: ``reset``, ``forward``, ``closed`` or ``none``.
+        alpha: 0 is A.
+        form: ``reset``, ``forward``, ``closed`` or ``none``.
     """
     from companion.connectivity import Walker, has_batchnorm
     from companion.rebasin import repair

@@ -122,7 +122,8 @@ def inside(name: str, own: Collection[str]) -> str | None:
     """What a model calls an entry of a file; None for a constant that it does not store.
 
     Arguments:
-        name: the file's; own: names in the model's state dict.
+        name: the file's.
+        own: names in the model's state dict.
     """
     while name not in own and (p := next((w for w in WRAPPERS if name.startswith(w)), "")):
         name = name.removeprefix(p)

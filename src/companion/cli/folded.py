@@ -28,7 +28,8 @@ def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: in
     """The name under which the folded form of a network is built, e.g. ``gpt:tied=false``.
 
     Arguments:
-        net: the name of the network; module: its folded form, for examples of ``shape``.
+        net: the name of the network.
+        module: its folded form, for examples of ``shape``.
 
     Raises:
         BadParameter: there is none.
@@ -65,8 +66,11 @@ def rotated(
     """Fold both networks and turn B's residual stream to A's; B's outputs stay as they are.
 
     Arguments:
-        method: one that folds. module: the architecture; a, b: state dicts, on its device.
-        example: tokens (2, L); train: windows, for a method that looks at some.
+        method: one that folds.
+        module: the architecture.
+        a, b: state dicts, on its device.
+        example: tokens (2, L).
+        train: windows, for a method that looks at some.
 
     Raises:
         BadParameter: no GPT network, or one whose folded form has no name. Unproven: a function

@@ -24,9 +24,13 @@ class Opened:
     Arguments:
         a, b: state dicts of ``module``, with what had to be done to the files.
         files: the two as they were read.
-        model: the architecture's canonical name; name: the one it was given; module: it.
-        shape: of an example; classes: as the model has them.
-        dataset: None without data; source: the name it was given.
+        model: the architecture's canonical name.
+        name: the one it was given.
+        module: it.
+        shape: of an example.
+        classes: as the model has them.
+        dataset: None without data.
+        source: the name it was given.
     """
 
     a: Checkpoint

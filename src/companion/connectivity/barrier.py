@@ -138,7 +138,9 @@ def barrier(
     """The error and loss barrier between networks A and B, gates included.
 
     Arguments:
-        module: the architecture; a, b: state dicts of it; data, points, groups, rest: as
+        module: the architecture.
+        a, b: state dicts of it.
+        data, points, groups, rest: as
             :func:`segment`.
         bn: the headline BatchNorm mode; all three are measured where the network has BatchNorm.
         bn_data, bn_examples: as :class:`Walker` takes them.
@@ -206,10 +208,11 @@ def gated(
     """The barrier of curves that are measured already: the one place where all gates are asked.
 
     Arguments:
-        headline: the BatchNorm mode that is reported; entries: the layout of the network.
+        headline: the BatchNorm mode that is reported.
+        entries: the layout of the network.
         ends: what was measured of A and of B, split -> measure.
         self_gap: as :func:`companion.connectivity.gates.symmetry` takes it.
-        curves, splits and the others: as of :func:`barrier`.
+        curves, splits: as of :func:`barrier`; so is what is not named here.
     """
     held_out = "test" if "test" in splits else list(splits)[-1]
     if classes is None:

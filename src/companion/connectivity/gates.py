@@ -116,7 +116,8 @@ def of_ends(
     """G0 and G0b: two trained networks, and not one of them twice.
 
     Arguments:
-        names: of the parameters; errors: of A and B on ``held_out``; the others: as
+        names: of the parameters.
+        errors: of A and B on ``held_out``; the others: as
             :func:`quality` and :func:`distinct` take them.
     """
     guess = guessing(held_out)
@@ -221,7 +222,8 @@ def batchnorm(headline: str, modes: Sequence[str], average: int | None = None) -
     """G5: with BatchNorm all three modes are logged, and the headline one is named.
 
     Arguments:
-        headline: the mode that is reported; modes: all that were measured.
+        headline: the mode that is reported.
+        modes: all that were measured.
         average: training inputs behind the statistics of ``reestimate``, for the detail.
     """
     if headline == "none":

@@ -108,7 +108,8 @@ def segment(
     """Loss and error on the straight line from network A to network B.
 
     Arguments:
-        module: the architecture; a, b: state dicts of it.
+        module: the architecture.
+        a, b: state dicts of it.
         data: where to measure.
         points: odd; 31 by default, so ½ is on the grid.
         groups: layers that move (names or prefixes); the others stay at network ``rest``

@@ -86,7 +86,8 @@ def check(entries: Sequence[Entry] = (), what: str = "a training") -> None:
     """Stop here if a recording is being closed and something would have to be computed.
 
     Arguments:
-        entries: what would be made, to be noted. what: it in words.
+        entries: what would be made, to be noted.
+        what: it in words.
 
     Raises:
         NotMeasured: it is. Outside nothing happens.

@@ -22,7 +22,8 @@ class Interval:
     Arguments:
         value: the statistic of all values (same unit as they).
         low, high: percentile interval at ``level``.
-        n: number of values (pairs); ``clusters``: number of independent groups (inits).
+        n: number of values (pairs).
+        clusters: number of independent groups (inits).
     """
 
     value: float
@@ -54,7 +55,8 @@ def clustered(
     to the highest cluster mean, which is as wide as three inits deserve.
 
     Arguments:
-        values: one number a pair; ``clusters``: the init (any label) of each, same length.
+        values: one number a pair.
+        clusters: the init (any label) of each, same length.
         statistic: of a 1-d array; default the mean.
 
     Raises:

@@ -127,7 +127,8 @@ def check_ties(theta: Theta, ties: Mapping[str, str], name: str) -> None:
     Loading it would keep one of the two, and not the same one everywhere.
 
     Arguments:
-        ties: :attr:`Layout.ties` of the architecture; name: what the message calls the network.
+        ties: :attr:`Layout.ties` of the architecture.
+        name: what the message calls the network.
 
     Raises:
         BadParameter: two entries of a tied tensor differ; the message names both.

@@ -32,7 +32,7 @@ from companion.data.dataset import Split
 class Augmentation:
     """Random horizontal flips and random crops of an image; random shifts of a window of text.
 
-    Args:
+    Arguments:
         flip: mirror left-right with probability 1/2.
         pad: pixels of (black) padding on each side; the crop is one of ``(2 pad + 1)**2``, all
             equally likely. 0: no crops.
@@ -106,7 +106,7 @@ class Augmentation:
 class Draws:
     """One epoch of randomness, indexed by sample: (n,) each, or None where nothing is drawn.
 
-    Args:
+    Arguments:
         flip: bool, mirror the sample.
         top, left: int64 in ``0 … 2 pad``, the crop's corner in the padded image; ``pad``: centred.
         shift: int64 in ``0 … L - 1``, how many tokens later the window begins.
@@ -137,7 +137,7 @@ def draw(
 
     Flips and the two offsets have their own keys: adding crops leaves the flips as they were.
 
-    Args:
+    Arguments:
         augmentation: what to draw.
         key: the run's augmentation key.
         epoch: counts from 0.
@@ -160,7 +160,7 @@ def draw(
 class Augmenter:
     """Batches of augmented examples, gathered on the device of the split.
 
-    Args:
+    Arguments:
         split: N images or windows of text; a copy of images padded by ``augmentation.pad`` is made
             once, on the same device.
         augmentation: what to draw.
@@ -200,7 +200,7 @@ class Augmenter:
 
         :func:`draw`, moved to the device, once an epoch, so no step waits for it.
 
-        Args:
+        Arguments:
             key: the run's augmentation key.
             epoch: counts from 0.
         """
@@ -210,7 +210,7 @@ class Augmenter:
     def examples(self, rows: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The augmented examples of ``rows`` and their targets.
 
-        Args:
+        Arguments:
             rows: (B,) int64 sample indices, on the split's device.
             draws: this epoch's, from :meth:`draw`.
 

@@ -35,7 +35,7 @@ TEST_NAMES = ("test",)
 class Text:
     """A UTF-8 text.
 
-    Args:
+    Arguments:
         name: for messages: its file, or what it is.
         blocks: makes a new iterator over its bytes, in blocks of any size.
         begins: at which byte of its file, for messages.
@@ -154,7 +154,7 @@ def survey(text: Text) -> Survey:
 def of_files(paths: Sequence[Path], blank: str = "\n") -> Text:
     """The text of one text file, or of the ``text`` column of parquet files, in their order.
 
-    Args:
+    Arguments:
         paths: one text file, or parquet files.
         blank: what an empty row of a parquet file stands for: Hugging Face's copy of WikiText has
             emptied the lines that hold one space.

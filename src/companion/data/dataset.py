@@ -30,7 +30,7 @@ class Split:
 
     Shared by all who loaded it: never written in place.
 
-    Args:
+    Arguments:
         x: (N, C, H, W) float32, normalised per channel; or (N, L) int64, tokens.
         y: (N,) int64, classes ``0 … classes - 1``; or (N, L) int64: ``y[i, t]`` is the token behind
             ``x[i, t]``, so ``y`` is ``x`` shifted by one.
@@ -69,7 +69,7 @@ class Split:
         Nothing is copied: ``x`` and ``y`` are views of ``stream``, ``y`` one token further on. What
         is left at the end (less than a window) is in ``stream`` only.
 
-        Args:
+        Arguments:
             stream: (T,) int64, contiguous.
             window: L, tokens in one window.
 
@@ -165,7 +165,7 @@ class TextCounts:
 class TextFacts:
     """How a text became tokens.
 
-    Args:
+    Arguments:
         tokenizer: ``"bpe"``, ``"gpt2"`` or ``"bytes"``.
         vocabulary: its size. :attr:`Dataset.classes` is this, rounded up to a multiple of 64.
         train, test: both texts in tokens, bytes, characters and words.
@@ -183,7 +183,7 @@ class TextFacts:
 class Dataset:
     """A named dataset on one device.
 
-    Args:
+    Arguments:
         name: what :func:`companion.data.load` was asked for; of a text, in canonical spelling.
         label: what it is, for figures and tables, never better than the truth: a lossy copy of
             CIFAR-10 is called one.
@@ -245,7 +245,7 @@ def standardise(
     The operations and their order are those of torchvision's ToTensor and Normalize: equal bits.
     A GPU may round divisions differently, which is why datasets are normalised before they move.
 
-    Args:
+    Arguments:
         pixels: (N, C, H, W) uint8, may be a read-only memory map.
         white: the integer value of a white pixel (255; 16 in ``digits``).
         mean, std: C numbers each, in units of white = 1.
@@ -268,7 +268,7 @@ def channel_statistics(
     Computed in exact integers up to the last division, so every machine gets the same numbers.
     A channel that never changes gets std 1: there is nothing to scale.
 
-    Args:
+    Arguments:
         pixels: (N, C, H, W) uint8.
         white: the integer value of a white pixel.
     """
@@ -295,7 +295,7 @@ def stratified_split(
     (largest remainders are rounded up, ties to the lower class), but at least one row and not all.
     Which rows: the first of the permutation of the class's rows by ``key.fold("class", c)``.
 
-    Args:
+    Arguments:
         y: (N,) classes; each occurs at least twice.
         n_test: size of the test split. Classes with fewer than ``N / n_test`` rows can add to it.
         key: the split is a pure function of ``y``, ``n_test`` and this.

@@ -34,7 +34,7 @@ def decode(
     Greyscale is what the files say (their mode), not what the pixels look like. Transparency is
     dropped, and EXIF rotation is ignored, as by torchvision's ImageFolder.
 
-    Args:
+    Arguments:
         names: N names, for messages.
         read: row → the encoded bytes.
         size: None: all images have one size already. Else: the shorter side is resized to ``size``
@@ -110,7 +110,7 @@ def _resize(image: Image.Image, size: int) -> Image.Image:
 def cached(folder: Path, n: int, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
     """The array stored in ``folder``, read-only and memory-mapped; made and stored if need be.
 
-    Args:
+    Arguments:
         folder: one per fingerprint.
         n: expected number of images.
         make: decodes them.

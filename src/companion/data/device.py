@@ -18,7 +18,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     Before a GPU is handed out, cuBLAS gets its workspace: see :mod:`companion.core.numerics`. While
     a recording is closed no GPU has to be here, and ``"auto"`` is where it was measured.
 
-    Args:
+    Arguments:
         name: ``"cpu"``; ``"cuda"`` (the current GPU) or ``"cuda:N"``; ``"auto"`` is ``cuda`` where
             there is a GPU and ``cpu`` elsewhere. A ``torch.device`` is checked in the same way.
 

@@ -12,7 +12,7 @@ from companion.data.sources import Source
 def from_hub(source: Source, root: Path) -> None:
     """Download the three splits of a text and write them as parquet below the data root.
 
-    Args:
+    Arguments:
         source: one whose ``hub`` is not None.
         root: the data root.
 

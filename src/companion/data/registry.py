@@ -60,7 +60,7 @@ class Report:
     """What ``companion data check`` found. If not present, only the first fields and ``how`` say
     something; a checksum that is wrong is not reported but raised.
 
-    Args:
+    Arguments:
         missing: names of the files that are not there.
         files: those that were read, with sizes in bytes and checksums "ok" or "unknown".
         train_shape, test_shape: (N, C, H, W); of a text (N, L), its windows.
@@ -90,7 +90,7 @@ class Report:
 def load(name: str, device: str | torch.device = "cpu") -> Dataset:
     """Load a dataset onto a device. The last few are kept, so asking again costs nothing.
 
-    Args:
+    Arguments:
         name: of the catalogue (see the module), e.g. ``"mnist"``; or ``"images:PATH"``,
             ``"images:PATH?size=32&label=fine_label"``; with a part, ``"mnist@split-a"``; a text,
             ``"pydoc"``, ``"text:PATH?vocab=1024"``.

@@ -96,7 +96,7 @@ class RawText:
 class Source:
     """How to find and read one dataset.
 
-    Args:
+    Arguments:
         name, label, classes, shape: see :class:`companion.data.Dataset`; None: known once read.
         folder: of the files, below the data root (or absolute); None: there are no files.
         files: data root → the files that are there (in reading order) and the names of those that
@@ -128,7 +128,7 @@ def fingerprint(rule: str, parts: Iterable[tuple[str, str]]) -> str:
 
     Names and contents count, times and places do not. ``sha256sum`` can reproduce it by hand.
 
-    Args:
+    Arguments:
         rule: how the files become numbers: split, columns, size, normalisation.
         parts: (name, SHA-256 in hex) in reading order.
     """

@@ -46,7 +46,7 @@ def is_text(name: str) -> bool:
 class Request:
     """A name taken apart.
 
-    Args:
+    Arguments:
         base: ``pydoc``, …, ``text:PATH``.
         options: all of them, with their defaults.
         given: those that the name holds.

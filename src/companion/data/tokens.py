@@ -41,7 +41,7 @@ _BATCH = 64  # pieces tokenised at a time: some 4 MB of text
 class Tokenizer:
     """A tokeniser: text to tokens ``0 … vocabulary - 1`` and back.
 
-    Args:
+    Arguments:
         name: ``"bpe"``, ``"gpt2"`` or ``"bytes"``.
         vocabulary: number of tokens it knows.
         definition: the JSON that defines it, as ``tokenizers`` writes it; "" for bytes.
@@ -125,7 +125,7 @@ BYTES = Tokenizer("bytes", 256)
 def trained(text: Text, vocabulary: int) -> Tokenizer:
     """A byte-level BPE trained on ``text``: the 256 bytes, then the most frequent merges.
 
-    Args:
+    Arguments:
         text: the training text, and nothing else.
         vocabulary: at most so many tokens; a text that repeats little gives fewer.
     """

@@ -40,7 +40,7 @@ def windows_digest(split: Split) -> str:
 def save_windows(split: Split, store: Store) -> str:
     """Keep the windows of a text in the run store, once, as an entry of kind ``windows``.
 
-    Args:
+    Arguments:
         split: such as the head of the test split that a measurement used.
         store: where to.
 

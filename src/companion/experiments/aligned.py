@@ -276,7 +276,8 @@ def pairs_of(
     """``count`` pairs of independent runs that share no network: 0 and 1, 2 and 3, ….
 
     Arguments:
-        step: at which they are taken (None: T); other: the recipe of B, if it is not A's.
+        step: at which they are taken (None: T).
+        other: the recipe of B, if it is not A's.
     """
     return [
         Pair(independent(recipe, 2 * i), independent(other or recipe, 2 * i + 1), step=step)

@@ -220,7 +220,8 @@ def mixed(
     """Error (%) of the mixed logits (1 - alpha) f(A) + alpha f(B) at each alpha.
 
     Arguments:
-        a, b: state dicts of ``module``; split: images and labels, on the device to compute on.
+        a, b: state dicts of ``module``.
+        split: images and labels, on the device to compute on.
 
     Source: Zhou et al. 2023, Lemma 1: such a mixture is wrong only where A or B is.
     """
@@ -293,7 +294,8 @@ def survey(
     """:func:`examine` for many groups of pairs at once, so that no process waits between them.
 
     Arguments:
-        groups: any label -> items of :func:`examine`; how: its keywords.
+        groups: any label -> items of :func:`examine`.
+        how: its keywords.
 
     Returns:
         label -> one :class:`Featured` an item.

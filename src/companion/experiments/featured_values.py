@@ -60,7 +60,8 @@ class Featured:
         pair, method: which.
         barrier: of the test error and loss on the line from A to B (or pi(B)), with its gates.
         features: BatchNorm mode -> the features; one entry ``none`` without BatchNorm.
-        mixture: error (%) of the mixed logits on the line's grid; examples: images behind it.
+        mixture: error (%) of the mixed logits on the line's grid.
+        examples: images behind it.
         additivity, commutativity, stitching: if they were asked for.
         spectra: ``a`` and ``b`` -> singular values of weights and features, if asked for.
     """

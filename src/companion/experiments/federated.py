@@ -85,7 +85,8 @@ class Outcome:
 
     Arguments:
         history: round -> client -> loss and error on its own test images, right after averaging.
-        sizes: training images of each client. test_sizes: its test images.
+        sizes: training images of each client.
+        test_sizes: its test images.
         entry: of the run store; :func:`networks` reads the clients' networks from it.
     """
 
@@ -151,7 +152,8 @@ def assign(y: torch.Tensor, parts: NDArray[np.float64], key: Key) -> list[torch.
     """The rows of each client: each class is shuffled and cut where its shares say.
 
     Arguments:
-        y: labels, shape (N,). parts: shape (classes, clients).
+        y: labels, shape (N,).
+        parts: shape (classes, clients).
 
     Returns:
         ascending rows of every client, disjoint, together all of them.
@@ -217,7 +219,8 @@ def average(
     """The clients' networks after one averaging: the named groups agree, the rest is untouched.
 
     Arguments:
-        thetas: state dicts. weights: one a client; they are divided by their sum.
+        thetas: state dicts.
+        weights: one a client; they are divided by their sum.
         groups: names or prefixes of layers; () averages nothing, None everything.
     """
     if groups is not None and not groups:
@@ -355,7 +358,8 @@ def measure(
     """Train what the run store lacks; return every outcome, in the order of ``wanted``.
 
     Arguments:
-        wanted: (federation, seed) pairs. store, device, workers: see :mod:`companion.training`.
+        wanted: (federation, seed) pairs.
+        store, device, workers: see :mod:`companion.training`.
 
     Raises:
         as :func:`federate`.

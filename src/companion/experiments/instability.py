@@ -343,7 +343,8 @@ def analyse(
     Arguments:
         recipe: how the network trains; its ``steps`` is T.
         ks: fork steps, each in 0 … T - 1.
-        inits: number of independent W_0; copies: of each W_k, 2 or more (3 give 3 pairs).
+        inits: number of independent W_0.
+        copies: of each W_k, 2 or more (3 give 3 pairs).
         noise: what differs between copies, one of :data:`NOISE`.
         optimizer: what a copy starts with, ``reset`` (fresh) or ``restore`` (the trunk's momentum).
         schedule: ``continue``, or ``restart`` for the control of Fig. 4 (all T steps again).

@@ -48,7 +48,8 @@ class Reading:
     """What one predictor is worth on one split.
 
     Arguments:
-        loss: mean cross-entropy, nats; error: percent.
+        loss: mean cross-entropy, nats.
+        error: percent.
         ece: expected calibration error of the top label, percentage points.
         confidence, fraction: over all (example, class) pairs, in bins of the stated probability:
             its mean, and how often it came true; count: pairs in the bin. Empty bins are left out.

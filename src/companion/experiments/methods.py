@@ -69,7 +69,8 @@ class Problem:
     """Two networks to match, as the function of a method gets them.
 
     Arguments:
-        module: the architecture, in folded form for a method that folds; spec: its permutations.
+        module: the architecture, in folded form for a method that folds.
+        spec: its permutations.
         a, b: state dicts of it, on the device to compute on.
         train: un-augmented training data; None only for methods that need none.
         key: of random choices.
@@ -104,10 +105,12 @@ class Kind:
     """One way of matching.
 
     Arguments:
-        find: its function; about: what the help says after its name; "" if the name says it.
+        find: its function.
+        about: what the help says after its name; "" if the name says it.
         options: fields of :class:`Method` that determine what it finds. They are its identity in
             the store, so a later one must not be added to a method that has measured something.
-        data: it looks at training data. folds: LayerNorm is folded away first.
+        data: it looks at training data.
+        folds: LayerNorm is folded away first.
         nets: the only networks it is for: ``gpt``, ``mlp``, or "" for any.
         control: it is no way to make networks match, and the command line does not offer it.
     """
@@ -332,7 +335,8 @@ class Placed:
 
     Arguments:
         module: the architecture there: the original one, or the folded one.
-        a, b: state dicts of it, B matched; before: B as it is there with nothing matched.
+        a, b: state dicts of it, B matched.
+        before: B as it is there with nothing matched.
         summary: what the method has to say, JSON-able; empty for ``naive``.
     """
 
@@ -347,7 +351,9 @@ def place(method: Method, module: nn.Module, a: Theta, b: Theta, data: Dataset) 
     """Carry out any method: A and B in one place, each computing what it did before.
 
     Arguments:
-        module: the architecture; a, b: state dicts of it; data: whose training part methods that
+        module: the architecture.
+        a, b: state dicts of it.
+        data: whose training part methods that
             look at activations or losses see.
 
     Raises:
@@ -375,7 +381,8 @@ def turn(
     """What brings folded B to folded A; None for ``folded``, where nothing moves.
 
     Arguments:
-        method: one that folds. a, b: state dicts of the folded architecture.
+        method: one that folds.
+        a, b: state dicts of the folded architecture.
         train: data to look at; None for a method that needs none.
     """
     from companion.core.seeds import Key

@@ -117,7 +117,8 @@ def averaging(net: str, bn_examples: int | None) -> dict[str, Any]:
     """The part of a store key that says what BatchNorm averages over: of networks that may have it.
 
     Arguments:
-        net: of a recipe; bn_examples: as :class:`Evaluation` has it.
+        net: of a recipe.
+        bn_examples: as :class:`Evaluation` has it.
     """
     return {"bn_examples": bn_examples} if models.has_batchnorm(net) else {}
 
@@ -127,7 +128,8 @@ class Pair:
     """Two stored networks to compare, and the state both come from.
 
     Arguments:
-        a, b: the runs; step: at which step of them (None = T).
+        a, b: the runs.
+        step: at which step of them (None = T).
         start: run and step of W_k, the state they share; None for independent networks.
     """
 

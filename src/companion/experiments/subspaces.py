@@ -80,7 +80,8 @@ class Noise:
     """Directions of equal length.
 
     Arguments:
-        inside: in the span, shape (draws, P); outside: in its null space, likewise.
+        inside: in the span, shape (draws, P).
+        outside: in its null space, likewise.
         rank: dimensions of the span.
     """
 

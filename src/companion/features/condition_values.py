@@ -18,7 +18,8 @@ class ReluAdditivity:
     """One ReLU, on what A and B feed it: X and Y.
 
     Arguments:
-        name: of the site; size: units (times positions) of one sample.
+        name: of the site.
+        size: units (times positions) of one sample.
         distance: alpha -> Dist_sigma of each sample: of ``relu((1 - alpha) X + alpha Y)`` and
             ``(1 - alpha) relu(X) + alpha relu(Y)``. Undefined where one of the two is all zeros.
         whole: alpha -> the same with the features of all samples as one vector.
@@ -38,7 +39,8 @@ class Additivity:
     """Weak additivity of every ReLU, in the order they compute.
 
     Arguments:
-        alphas: weight of B; n: samples.
+        alphas: weight of B.
+        n: samples.
         bn: ``own``: BatchNorm with each network's own running statistics; ``none`` without any.
     """
 

@@ -60,7 +60,8 @@ def weak_additivity(
     signs, and nowhere else. That is what is summed, in float64, so units that agree add exactly 0.
 
     Arguments:
-        a, b: state dicts of ``module``; split: data, on the device to compute on.
+        a, b: state dicts of ``module``.
+        split: data, on the device to compute on.
         layers: names of ReLUs, beginnings of names (``stage1``) or patterns with ``*``; None: all.
         alphas: weights of B, in [0, 1]; the paper has them of A, and symmetric sets.
         batch: samples a forward pass.
@@ -130,7 +131,8 @@ def commutativity(
     it could be.
 
     Arguments:
-        a, b: state dicts of ``module``; split: data, on the device to compute on.
+        a, b: state dicts of ``module``.
+        split: data, on the device to compute on.
         layers: names of linear layers and convolutions that are not transposed, beginnings of
             names (``stage1``) or patterns with ``*``; None: all.
         batch: samples a forward pass.
@@ -176,7 +178,8 @@ def measurable(
     """Names of what the two conditions are about: ReLUs, and linear layers and convolutions.
 
     Arguments:
-        split: data, on the device of ``module``; among: names of sites to choose from; None: all.
+        split: data, on the device of ``module``.
+        among: names of sites to choose from; None: all.
 
     Returns:
         the two lists; either may be empty, as the first is of a network with GELUs.

@@ -102,7 +102,8 @@ class Products:
         """Write ``sum(tensors[i] * tensors[j])`` of each row, for (i, j) in ``pairs``.
 
         Arguments:
-            out: (pairs, rows) float64; tensors: up to three of shape (rows, …), equal shapes.
+            out: (pairs, rows) float64.
+            tensors: up to three of shape (rows, …), equal shapes.
         """
         rows = len(tensors[0])
         size = tensors[0][:1].numel()
@@ -204,7 +205,8 @@ def features(
     """Compare the features of A, B and the networks ``(1 - alpha) A + alpha B``, at every layer.
 
     Arguments:
-        module: the architecture; copied, never changed. a, b: state dicts of it.
+        module: the architecture; copied, never changed.
+        a, b: state dicts of it.
         split: inputs (N, …) and targets (N,), on the device to compute on; for token networks
             integer inputs (N, L) and targets (N, L).
         layers: see :func:`companion.features.sites`.

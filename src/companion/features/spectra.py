@@ -32,7 +32,8 @@ class Spectrum:
     """The singular values of one matrix.
 
     Arguments:
-        name: of the entry (``weight``) or of the site (``feature``); kind: which of the two.
+        name: of the entry (``weight``) or of the site (``feature``).
+        kind: which of the two.
         rows, columns: of the matrix. Of a weight: outputs, and everything else. Of features:
             samples (with the positions of maps and of token sequences), and channels.
         values: the ``min(rows, columns)`` singular values, largest first. Features' come from a
@@ -92,7 +93,8 @@ class SubspaceAngles:
     """Principal angles between the leading singular subspaces of one weight in A and in B.
 
     Arguments:
-        name: of the entry; k: dimensions of the subspaces, fewer where the matrix has fewer.
+        name: of the entry.
+        k: dimensions of the subspaces, fewer where the matrix has fewer.
         left, right: in the space of outputs and in that of inputs; degrees, smallest first.
     """
 
@@ -138,7 +140,8 @@ def principal_angles(
     high dimensions nearly all their angles are close to 90 degrees.
 
     Arguments:
-        a, b: state dicts of ``module``; names: as in :func:`weight_spectra`.
+        a, b: state dicts of ``module``.
+        names: as in :func:`weight_spectra`.
 
     Raises:
         BadParameter: as :func:`weight_spectra`, or a ``k`` below 1.
@@ -210,7 +213,8 @@ def feature_spectra(
     kept. The networks run in eval mode: BatchNorm with the network's own statistics.
 
     Arguments:
-        theta: a state dict of ``module``; split: data, on the device to compute on.
+        theta: a state dict of ``module``.
+        split: data, on the device to compute on.
         layers: sites as in :func:`companion.features.sites`; default its default.
         centred: take the mean of each channel away first. Features after a ReLU have a mean that
             is most of them, and a first value that says little else.

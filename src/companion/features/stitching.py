@@ -153,11 +153,13 @@ def stitch(
     beginning is left. BatchNorm uses the running statistics that belong to its own network.
 
     Arguments:
-        a, b: state dicts of ``module``; split: data, on the device to compute on.
+        a, b: state dicts of ``module``.
+        split: data, on the device to compute on.
         layers: as for :func:`companion.features.sites`; default its default, which ends with the
             network's output.
         default: the network that keeps the rest, ``b``, ``a`` or ``both`` in turn.
-        batch: samples a forward pass; score: how outputs become loss and error.
+        batch: samples a forward pass.
+        score: how outputs become loss and error.
 
     Raises:
         BadParameter: networks that do not fit, no data, unknown layers, targets that do not fit.

@@ -129,7 +129,8 @@ class Taps:
             features, output = taps.run(x)
 
     Arguments:
-        module: any network; copied, in eval mode, never changed. sites: of :func:`sites`.
+        module: any network; copied, in eval mode, never changed.
+        sites: of :func:`sites`.
         inputs: also keep what went into each site, in :attr:`inputs`.
     """
 
@@ -320,7 +321,8 @@ def sites(
     """The places of a network whose features can be looked at, in the order they are computed.
 
     Arguments:
-        module: any network; copied. example: a batch of inputs (B, …), B of 2 or more, on the
+        module: any network; copied.
+        example: a batch of inputs (B, …), B of 2 or more, on the
             device to compute on.
         layers: names of sites; or beginnings of names (``stage1``: the sites of ``kinds`` in it,
             unless a site has that very name); or patterns with ``*``, ``?`` and ``[…]``. A name

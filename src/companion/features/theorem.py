@@ -83,7 +83,8 @@ class Theorem:
     Arguments:
         layers: in order of execution.
         alphas: where the mixtures were.
-        samples: rows of the data; undefined: pairs (sample, layer) left out of ``gap`` and ``c``,
+        samples: rows of the data.
+        undefined: pairs (sample, layer) left out of ``gap`` and ``c``,
             since one of their features is all zeros.
     """
 

@@ -20,7 +20,8 @@ class Stat:
 
     Arguments:
         mean, std: std is the population's, over samples.
-        n: samples that count; median, low, high: low and high are the 5 % and 95 % quantiles.
+        n: samples that count.
+        median, low, high: low and high are the 5 % and 95 % quantiles.
         undefined: samples that do not count: a feature is zero, or not finite, and has no angle.
             With ``n = 0`` all numbers are NaN.
     """
@@ -64,7 +65,8 @@ class LayerFeatures:
     feature ``(1 - alpha) F_A + alpha F_B``, both flattened to one vector a sample.
 
     Arguments:
-        name, kind: of the site; size: numbers in one sample's feature.
+        name, kind: of the site.
+        size: numbers in one sample's feature.
         baseline: 1 - cos(F_A, F_B).
         gap: alpha -> 1 - cos(F_alpha, F_int), cosine with its sign: from 0 to 2.
         c: alpha -> <F_alpha, F_int> / |F_alpha|^2, the c of Definition 2.
@@ -93,9 +95,11 @@ class Features:
     """The features of two networks and of those between them, layer by layer.
 
     Arguments:
-        layers: in the order they compute; alphas: 0 = A, 1 = B (the paper writes it the other way
+        layers: in the order they compute.
+        alphas: 0 = A, 1 = B (the paper writes it the other way
             round; it matters to nobody who uses a symmetric set).
-        n: samples (or positions) behind each layer; per: ``sample`` or ``position``.
+        n: samples (or positions) behind each layer.
+        per: ``sample`` or ``position``.
         bn: the BatchNorm mode of every network here, the ends included; ``none`` without any.
         predictions: behind each error.
         errors, losses: ``a``, ``b`` -> percent, nats.

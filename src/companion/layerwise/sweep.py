@@ -52,7 +52,8 @@ def sweep(
     """Barriers of single layers, and of any sets of layers, between networks A and B.
 
     Arguments:
-        module: the architecture; a, b: state dicts of it.
+        module: the architecture.
+        a, b: state dicts of it.
         data: where to measure (all of it; ``settings.train_examples`` is for stored pairs).
         settings: what to measure, see :class:`Sweep`.
         bn_data, classes, max_error, same_noise: as :func:`companion.connectivity.barrier`.

@@ -141,7 +141,8 @@ class Additivity:
     """Is the full barrier more than its parts? (claim B7)
 
     Arguments:
-        full: barrier of the whole network at ½; total: sum over layers of the positive
+        full: barrier of the whole network at ½.
+        total: sum over layers of the positive
             single-layer barriers, each the larger of the two defaults'; ratio: full / total
             (infinite if no layer has a barrier).
     """

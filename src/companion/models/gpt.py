@@ -31,7 +31,7 @@ def gpt(
     Norms come before attention and MLP, positions are learned, the MLP is four times as wide, and
     the output matrix is the input embedding unless ``tied`` is "false".
 
-    Args:
+    Arguments:
         in_shape: (L,), the tokens in one window.
         classes: K, entries of the vocabulary.
         layers, width, heads: of the transformer; ``heads`` divides ``width``.

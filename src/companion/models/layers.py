@@ -33,7 +33,7 @@ class ChannelLayerNorm(nn.LayerNorm):
     ``bias`` permutes the output: this is Flax's ``LayerNorm`` on NHWC, which is neither
     ``nn.LayerNorm([C, H, W])`` nor ``GroupNorm(1)`` (both share statistics between positions).
 
-    Args:
+    Arguments:
         channels: size of axis 1.
 
     Input and output have shape (N, channels, *anything). ``weight`` and ``bias`` have shape
@@ -57,7 +57,7 @@ class PadShortcut(nn.Module):
     a stage cannot choose its permutation freely; Git Re-Basin's ResNet20 therefore has a
     convolution here instead. Source: He et al. 2016, section 4.2.
 
-    Args:
+    Arguments:
         c_in, c_out: channels before and after, ``c_in <= c_out``.
         stride: subsampling factor along height and width.
 
@@ -90,7 +90,7 @@ def default_groups(channels: int) -> int:
 def norm_maker(norm: str, groups: int | str = "auto") -> NormMaker:
     """Channels → norm layer for feature maps of shape (N, C, H, W).
 
-    Args:
+    Arguments:
         norm: "batch", "layer" (over channels, :class:`ChannelLayerNorm`), "group" or "none".
         groups: for "group", the number of groups, or "auto" for :func:`default_groups`.
     """
@@ -107,7 +107,7 @@ def norm_maker(norm: str, groups: int | str = "auto") -> NormMaker:
 def initialise(module: nn.Module, scheme: str) -> None:
     """Draw the weights of ``module`` again, in place, from torch's current generator.
 
-    Args:
+    Arguments:
         scheme: "kaiming": weights of every convolution and linear layer N(0, 2 / fan_in), their
             biases 0 (He et al. 2015, equation 10). "torch": leave what PyTorch's constructors
             drew. "openlth": open_lth's defaults, that is kaiming weights, PyTorch's own biases,
@@ -145,7 +145,7 @@ def _lecun(module: nn.Module) -> None:
 def parameter_count(module: nn.Module, buffers: bool = False) -> int:
     """Number of parameters; a tensor that several layers share counts once.
 
-    Args:
+    Arguments:
         module: any network.
         buffers: also count floating-point buffers, that is BatchNorm's running means and variances
             but not its integer step counters.

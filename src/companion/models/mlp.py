@@ -17,7 +17,7 @@ def mlp(
 ) -> nn.Sequential:
     """A ReLU network of fully connected layers on the flattened image.
 
-    Args:
+    Arguments:
         in_shape: (C, H, W) of one image; any.
         classes: number of logits.
         widths: units of each hidden layer.

@@ -87,7 +87,7 @@ def resnet_6n2(
 ) -> nn.Sequential:
     """The CIFAR ResNets: three stages of n blocks, ``width``, 2 and 4 times ``width`` channels.
 
-    Args:
+    Arguments:
         in_shape: (C, H, W) of one image, 4x4 or larger, square or not.
         classes: number of logits.
         depth: 6n+2.
@@ -121,7 +121,7 @@ def resnet18(
 ) -> nn.Sequential:
     """torchvision's ResNet-18 for small images: 3x3 stem of stride 1, no max-pool, no conv biases.
 
-    Args:
+    Arguments:
         in_shape: (C, H, W) of one image, 8x8 or larger, square or not.
         classes: number of logits.
         width: channels of the first of four stages; 64 is the original.

@@ -125,7 +125,7 @@ def canonical(spec: str) -> str:
     keys, so it may stand in a content hash. A network of the user's own keeps all its options,
     because its defaults are not known here; it is not imported.
 
-    Args:
+    Arguments:
         spec: "name", "name:option=value,…" or "package.module:factory?option=value,…".
 
     Raises: :class:`BadParameter` for an unknown name, option or value, and for clashing options.
@@ -260,7 +260,7 @@ def _check_data(spec: str, family: Family | None, in_shape: Any, classes: Any) -
 def build(spec: str, in_shape: tuple[int, ...], classes: int, key: Key | None = None) -> nn.Module:
     """Build a network, on the CPU, with freshly drawn weights.
 
-    Args:
+    Arguments:
         spec: "resnet20", "mlp:widths=300-100,norm=layer", "package.module:factory?width=3", …;
             :func:`names` lists what there is.
         in_shape: (C, H, W) of one image, or (L,) of one window of tokens.

@@ -34,7 +34,7 @@ def vgg(
     images pass; the convolutions after that see the one pixel through the kernel's centre alone,
     and their other eight taps get no gradient. Larger images are averaged before the head.
 
-    Args:
+    Arguments:
         in_shape: (C, H, W) of one image, 8x8 or larger, square or not.
         classes: number of logits.
         depth: 11, 13, 16 or 19 (Simonyan & Zisserman's A, B, D, E, counting their three heads).

@@ -68,7 +68,8 @@ class Study:
     Arguments:
         noisy, gentle: recipes of the network that sees much noise, and of the calm one.
         images: the dataset.
-        ks: fork steps, sorted. inits, copies: independent W_0, and copies of each W_k.
+        ks: fork steps, sorted.
+        inits, copies: independent W_0, and copies of each W_k.
         looks: steps at which copies are compared while they train.
         controls: whether to run what the claims C05, C06 and C28 need.
         max_error: percent; at or below it a network counts as trained.
@@ -271,8 +272,7 @@ def design(
     that is named is trained the same way. Everywhere else it is a six-layer perceptron with a large
     step. The calm one is LeNet-300-100 with Adam.
 
-    Arguments:
-        the chapter's parameters; None: the dataset's own.
+    The arguments are the chapter's parameters; None stands for the dataset's own.
 
     Raises:
         BadParameter, MissingData, DeviceUnavailable: whatever is wrong with them.
@@ -920,7 +920,8 @@ def show_recorded(found: Sequence[Record], figure: str, name: str) -> None:
     """A figure of this chapter from every record that has it, a panel each; else nothing.
 
     Arguments:
-        figure: what is drawn, as the record calls it; name: of the new figure.
+        figure: what is drawn, as the record calls it.
+        name: of the new figure.
     """
     if curves := recorded.curves(found, figure):
         fig, drawn = plots.panels(curves)

@@ -98,12 +98,17 @@ class Study:
     """The networks of one run of the chapter, and what is measured between them.
 
     Arguments:
-        images: the dataset; main: recipe of the widest matched network.
-        template: its network, with ``{width}`` for the width; widths: all, in rising order.
-        trees: recipes of networks that are only copied; fork: share of training after which copies
+        images: the dataset.
+        main: recipe of the widest matched network.
+        template: its network, with ``{width}`` for the width.
+        widths: all, in rising order.
+        trees: recipes of networks that are only copied.
+        fork: share of training after which copies
             part; ks: fork steps of the first of them, or of ``main``.
-        pairs: of each kind; scope: what is measured of each.
-        train_examples: images for activation matching; max_error: percent, of gate G0.
+        pairs: of each kind.
+        scope: what is measured of each.
+        train_examples: images for activation matching.
+        max_error: percent, of gate G0.
         device, workers: where, and in how many processes.
     """
 
@@ -1213,7 +1218,8 @@ def show_fork(study: Study) -> None:
         axes[1], series[1], ylabel="E[1 − cos½], mean over layers", **how
     )
     plots.dashed(axes[0], CONNECTED, text=f"{CONNECTED:g} points: connected")
-    axes[1].set_yscale("log")
+    if any(series[1].values()):  # some pair is valid
+        axes[1].set_yscale("log")
     plots.legend(fig, columns=2)
     _publish(fig, "llfc-fork", data=drawn, values=fork_values(study))
 

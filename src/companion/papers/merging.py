@@ -50,7 +50,8 @@ class Study(Setting):
     """The experiments of the page. Each runs, once, when it is first looked at.
 
     Arguments:
-        many: networks of the same data that are merged into one; halves: networks of random halves
+        many: networks of the same data that are merged into one.
+        halves: networks of random halves
             of the data; 0 leaves either out. merge_width: their width.
         split: whether to train networks of two biased halves.
     """

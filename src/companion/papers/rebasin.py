@@ -81,9 +81,12 @@ class Setting:
     """Networks, their pairs, and how they are measured: what both pages of chapter 2 share.
 
     Arguments:
-        images: the dataset; net: of a recipe, with ``{width}`` in place of the width.
-        base: the recipe of every network, but for its width; width: of the main experiment.
-        pairs: number of pairs of independent networks; max_error: of gate G0, percent.
+        images: the dataset.
+        net: of a recipe, with ``{width}`` in place of the width.
+        base: the recipe of every network, but for its width.
+        width: of the main experiment.
+        pairs: number of pairs of independent networks.
+        max_error: of gate G0, percent.
     """
 
     images: Dataset
@@ -255,7 +258,8 @@ class Study(Setting):
     """The experiments of chapter 2. Each runs, once, when it is first looked at.
 
     Arguments:
-        widths: of the sweep, the main one among them; looks: steps at which pairs are compared.
+        widths: of the sweep, the main one among them.
+        looks: steps at which pairs are compared.
         wide_decay: weight decay of the temperature control; 0 leaves it out.
         map_pairs: pairs in each cell of the map of settings; 0 leaves it out.
         methods: besides the line as it is and weight matching.

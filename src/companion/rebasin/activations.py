@@ -135,7 +135,9 @@ def activation_matching(
     together, exactly. Networks run in eval mode, on the device of ``inputs``, as copies.
 
     Arguments:
-        spec: of ``module``; module: the architecture; a, b: state dicts of it, not changed.
+        spec: of ``module``.
+        module: the architecture.
+        a, b: state dicts of it, not changed.
         inputs: a split; a tensor, shape (N, …); or a sequence whose members are the arguments of
             one forward pass each, a tuple or a single tensor. No labels are needed. The paper takes
             the whole training set, un-augmented; a part of it will often do.

@@ -62,7 +62,9 @@ def prices(gain: Tensor, p: Tensor, price: Tensor | None = None) -> Tensor:
     gain[i, p[i]]``; ended early they are no worse for :func:`assign`, which is exact at any prices.
 
     Arguments:
-        gain: shape (n, n); p: its best assignment; price: to begin with, default 0.
+        gain: shape (n, n).
+        p: its best assignment.
+        price: to begin with, default 0.
 
     Returns:
         shape (n,), on the device of ``gain``.

@@ -29,7 +29,8 @@ class Atom:
         size: how many.
         pinned: why they stay in order, or None.
         within: each unit of that atom has its own copy of these, which may be ordered on its own.
-        link: where the union went; parts: what the atom was taken apart into, as an axis.
+        link: where the union went.
+        parts: what the atom was taken apart into, as an axis.
         inner: True once another atom lies within this one.
         family: with a pinned ``within``: one atom for each of its units.
     """

@@ -61,7 +61,8 @@ def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:
     :data:`RANGE` times below or above the logits' own spread.
 
     Arguments:
-        logits: (N, K), any float type; y: (N,) int64 classes.
+        logits: (N, K), any float type.
+        y: (N,) int64 classes.
 
     Raises:
         BadParameter: shapes that do not fit, classes out of range, logits that are not finite.
@@ -94,7 +95,8 @@ class Calibrated:
     """Loss on held-out data before and after a temperature was fitted on other data.
 
     Arguments:
-        temperature: the fitted one; before, loss: in nats, at temperature 1 and at the fitted one;
+        temperature: the fitted one.
+        before, loss: in nats, at temperature 1 and at the fitted one;
         error: percent; the temperature does not change it.
     """
 
@@ -184,7 +186,8 @@ def calibrated_curve(
     (tokens × vocabulary × 8 bytes): give parts of a text, such as ``split.head(100)``.
 
     Arguments:
-        module: the architecture; a, b: state dicts of it, B permuted or not.
+        module: the architecture.
+        a, b: state dicts of it, B permuted or not.
         fit: what the temperature is fitted on: a held-out part, or the training data.
         evaluate: name -> where to measure, e.g. ``{"test": …}``; may hold ``fit`` itself too.
         points, bn: as :func:`companion.connectivity.segment`.
@@ -260,7 +263,8 @@ def ece(probabilities: torch.Tensor, y: torch.Tensor, bins: int = 15) -> float:
     """Expected calibration error of the top label: mean |accuracy - confidence| over bins.
 
     Arguments:
-        probabilities: (N, K), rows that sum to 1; y: (N,) int64 classes.
+        probabilities: (N, K), rows that sum to 1.
+        y: (N,) int64 classes.
         bins: of equal width over [0, 1]; each counts by its share of the examples.
 
     Returns:
@@ -280,7 +284,9 @@ class Reliability:
     """How often a stated probability comes true.
 
     Arguments:
-        centres: middle of each bin; confidence: mean probability stated in it; fraction: share of
+        centres: middle of each bin.
+        confidence: mean probability stated in it.
+        fraction: share of
             its (example, class) pairs that are true; counts: number of its pairs. Confidence and
             fraction are NaN in an empty bin.
     """
@@ -298,7 +304,8 @@ def reliability(probabilities: torch.Tensor, y: torch.Tensor, bins: int = 15) ->
     the edge of two bins in both; here it is in the lower one.
 
     Arguments:
-        probabilities: (N, K), rows that sum to 1; y: (N,) int64 classes.
+        probabilities: (N, K), rows that sum to 1.
+        y: (N,) int64 classes.
         bins: of equal width over [0, 1]; the paper's are 15 (Figure 11) and 10 (Figure 13).
 
     Source: Git Re-Basin, Figures 5, 11 and 13; our chapter 2.
@@ -330,7 +337,8 @@ def prior_shift(
     merging networks of differently biased data has to beat: one such network, re-biased.
 
     Arguments:
-        logits: (N, K); train_prior, test_prior: (K,) probabilities or counts of the classes.
+        logits: (N, K).
+        train_prior, test_prior: (K,) probabilities or counts of the classes.
 
     Returns:
         (N, K), of the logits' type; rows are shifted, not normalised.
@@ -358,7 +366,8 @@ def ensemble_logprobs(
     """The ensemble of models as the paper has it: a weighted mean of their log-probabilities.
 
     Arguments:
-        logits: one (N, K) for each model; weights: that sum to 1 (default: equal).
+        logits: one (N, K) for each model.
+        weights: that sum to 1 (default: equal).
 
     Returns:
         (N, K) float64 log-probabilities, normalised again: the logarithm of the models' geometric

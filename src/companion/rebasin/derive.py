@@ -37,7 +37,8 @@ class Watcher(Tracer):
     """Keeps the axes of every tensor of a forward pass. See :class:`companion.rebasin.rules.Watch`.
 
     Arguments:
-        module: the network; state: its state dict with the tensors that forward uses.
+        module: the network.
+        state: its state dict with the tensors that forward uses.
     """
 
     def __init__(self, module: nn.Module, state: Mapping[str, torch.Tensor]):

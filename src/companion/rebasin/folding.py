@@ -44,7 +44,8 @@ class Parts:
 
     Arguments:
         readers: LayerNorm -> the linear maps behind it, the head behind the last.
-        writers: linear maps whose output is added to the stream; tables: embeddings.
+        writers: linear maps whose output is added to the stream.
+        tables: embeddings.
     """
 
     readers: Mapping[str, tuple[str, ...]]
@@ -62,7 +63,8 @@ class Folding:
             the gain of the last LayerNorm goes into it and not into the embedding.
         spec: permutations of ``module``: the stream, heads, units. LayerNorm is not in it.
         stream: the group that is the residual stream.
-        parts: what reads and writes it; original: the architecture that was folded.
+        parts: what reads and writes it.
+        original: the architecture that was folded.
     """
 
     module: nn.Module = field(repr=False)
@@ -125,7 +127,9 @@ def function_gap(one: nn.Module, a: Theta, other: nn.Module, b: Theta, example: 
     """The largest difference of outputs as a share of the largest output, in float64.
 
     Arguments:
-        one, other: architectures; a, b: a state dict of each; example: what forward takes.
+        one, other: architectures.
+        a, b: a state dict of each.
+        example: what forward takes.
     """
     return difference(Subject(one, example, a).run(), Subject(other, example, b).run())
 

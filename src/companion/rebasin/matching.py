@@ -30,7 +30,8 @@ class Matching:
         spec: of the architecture.
         perms: for B: unit i of A is matched with unit p[i] of B.
         method: ``weights``, ``activations``, ``ste``, ``greedy``, ….
-        objective: what the method maximised, at ``perms``; before: the same, nothing permuted;
+        objective: what the method maximised, at ``perms``.
+        before: the same, nothing permuted;
             bound: what it cannot exceed (``objective / bound`` is :attr:`share`).
         passes: over all groups (weights), over the data (activations), optimiser steps (ste).
         starts: how many starts the best was chosen from.
@@ -70,7 +71,8 @@ class Matching:
         """B with its units in A's order.
 
         Arguments:
-            module: the architecture; theta: B.
+            module: the architecture.
+            theta: B.
             check_outputs: run B and the result on the spec's example (float64) and refuse if their
                 outputs differ by more than the spec's tolerance.
 

@@ -98,7 +98,8 @@ class Layer:
     """A module that scales channels.
 
     Arguments:
-        module: itself, in the private copy of the network; axis: of its channels in its outputs.
+        module: itself, in the private copy of the network.
+        axis: of its channels in its outputs.
         runs: how often it runs in a forward pass.
         last: whether the network's outputs are its own.
         refused: why a scale and a shift for each channel cannot be written into it, or ``""``.
@@ -125,7 +126,9 @@ def fusible(name: str, module: nn.Module, entries: set[str], tied: set[str]) -> 
     """Why a scale and a shift for each channel cannot be written into a layer, ``""`` if they can.
 
     Arguments:
-        name: its path; entries: names in the state dict; tied: those that share their tensor.
+        name: its path.
+        entries: names in the state dict.
+        tied: those that share their tensor.
     """
     if isinstance(module, _BatchNorm):
         if module.running_mean is None:
@@ -172,7 +175,8 @@ class Copy:
     """A private copy of a network in eval mode, and its layers in the order in which they run.
 
     Arguments:
-        module: copied, never changed; example: a batch of its inputs, on the device to compute on.
+        module: copied, never changed.
+        example: a batch of its inputs, on the device to compute on.
     """
 
     def __init__(self, module: nn.Module, example: torch.Tensor):

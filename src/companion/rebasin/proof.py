@@ -198,7 +198,8 @@ def prove(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
     """Refuse a spec whose permutations change the outputs.
 
     Arguments:
-        net: as it was watched; reference: its outputs then.
+        net: as it was watched.
+        reference: its outputs then.
 
     Raises:
         Unproven: names the layers of the groups that break it.

@@ -48,7 +48,8 @@ class Repaired:
             varies in an end.
         reset: BatchNorm layers whose running statistics were estimated again.
         skipped: layer that was neither corrected nor reset -> why.
-        form: one of :data:`FORMS`; alpha: the position between A and B.
+        form: one of :data:`FORMS`.
+        alpha: the position between A and B.
         samples: inputs that the statistics are of.
     """
 
@@ -179,8 +180,10 @@ def collapse(
     """How much variance collapses between A and B: 1 is none, 0 a network of constants.
 
     Arguments:
-        module: the architecture; a, b: state dicts, B permuted to A (or not, to compare).
-        inputs: (N, …), unlabelled, on the device to compute on; alpha: where to look.
+        module: the architecture.
+        a, b: state dicts, B permuted to A (or not, to compare).
+        inputs: (N, …), unlabelled, on the device to compute on.
+        alpha: where to look.
         batch: inputs a forward pass, at most.
 
     Returns:
@@ -208,7 +211,8 @@ def reset_batchnorm(
     plain ones.
 
     Arguments:
-        module: the architecture, not changed; theta: a state dict of it, not changed.
+        module: the architecture, not changed.
+        theta: a state dict of it, not changed.
         inputs: (N, …), unlabelled training data, on the device to compute on.
         batch: inputs a forward pass, at most; the data is cut into batches of equal size.
 
@@ -302,7 +306,8 @@ def repair(
     too, so there the function is A's or B's only without BatchNorm).
 
     Arguments:
-        module: the architecture, not changed. a, b: state dicts, B already permuted to A.
+        module: the architecture, not changed.
+        a, b: state dicts, B already permuted to A.
         inputs: (N, …), N >= 2, unlabelled training data on the device to compute on.
         alpha: position, 0 = A, 1 = B.
         layers: names of those to correct. None: every layer that can take a scale and a shift for

@@ -62,7 +62,8 @@ def rotation_matching(
         a, b: folded state dicts (:meth:`companion.rebasin.folding.Folding.apply`), not changed.
         heads: one of :data:`HEADS`; pairs of heads are compared by what they gain at their best.
         start: a Q to begin at in place of the first one.
-        max_iterations: of both half-steps; rtol: an iteration that gains less than this share of
+        max_iterations: of both half-steps.
+        rtol: an iteration that gains less than this share of
             the bound is the last.
 
     Raises:
@@ -269,7 +270,8 @@ def activation_rotation(
     determine without their outputs, come from the weights, with Q and the order of heads in place.
 
     Arguments:
-        a, b: folded state dicts; inputs: tokens, a split or int64 (N, L).
+        a, b: folded state dicts.
+        inputs: tokens, a split or int64 (N, L).
         heads: one of :data:`HEADS`.
 
     Returns:

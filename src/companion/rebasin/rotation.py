@@ -45,10 +45,12 @@ class Rotation:
             empty if inner units are only permuted.
         method: ``weights`` or ``activations``.
         heads: one of :data:`HEADS`.
-        objective: ``<A, T(B)>`` over the weights at this transformation T; before: nothing done;
+        objective: ``<A, T(B)>`` over the weights at this transformation T.
+        before: nothing done;
             bound: what it cannot exceed, |A| |B| tensor by tensor.
         history: the objective from the beginning, after every half-step.
-        iterations: of both half-steps; converged: the last one gained nothing.
+        iterations: of both half-steps.
+        converged: the last one gained nothing.
         seconds: of wall-clock time.
     """
 
@@ -148,7 +150,8 @@ def rotate(folding: Folding, theta: Theta, q: Tensor) -> dict[str, Tensor]:
     """A folded network with its residual stream turned by ``q``: the same function.
 
     Arguments:
-        theta: a state dict of the folded architecture; q: orthogonal (D, D), keeps the all-ones
+        theta: a state dict of the folded architecture.
+        q: orthogonal (D, D), keeps the all-ones
             direction.
 
     Returns:
@@ -195,7 +198,8 @@ def transform(
     """A folded network with heads and units permuted, heads turned inside, and the stream turned.
 
     Arguments:
-        theta: a state dict; q, perms, inner: as :class:`Rotation` has them; None leaves them out.
+        theta: a state dict.
+        q, perms, inner: as :class:`Rotation` has them; None leaves them out.
 
     Returns:
         a new state dict, floating-point entries in float64. Nothing is checked here.

@@ -34,10 +34,12 @@ class Look:
     """An activation, seen as samples of the units of a group.
 
     Arguments:
-        outer: the family it is for; group: whose units they are, the outer group itself or one of
+        outer: the family it is for.
+        group: whose units they are, the outer group itself or one of
             its inner groups (units of all outer units then, outer unit first).
         site: where it is.
-        sizes: of the factors of the site's block; front: the positions of the factors that make up
+        sizes: of the factors of the site's block.
+        front: the positions of the factors that make up
             the units. The other factors, and all other axes, are samples.
     """
 
@@ -208,7 +210,8 @@ def find(spec: Spec, first: Keep, other: nn.Module, a: Theta, args: tuple[Any, .
     """Try the sites: permuted weights must show the same units in permuted order.
 
     Arguments:
-        first: holds network A, of which ``a`` are the weights; other: a copy of the network, whose
+        first: holds network A, of which ``a`` are the weights.
+        other: a copy of the network, whose
             weights are overwritten; args: of one forward pass.
 
     Returns:

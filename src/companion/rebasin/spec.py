@@ -62,7 +62,9 @@ class Use:
     """One place where a block with a certain group lies.
 
     Arguments:
-        tensor: name in the state dict; dim: its axis; start: first position of the block there.
+        tensor: name in the state dict.
+        dim: its axis.
+        start: first position of the block there.
         block: the block, of which the group is a factor.
     """
 
@@ -78,9 +80,11 @@ class Site:
 
     Arguments:
         module: path of the module that was running (``""``: the network itself).
-        op: name of the operation, such as ``"relu"``; nth: how many of that name came before it
+        op: name of the operation, such as ``"relu"``.
+        nth: how many of that name came before it
             in this module, in one forward pass.
-        dim: axis of the activation, counted from the end (negative); start: the block's position.
+        dim: axis of the activation, counted from the end (negative).
+        start: the block's position.
         block: the block there.
     """
 

@@ -55,7 +55,8 @@ class Midpoint:
         module: the architecture; copied, never changed. In eval mode but for BatchNorm, which uses
             the statistics of each batch: interpolated running statistics let the activations'
             variance collapse at the midpoint (Jordan et al. 2023), and with it the gradient.
-        a: network A, on the device to compute on; score: the loss.
+        a: network A, on the device to compute on.
+        score: the loss.
     """
 
     def __init__(self, module: nn.Module, a: Theta, inputs: Tensor, score: Score):
@@ -128,7 +129,9 @@ def straight_through(
     (see :class:`Midpoint`), dropout is off. Computes on the device of ``train``.
 
     Arguments:
-        spec: of ``module``; module: the architecture; a, b: state dicts of it. None is changed.
+        spec: of ``module``.
+        module: the architecture.
+        a, b: state dicts of it. None is changed.
         train: data of the steps, un-augmented.
         steps: of momentum SGD on the free weights (authors: 250 epochs).
         batch: examples a step, of a new permutation every epoch (authors: 1000 for MLPs, 500 for

@@ -24,7 +24,8 @@ class Term:
 
     Arguments:
         tensor, dim, start: where the block lies.
-        sizes: of its factors; front: positions of the factors that make up the rows. The other
+        sizes: of its factors.
+        front: positions of the factors that make up the rows. The other
             factors, other blocks' positions aside, join the columns: they stay as they are now.
     """
 
@@ -56,7 +57,8 @@ class Family:
     """An outer group, its inner groups, and where in the objective they occur.
 
     Arguments:
-        outer, inner: names; tensors: of the objective that one of them moves.
+        outer, inner: names.
+        tensors: of the objective that one of them moves.
         terms: group -> its blocks. An inner group's have outer and inner units as rows; the outer
             group's are those without inner units.
         twice: tensors that it moves along two axes, or by two factors of one block. The objective

@@ -29,7 +29,8 @@ def norms(spec: Spec, theta: Theta, name: str) -> dict[str, float]:
     """The norm of every entry of the objective; refuses what is no finite point of the spec.
 
     Arguments:
-        theta: a state dict; name: what messages call it.
+        theta: a state dict.
+        name: what messages call it.
 
     Raises:
         BadParameter: an entry is missing, has another shape, or is not finite.
@@ -64,7 +65,8 @@ def objective(spec: Spec, a: Theta, b: Theta, perms: Permutations | None = None)
     """``<A, P(B)>``: the sum of inner products over the spec's objective, in float64.
 
     Arguments:
-        a, b: state dicts; perms: for B, default none.
+        a, b: state dicts.
+        perms: for B, default none.
     """
     total = 0.0
     for t in spec.objective:

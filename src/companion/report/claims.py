@@ -181,7 +181,7 @@ def judge(
     With an interval, the whole interval has to lie on one side of the threshold; where it straddles
     it, the verdict is "undetermined". A statistic that is NaN is undetermined too: no valid number.
 
-    Args:
+    Arguments:
         id: The claim, such as ``"C01"``.
         statistic: What the claim's ``statistic`` describes, in its ``unit``, alone or with its
             interval; a truth value for ``op: "true"``; None if it was not measured.
@@ -244,7 +244,7 @@ def again(verdict: Verdict, dataset: str = "") -> Verdict:
 def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Recorded] = ()) -> None:
     """Display the table of reported against reproduced, and hand the verdicts to the book.
 
-    Args:
+    Arguments:
         verdicts: What :func:`judge` returned, in the order of the table.
         scale: What the numbers rest on: dataset, network, samples, hardware.
         recorded: What :func:`companion.report.recorded.load` returned; each profile becomes a
@@ -275,7 +275,7 @@ def table(
 ) -> str:
     """The table as HTML: claim, reported (and where), reproduced here, verdict, recorded.
 
-    Args:
+    Arguments:
         verdicts: The rows.
         caption: Plain text above the table.
         links: Claim id to address; the ids of the rows become links.

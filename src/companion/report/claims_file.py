@@ -81,7 +81,7 @@ class _Registry:
 def registry(path: Path | None = None) -> dict[str, Claim]:
     """All claims by id, in the file's order.
 
-    Args:
+    Arguments:
         path: A claims file; by default ``data/claims.yaml`` of the checkout.
 
     Raises:

@@ -112,7 +112,7 @@ def publish(
 ) -> None:
     """Show a figure and hand it to the book: label, the data behind it, and what its caption says.
 
-    Args:
+    Arguments:
         fig: The figure. It is closed, so nothing shows it twice.
         name: Lower-case letters, digits and hyphens. It names the files, and the label is
             ``fig-<name>`` (a leading ``fig-`` is not doubled): ``{numref}`fig-<name>```.
@@ -161,7 +161,8 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
     """A figure of the book's look that is written to a file at the end; no window, no pyplot.
 
     Arguments:
-        path: ends in .svg, .pdf or .png. title: in the file's metadata.
+        path: ends in .svg, .pdf or .png.
+        title: in the file's metadata.
         size: for the figure, such as ``figsize``.
 
     Raises:

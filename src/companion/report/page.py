@@ -38,7 +38,7 @@ class Budget:
 class Captured:
     """What the cells of a chapter put on the page, in order.
 
-    Args:
+    Arguments:
         entries: one mapping an emission, such as ``{"figure": {...}}`` or ``{"claims": [...]}``.
         on_budget: called when the chapter declares its budget; it may stop the recording.
     """
@@ -73,7 +73,7 @@ def captured(on_budget: Callable[[Budget], None] | None = None) -> Iterator[Capt
 def emit(data: Mapping[str, str], entry: Mapping[str, Any]) -> None:
     """Put one thing on the page.
 
-    Args:
+    Arguments:
         data: what to show, MIME type -> text; ``text/plain`` is always there.
         entry: the same for programs; it travels in the metadata of the cell's output, where the
             book finds it, and is what a recorder keeps.
@@ -144,7 +144,7 @@ def number(name: str, value: float) -> None:
 def budget(plans: Sequence[Plan], *, evaluation: Evaluation, device: str, workers: int = 0) -> None:
     """Say what the chapter is about to train and measure. In a notebook nothing happens.
 
-    Args:
+    Arguments:
         plans: what :func:`companion.experiments.instability.plan` and its like return, one an
             analysis.
         evaluation, device, workers: as the analyses take them.

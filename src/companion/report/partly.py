@@ -36,7 +36,8 @@ def execute(
     """Execute the statements of a cell, and leave out those that cannot be.
 
     Arguments:
-        tree: the cell; path: of its file, for tracebacks.
+        tree: the cell.
+        path: of its file, for tracebacks.
         left: what earlier cells left out; it grows.
         failed: told of every statement that fails by itself, and not for want of a name left out.
 

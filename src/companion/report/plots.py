@@ -146,7 +146,9 @@ def band(
     """Mean of several curves, and their range from lowest to highest as a band.
 
     Arguments:
-        x: shape (points,). curves: one a pair, same shape. number: chooses colour and marker.
+        x: shape (points,).
+        curves: one a pair, same shape.
+        number: chooses colour and marker.
     """
     drawn = {"x": list(x)} | _range(curves)
     look = {"color": f"C{number}", "ls": _LINES[number % 4], "marker": _MARKERS[number % 7]}
@@ -316,8 +318,11 @@ def against_k(
     """:func:`sweep` over the fork step k, with the line that a barrier is held to.
 
     Arguments:
-        series: label -> k -> interval. steps: T. threshold: where the dashed line is; None: none.
-        meaning: what is written there behind the number. axis: as :func:`sweep`.
+        series: label -> k -> interval.
+        steps: T.
+        threshold: where the dashed line is; None: none.
+        meaning: what is written there behind the number.
+        axis: as :func:`sweep`.
     """
     drawn = sweep(ax, series, xlabel=xlabel, ylabel=ylabel, total=steps, axis=axis)
     if threshold is not None:
@@ -373,7 +378,8 @@ def conditions(
     """One statistic under several named conditions: a dot and its interval each, top to bottom.
 
     Arguments:
-        form: of the numbers at the dots. colours: one a row; default: the same for all.
+        form: of the numbers at the dots.
+        colours: one a row; default: the same for all.
         from_zero: whether 0 is on the axis.
     """
     for place, row in enumerate(rows.values()):
@@ -432,7 +438,8 @@ def planes(
 
     Arguments:
         found: title -> plane; a panel each.
-        names: of the three networks; segments: which of them are joined, the last by a solid line.
+        names: of the three networks.
+        segments: which of them are joined, the last by a solid line.
 
     Returns:
         title -> the plane as JSON has it.
@@ -487,8 +494,10 @@ def heat(
 
     Arguments:
         maps: key -> row label -> one value a column; a panel each.
-        columns: their labels, for all panels or by key. label: of the colour bar, with the unit.
-        form: of the numbers. missing: what a cell says without one; it is grey.
+        columns: their labels, for all panels or by key.
+        label: of the colour bar, with the unit.
+        form: of the numbers.
+        missing: what a cell says without one; it is grey.
         apart: whether the first row is set apart from the others.
 
     Returns:
@@ -543,7 +552,8 @@ def dots(
     """One dot a layer and pair, in the order of the layers; each pair's whole network as a line.
 
     Arguments:
-        pairs: one mapping a pair: layer -> barrier (nats). full: the whole network's, one a pair.
+        pairs: one mapping a pair: layer -> barrier (nats).
+        full: the whole network's, one a pair.
         labels: whether layers are named.
     """
     names = list(pairs[0])

@@ -28,7 +28,7 @@ _PACKAGES = ("companion", "torch", "torchvision", "numpy", "scipy", "scikit-lear
 def record(**extra: Any) -> dict[str, Any]:
     """What a reader needs to judge or repeat a run.
 
-    Args:
+    Arguments:
         extra: Anything else that JSON can hold, such as ``dataset={"name": "digits", ...}``.
 
     Returns:
@@ -81,7 +81,7 @@ def rerun(
 ) -> str:
     """The command that runs a chapter's notebook again with these parameters.
 
-    Args:
+    Arguments:
         chapter: The chapter's name, such as ``"01_instability"``.
         parameters: The values to run with.
         defaults: The chapter's own values; parameters that equal them are left out. Without

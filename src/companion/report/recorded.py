@@ -46,7 +46,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 class Record:
     """One recorded file.
 
-    Args:
+    Arguments:
         verdicts: claim id -> verdict, by the rules of today (the statistic is what was recorded).
         data: the whole document.
     """
@@ -105,7 +105,7 @@ def hardware(provenance: Mapping[str, Any]) -> str:
 def load(chapter: str, root: Path | None = None) -> list[Record]:
     """The records of a chapter, by name; none is no error. While recording there are none.
 
-    Args:
+    Arguments:
         chapter: its name.
         root: of the book; default: the book at hand.
 

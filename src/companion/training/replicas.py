@@ -228,7 +228,8 @@ def advance_many(
     """Train every run from its state to step ``stop``: :func:`companion.training.advance`, M times.
 
     Arguments:
-        runs: M runs of one recipe. states: where each starts, all at one step.
+        runs: M runs of one recipe.
+        states: where each starts, all at one step.
         data: on the device to train on.
         engine: one of :data:`companion.training.ENGINES`.
         module: a network of the right architecture, on that device; its weights do not count.

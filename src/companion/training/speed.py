@@ -27,9 +27,11 @@ class Throughput:
     Arguments:
         seconds: of one step: the median over ``rounds`` of the mean over ``steps`` steps.
         steps, rounds: how much was measured, after a warm-up that does not count.
-        examples: images or windows a step. tokens: to predict in a step; 0 for images.
+        examples: images or windows a step.
+        tokens: to predict in a step; 0 for images.
         device: name of the GPU, or ``cpu`` (one thread, as every run of ours there).
-        engine: of :data:`companion.training.ENGINES`. precision: of the recipe.
+        engine: of :data:`companion.training.ENGINES`.
+        precision: of the recipe.
     """
 
     seconds: float

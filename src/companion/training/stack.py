@@ -152,7 +152,8 @@ class Stack:
         """Copies on the CPU, as :func:`companion.training.advance` makes them.
 
         Arguments:
-            step: the step reached. traces: the losses so far, of as many replicas
+            step: the step reached.
+            traces: the losses so far, of as many replicas
                 (the first ones) as are wanted.
         """
         theta = self.theta.cpu()

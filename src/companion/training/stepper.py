@@ -79,10 +79,13 @@ class Stepper:
     """M replicas at a step, and the step.
 
     Arguments:
-        module: the architecture, on the device. recipe: of all replicas.
-        data: on the device. states: where the replicas are, all at one step.
+        module: the architecture, on the device.
+        recipe: of all replicas.
+        data: on the device.
+        states: where the replicas are, all at one step.
         stop: the last step that will be asked for.
-        engine: ``vmap``, ``graphs`` or ``compile``. window: losses kept before :meth:`losses`.
+        engine: ``vmap``, ``graphs`` or ``compile``.
+        window: losses kept before :meth:`losses`.
         capture: replay a CUDA graph; default: on a GPU.
         backend: of ``torch.compile``.
     """
