@@ -165,11 +165,12 @@ def test_chapter_1s_networks_with_chosen_checkpoints_and_no_controls(
     assert record["residual"]["weight_decay"] == 1e-4
 
 
-def test_clients_are_not_announced_as_already_trained(store: Store) -> None:
+def test_the_budget_counts_the_clients(store: Store) -> None:
     said: list[str] = []
     ready = recording.prepare(Book(ROOT), FEDERATED, "quick", ["seeds=1"])
     recording.record(ready, dry_run=True, say=said.append)
-    assert said == ["what this chapter trains cannot be counted beforehand: no estimate"]
+    assert "60 of 60 runs to train" in said[0] and said[0].endswith("federated 12 of 12")
+    assert "8 of 8 runs to train" in said[1] and said[1].endswith("federated 4 of 4")
 
 
 @pytest.mark.parametrize(

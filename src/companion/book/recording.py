@@ -215,9 +215,6 @@ class _Piece:
     def announce(self) -> None:
         assert self.budget is not None
         b, costs = self.budget, self.costs()
-        if not b.plans:
-            self.say("what this chapter trains cannot be counted beforehand: no estimate")
-            return
         for cost in costs:
             left, whole = cost.missing, cost.whole
             measured = [f"{k} {left.measured.get(k, 0)} of {n}" for k, n in whole.measured.items()]

@@ -1,4 +1,4 @@
-"""Datasets as tensors that live on the device, and augmentation as a function of a key.
+"""Datasets as tensors that live on the device, and augmentation as a function of a key. ::
 
     dataset = load("digits")
     x, y = dataset.train.x, dataset.train.y

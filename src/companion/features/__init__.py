@@ -1,4 +1,4 @@
-"""Are the features of two networks linearly connected, layer by layer?
+"""Are the features of two networks linearly connected, layer by layer? ::
 
     found = features(net, a, b, data.test)
     found.layer("layer2.relu").gap[0.5].mean      # E[1 - cos] at the middle

@@ -69,9 +69,9 @@ class LayerFeatures:
         size: numbers in one sample's feature.
         baseline: 1 - cos(F_A, F_B).
         gap: alpha -> 1 - cos(F_alpha, F_int), cosine with its sign: from 0 to 2.
-        c: alpha -> <F_alpha, F_int> / |F_alpha|^2, the c of Definition 2.
-        twin: alpha -> <F_alpha, F_int> / |F_int|^2, what the released code calls the coefficient;
-            c times twin is cos^2, sample by sample.
+        c: alpha -> ``<F_alpha, F_int> / |F_alpha|^2``, the c of Definition 2.
+        twin: alpha -> ``<F_alpha, F_int> / |F_int|^2``, what the released code calls the
+            coefficient; c times twin is cos^2, sample by sample.
 
     Source: Zhou et al. 2023, Definition 2, Figures 2 to 4 and Appendix B.2; our chapter 3.
     """

@@ -1,4 +1,4 @@
-"""Which layers make the barrier? Segments along which only some layers move.
+"""Which layers make the barrier? Segments along which only some layers move ::
 
     found = sweep(net, a, b, data, Sweep(kinds=("single", "window"), draws=5))
     found.worst("single", "train")      # layer -> barrier in nats, the larger of both defaults
@@ -8,7 +8,7 @@
 ``groups.py`` what a layer is · ``values.py`` what is asked and what comes back · ``replay.py``,
 ``walk.py`` forward passes that begin at the first changed layer · ``sweep.py`` the sets. Pairs of
 the run store: :func:`companion.experiments.layers.sweep_pairs`. Source: Adilova et al. 2024;
-    explained in chapter 4.
+explained in chapter 4.
 """
 
 from companion.layerwise.groups import Groups, layer_groups

@@ -36,7 +36,7 @@ class ChannelLayerNorm(nn.LayerNorm):
     Arguments:
         channels: size of axis 1.
 
-    Input and output have shape (N, channels, *anything). ``weight`` and ``bias`` have shape
+    Input and output have shape ``(N, channels, *anything)``. ``weight`` and ``bias`` have shape
     (channels,). Source: Git Re-Basin (Ainsworth et al. 2023), section 5 and its ResNet20 code;
     our chapter on re-basin.
     """

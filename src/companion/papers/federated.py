@@ -65,9 +65,11 @@ class Study:
     """The experiments of the page. Each runs, once, when it is first looked at.
 
     Arguments:
-        local: the recipe of every client; every: steps between two averages.
+        local: the recipe of every client.
+        every: steps between two averages.
         splits: mild and pathological -> how the classes are shared out.
-        apart: the recipe of two clients that never average; pairs: of them, for each split.
+        apart: the recipe of two clients that never average.
+        pairs: how many such pairs there are for each split.
     """
 
     images: Dataset
@@ -248,8 +250,7 @@ def design(
 ) -> Study:
     """The study that the page's parameters ask for; refused before anything trains.
 
-    Arguments:
-        as the parameters cell of the page explains them; what is None follows from the dataset.
+    The parameters are explained in the page's cell; what is None follows from the dataset.
 
     Raises:
         BadParameter: what a parameter cannot be, or the dataset cannot serve.

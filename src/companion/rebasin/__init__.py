@@ -1,4 +1,4 @@
-"""Git Re-Basin: the permutation symmetries of any network, and matching networks by them.
+"""Git Re-Basin: the permutation symmetries of any network, and matching networks by them. ::
 
     spec = derive(module, example)                  # which units may move; proven
     found = weight_matching(spec, a, b)             # or activation_matching, straight_through, …

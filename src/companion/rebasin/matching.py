@@ -155,7 +155,7 @@ class Matching:
 
 
 def bound(theta_a: Theta, theta_b: Theta, spec: Spec) -> float:
-    """What <A, P(B)> cannot exceed for any P: the sum over tensors of |A| |B| (Cauchy-Schwarz)."""
+    """What ``<A, P(B)>`` cannot exceed for any P: the sum of ``|A| |B|`` over tensors."""
     return sum(
         float(torch.linalg.vector_norm(theta_a[n], dtype=torch.float64))
         * float(torch.linalg.vector_norm(theta_b[n], dtype=torch.float64))

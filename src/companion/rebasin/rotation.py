@@ -47,7 +47,7 @@ class Rotation:
         heads: one of :data:`HEADS`.
         objective: ``<A, T(B)>`` over the weights at this transformation T.
         before: nothing done;
-            bound: what it cannot exceed, |A| |B| tensor by tensor.
+            bound: what it cannot exceed, ``|A| |B|`` tensor by tensor.
         history: the objective from the beginning, after every half-step.
         iterations: of both half-steps.
         converged: the last one gained nothing.
