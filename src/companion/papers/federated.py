@@ -65,9 +65,11 @@ class Study:
     """The experiments of the page. Each runs, once, when it is first looked at.
 
     Arguments:
-        local: the recipe of every client; every: steps between two averages.
+        local: the recipe of every client.
+        every: steps between two averages.
         splits: mild and pathological -> how the classes are shared out.
-        apart: the recipe of two clients that never average; pairs: of them, for each split.
+        apart: the recipe of two clients that never average.
+        pairs: of such clients, for each split.
     """
 
     images: Dataset
@@ -248,8 +250,8 @@ def design(
 ) -> Study:
     """The study that the page's parameters ask for; refused before anything trains.
 
-    Arguments:
-        as the parameters cell of the page explains them; what is None follows from the dataset.
+    The arguments are explained in the parameters cell of the page; what is None follows from the
+    dataset.
 
     Raises:
         BadParameter: what a parameter cannot be, or the dataset cannot serve.

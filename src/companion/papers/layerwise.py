@@ -70,7 +70,8 @@ def losses(
     """Squared loss of a deep linear network while some of its layers go from first to second.
 
     Arguments:
-        first, second: matrices of the two networks; moving: places of the layers that move.
+        first, second: matrices of the two networks.
+        moving: places of the layers that move.
         x, y: inputs and targets, shape (N, d).
 
     Returns:
@@ -199,7 +200,7 @@ class Study:
         gentle: the residual one with a smaller learning rate and larger batches; empty: left out.
         variants: other networks, for the question what gives a layer a barrier.
         places: steps at which the residual network is looked at, 0 and T among them.
-        inits: pairs; few: pairs where the question is ours.
+        inits: pairs, one an initialisation.
         sets: what is measured between two networks: groups and random directions, too, or single
             layers alone.
         max_error: percent, for gate G0.
@@ -429,8 +430,8 @@ def design(
 ) -> Study:
     """The study that the chapter's parameters ask for; refused before anything trains.
 
-    Arguments:
-        as the parameters cell of chapter 4 explains them; what is None follows from the dataset.
+    The arguments are explained in the parameters cell of chapter 4; what is None follows from the
+    dataset.
 
     Raises:
         BadParameter: what a parameter cannot be, or the dataset cannot serve.
