@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
 
-from companion.book import notebooks
+from companion.book import notebooks, recording
 from companion.book.layout import Book
+from companion.core.runs import Store
+from companion.experiments.measurement import kinds
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,3 +44,18 @@ def entries(notebook: Any, kind: str) -> list[Any]:
         if "companion" in output.get("metadata", {})
     ]
     return [entry[kind] for entry in found if kind in entry]
+
+
+def check_budget(chapter: str, store: Store, **parameters: Any) -> None:
+    """After a run, the chapter's budget is what the store has: nothing is left, nothing is more."""
+    settings = [f"{name}={json.dumps(value)}" for name, value in parameters.items()]
+    said: list[str] = []
+    asked = recording.prepare(Book(ROOT), chapter, "quick", settings, "x")
+    recording.record(asked, dry_run=True, say=said.append)
+    assert "nothing is left to compute" in said[-1], said
+    planned: Counter[str] = Counter()
+    for line in said[:-1]:
+        for kind, number in re.findall(r"(\w+) 0 of (\d+)", line.partition("to measure: ")[2]):
+            planned[kind] += int(number)
+    stored = Counter(str(e.identity["kind"]) for e in store.entries())
+    assert planned == Counter({k: n for k, n in stored.items() if k in kinds()})

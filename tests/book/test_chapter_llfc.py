@@ -8,7 +8,7 @@ from typing import Any
 
 import papermill
 import pytest
-from papermilled import build, entries, run
+from papermilled import build, check_budget, entries, run
 
 from companion import data
 from companion.core.runs import Store
@@ -72,6 +72,7 @@ def test_both_pages_run_under_plain_papermill_and_train_once(
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load("digits").fingerprint
 
+    check_budget(CHAPTER, store, **TINY)
     before = {entry.key for entry in store.entries()}
     shared = {k: v for k, v in TINY.items() if k != "ks"}
     (tmp_path / "second").mkdir()

@@ -10,14 +10,10 @@ from companion.book.layout import Book
 from companion.book.shape import shape
 
 BOOK = Book(Path(__file__).resolve().parents[2])
-#: Chapters of the old form. Take a name out when its chapter is converted.
-NOT_YET = {"04_layerwise", "05_gpt"}
 
 
 @pytest.mark.parametrize("chapter", BOOK.chapters())
-def test_a_chapter_explains_more_than_it_computes(chapter, request):
-    if chapter in NOT_YET:
-        request.applymarker(pytest.mark.xfail(strict=False, reason="not converted yet"))
+def test_a_chapter_explains_more_than_it_computes(chapter):
     found = shape(BOOK.source(chapter).read_text(encoding="utf-8"), chapter)
     assert not found.problems(), found
 

@@ -67,7 +67,6 @@ __all__ = [
     "Lemma",
     "Scope",
     "examine",
-    "jobs_of",
     "looks_of",
     "mean_gap",
     "mixed",

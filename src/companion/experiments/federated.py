@@ -184,7 +184,8 @@ def client_data(federation: Federation, data: Dataset, seed: int) -> list[Datase
             "classes. Take a dataset of images, such as digits."
         )
     key = Key("federated", federation.split, federation.clients, seed)
-    for attempt in range(_ATTEMPTS):
+    possible = federation.clients * federation.recipe.batch <= len(data.train)
+    for attempt in range(_ATTEMPTS if possible else 0):
         draw = key.fold("attempt", attempt)
         parts = shares(federation.split, data.classes, federation.clients, draw)
         train = assign(data.train.y, parts, draw.fold("train"))

@@ -30,7 +30,7 @@ from companion.core.theta import snapshot
 from companion.data import Dataset
 from companion.experiments.aligned import Method, pairs_of
 from companion.experiments.budget import Plan
-from companion.experiments.featured import Featured, Lemma, Scope, jobs_of, mean_gap, survey
+from companion.experiments.featured import Featured, Lemma, Scope, looks_of, mean_gap, survey
 from companion.experiments.featured_stats import (
     CONNECTED,
     STATISTICS,
@@ -63,6 +63,9 @@ SHARE = 1 / 32
 
 Key = tuple[str, str]
 """Network (the recipe's name for it) and kind of pair."""
+
+Item = tuple[Pair, Method | str | None]
+"""A pair, and the method that brings B to A."""
 
 _KINDS = {COPIES: "copies"}
 
@@ -166,15 +169,13 @@ class Study:
         return [Pair(a, b) for a, b in ends]
 
     def plans(self, *, sweeps: bool = True) -> list[Plan]:
-        """What is trained, for the budget; without ``sweeps`` no fork steps and other widths."""
-        forks = [(r, k) for r, k in self.forks.items()]
-        forks += [(self.swept, k) for k in self.ks] if sweeps else []
-        pairs = [
-            *(p for w in (self.widths if sweeps else self.both) for p in self._independent(w)),
-            *(p for r in self.trees for p in pairs_of(r, self.pairs)),
-            *(p for r, k in forks for p in self.copies(r, k)),
-        ]
-        return [Plan(jobs=tuple(job for pair in pairs for job in jobs_of(pair)))]
+        """What is measured, for the budget; without ``sweeps`` no fork steps and other widths."""
+        tasks = looks_of([item for items in self._whole().values() for item in items], self.scope)
+        if sweeps:
+            rest = (*self._others().values(), *self._forked().values())
+            lines = replace(self.scope, parts=())
+            tasks += looks_of([item for items in rest for item in items], lines)
+        return [Plan(tasks=tuple(tasks))]
 
     def budget(self, *, sweeps: bool = True) -> None:
         """Say what is about to be trained and measured."""
@@ -185,28 +186,17 @@ class Study:
     @cached_property
     def found(self) -> dict[Key, list[Featured]]:
         """Network, kind of pair -> its pairs, of which everything is measured."""
-        groups: dict[Key, list[tuple[Pair, Method | None]]] = {
-            (r.net, COPIES): [(p, None) for p in self.copies(r, k)] for r, k in self.forks.items()
-        }
-        for r in self.trees:
-            groups[r.net, INDEPENDENT] = [(p, None) for p in pairs_of(r, self.pairs)]
-        for w in self.both:
-            groups |= self._at(w)
-        return self._survey(groups)
+        return self._survey(self._whole())
 
     @cached_property
     def narrower(self) -> dict[Key, list[Featured]]:
         """The matched network at the other widths: features and the line only."""
-        others = [w for w in self.widths if w not in self.both]
-        groups = {key: items for w in others for key, items in self._at(w).items()}
-        return self._survey(groups, parts=())
+        return self._survey(self._others(), parts=())
 
     @cached_property
     def along(self) -> dict[int, list[Featured]]:
         """Fork step -> pairs of copies that part there: features and the line only."""
-        own = self.forks[self.swept]
-        groups = {k: [(p, None) for p in self.copies(self.swept, k)] for k in self.ks if k != own}
-        seen = self._survey(groups, parts=())
+        own, seen = self.forks[self.swept], self._survey(self._forked(), parts=())
         return {k: self.found[self.swept.net, COPIES] if k == own else seen[k] for k in self.ks}
 
     @cached_property
@@ -231,10 +221,28 @@ class Study:
                     out[w, when] = (held, seen)
         return out
 
+    def _whole(self) -> dict[Key, list[Item]]:
+        groups: dict[Key, list[Item]] = {
+            (r.net, COPIES): [(p, None) for p in self.copies(r, k)] for r, k in self.forks.items()
+        }
+        for r in self.trees:
+            groups[r.net, INDEPENDENT] = [(p, None) for p in pairs_of(r, self.pairs)]
+        for w in self.both:
+            groups |= self._at(w)
+        return groups
+
+    def _others(self) -> dict[Key, list[Item]]:
+        others = [w for w in self.widths if w not in self.both]
+        return {key: items for w in others for key, items in self._at(w).items()}
+
+    def _forked(self) -> dict[int, list[Item]]:
+        own = self.forks[self.swept]
+        return {k: [(p, None) for p in self.copies(self.swept, k)] for k in self.ks if k != own}
+
     def _independent(self, width: int) -> list[Pair]:
         return pairs_of(self.at_width(width), self.pairs)
 
-    def _at(self, width: int) -> dict[Key, list[tuple[Pair, Method | None]]]:
+    def _at(self, width: int) -> dict[Key, list[Item]]:
         net, pairs = self.at_width(width).net, self._independent(width)
         return {(net, c): [(p, method) for p in pairs] for c, method in self.matched.items()}
 
@@ -1210,7 +1218,8 @@ def show_fork(study: Study) -> None:
         axes[1], series[1], ylabel="E[1 − cos½], mean over layers", **how
     )
     plots.dashed(axes[0], CONNECTED, text=f"{CONNECTED:g} points: connected")
-    axes[1].set_yscale("log")
+    if any(series[1].values()):  # some pair is valid
+        axes[1].set_yscale("log")
     plots.legend(fig, columns=2)
     _publish(fig, "llfc-fork", data=drawn, values=fork_values(study))
 

@@ -366,8 +366,7 @@ def show_split(study: Study) -> None:
     drawn = plots.lines(axes[0], groups, **look)
     plots.lines(axes[1], groups | {NAMES["naive"]: []}, **look)
     plots.levels(axes[1], bars)
-    for ax in axes:
-        ax.legend(fontsize=8)
+    plots.legend(fig, columns=3)
     figures.publish(fig, "rebasin-split", data=drawn | {"levels": bars})
 
 

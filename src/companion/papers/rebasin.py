@@ -881,13 +881,7 @@ def show_swap() -> None:
                 for y in rows:
                     ax.plot([1, x], [place, y], color=colours[unit], linewidth=1.2)
             ax.plot(1, place, "o", markersize=17, color=colours[unit])
-            within: dict[str, Any] = {
-                "ha": "center",
-                "va": "center",
-                "color": "white",
-                "weight": "bold",
-            }
-            ax.annotate("abcd"[unit], (1, place), **within)
+            ax.text(1, place, "abcd"[unit], ha="center", va="center", color="white", weight="bold")
             ax.annotate(str(place + 1), (1, place), xytext=(-4, 12), textcoords="offset points")
         for x, rows in ends:
             ax.plot([x] * len(rows), rows, "o", markersize=11, color="#555555")
@@ -958,25 +952,23 @@ def show_lines(study: Study) -> None:
 
 def show_methods(study: Study) -> None:
     """The table of all methods."""
-    columns: dict[str, tuple[Value, str]] = {
-        "test error (points)": (height(), "{}"),
-        "… above the straight line between the ends": (height(definition="linear"), "{}"),
-        "train error (points)": (height("train"), "{}"),
-        "test loss (nats)": (height("test", "loss"), "{}"),
-        "train loss (nats)": (height("train", "loss"), "{}"),
-        "distance left": (left, "{0.value:.2f}"),
+    columns: dict[str, Value] = {
+        "test error (points)": height(),
+        "… above the straight line between the ends": height(definition="linear"),
+        "train error (points)": height("train"),
+        "test loss (nats)": height("test", "loss"),
+        "train loss (nats)": height("train", "loss"),
     }
-
-    def cell(name: str, value: Value, form: str) -> str:
-        found = interval(study.lines[name], value)
-        return "no valid pair" if found is None else form.format(found)
-
     rows = [
-        [text, *(cell(n, *of) for of in columns.values())]
+        [
+            text,
+            *(str(interval(study.lines[n], of) or "no valid pair") for of in columns.values()),
+            said(interval(study.lines[n], left), "{:.2f}"),
+        ]
         for n, text in NAMES.items()
         if n in study.lines
     ]
-    tables.show(["units of B", *columns], rows, name="rebasin-methods")
+    tables.show(["units of B", *columns, "distance left"], rows, name="rebasin-methods")
 
 
 def _sweep(
@@ -1000,7 +992,7 @@ def _sweep(
         look = {"xlabel": xlabel, "ylabel": ylabel, **o}
         drawn[metric] = plots.sweep(ax, series, axis="log", **look)
         ax.set_ylim(bottom=0)
-        ax.legend(fontsize=9)
+    plots.legend(fig, columns=3)
     figures.publish(fig, name, data=drawn["error"] | {"loss": drawn["loss"]})
 
 

@@ -1,0 +1,1194 @@
+"""Layer-wise linear mode connectivity (Adilova et al. 2024): chapter 4's runs, claims and figures.
+
+:func:`design` turns the chapter's parameters into a :class:`Study`, whose experiments run when they
+are first looked at. Each claim of ``data/claims.yaml`` is one function of a study (:data:`CLAIMS`);
+``show_*`` draws a figure, ``*_values`` are the numbers of its caption and of the prose around it.
+:mod:`companion.papers.federated` does the same for the page on federated learning.
+
+Wherever one number stands for "the largest layer" of several pairs, it is the mean over pairs of
+each pair's largest; the largest of the layers' means is smaller, for it is not always the same one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from companion import data, models
+from companion.connectivity import Walker, gates
+from companion.core import stats
+from companion.core.errors import BadParameter
+from companion.core.seeds import Key
+from companion.core.stats import Interval
+from companion.core.theta import flatten, layout
+from companion.data import Dataset
+from companion.experiments import subspaces
+from companion.experiments.budget import Plan
+from companion.experiments.instability import copy
+from companion.experiments.layers import LayerSweep, sweep_pairs
+from companion.experiments.pairs import Evaluation, Pair
+from companion.layerwise import LayerBarriers, Sweep, layer_groups
+from companion.report import claims, figures, page, plots, provenance, tables
+from companion.report.claims import Need, Statistic, statistic
+from companion.report.recorded import Record
+from companion.training import Recipe, build, check_fit
+
+Values: TypeAlias = dict[str, float | str]
+SMALL = 0.1
+"""Nats: a pair whose whole network has no higher barrier than this has none to compare with."""
+
+NONE = "not measured"
+DIRECTIONS = {
+    "inside": "inside ({0} dimensions)",
+    "outside": "outside, its null space",
+    "inside, views": "span of the views ({1} dimensions)",
+    "towards B": "towards the other network",
+    "away from B": "away from it, as released",
+}
+"""Kind of direction -> what the figure calls it; the numbers are dimensions of the spans."""
+
+
+# ---- linear networks
+
+
+def losses(
+    first: Sequence[NDArray[np.float64]],
+    second: Sequence[NDArray[np.float64]],
+    moving: set[int],
+    alphas: Sequence[float] | NDArray[np.float64],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Squared loss of a deep linear network while some of its layers go from first to second.
+
+    Arguments:
+        first, second: matrices of the two networks.
+        moving: places of the layers that move.
+        x, y: inputs and targets, shape (N, d).
+
+    Returns:
+        the loss at each alpha.
+    """
+    out = []
+    for alpha in alphas:
+        f = x
+        for i, (w, v) in enumerate(zip(first, second, strict=True)):
+            f = f @ ((1 - alpha) * w + alpha * v if i in moving else w)
+        out.append(((f - y) ** 2).sum(1).mean())
+    return np.array(out)
+
+
+def second_differences(networks: int = 20, layers: int = 4) -> tuple[list[float], list[float]]:
+    """Is the loss convex? The smallest second difference along segments of random linear networks.
+
+    Returns:
+        one number a segment on which a single layer moves, and one a segment on which all do.
+
+    Source: Adilova et al. 2024, Theorem 4.1.
+    """
+    rng, alphas = np.random.default_rng(0), np.linspace(0, 1, 21)
+    single, joint = [], []
+    for _ in range(networks):
+        x, y = rng.normal(size=(50, 4)), rng.normal(size=(50, 4))
+        first, second = ([rng.normal(size=(4, 4)) / 2 for _ in range(layers)] for _ in "AB")
+        for i in range(layers):
+            single.append(float(np.diff(losses(first, second, {i}, alphas, x, y), 2).min()))
+        every = losses(first, second, set(range(layers)), alphas, x, y)
+        joint.append(float(np.diff(every, 2).min()))
+    return single, joint
+
+
+A, B = (0.5, 2.0), (2.0, 0.5)
+"""Two networks of two linear layers with one unit each; both have loss 0."""
+
+
+def toy(a: Any, b: Any) -> Any:
+    """Loss of the two layers a and b, which should multiply to one (the paper's Fig. 3)."""
+    return (a * b - 1) ** 2
+
+
+def minimal() -> dict[str, tuple[float, float]]:
+    """What is averaged in the example -> its barrier, and the same by hand."""
+    (a1, b1), (a2, b2) = A, B
+    a, b = (a1 + a2) / 2, (b1 + b2) / 2
+    return {
+        "whole network": (toy(a, b), 0.31640625),
+        "layer 1 of A": (toy(a, b1), 2.25),
+        "layer 2 of A": (toy(a1, b), 0.140625),
+        "layer 1 of B": (toy(a, b2), 0.140625),
+        "layer 2 of B": (toy(a2, b), 2.25),
+    }
+
+
+# ---- what is trained
+
+
+def residual(
+    images: Dataset,
+    *,
+    device: str,
+    net: str | None,
+    steps: int | None,
+    lr: float | None,
+    batch: int | None,
+    precision: str,
+) -> Recipe:
+    """The recipe of the residual network.
+
+    The paper's ResNet-18 without norms for colour images on a GPU, a narrow one elsewhere. A ResNet
+    with BatchNorm is trained as in chapter 1: both chapters then speak of the same networks.
+    """
+    found = _changed(_standard(images, device), steps, precision, net=net, lr=lr, batch=batch)
+    if found.net.startswith("resnet") and models.has_batchnorm(found.net):
+        found = replace(found, schedule="step", milestones=(32 / 63, 48 / 63), warmup=0)
+        found = replace(found, weight_decay=1e-4)
+    return found
+
+
+def wide(images: Dataset, device: str) -> bool:
+    """Whether networks have the paper's size."""
+    return images.in_shape[0] == 3 and device != "cpu"
+
+
+def _standard(images: Dataset, device: str) -> Recipe:
+    size = wide(images, device)
+    crop = images.in_shape[0] == 3 and min(images.in_shape[1:]) > 8
+    return Recipe(
+        net="resnet18" if size else "resnet18:width=12",
+        data=images.name,
+        steps=23_400 if size else 800,
+        batch=64 if size else 32,
+        lr=0.05 if size else 0.03,
+        schedule="cosine",
+        warmup=100 if size else 80,
+        weight_decay=5e-4,
+        augment="flip+crop4" if crop else "crop1",
+    )
+
+
+def _changed(recipe: Recipe, steps: int | None, precision: str, **own: Any) -> Recipe:
+    if steps is not None:
+        own |= {"steps": steps, "warmup": min(100, steps // 10)}
+    own = {k: v for k, v in own.items() if v is not None}
+    return replace(recipe, precision=precision, **own)
+
+
+def pairs_of(recipe: Recipe, count: int, step: int | None = None) -> list[Pair]:
+    """One pair an initialisation: two copies that part at step 0."""
+    return [Pair(copy(recipe, i, 0, 1), copy(recipe, i, 0, 2), step=step) for i in range(count)]
+
+
+def fitting(recipe: Recipe, asked: Sweep) -> Sweep:
+    """What is asked of a network: with BatchNorm its statistics are re-estimated at every point."""
+    return replace(asked, bn="reestimate") if models.has_batchnorm(recipe.net) else asked
+
+
+@dataclass(frozen=True)
+class Study:
+    """The experiments of chapter 4. Each runs, once, when it is first looked at.
+
+    Arguments:
+        residual, convolutional, perceptron: the three networks that are compared.
+        gentle: the residual one with a smaller learning rate and larger batches; empty: left out.
+        variants: other networks, for the question what gives a layer a barrier.
+        places: steps at which the residual network is looked at, 0 and T among them.
+        inits: pairs.
+        sets: what is measured between two networks: groups and random directions, too, or single
+            layers alone.
+        max_error: percent, for gate G0.
+    """
+
+    images: Dataset
+    residual: Recipe
+    convolutional: Recipe
+    perceptron: Recipe
+    gentle: tuple[Recipe, ...]
+    variants: tuple[Recipe, ...]
+    places: tuple[int, ...]
+    inits: int
+    sets: Sweep
+    max_error: float
+    device: str
+    workers: int
+
+    @property
+    def recipes(self) -> tuple[Recipe, Recipe, Recipe]:
+        """The three networks that are compared."""
+        return self.residual, self.convolutional, self.perceptron
+
+    @property
+    def few(self) -> int:
+        """Pairs where a question is ours and not the paper's."""
+        return min(self.inits, 2)
+
+    @property
+    def together(self) -> bool:
+        """Whether groups of layers and random directions are measured."""
+        return "window" in self.sets.kinds
+
+    @property
+    def alone(self) -> Sweep:
+        """Single layers, and nothing else."""
+        return replace(self.sets, kinds=("single",), draws=0)
+
+    @property
+    def middle(self) -> int:
+        """The step of the middle column of the heat map."""
+        return self.places[len(self.places) // 2]
+
+    @property
+    def little(self) -> Recipe:
+        """The small network whose training is kept step by step."""
+        steps = max(2, self.residual.steps // 2)
+        return replace(self.perceptron, net="mlp:widths=16x3", steps=steps, batch=32)
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """How a pair is measured, for the budget."""
+        return Evaluation(points=3, train_examples=self.sets.train_examples)
+
+    @property
+    def scale(self) -> str:
+        """What the verdicts rest on, in one line."""
+        hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
+        nets = f"{self.residual.net}, {self.convolutional.net} and {self.perceptron.net}"
+        steps = f"T = {self.residual.steps}"
+        return f"{self.images.label}, {nets}, {steps}, {self.inits} pairs, {hardware}"
+
+    def provenance(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a reader needs to repeat the page's run."""
+        return provenance.record(
+            dataset={"name": self.images.label, "sha256": self.images.fingerprint},
+            residual=self.residual.identity(),
+            plain=self.convolutional.identity(),
+            parameters=dict(given),
+            device=self.device,
+        )
+
+    def plans(self) -> list[Plan]:
+        """All sweeps of the page, for its budget."""
+        groups = [(pairs_of(self.residual, self.inits, step), self.alone) for step in self.places]
+        groups += [(pairs_of(recipe, self.inits), self.sets) for recipe in self.recipes]
+        others = (*self.gentle, *self.variants)
+        groups += [(pairs_of(recipe, self.few), self.alone) for recipe in others]
+        asked = [(p, fitting(p.a.recipe, sets)) for pairs, sets in groups for p in pairs]
+        return [Plan(tasks=tuple(LayerSweep(p, sets) for p, sets in asked))]
+
+    @cached_property
+    def along(self) -> Mapping[int, list[LayerBarriers]]:
+        """Step -> the pairs of the residual network there; half-trained ones pass gate G0."""
+        points = [p for step in self.places for p in pairs_of(self.residual, self.inits, step)]
+        swept = iter(sweep_pairs(points, fitting(self.residual, self.alone), **self._where))
+        return {
+            s: [next(swept).judged(max_error=100.0) for _ in range(self.inits)] for s in self.places
+        }
+
+    @cached_property
+    def ends(self) -> Mapping[Recipe, list[LayerBarriers]]:
+        """The pairs of all three networks at the end of training."""
+        return {
+            recipe: sweep_pairs(
+                pairs_of(recipe, self.inits),
+                fitting(recipe, self.sets),
+                max_error=self.max_error,
+                **self._where,
+            )
+            for recipe in self.recipes
+        }
+
+    @cached_property
+    def regimes(self) -> Mapping[Recipe, list[LayerBarriers]]:
+        """Other widths, and a gentle training: single layers alone."""
+        asked = [(q, self.max_error) for q in self.gentle]
+        asked += [(v, max(self.max_error, 30.0)) for v in self.variants]
+        return {
+            recipe: sweep_pairs(
+                pairs_of(recipe, self.few),
+                fitting(recipe, self.alone),
+                max_error=allowed,
+                **self._where,
+            )
+            for recipe, allowed in asked
+        }
+
+    @cached_property
+    def linear(self) -> tuple[list[float], list[float]]:
+        """See :func:`second_differences`."""
+        return second_differences()
+
+    @cached_property
+    def example(self) -> dict[str, tuple[float, float]]:
+        """See :func:`minimal`."""
+        return minimal()
+
+    @cached_property
+    def noise(self) -> tuple[dict[str, list[float]], list[tuple[int, int]]]:
+        """Steps of one length from network A of the small pairs, in several kinds of direction.
+
+        Returns:
+            kind of direction -> the mean rise of the test loss, one a pair; and for each pair the
+            dimensions of the span of its training, and of that of views of its last step.
+        """
+        recipe = self.little
+        count = min(50, recipe.steps)
+        module = build(copy(recipe, 0, 0, 1), self.images, torch.device(self.device))
+        names = layout(module).parameters
+        walker = Walker(module, {"test": self.images.test})
+        kinds: dict[str, list[float]] = {kind: [] for kind in DIRECTIONS}
+        ranks = []
+        for init in range(self.inits):
+            taken = [
+                subspaces.snapshots(copy(recipe, init, 0, n), self.images, count) for n in (1, 2)
+            ]
+            start, (a, b) = taken[0][0], (one[-1] for one in taken)
+            towards = subspaces.difference(b, a, names) / 2
+            length = float(towards.norm())
+            basis = subspaces.span(
+                [subspaces.difference(s, start, names) for one in taken for s in one[1:]]
+            )
+            views = subspaces.span([flatten(s, names) for s in (a, b)])  # all that views would hold
+            noise = subspaces.noise(basis, 20, length, Key("chapter 4", "noise", init))
+            two = subspaces.noise(views, 20, length, Key("chapter 4", "views", init))
+            ranks.append((noise.rank, two.rank))
+            for kind, directions in (
+                ("inside", noise.inside),
+                ("outside", noise.outside),
+                ("inside, views", two.inside),
+                ("towards B", towards[None]),
+                ("away from B", -towards[None]),
+            ):
+                rises = subspaces.rises(walker, a, directions, names)["test"]
+                kinds[kind].append(float(np.mean(rises)))
+        return kinds, ranks
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"device": self.device, "workers": self.workers}
+
+    # ---- what the results say
+
+    def good(self, recipe: Recipe) -> list[LayerBarriers]:
+        """The valid pairs of one network at the end."""
+        return [one for one in self.ends[recipe] if one.valid]
+
+    @property
+    def deep(self) -> list[LayerBarriers]:
+        """The valid pairs of the residual network.
+
+        Raises:
+            BadParameter: none trained.
+        """
+        found = self.good(self.residual)
+        if not found:
+            raise BadParameter(
+                f"no pair of {self.residual.net} trained: gate G0 failed for all {self.inits}. "
+                "More steps, or another lr?"
+            )
+        return found
+
+    @property
+    def windows(self) -> dict[str, list[float]]:
+        """Window of neighbouring layers of the residual network -> its barrier, one a pair."""
+        each = [one.worst("window", "train") for one in self.deep]
+        return {name: [one[name] for one in each] for name in each[0]}
+
+    def shares(self, step: int) -> float:
+        """The largest layer's barrier over the whole network's at a step, mean over pairs."""
+        return float(np.mean([largest(one) for one in self.along[step]]))
+
+
+def design(
+    *,
+    dataset: str,
+    net: str | None,
+    plain: str | None,
+    others: list[str] | None,
+    steps: int | None,
+    lr: float | None,
+    batch: int | None,
+    inits: int,
+    looks: int,
+    checkpoints: list[int] | None,
+    together: bool,
+    controls: bool,
+    window: int,
+    draws: int,
+    max_error: float,
+    train_examples: int,
+    test_examples: int | None,
+    precision: str,
+    device: str,
+    workers: int,
+) -> Study:
+    """The study that the chapter's parameters ask for; refused before anything trains.
+
+    The parameters are explained in the chapter's cell; what is None follows from the dataset.
+
+    Raises:
+        BadParameter: what a parameter cannot be, or the dataset cannot serve.
+    """
+    where = str(data.resolve_device(device))
+    images = data.load(dataset, where)
+    for name, value, least in (
+        ("inits", inits, 1),
+        ("looks", looks, 2),
+        ("draws", draws, 1),
+        ("window", window, 1),
+    ):
+        if value < least:
+            raise BadParameter(f"{name}: {value} must be {least} or more.")
+    size, start = wide(images, where), _standard(images, where)
+    main = residual(
+        images, device=where, net=net, steps=steps, lr=lr, batch=batch, precision=precision
+    )
+    longer = start.steps if size else 1200  # the plain network learns more slowly
+    small = "vgg11:norm=none" if size else "vgg11:norm=none,width=8"
+    convolutional = _changed(
+        replace(start, net=small, steps=longer), steps, precision, net=plain, batch=batch
+    )
+    perceptron = replace(
+        start,
+        net="mlp:widths=100x5",
+        steps=longer if steps is None else steps,
+        lr=0.08 if dataset == "digits" else 0.03,
+        batch=60,
+        warmup=0,
+        weight_decay=0.0,
+        precision=precision,
+    )
+    if others is None:
+        others = [] if size else ["resnet18:width=8", "vgg11:norm=none,width=16"]
+    variants = [replace(main if "resnet" in name else convolutional, net=name) for name in others]
+    # As many epochs with a tenth of the learning rate and twice the batch; for networks of the
+    # paper's size, the second of the two regimes that its released folders are named after.
+    gentle = replace(
+        main,
+        lr=0.001 if size else main.lr / 10,
+        batch=256 if size else 2 * main.batch,
+        steps=max(2, main.steps // (4 if size else 2)),
+        warmup=main.warmup // 2,
+    )
+    quieter = (gentle,) if controls else ()
+    for recipe in (main, convolutional, perceptron, *quieter, *variants):
+        check_fit(recipe, images)
+    last = main.steps
+    if checkpoints is None:
+        checkpoints = [round(last * share) for share in np.linspace(0, 1, looks)]
+    places = sorted({0, *checkpoints, last})
+    if places[0] < 0 or places[-1] > last:
+        raise BadParameter(f"checkpoints: {checkpoints} must be steps from 0 to {last}.")
+    layers = len(layer_groups(build(copy(main, 0, 0, 1), images, torch.device("cpu"))))
+    if window > layers:
+        raise BadParameter(f"window: {window} layers, but {main.net} has {layers}.")
+    sets = Sweep(
+        kinds=("single", "shallow", "deep", "window") if together else ("single",),
+        points=1,
+        window=window,
+        draws=draws if together else 0,
+        train_examples=train_examples,
+        test_examples=test_examples,
+    )
+    return Study(
+        images=images,
+        residual=main,
+        convolutional=convolutional,
+        perceptron=perceptron,
+        gentle=quieter,
+        variants=tuple(variants),
+        places=tuple(places),
+        inits=inits,
+        sets=sets,
+        max_error=max_error,
+        device=where,
+        workers=workers,
+    )
+
+
+# ---- numbers of one pair, and over pairs
+
+
+def worst(one: LayerBarriers, split: str = "train", metric: str = "loss") -> dict[str, float]:
+    """Layer -> the larger of the barriers with either host."""
+    return one.worst("single", split, metric)
+
+
+def top(one: LayerBarriers, split: str = "train", metric: str = "loss") -> float:
+    """The barrier of the worst layer."""
+    return max(worst(one, split, metric).values())
+
+
+def largest(one: LayerBarriers, split: str = "train", metric: str = "loss") -> float:
+    """The worst layer's barrier over the whole network's."""
+    full = one.full_height(split, metric)
+    return top(one, split, metric) / full if full > 0 else math.inf
+
+
+def harmless(one: LayerBarriers) -> float:
+    """Share of the layers with at most 0.2 nats and 10 % of the whole network's barrier (B02)."""
+    full = one.full_height("train")
+    return float(np.mean([v <= 0.2 and v <= 0.1 * full for v in worst(one).values()]))
+
+
+def over(values: Sequence[float]) -> Interval | None:
+    """Mean and interval over independent pairs; None without any finite number."""
+    values = [v for v in values if np.isfinite(v)]
+    return stats.clustered(values, range(len(values))) if values else None
+
+
+def barriers(results: Sequence[LayerBarriers], split: str = "train") -> list[float]:
+    """The whole network's barrier of each valid pair."""
+    return [one.full_height(split) for one in results if one.valid]
+
+
+def worst_layers(results: Sequence[LayerBarriers]) -> str:
+    """Which layers are the worst, one a pair, each named once."""
+    names = [max(found, key=lambda n: found[n]) for found in map(worst, results)]
+    return ", ".join(dict.fromkeys(names))
+
+
+def cumulative(one: LayerBarriers, kind: str) -> list[float]:
+    """The barrier of the first (``shallow``) or the last (``deep``) 1, 2, … layers together."""
+    return list(one.worst(kind, "train").values())
+
+
+def ratio(study: Study, kind: str) -> Interval | None:
+    """The rise of the loss in one kind of direction over that outside of the training space."""
+    kinds, _ = study.noise
+    return over([i / o for i, o in zip(kinds[kind], kinds["outside"], strict=True) if o > 0])
+
+
+def specials(study: Study, recipe: Recipe) -> list[float]:
+    """Share of the layers in which the step towards the other network is the worse one, a pair."""
+    return [
+        float(np.mean([r.averaging > r.mean for r in one.rises("single", "train")]))
+        for one in study.good(recipe)
+    ]
+
+
+# ---- one function a claim
+
+
+def trained(results: Sequence[LayerBarriers]) -> Need:
+    """Whether networks were trained to their end: early on layers have barriers that go."""
+    wrong = np.mean([e for one in results for e in one.ends["train"]["error"]] or [100.0])
+    said = f"training was cut short: {wrong:.0f} % error on training images"
+    return bool(wrong <= gates.UNLEARNED), said
+
+
+def walled(results: Sequence[LayerBarriers]) -> Need:
+    """Whether every pair has a barrier that those of its layers can be compared with."""
+    high = min(barriers(results), default=0.0) > SMALL
+    return high, "a pair has no barrier of the whole network to compare with"
+
+
+def _two(results: Sequence[LayerBarriers]) -> Need:
+    return len(results) >= 2, "one pair decides nothing"
+
+
+def _grouped(study: Study) -> Need:
+    return study.together, "groups of layers and random directions were left out of this run"
+
+
+def _layers(results: Sequence[LayerBarriers]) -> str:
+    return f"largest layer / whole network: {', '.join(f'{largest(one):.0%}' for one in results)}"
+
+
+def b01(study: Study) -> Statistic:
+    """The smallest barrier of all pairs of the residual network."""
+    ends, before = barriers(study.deep), barriers(study.along[0])
+    at_start = max((abs(v) for v in before), default=math.nan)
+    net = study.residual.net
+    norms = {"none": "no", "layer": "LayerNorm", "batch": "BatchNorm", "group": "GroupNorm"}
+    norm = str(models.describe(net).get("norm", "none"))
+    about = f"the claim is about a network without norms, this one has {norms[norm]}"
+    return statistic(
+        min(ends),
+        (at_start < 1e-4, "the networks differ at initialisation"),
+        ("resnet" in net, "the claim is about a residual network"),
+        (norm == "none", about),
+        _two(study.deep),
+        n=len(ends),
+        detail=f"all pairs: {', '.join(f'{v:.2f}' for v in ends)}; "
+        f"at initialisation {at_start:.1g}",
+    )
+
+
+def b02(study: Study) -> Statistic:
+    """Share of the residual network's layers without a barrier, in the worst pair."""
+    deep = study.deep
+    needs = (trained(deep), walled(deep), _two(deep))
+    return statistic(min(map(harmless, deep)), *needs, n=len(deep), detail=_layers(deep))
+
+
+def b03(study: Study) -> Statistic:
+    """The largest layer's barrier of the test error, over the whole network's."""
+    deep = study.deep
+    whole = np.mean([one.full_height("test", "error") for one in deep])
+    layer = np.mean([top(one, "test", "error") for one in deep])
+    return statistic(
+        over([largest(one, "test", "error") for one in deep]),
+        *(trained(deep), walled(deep), _two(deep)),
+        detail=f"whole network {whole:.1f} points, largest layer {layer:.1f}",
+    )
+
+
+def b04(study: Study) -> Statistic:
+    """How far the last step of a cumulative curve is from the whole network's barrier."""
+    found = [
+        abs(row.half("train", "loss") - one.select("full")[0].half("train", "loss"))
+        for results in study.ends.values()
+        for one in results
+        for kind in ("shallow", "deep")
+        for row in one.select(kind)
+        if len(row.groups) == len(one.groups)
+    ]
+    count = sum(map(len, study.ends.values()))
+    return statistic(max(found, default=math.nan), _grouped(study), n=count)
+
+
+def b05(study: Study) -> Statistic:
+    """The largest window in the middle, over the larger of the first and the last window."""
+    deep = study.deep
+    heights = [list(one.worst("window", "train").values()) for one in deep]
+    value = over([max(w[1:-1]) / max(w[0], w[-1], 1e-9) for w in heights if len(w) > 2])
+    inner = not study.together or len(study.windows) > 2, "no window lies in the middle"
+    return statistic(value, _grouped(study), walled(deep), _two(deep), inner)
+
+
+def b06(study: Study) -> Statistic:
+    """The costliest of the first or last one to four layers, over the whole network."""
+    deep = study.deep
+    ends = ("shallow", "deep") if study.together else ()
+    costliest = [[max(cumulative(one, kind)[:4]) for kind in ends] for one in deep]
+    value = over(
+        [max(c) / one.full_height("train") for c, one in zip(costliest, deep, strict=True) if c]
+    )
+    return statistic(value, _grouped(study), walled(deep), _two(deep))
+
+
+def b07(study: Study) -> Statistic:
+    """The whole network's barrier over the sum of its layers'."""
+    deep = study.deep
+    value = over([one.additivity("train").ratio for one in deep])
+    return statistic(value, trained(deep), walled(deep), _two(deep))
+
+
+def b08(study: Study) -> Statistic:
+    """The smallest second difference along segments of one layer in linear networks."""
+    single, joint = study.linear
+    shown = min(joint) < -1e-6, "no joint path that is not convex was found"
+    return statistic(min(single), shown, n=len(single), detail=f"all layers: {min(joint):.1e}")
+
+
+def b09(study: Study) -> Statistic:
+    """The largest deviation of the minimal example from the numbers that were found by hand."""
+    return statistic(max(abs(found - known) for found, known in study.example.values()))
+
+
+def b10(study: Study) -> Statistic:
+    """Share of the layers whose loss rises more towards the other network than at random."""
+    if not study.together:
+        return statistic(None, _grouped(study), _two(study.deep))
+    each = {recipe.net: specials(study, recipe) for recipe in study.recipes}
+    said = "; ".join(f"{net} {np.mean(v):.0%}" for net, v in each.items() if v)
+    return statistic(
+        over(each[study.residual.net]),
+        _two(study.deep),
+        detail=f"{study.sets.draws} draws; {said}",
+    )
+
+
+def b11(study: Study) -> Statistic:
+    """The barrier after a gentle training over that after the standard one."""
+    low = [v for recipe in study.gentle for v in barriers(study.regimes[recipe])]
+    high = barriers(study.deep)[: len(low)]
+    return statistic(
+        float(np.mean(low) / np.mean(high)) if low else None,
+        walled(study.deep),
+        (bool(study.gentle), "the controls were left out of this run"),
+        n=len(low),
+        detail=f"{np.mean(low):.2f} against {np.mean(high):.2f} nats" if low else "",
+    )
+
+
+def b12(study: Study) -> Statistic:
+    """As B02, for the plain convolutional network."""
+    found = study.good(study.convolutional)
+    return statistic(
+        min(map(harmless, found), default=None),
+        ("vgg" in study.convolutional.net, "the plain network is no VGG"),
+        trained(found),
+        walled(found),
+        (len(found) >= 2, "fewer than two valid pairs"),
+        n=len(found),
+        detail=_layers(found),
+    )
+
+
+def b16(study: Study) -> Statistic:
+    """The rise of the test loss inside the space that training used, over that outside of it."""
+    views = ratio(study, "inside, views")
+    return statistic(
+        ratio(study, "inside"),
+        _two(study.deep),
+        detail=f"span of the views: {views.value:.1f} times" if views else "",
+    )
+
+
+CLAIMS: dict[str, Callable[[Study], Statistic]] = {
+    f.__name__.upper(): f for f in (b01, b02, b03, b04, b05, b06, b07, b08, b09, b10, b11, b12, b16)
+}
+
+
+# ---- figures, and the numbers of their captions and of the prose around them
+
+
+def called(net: str) -> str:
+    """What people call a network; that a plain one has no norms goes without saying."""
+    return re.sub(r" \(norm none\)|, norm none|norm none, ", "", models.title(net))
+
+
+def said(value: float | Interval | None, form: str = "{:.2f}") -> str:
+    """A number in words: with a minus sign, and none before a zero."""
+    number = value.value if isinstance(value, Interval) else value
+    if number is None or not math.isfinite(number):
+        return NONE if number is None else "no valid value" if math.isnan(number) else "∞"
+    text = form.format(number)
+    if set(text) <= set("-0.%"):
+        text = text.lstrip("-")
+    return text.replace("-", "−").replace("%", " %")
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Of several numbers; None without any."""
+    return float(np.mean(values)) if len(values) else None
+
+
+def words(study: Study) -> Values:
+    """What captions and prose say of the whole page."""
+    return {
+        "data": study.images.label,
+        "residual": called(study.residual.net),
+        "plain": called(study.convolutional.net),
+        "perceptron": called(study.perceptron.net),
+        "little": called(study.little.net),
+        "T": study.residual.steps,
+        "pairs": f"{study.inits} pair" + "s" * (study.inits != 1),
+        "window": study.sets.window,
+        "draws": study.sets.draws,
+        "allowed": f"{study.max_error:g}",
+    }
+
+
+def toy_values(study: Study) -> Values:
+    """The middles of the minimal example."""
+    whole, one, two = (
+        study.example[n][0] for n in ("whole network", "layer 1 of A", "layer 2 of A")
+    )
+    return {"toy_whole": f"{whole:.3f}", "toy_one": f"{one:.2f}", "toy_two": f"{two:.3f}"}
+
+
+def show_toy(study: Study) -> None:
+    """The landscape of the minimal example, and three segments in it."""
+    page.fill(**toy_values(study))
+    (a1, b1), (a2, b2) = A, B
+    line = np.linspace(0.2, 2.6, 121)
+    grid_a, grid_b = np.meshgrid(line, line)
+    loss = toy(grid_a, grid_b)
+    fig, (ax,) = plots.grid(1, columns=1, height=5.0)
+    levels = [0, 0.02, 0.1, 0.3, 0.7, 1.5, 3, 6, 12, 36]
+    filled = ax.contourf(grid_a, grid_b, np.sqrt(loss), levels=np.sqrt(levels), cmap=plots.MAP)
+    ax.plot(line, 1 / line, color="white", linewidth=1, linestyle="--")
+    red = "#d55e00"
+    for ends, style, label in (
+        ((A, B), "-", "both layers"),
+        ((A, (a2, b1)), "--", "layer 1 of A"),
+        ((A, (a1, b2)), ":", "layer 2 of A"),
+    ):
+        xs, ys = zip(*ends, strict=True)
+        ax.plot(xs, ys, style, color=red, linewidth=2, label=label)
+        ax.plot(np.mean(xs), np.mean(ys), "o", color=red, markeredgecolor="white")
+    for name, point in (("A", A), ("B", B)):
+        ax.plot(*point, "s", color=red, markeredgecolor="white", markersize=8)
+        ax.annotate(name, point, xytext=(7, 7), textcoords="offset points", fontweight="bold")
+    ax.set(xlabel="layer 1, a", ylabel="layer 2, b", xlim=(0.2, 2.6), ylim=(0.2, 2.6))
+    ax.set_aspect("equal")
+    ax.grid(visible=False)
+    plots.legend(fig, columns=3)
+    bar = fig.colorbar(filled, ax=ax, shrink=0.85, label="loss (ab − 1)²")
+    bar.set_ticks(list(np.sqrt(levels)), labels=[f"{v:g}" for v in levels])
+    drawn = {"a": line[::4], "b": line[::4], "loss": loss[::4, ::4]}
+    figures.publish(fig, "toy", data=drawn)
+
+
+_SHORT = ("residual", "plain", "perceptron")
+
+
+def layers_values(study: Study) -> Values:
+    """Whole network and worst layer of the three networks at the end, and what follows."""
+    out: Values = {}
+    shares = {}
+    for short, recipe in zip(_SHORT, study.recipes, strict=True):
+        good = study.good(recipe)
+        share = over([largest(one) for one in good])
+        out[f"{short}_whole"] = said(mean(barriers(good)))
+        out[f"{short}_layer"] = said(mean([top(one) for one in good]))
+        out[f"{short}_share"] = said(share, "{:.0%}")
+        out[f"{short}_which"] = worst_layers(good) or "none"
+        if share is not None:
+            shares[called(recipe.net)] = share.value
+    low = [name for name, share in shares.items() if share <= 0.2]
+    if low and len(low) < len(shares):
+        out["answer"] = "“No layer has a barrier” is true of some networks, not of all."
+    elif low:
+        out["answer"] = "In none of these networks is there a layer that makes the wall."
+    else:
+        out["answer"] = "In each of these networks some layer alone has a good part of the wall."
+    return out
+
+
+def show_layers(study: Study) -> None:
+    """Single layers of the three networks against the whole."""
+    page.fill(**layers_values(study))
+    fig, axes = plots.grid(3, columns=3, height=4.8, width=11.4)
+    drawn = {}
+    for ax, recipe in zip(axes, study.recipes, strict=True):
+        ax.set_title(called(recipe.net), fontsize=10)
+        if good := study.good(recipe):
+            drawn[recipe.net] = plots.dots(ax, [worst(one) for one in good], barriers(good))
+    plots.legend(fig, study.inits)
+    figures.publish(fig, "layers", data=drawn)
+
+
+def groups_values(study: Study) -> Values:
+    """What the first layers, the last ones, and neighbours cost together."""
+    deep = study.deep
+    sums = [one.additivity("train") for one in deep]
+    out: Values = {"sum_layers": said(mean([a.total for a in sums]))}
+    for name, recipe in zip(("whole", *_SHORT[1:]), study.recipes, strict=True):
+        each = [one.additivity("train").ratio for one in study.good(recipe)]
+        out[f"{name}_times"] = said(over(each), "{:.1f}")
+    names = ("window_first", "window_last", "window_peak", "window_most", "four")
+    if not study.together:
+        nothing = "Groups of layers were left out of this run."
+        return out | dict.fromkeys(names, NONE) | {"where": nothing}
+    found = study.windows
+    means = [float(np.mean(v)) for v in found.values()]
+    at = int(np.argmax(means))
+    peak, last = list(found)[at], len(means) - 1
+    share = at / max(last, 1)
+    nearer = "in the middle" if 1 / 3 <= share <= 2 / 3 else "in the last third of them"
+    nearer = "in the first third of them" if share < 1 / 3 else nearer
+    where = f"Counted from the input, the costliest is window {at + 1} of {last + 1}: {nearer}."
+    four = [max(max(cumulative(o, k)[:4]) for k in ("shallow", "deep")) for o in deep]
+    numbers = (means[0], means[-1], means[at], float(np.mean(four)))
+    first, end, most, few = map(said, numbers)
+    shown = dict(zip(names, (first, end, peak, most, few), strict=True))
+    return out | shown | {"where": where}
+
+
+def show_groups(study: Study) -> None:
+    """The first k and the last k layers together, and windows of neighbours."""
+    page.fill(**groups_values(study))
+    if not study.together:
+        return
+    deep = study.deep
+    counts = list(range(1, len(deep[0].groups) + 1))
+    fig, axes = plots.grid(2, height=4.0, sharey=True)
+    drawn = {
+        kind: plots.band(axes[0], counts, [cumulative(one, kind) for one in deep], label, number)
+        for number, (kind, label) in enumerate((("shallow", "the first k"), ("deep", "the last k")))
+    }
+    axes[0].set(
+        xlabel="number of layers averaged, k",
+        ylabel="train loss barrier (nats)",
+        title="more and more layers",
+    )
+    windows = study.windows
+    places = list(range(1, len(windows) + 1))
+    each = np.transpose(list(windows.values()))
+    label = f"{study.sets.window} neighbours"
+    drawn["windows"] = plots.band(axes[1], places, each.tolist(), label, 2)
+    drawn["windows"]["layers"] = list(windows)
+    title = f"always {study.sets.window} layers"
+    axes[1].set(xlabel="first layer of the window", title=title)
+    for ax, text in zip(axes, ("", "the whole network"), strict=True):
+        plots.dashed(ax, float(np.mean(barriers(deep))), text=text)
+        ax.locator_params(axis="x", integer=True)
+        ax.axhline(0, color="#555555", linewidth=0.6)
+    plots.legend(fig, columns=3)
+    figures.publish(fig, "cumulative", data=drawn)
+
+
+def show_sums(study: Study) -> None:
+    """The whole network's barrier against the sum of its layers'."""
+    rows = []
+    for recipe in study.recipes:
+        sums = [one.additivity("train") for one in study.good(recipe)]
+        numbers = ([a.full for a in sums], [a.total for a in sums], [a.ratio for a in sums])
+        rows.append((called(recipe.net), *(over(v) or "—" for v in numbers)))
+    columns = ("network", "whole network (nats)", "sum over the layers (nats)", "whole / sum")
+    tables.show(columns, rows, name="sums")
+
+
+def maps(study: Study) -> dict[str, dict[str, list[float]]]:
+    """Split -> whole network, and every layer -> its barrier at each step, mean over pairs."""
+    out = {}
+    for split in ("train", "test"):
+        each = {s: [worst(one, split) for one in study.along[s]] for s in study.places}
+        whole = [float(np.mean(barriers(study.along[s], split))) for s in study.places]
+        out[split] = {"whole network": whole} | {
+            label: [float(np.mean([one[label] for one in found])) for found in each.values()]
+            for label in study.deep[0].groups
+        }
+    return out
+
+
+def time_values(study: Study) -> Values:
+    """The worst layer's share of the wall half-way and at the end, and the largest cells."""
+    last = study.residual.steps
+    first, middle, end = (study.shares(s) for s in (study.places[1], study.middle, last))
+    cells = maps(study)["train"]
+    column = {name: row[-1] for name, row in cells.items() if name != "whole network"}
+    heaviest = max(column, key=lambda name: column[name])
+    if end < first:
+        story = "Layers lose their barriers while the network gains its own: how long one trains "
+        story += "is part of the answer."
+    else:
+        story = "The layers' share of the wall does not shrink in this training."
+    return {
+        "first": study.places[1],
+        "middle": study.middle,
+        "share_first": said(first, "{:.0%}"),
+        "share_middle": said(middle, "{:.0%}"),
+        "share_end": said(end, "{:.0%}"),
+        "whole_start": said(cells["whole network"][0]),
+        "whole_end": said(cells["whole network"][-1]),
+        "top_end": said(mean([top(one) for one in study.along[last]])),
+        "heaviest": heaviest,
+        "heaviest_end": said(column[heaviest]),
+        "story": story,
+    }
+
+
+def show_time(study: Study) -> None:
+    """Whole network and layers along training, as lines."""
+    page.fill(**time_values(study))
+    fig, axes = plots.grid(2, height=3.8, sharey=True)
+    drawn: dict[str, Any] = {}
+    for ax, (split, rows) in zip(axes, maps(study).items(), strict=True):
+        for number, (name, row) in enumerate(rows.items()):
+            if name != "whole network":
+                label = "one layer, mean over pairs" if number == 1 else None
+                ax.plot(study.places, row, color="#999999", linewidth=0.9, label=label)
+        along = [study.along[s] for s in study.places]
+        whole = [barriers(found, split) for found in along]
+        tops = [[top(one, split) for one in found] for found in along]
+        drawn[split] = {
+            label: plots.band(ax, study.places, np.transpose(values).tolist(), label, number)
+            for number, (label, values) in enumerate(
+                (("whole network", whole), ("worst layer of each pair", tops))
+            )
+        }
+        ax.axhline(0, color="#555555", linewidth=0.6)
+        ax.set(title=f"{split} images", xlabel=f"training step (of {study.residual.steps})")
+    axes[0].set_ylabel("loss barrier (nats)")
+    plots.legend(fig, columns=3)
+    figures.publish(fig, "layerwise-time", data=drawn)
+
+
+def show_heatmap(study: Study) -> None:
+    """The same on training images, with a number for each layer and step."""
+    found = maps(study)
+    rows = len(found["train"])
+    fig, axes = plots.grid(1, columns=1, height=0.8 + 0.31 * rows)
+    plots.heat(axes, {"train": found["train"]}, study.places, label="train loss barrier (nats)")
+    axes[0].set_xlabel(f"training step (of {study.residual.steps})")
+    data = {"T": study.residual.steps, "steps": study.places, **found}
+    figures.publish(fig, "heatmap", data=data)
+
+
+def settings(study: Study) -> dict[str, list[LayerBarriers]]:
+    """Network and training, in words -> its pairs: what the question why is asked of."""
+    main, last = called(study.residual.net), study.residual.steps
+    steps = [s for s in dict.fromkeys((study.places[1], study.middle, last)) if s in study.along]
+    out = {f"{main}, step {s} of {last}": study.along[s] for s in steps}
+    for recipe in study.gentle:
+        rate = f"learning rate {recipe.lr:g} and batches of {recipe.batch}"
+        out[f"{called(recipe.net)}, {rate}"] = study.regimes[recipe]
+    for recipe in study.recipes[1:]:
+        out[f"{called(recipe.net)}, T = {recipe.steps}"] = study.ends[recipe]
+    for recipe in study.variants:
+        normed = ", BatchNorm re-estimated" if models.has_batchnorm(recipe.net) else ""
+        out[f"{called(recipe.net)}, T = {recipe.steps}{normed}"] = study.regimes[recipe]
+    return out
+
+
+def regimes_values(study: Study) -> Values:
+    """Each setting's share, for the alternative text; and the gentle training's share and wall."""
+    rows = [
+        f"{name}: {said(over([largest(o) for o in found if o.valid]), '{:.0%}')}"
+        for name, found in settings(study).items()
+    ]
+    gentle = [one for r in study.gentle for one in study.regimes[r] if one.valid]
+    return {
+        "regimes": "; ".join(rows),
+        "gentle_share": said(over([largest(one) for one in gentle]), "{:.0%}"),
+        "gentle_whole": said(mean(barriers(gentle))),
+    }
+
+
+def show_regimes(study: Study) -> None:
+    """The largest layer's share of the wall in every setting, and a table of the rest."""
+    page.fill(**regimes_values(study))
+    shares = {
+        name: share
+        for name, found in settings(study).items()
+        if (share := over([100 * largest(one) for one in found if one.valid])) is not None
+    }
+    fig, axes = plots.grid(1, columns=1, height=0.9 + 0.42 * len(shares), width=9.4)
+    label = "worst layer's barrier, % of the whole network's"
+    drawn = plots.conditions(axes[0], shares, threshold=10, xlabel=label, form="{:.0f}")
+    figures.publish(fig, "layerwise-regimes", data=drawn)
+
+
+def show_settings(study: Study) -> None:
+    """Errors and barriers behind the shares."""
+    rows = []
+    for name, found in settings(study).items():
+        good = [one for one in found if one.valid]
+        errors = [e for one in good for e in one.ends["test"]["error"]]
+        numbers = [over(barriers(good)), over([top(one) for one in good])]
+        shown = [said(mean(errors), "{:.1f}"), *numbers, worst_layers(good)]
+        rows.append([name, len(good), *(shown if good else ["no valid pair"] * 4)])
+    columns = [
+        "network",
+        "pairs",
+        "test error (%)",
+        "whole network (nats)",
+        "worst layer (nats)",
+        "which, by pair",
+    ]
+    tables.show(columns, rows, name="settings")
+
+
+def directions_values(study: Study) -> Values:
+    """How many layers mind the step towards the other network more, and the whole network."""
+    out: Values = {"full_towards": NONE, "full_random": NONE, "counted": NONE}
+    if not study.together:
+        return out
+    each = {called(r.net): mean(specials(study, r)) for r in study.recipes}
+    out["counted"] = "; ".join(f"{name}: {said(v, '{:.0%}')}" for name, v in each.items())
+    rises = [r for one in study.deep for r in one.rises("full", "train")]
+    out["full_towards"] = said(mean([r.averaging for r in rises]))
+    out["full_random"] = said(mean([r.mean for r in rises]))
+    return out
+
+
+def show_directions(study: Study) -> None:
+    """The rise of the loss towards the other network and in random directions, layer by layer."""
+    page.fill(**directions_values(study))
+    shown = [recipe for recipe in study.recipes if study.good(recipe)]
+    if not study.together:
+        return
+    fig, axes = plots.grid(len(shown), columns=3, height=4.6, width=11.4)
+    drawn = {}
+    for ax, recipe in zip(axes, shown, strict=True):
+        good = study.good(recipe)
+        rises = [r for one in good for r in one.rises("single", "train")]
+        values = {
+            label: (
+                float(np.mean([r.averaging for r in rises if r.label == label])),
+                float(np.mean([r.mean for r in rises if r.label == label])),
+            )
+            for label in good[0].groups
+        }
+        rows = [-i for i in range(len(values))]
+        towards, random = zip(*values.values(), strict=True)
+        ax.plot(towards, rows, "o", label="towards the other network", markersize=5)
+        ax.plot(random, rows, "^", label="random direction", markersize=5)
+        ax.set_yticks(rows, list(values))
+        ax.tick_params(axis="y", labelsize=8)
+        ax.set_xscale("symlog", linthresh=0.01)
+        ax.set_xlim(right=2.5 * max(max(v) for v in values.values()))
+        ax.set_title(called(recipe.net), fontsize=10)
+        ax.set_xlabel("rise of the train loss (nats)\nlinear below 0.01")
+        drawn[recipe.net] = {layer: list(v) for layer, v in values.items()}
+    plots.legend(fig, columns=2)
+    figures.publish(fig, "directions", data=drawn)
+
+
+def noise_values(study: Study) -> Values:
+    """What noise inside and outside of the space that training used does."""
+    kinds, ranks = study.noise
+    times = ratio(study, "inside")
+    inside, outside = (float(np.mean(kinds[k])) for k in ("inside", "outside"))
+    rises = "; ".join(f"{name} {said(v)} nats" for name, v in _rises(study).items())
+    if inside > outside:
+        told = "Noise in the space that training used hurts more than noise outside of it."
+    else:
+        told = "Noise outside of the space that training used hurts more than noise in it."
+    return {
+        "noise": rises,
+        "noise_times": said(times, "{:.1f}"),
+        "noise_told": told,
+        "rank": ranks[0][0],
+        "rank_views": ranks[0][1],
+    }
+
+
+def _rises(study: Study) -> dict[str, Interval]:
+    kinds, ranks = study.noise
+    found = {DIRECTIONS[kind].format(*ranks[0]): over(v) for kind, v in kinds.items()}
+    return {name: v for name, v in found.items() if v is not None}
+
+
+def show_noise(study: Study) -> None:
+    """Five kinds of direction, all steps of one length."""
+    page.fill(**noise_values(study))
+    fig, axes = plots.grid(1, columns=1, height=3.2)
+    label = "rise of the test loss (nats)"
+    drawn = plots.conditions(axes[0], _rises(study), threshold=None, xlabel=label, form="{:.2f}")
+    figures.publish(fig, "subspaces", data=drawn)
+
+
+def show_recorded(records: Sequence[Record]) -> None:
+    """The heat maps of recorded runs."""
+    kept = [r for r in records if "heatmap" in r.data["figures"]]
+    if not kept:
+        return
+    drawn = {r.name: r.data["figures"]["heatmap"]["data"] for r in kept}
+    fig, axes = plots.grid(len(kept), width=6.4 * min(len(kept), 2), height=7.4)
+    plots.heat(
+        axes,
+        {name: one["train"] for name, one in drawn.items()},
+        {name: one["steps"] for name, one in drawn.items()},
+        label="train loss barrier (nats)",
+    )
+    for ax, record in zip(axes, kept, strict=True):
+        where = f"{record.data['hardware']}, {record.data['date']}"
+        ax.set_title(f"{record.name}: {record.dataset}\n{where}", fontsize=9)
+        ax.set_xlabel("training step")
+    ends = [f"{name}: {said(one['train']['whole network'][-1])}" for name, one in drawn.items()]
+    values = {
+        "recorded": " ".join(f"{record.title}." for record in kept),
+        "recorded_ends": "; ".join(ends),
+    }
+    figures.publish(fig, "layerwise-recorded", data=drawn, values=values)
+
+
+def closing_values(verdicts: Sequence[claims.Verdict]) -> Values:
+    """What this run could not test."""
+    untested = [v for v in verdicts if v.verdict == claims.NOT_TESTABLE]
+    return {
+        "untested": "; ".join(f"{v.claim.id} ({v.note or 'not measured'})" for v in untested)
+        or "nothing"
+    }
