@@ -122,6 +122,7 @@ def test_the_front_page_collects_the_claims(built):
     ]
 
 
+@pytest.mark.slow
 def test_two_executions_publish_the_same_bytes(built, tmp_path):
     """In another folder, even: nothing of the place or the moment is left in the notebook."""
     again = toybook.make(tmp_path / "elsewhere")
@@ -141,6 +142,7 @@ def test_two_executions_publish_the_same_bytes(built, tmp_path):
 # What stops the build
 
 
+@pytest.mark.slow
 def test_a_failing_cell_fails_and_leaves_no_result(copied):
     chapter = copied / "chapters" / "01_toy.md"
     chapter.write_text(chapter.read_text().replace("import sys", 'raise ValueError("boom")', 1))
@@ -184,6 +186,7 @@ def test_a_text_that_does_not_fit_the_run_stops_the_build(copied, old, new, line
         assert f"chapters/01_toy.md, line {number}: " in done.stderr
 
 
+@pytest.mark.slow
 def test_a_sphinx_warning_fails_every_time(copied):
     page = copied / "notation.md"
     page.write_text(page.read_text() + "\nSee {ref}`nowhere-at-all`.\n")

@@ -244,6 +244,7 @@ def weakly_anchored() -> Spec:
     )
 
 
+@pytest.mark.slow
 def test_more_starts_find_what_one_does_not() -> None:
     """The sheet's numbers for this toy: 16 of 100 from the identity, 78 with ten starts."""
     spec = weakly_anchored()

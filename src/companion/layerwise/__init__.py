@@ -1,4 +1,4 @@
-"""Which layers make the barrier? Segments along which only some layers move ::
+"""Which layers make the barrier? Segments along which only some layers move. ::
 
     found = sweep(net, a, b, data, Sweep(kinds=("single", "window"), draws=5))
     found.worst("single", "train")      # layer -> barrier in nats, the larger of both defaults
