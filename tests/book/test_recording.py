@@ -129,7 +129,7 @@ claims.show(
     scale=f"digits, {recipe.net}",
     recorded=records,
 )
-page.number("one-image", 100 / 360)
+page.fill(one_image=100 / 360)
 provenance.show(
     provenance.record(
         dataset={"name": images.label, "sha256": images.fingerprint},
@@ -203,7 +203,7 @@ def test_a_recording_holds_what_a_reader_needs(root):
     assert found["tables"][0]["columns"] == ["k", "barrier"]
     assert found["tables"][0]["caption"] == "Barriers of the perceptron <8>, T = 24."
     assert found["values"] == {"network": "perceptron <8>", "steps": 24}
-    assert found["numbers"] == {"one-image": 100 / 360}
+    assert found["values"] == {"one_image": 100 / 360}
     assert found["problems"] == []
     assert any("estimate" in line for line in said) and "not on the page" not in "".join(said)
 
@@ -895,9 +895,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(root, store, monkeypat
 
 def test_outside_a_recorder_a_script_prints(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython.display", None)
-    monkeypatch.setitem(sys.modules, "myst_nb", None)
     page.text("a sentence")
-    page.number("x", 1.0)
     assert capsys.readouterr().out == "a sentence\n"
 
 

@@ -494,7 +494,6 @@ def _document(
         "figures": {f["name"]: f for f in figures},
         "tables": tables,
         "values": values,
-        "numbers": {k: v for entry in found.all("number") for k, v in entry.items()},
         "problems": list(r.problems),
         "provenance": provenance,
         "source": _source(r),

@@ -129,18 +129,6 @@ def fillable(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def number(name: str, value: float) -> None:
-    """Give the prose of the chapter a number: ``{glue:text}`name:.2f```."""
-    if (found := recorder()) is not None:
-        found.entries.append({"number": {name: float(value)}})
-        return
-    try:
-        from myst_nb import glue
-    except ModuleNotFoundError:  # a notebook without the book's tools has no prose to fill
-        return
-    glue(name, value, display=False)
-
-
 def budget(plans: Sequence[Plan], *, evaluation: Evaluation, device: str, workers: int = 0) -> None:
     """Say what the chapter is about to train and measure. In a notebook nothing happens.
 
