@@ -129,7 +129,6 @@ claims.show(
     scale=f"digits, {recipe.net}",
     recorded=records,
 )
-page.fill(one_image=100 / 360)
 provenance.show(
     provenance.record(
         dataset={"name": images.label, "sha256": images.fingerprint},
@@ -203,7 +202,6 @@ def test_a_recording_holds_what_a_reader_needs(root):
     assert found["tables"][0]["columns"] == ["k", "barrier"]
     assert found["tables"][0]["caption"] == "Barriers of the perceptron <8>, T = 24."
     assert found["values"] == {"network": "perceptron <8>", "steps": 24}
-    assert found["values"] == {"one_image": 100 / 360}
     assert found["problems"] == []
     assert any("estimate" in line for line in said) and "not on the page" not in "".join(said)
 
