@@ -493,11 +493,6 @@ DESIGNS = (
             "looks=3",
             "draws=1",
             *_HEADS,
-            # Clients train one after the other, in a loop: of a ResNet they would take minutes.
-            "client_net=mlp:widths=64x5,norm=layer",
-            "clients=5",
-            "client_steps=100",
-            "seeds=1",
             f"max_error={TRAINED}",
         ),
         # Batches of 64 for both networks, of 256 for the gentle recipe.
@@ -506,14 +501,12 @@ DESIGNS = (
         least=600,
         most=23_000,
         limit_s=300,
-        fixed_s=40,
+        fixed_s=8,
         tiny=(
             "steps=40",
             "net=resnet18:width=8",
             "plain=vgg11:norm=none,width=8",
             "looks=2",
-            "clients=2",
-            "client_steps=10",
             "max_error=100",
             "lr=0.01",
             "train_examples=500",
