@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from companion.book import notebooks, recording
 from companion.book.layout import Book
 from companion.core.runs import Store
 from companion.experiments.measurement import kinds
+from companion.report import provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +46,35 @@ def entries(notebook: Any, kind: str) -> list[Any]:
         if "companion" in output.get("metadata", {})
     ]
     return [entry[kind] for entry in found if kind in entry]
+
+
+GOLDEN = ROOT / "tests" / "book" / "golden"
+
+
+def check_golden(chapter: str, notebook: Any) -> None:
+    """The verdicts of a tiny run are those of before: a move of code changes no number.
+
+    Numbers are compared on the kind of machine that wrote the file, as another processor or torch
+    rounds otherwise; which claims are judged, everywhere. After a change that is meant to change
+    them: ``COMPANION_GOLDEN=write``, and say in the commit which and why.
+    """
+    facts = provenance.record()
+    found = {
+        "where": [facts["packages"]["torch"], facts["cpu"]["name"]],
+        "claims": {
+            claim["claim"]["id"]: {k: claim[k] for k in ("verdict", "value", "interval", "n")}
+            for group in entries(notebook, "claims")
+            for claim in group
+        },
+    }
+    path = GOLDEN / f"{chapter}.json"
+    if os.environ.get("COMPANION_GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    known = json.loads(path.read_text(encoding="utf-8"))
+    assert list(found["claims"]) == list(known["claims"])
+    if found["where"] == known["where"]:
+        assert found == known
 
 
 def check_budget(chapter: str, store: Store, **parameters: Any) -> None:

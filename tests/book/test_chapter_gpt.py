@@ -7,7 +7,7 @@ from typing import Any
 
 import papermill
 import pytest
-from papermilled import build, entries, run
+from papermilled import build, check_golden, entries, run
 
 from companion import data, models
 from companion.core.errors import MissingData
@@ -43,6 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     notebook = run(source, tmp_path, **TINY)
+    check_golden(CHAPTER, notebook)
     names = [figure["name"] for figure in entries(notebook, "figure")]
     kinds = ("instability", "matching", "heatmap", "parts", "groups", "features")
     expected = [f"gpt-{kind}" for kind in kinds]

@@ -8,7 +8,7 @@ from typing import Any
 import papermill
 import pytest
 import torch
-from papermilled import build, entries, run
+from papermilled import build, check_golden, entries, run
 
 from companion import data
 from companion.book.finish import finish
@@ -49,6 +49,7 @@ def filled(notebook: Any) -> str:
 @pytest.mark.slow
 def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     notebook = run(source, tmp_path, **TINY)
+    check_golden(CHAPTER, notebook)
     names = [figure["name"] for figure in entries(notebook, "figure")]
     names = [name for name in names if "recorded" not in name]  # there if something is recorded
     assert names == [

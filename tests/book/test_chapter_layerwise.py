@@ -7,7 +7,7 @@ from typing import Any
 
 import papermill
 import pytest
-from papermilled import build, entries, run
+from papermilled import build, check_golden, entries, run
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -77,6 +77,7 @@ def values(notebook: Any) -> dict[str, Any]:
 
 def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     notebook = run(source, tmp_path, **TINY)
+    check_golden(CHAPTER, notebook)
     names = [figure["name"] for figure in entries(notebook, "figure")]
     assert [name for name in names if "recorded" not in name] == [
         "toy",
@@ -115,6 +116,7 @@ def test_plain_papermill_runs_the_page_on_federated_learning(
     federated: Path, tmp_path: Path
 ) -> None:
     notebook = run(federated, tmp_path, **CLIENTS)
+    check_golden(FEDERATED, notebook)
     assert [figure["name"] for figure in entries(notebook, "figure")] == ["federated"]
     by_id = judged(notebook)
     assert {c.id for c in claims.registry().values() if c.chapter == FEDERATED} == set(by_id)

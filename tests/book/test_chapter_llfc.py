@@ -8,7 +8,7 @@ from typing import Any
 
 import papermill
 import pytest
-from papermilled import build, check_budget, entries, run
+from papermilled import build, check_budget, check_golden, entries, run
 
 from companion import data
 from companion.core.runs import Store
@@ -49,6 +49,7 @@ def test_both_pages_run_under_plain_papermill_and_train_once(
     source: Path, tmp_path: Path, store: Store
 ) -> None:
     notebook = run(source, tmp_path, **TINY)
+    check_golden(CHAPTER, notebook)
     names = [figure["name"] for figure in entries(notebook, "figure")]
     assert [name for name in names if "recorded" not in name] == [
         "llfc-stitching",
@@ -77,6 +78,7 @@ def test_both_pages_run_under_plain_papermill_and_train_once(
     shared = {k: v for k, v in TINY.items() if k != "ks"}
     (tmp_path / "second").mkdir()
     second = run(build(SECOND, tmp_path / "second"), tmp_path, **shared)
+    check_golden(SECOND, second)
     assert {entry.key for entry in store.entries()} == before
     assert [f["name"] for f in entries(second, "figure")] == [
         "llfc-additivity",

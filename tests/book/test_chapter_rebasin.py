@@ -7,7 +7,7 @@ from typing import Any
 
 import papermill
 import pytest
-from papermilled import build, entries, run
+from papermilled import build, check_golden, entries, run
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -70,6 +70,7 @@ def judged(notebook: Any) -> dict[str, Any]:
 @pytest.mark.slow
 def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     notebook = run(source, tmp_path, **TINY)
+    check_golden(CHAPTER, notebook)
     assert figure_names(notebook) == FIGURES
     by_id = judged(notebook)
     assert {c.id for c in claims.registry().values() if c.chapter == CHAPTER} == set(by_id)
@@ -107,6 +108,7 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_plain_papermill_runs_the_page_on_merging(merging: Path, tmp_path: Path) -> None:
     notebook = run(merging, tmp_path, **SHARED, many=2, halves=2)
+    check_golden(MERGING, notebook)
     assert figure_names(notebook) == ["merge", "split"]
     by_id = judged(notebook)
     assert {c.id for c in claims.registry().values() if c.chapter == MERGING} == set(by_id)
