@@ -91,7 +91,6 @@ def test_the_parameters_used_are_shown_once(page):
     text = text_of(page)
     assert len(re.findall(r"slope = 0\.25 # of the line", text)) == 1
     assert "slope = 0.5" not in text
-    assert "Parameters of this page (profile other)" in text
 
 
 def test_nothing_of_this_machine_or_moment_is_published(built, page):

@@ -69,6 +69,8 @@ from companion.report import parameters
 
 parameters.check(globals())
 
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 
 from companion import data
@@ -87,7 +89,8 @@ common = {
     "device": "cpu",
     "workers": 1,
 }
-page.budget([instability.plan(recipe, ks, **whole)], **common)
+plans = [instability.plan(recipe, ks, **whole)]
+page.budget(SimpleNamespace(**common), plans)
 print("not on the page of a recording")
 ```
 

@@ -67,7 +67,7 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
         for noise in _NOISE:
             cell.metadata.pop(noise, None)
         if "parameters" in _tags(cell):
-            _parameters(page, cell, values, profile)
+            _parameters(page, cell, values)
         if cell.cell_type == "code":
             cell.outputs = list(_tidy(cell.outputs, book))
     _texts(page, notebook, book)
@@ -82,7 +82,7 @@ def _tags(cell: Any) -> list[str]:
     return list(cell.metadata.get("tags", []))
 
 
-def _parameters(page: Page, cell: Any, values: dict[str, Any], profile: str) -> None:
+def _parameters(page: Page, cell: Any, values: dict[str, Any]) -> None:
     """One cell with the values that were used; it still runs, and papermill can still set them."""
     where = f"chapters/{page.chapter}.md"
     cell.source = substituted(cell.source, values, where)
@@ -90,14 +90,6 @@ def _parameters(page: Page, cell: Any, values: dict[str, Any], profile: str) -> 
         name: p.default
         for name, p in declared(cell.source, where).items()
         if isinstance(p.default, (type(None), bool, int, float, str, list, tuple, dict))
-    }
-    if "hide-input" not in _tags(cell):
-        cell.metadata["tags"] = [*_tags(cell), "hide-input"]
-    prompt = f"Parameters of this page (profile {profile})"
-    cell.metadata["mystnb"] = {
-        "code_prompt_show": prompt,
-        "code_prompt_hide": prompt,
-        **cell.metadata.get("mystnb", {}),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,12 @@ def clustered(
     low, high = np.quantile(samples, [tail, 1 - tail], method="inverted_cdf")
     value = statistic(np.asarray([float(v) for v in values]))
     return Interval(value, float(low), float(high), len(values), count, level)
+
+
+def over_pairs(values: Iterable[float]) -> Interval | None:
+    """Mean and interval over independent pairs, of the finite values; None without any."""
+    good = [v for v in values if math.isfinite(v)]
+    return clustered(good, range(len(good))) if good else None
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:

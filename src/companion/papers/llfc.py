@@ -177,11 +177,10 @@ class Study:
             tasks += looks_of([item for items in rest for item in items], lines)
         return [Plan(tasks=tuple(tasks))]
 
-    def budget(self, *, sweeps: bool = True) -> None:
-        """Say what is about to be trained and measured."""
-        evaluation = Evaluation(points=self.scope.points, train_examples=self.train_examples)
-        plans = self.plans(sweeps=sweeps)
-        page.budget(plans, evaluation=evaluation, device=self.device, workers=self.workers)
+    @property
+    def evaluation(self) -> Evaluation:
+        """How a pair is measured, for the budget."""
+        return Evaluation(points=self.scope.points, train_examples=self.train_examples)
 
     @cached_property
     def found(self) -> dict[Key, list[Featured]]:

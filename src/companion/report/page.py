@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from companion.core.errors import BadParameter
 
@@ -129,13 +129,31 @@ def fillable(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def budget(plans: Sequence[Plan], *, evaluation: Evaluation, device: str, workers: int = 0) -> None:
+class Planned(Protocol):
+    """An experiment that knows what it will train and measure, and where."""
+
+    def plans(self) -> Sequence[Plan]:
+        """What :func:`companion.experiments.instability.plan` and its like return."""
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """How pairs are measured."""
+
+    @property
+    def device(self) -> str:
+        """Where."""
+
+    @property
+    def workers(self) -> int:
+        """Processes on a CPU; 0: one a core."""
+
+
+def budget(study: Planned, plans: Sequence[Plan] | None = None) -> None:
     """Say what the chapter is about to train and measure. In a notebook nothing happens.
 
     Arguments:
-        plans: what :func:`companion.experiments.instability.plan` and its like return, one an
-            analysis.
-        evaluation, device, workers: as the analyses take them.
+        plans: the part of the study that this page runs; None: all of it.
     """
     if (found := recorder()) is not None and found.on_budget is not None:
-        found.on_budget(Budget(tuple(plans), evaluation, device, workers))
+        every = tuple(study.plans() if plans is None else plans)
+        found.on_budget(Budget(every, study.evaluation, study.device, study.workers))
