@@ -18,8 +18,12 @@ from companion import data, models
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
-from companion.features.condition_values import LayerCommutativity
-from companion.features.conditions import commutativity, measurable, weak_additivity
+from companion.features.conditions import (
+    LayerCommutativity,
+    commutativity,
+    measurable,
+    weak_additivity,
+)
 from companion.features.measure import features
 from companion.features.theorem import exact, theorem1
 

@@ -11,7 +11,7 @@ from companion.core.errors import one_of
 from companion.experiments.methods import Method
 from companion.experiments.pairs import Pair
 from companion.features import Additivity, Commutativity, Features, Spectrum, Stitching
-from companion.features.values import LayerFeatures
+from companion.features.measure import LayerFeatures
 
 MODES = ("interpolate", "reestimate")
 """BatchNorm on the way between A and B: statistics interpolated as in the paper's code, or

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from companion import data as datasets
 from companion.connectivity import Measure, Walker
 from companion.core import deadline
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, whole
 from companion.core.runs import Entry, Store
 from companion.core.seeds import Key
 from companion.core.theta import Layout, affine, layout, snapshot, with_aliases
@@ -63,9 +63,7 @@ class Federation:
         if self.averaged is not None:
             object.__setattr__(self, "averaged", tuple(self.averaged))
         for name, least in (("clients", 2), ("every", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more.")
+            whole(name, getattr(self, name), least)
         if self.recipe.steps % self.every:
             raise BadParameter(
                 f"every: {self.every} local steps do not divide the {self.recipe.steps} steps of "

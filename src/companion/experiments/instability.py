@@ -22,7 +22,7 @@ from companion import data as datasets
 from companion.connectivity import Barrier
 from companion.connectivity.gates import Gate
 from companion.core import closing
-from companion.core.errors import BadParameter, NotMeasured, one_of
+from companion.core.errors import BadParameter, NotMeasured, one_of, whole
 from companion.core.runs import Store
 from companion.core.stats import Interval, clustered
 from companion.experiments.budget import Plan
@@ -237,9 +237,8 @@ def check(
             raise BadParameter(
                 f"ks: {k!r} must be a step from 0 to {recipe.steps - 1} (T = {recipe.steps})."
             )
-    for name, value, least in (("inits", inits, 1), ("copies", copies, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more.")
+    whole("inits", inits, 1)
+    whole("copies", copies, 2)
     one_of("noise", noise, NOISE)
     if noise == "augment" and recipe.augment == "none" and not has_dropout(recipe.net):
         raise BadParameter(

@@ -30,7 +30,7 @@ from companion.connectivity import (
 )
 from companion.connectivity.gates import Gate, guessing, noise_independence, null_control
 from companion.core import closing, codec
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import one_of, whole
 from companion.core.runs import Entry, Store
 from companion.core.theta import cosine_distance, distance, layout
 from companion.data import Augmentation, Dataset, Split
@@ -74,11 +74,7 @@ class Evaluation:
         one_of("bn", self.bn, BN_MODES)
         check_bn_examples(self.bn_examples)
         for name in ("train_examples", "test_examples"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise BadParameter(
-                    f"{name}: {value!r} must be a whole number of 1 or more, or null."
-                )
+            whole(name, getattr(self, name), 1, "null")
 
     def splits(self, data: Dataset) -> dict[str, Split]:
         """The un-augmented train split and the test split, or the asked parts of them."""

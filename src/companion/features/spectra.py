@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, whole
 from companion.core.theta import Theta, check, layout
-from companion.features.passes import batches, checked, tapped
-from companion.features.taps import Examples, Site, sites
+from companion.features.taps import Examples, Site, batches, checked, sites, tapped
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,7 @@ def principal_angles(
 
     Source: in the released code of Zhou et al. 2023, not in the paper; our chapter 3.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise BadParameter(f"k: {k!r} must be a whole number of 1 or more.")
+    whole("k", k, 1)
     out = []
     for name in _weights(module, names, (a, "A"), (b, "B")):
         parts = [

@@ -20,10 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from companion.connectivity import Measure, Score, classification
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import one_of
 from companion.core.theta import Theta
-from companion.features.passes import batches, checked, own_statistics, scored, tapped
-from companion.features.taps import Examples, Site, Taps, sites
+from companion.features.taps import (
+    Examples,
+    Site,
+    Taps,
+    batches,
+    checked,
+    named,
+    own_statistics,
+    scored,
+    sites,
+    tapped,
+)
 
 INPUT = "input"
 """The row of the default network itself: nothing is replaced."""
@@ -92,18 +102,12 @@ class Stitching:
         Raises:
             BadParameter: there is none.
         """
-        rows = self.select(default)
-        for row in rows:
-            if row.name == name:
-                return row
-        raise BadParameter(
-            f"site {name!r} was not stitched. Stitched: {', '.join(r.name for r in rows)}."
-        )
+        return named(self.select(default), name, "site", "stitched")
 
     def worst(
         self, metric: str = "error", default: str | None = None, *, cuts: bool = False
     ) -> float:
-        """The largest value over the sites, minus the worse of A and B (claims A9 and A10).
+        """The largest value over the sites, minus the worse of A and B (claims A09 and A10).
 
         In points of error, or nats for ``loss``; never below 0 where the output is a site.
 
@@ -164,7 +168,7 @@ def stitch(
     Raises:
         BadParameter: networks that do not fit, no data, unknown layers, targets that do not fit.
 
-    Source: Zhou et al. 2023, App. B.4, Tables 2 and 3 (claims A9, A10); our chapter 3.
+    Source: Zhou et al. 2023, App. B.4, Tables 2 and 3 (claims A09, A10); our chapter 3.
     """
     one_of("default", default, (*DEFAULTS, "both"))
     checked(module, {"A": a, "B": b}, split)

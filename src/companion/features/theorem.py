@@ -195,7 +195,7 @@ def theorem1(built: Built, alphas: Sequence[float] = (0.25, 0.5, 0.75)) -> Theor
     Raises:
         BadParameter: no alpha.
 
-    Source: Zhou et al. 2023, Theorem 1 (claim A8): induction over layers from ``W_m H_m =
+    Source: Zhou et al. 2023, Theorem 1 (claim A08): induction over layers from ``W_m H_m =
     (1 - alpha) W_A H_A + alpha W_B H_B - alpha (1 - alpha) (W_A - W_B)(H_A - H_B)``, where ``W_m``
     and ``H_m`` are the mixtures. Our chapter 3.
     """

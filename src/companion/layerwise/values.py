@@ -9,7 +9,7 @@ from typing import Any
 
 from companion.connectivity import BN_EXAMPLES, BN_MODES, Barrier, Curve, check_bn_examples, grid
 from companion.core import codec
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, whole
 
 KINDS = ("single", "shallow", "deep", "random", "window")
 """``single``: each group alone. ``shallow``: the first, the first two, … ``deep``: the last, the
@@ -77,16 +77,10 @@ class Sweep:
         if self.points != 1:
             grid(self.points)
         for field, least in (("window", 1), ("orders", 1), ("draws", 0)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BadParameter(f"{field}: {value!r} must be a whole number of {least} or more.")
+            whole(field, getattr(self, field), least)
         check_bn_examples(self.bn_examples)
         for field in ("train_examples", "test_examples"):
-            value = getattr(self, field)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise BadParameter(
-                    f"{field}: {value!r} must be a whole number of 1 or more, or null."
-                )
+            whole(field, getattr(self, field), 1, "null")
 
     @property
     def rests(self) -> tuple[str, ...]:
