@@ -14,8 +14,7 @@ from companion.connectivity import Barrier, Curve
 from companion.connectivity.gates import Gate
 from companion.core.errors import BadParameter
 from companion.experiments.layers import LayerSweep
-from companion.layerwise import LayerBarriers
-from companion.layerwise.values import Row
+from companion.layerwise import LayerBarriers, Row
 from companion.papers import federated, layerwise
 from companion.report import claims
 

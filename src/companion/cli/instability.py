@@ -119,7 +119,7 @@ def command(
     from companion import data as datasets
     from companion.core.runs import Store
     from companion.experiments.budget import count
-    from companion.experiments.instability import analyse, plan, threshold_of
+    from companion.experiments.instability import analyse, plan_forks, threshold_of
     from companion.training import check_fit, recipe_from
 
     grid = numbers("--ks", ks, int)
@@ -157,7 +157,7 @@ def command(
     store = Store()
     # What is out of range is refused by analyse(), in its own words.
     if grid and all(0 <= k < recipe.steps for k in grid):
-        design = plan(
+        design = plan_forks(
             *(recipe, grid),
             inits=inits,
             copies=copies,

@@ -25,7 +25,7 @@ class Barrier:
     Arguments:
         curves: mode -> curve; one entry ``none`` for networks without running statistics.
         bn: the headline mode.
-        gates: outcomes of G0, G0b, G2, G5 and of the controls that were handed in (G1, G3).
+        gates: outcomes of G0, G0b, G2, G5 and of the controls that were :meth:`recorded` (G1, G3).
         distance: Euclidean distance of the two networks' parameters.
         classes: number of classes, for gate G0's default.
         errors: of the two networks themselves, in percent, as gate G0 saw them. Where only some
@@ -83,22 +83,14 @@ class Barrier:
         return self.curves[bn or self.bn].height(split, metric, definition, signed=signed)
 
     def judged(
-        self,
-        *,
-        reference_error: float | None = None,
-        max_error: float | None = None,
+        self, *, reference_error: float | None = None, max_error: float | None = None
     ) -> Barrier:
         """This barrier with gate G0 asked again under other bounds.
 
         An experiment knows what error is normal for its recipe only after all ends are measured.
         """
-        first = gates.quality(
-            self.errors,
-            self.classes,
-            reference=reference_error,
-            max_error=max_error,
-            guess=self.guess,
-        )
+        bounds = {"reference": reference_error, "max_error": max_error, "guess": self.guess}
+        first = gates.quality(self.errors, self.classes, **bounds)
         return replace(self, gates=(first, *self.gates[1:]))
 
     def recorded(self, controls: Sequence[Gate]) -> Barrier:
@@ -130,26 +122,22 @@ def barrier(
     bn_data: Split | None = None,
     bn_examples: int | None = BN_EXAMPLES,
     classes: int | None = None,
-    reference_error: float | None = None,
     max_error: float | None = None,
     same_noise: bool = False,
-    controls: Sequence[Gate] = (),
 ) -> Barrier:
     """The error and loss barrier between networks A and B, gates included.
 
     Arguments:
         module: the architecture.
         a, b: state dicts of it.
-        data, points, groups, rest: as
-            :func:`segment`.
+        data, points, groups, rest: as :func:`segment`.
         bn: the headline BatchNorm mode; all three are measured where the network has BatchNorm.
         bn_data, bn_examples: as :class:`Walker` takes them.
         classes: number of classes, for the default of gate G0 (default: the dataset's own,
             or one more than the largest label).
-        reference_error, max_error: percent, for gate G0
-            (:func:`companion.connectivity.gates.quality`), on the split ``test`` (or the last one).
+        max_error: percent, for gate G0 (:func:`companion.connectivity.gates.quality`), on the
+            split ``test`` (or the last one).
         same_noise: the two are a null control and may be equal.
-        controls: gates checked once for the whole experiment (G1, G3), recorded with each barrier.
 
     Returns:
         a :class:`Barrier`; one that fails a gate prints as INVALID and its heights are NaN.
@@ -162,8 +150,6 @@ def barrier(
         classes = classes or data.classes
     modes = [bn, *(m for m in BN_MODES if m != bn)] if has_batchnorm(module) else [bn]
     curves: dict[str, Curve] = {}
-    self_gap = 0.0
-    entries = layout(module)
     for mode in modes:
         walker = Walker(module, splits, bn=mode, bn_data=bn_data, bn_examples=bn_examples)
         curve = segment(module, a, b, data, points=points, groups=groups, rest=rest, walker=walker)
@@ -177,15 +163,13 @@ def barrier(
         bn if bn in curves else "none",
         a,
         b,
-        entries,
+        layout(module),
         splits,
         ends,
         self_gap,
         classes=classes,
-        reference_error=reference_error,
         max_error=max_error,
         same_noise=same_noise,
-        controls=controls,
     )
 
 
@@ -200,10 +184,8 @@ def gated(
     self_gap: float,
     *,
     classes: int | None = None,
-    reference_error: float | None = None,
     max_error: float | None = None,
     same_noise: bool = False,
-    controls: Sequence[Gate] = (),
 ) -> Barrier:
     """The barrier of curves that are measured already: the one place where all gates are asked.
 
@@ -221,20 +203,9 @@ def gated(
     average = curves["reestimate"].bn_examples if "reestimate" in curves else None
     names = entries.parameters
     found = (
-        *gates.of_ends(
-            a,
-            b,
-            names,
-            errors,
-            classes,
-            splits[held_out],
-            reference=reference_error,
-            max_error=max_error,
-            same_noise=same_noise,
-        ),
+        *gates.of_ends(a, b, names, errors, classes, splits[held_out], max_error, same_noise),
         gates.symmetry(a, b, entries.floating, self_gap),
         gates.batchnorm(headline, list(curves), average),
-        *controls,
     )
     guess = gates.guessing(splits[held_out])
     return Barrier(curves, headline, found, distance(a, b, names), classes, errors, guess)

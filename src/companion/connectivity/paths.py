@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from companion.connectivity.walk import Walker
+from companion.connectivity.walk import Measure, Walker
 from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta, check, flatten
@@ -93,6 +93,19 @@ class Curve:
         return self.alphas[v.index(max(v))]
 
 
+def values_of(
+    measured: Sequence[Mapping[str, Measure]],
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """The ``values`` of a :class:`Curve`, from what the walker found at each of its points."""
+    return {
+        split: {
+            metric: tuple(getattr(m[split], metric) for m in measured)
+            for metric in ("loss", "error")
+        }
+        for split in measured[0]
+    }
+
+
 def segment(
     module: nn.Module,
     a: Theta,
@@ -124,16 +137,9 @@ def segment(
     walker = walker or Walker(module, splits_of(data), bn=bn)
     names = None if groups is None else walker.layout.select(groups)
     measured = walker.walk((a, b), steps, names=names, rest=a if rest == "a" else b)
-    values = {
-        split: {
-            "loss": tuple(m[split].loss for m in measured),
-            "error": tuple(m[split].error for m in measured),
-        }
-        for split in walker.splits
-    }
     sizes = {name: len(s) for name, s in walker.splits.items()}
     alphas = tuple(alpha for _, alpha in steps)
-    return Curve(alphas, values, walker.bn, sizes, walker.bn_examples)
+    return Curve(alphas, values_of(measured), walker.bn, sizes, walker.bn_examples)
 
 
 @dataclass(frozen=True)
@@ -194,22 +200,22 @@ def plane(
     def axis(values: Sequence[float]) -> list[float]:
         low, high = min(values), max(values)
         pad = margin * (high - low)
-        return [
-            float(t) for t in torch.linspace(low - pad, high + pad, points, dtype=torch.float64)
-        ]
+        ticks = torch.linspace(low - pad, high + pad, points, dtype=torch.float64)
+        return [float(t) for t in ticks]
 
     xs, ys = axis([c[0] for c in corners]), axis([c[1] for c in corners])
-    rows = []
-    for y in ys:
-        for x in xs:
-            wb = y / by
-            wa = (x - wb * bx) / ax
-            rows.append((1 - wa - wb, wa, wb))
+    rows = [
+        (1 - wa - wb, wa, wb)
+        for wb in (y / by for y in ys)
+        for wa in ((x - wb * bx) / ax for x in xs)
+    ]
     measured = walker.walk((origin, a, b), rows)
 
-    def table(split: str, metric: str) -> tuple[tuple[float, ...], ...]:
-        flat = [getattr(m[split], metric) for m in measured]
-        return tuple(tuple(flat[i : i + points]) for i in range(0, len(flat), points))
-
-    values = {s: {m: table(s, m) for m in ("loss", "error")} for s in walker.splits}
+    values = {
+        split: {
+            metric: tuple(tuple(flat[i : i + points]) for i in range(0, len(flat), points))
+            for metric, flat in found.items()
+        }
+        for split, found in values_of(measured).items()
+    }
     return Plane(tuple(xs), tuple(ys), values, corners, walker.bn)

@@ -39,7 +39,14 @@ from companion.experiments import instability
 from companion.experiments.aligned import Aligned, Method, align, lines_of, placed
 from companion.experiments.aligned import interval as over_pairs
 from companion.experiments.budget import Plan
-from companion.experiments.instability import THRESHOLDS, Instability, analyse, copy, plan, trunk
+from companion.experiments.instability import (
+    THRESHOLDS,
+    Instability,
+    analyse,
+    copy,
+    plan_forks,
+    trunk,
+)
 from companion.experiments.layers import LayerSweep, sweep_pairs
 from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Features, features
@@ -152,7 +159,7 @@ class Study:
         lines = lines_of(self.strangers(), [Method(name) for name in WAYS], self.evaluation)
         turned = [Method(name) for name in TURNED]
         return [
-            plan(self.recipe, self.ks, inits=self.inits, copies=2, optimizer="restore"),
+            plan_forks(self.recipe, self.ks, inits=self.inits, copies=2, optimizer="restore"),
             Plan(tasks=tuple(LayerSweep(pair, alone) for pair in at)),
             Plan(tasks=tuple(LayerSweep(p, s) for s in self._finer() for p in ends)),
             Plan(tasks=(*lines, *lines_of(self.twins(), turned, self.evaluation))),
@@ -437,7 +444,7 @@ def design(
     places = sorted({*([round(last * s) for s in shares] if looks is None else looks), last})
     if not all(0 <= step <= last for step in places):
         raise BadParameter(f"looks: {places} must be steps from 0 to T = {last}.")
-    instability.check(recipe, grid, inits=inits, copies=2, device=device)
+    instability.check_design(recipe, grid, inits=inits, copies=2, device=device)
     module = build(copy(recipe, 0, 0, 1), text, torch.device(device))
     blocks = tuple(layerwise.layer_groups(module, "block", text.test.x[:2]))
     if neighbours > len(blocks):
