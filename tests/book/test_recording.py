@@ -89,7 +89,7 @@ common = {
     "device": "cpu",
     "workers": 1,
 }
-plans = [instability.plan_forks(recipe, ks, **whole)]
+plans = [instability.plan_forks(recipe, ks, common["evaluation"], **whole)]
 page.budget(SimpleNamespace(**common), plans)
 print("not on the page of a recording")
 ```

@@ -158,7 +158,7 @@ def command(
     # What is out of range is refused by analyse(), in its own words.
     if grid and all(0 <= k < recipe.steps for k in grid):
         design = plan_forks(
-            *(recipe, grid),
+            *(recipe, grid, how),
             inits=inits,
             copies=copies,
             noise=noise,
@@ -166,7 +166,7 @@ def command(
             schedule=again,
             controls=False,
         )
-        for cost in count([design], how, store=store, device=where):
+        for cost in count([design], store=store, device=where):
             runs, left = cost.whole.runs, cost.missing
             say(
                 f"{runs} runs: {runs - left.runs} in the store {store.root}, "

@@ -29,7 +29,9 @@ from companion.experiments.budget import Plan
 from companion.experiments.measurement import Where
 from companion.experiments.pairs import (
     Evaluation,
+    NullControl,
     Pair,
+    PairBarrier,
     PairResult,
     check_noise,
     check_null,
@@ -280,24 +282,36 @@ def _strangers(recipe: Recipe, inits: int) -> list[Pair]:
 
 
 def plan_forks(
-    recipe: Recipe, ks: Sequence[int], *, controls: bool = True, **how: Unpack[Copies]
+    recipe: Recipe,
+    ks: Sequence[int],
+    evaluation: Evaluation,
+    *,
+    controls: bool = True,
+    **how: Unpack[Copies],
 ) -> Plan:
     """What :func:`analyse` would train and measure with the same arguments, for a budget."""
-    pairs = tuple(pair for k in sorted(set(ks)) for *_, pair in _pairs(recipe, k, **how))
-    return Plan(pairs, again=tuple(pair.a for pair in pairs[:1] if controls))
+    pairs = [pair for k in sorted(set(ks)) for *_, pair in _pairs(recipe, k, **how)]
+    again = [NullControl(pair.a, evaluation) for pair in pairs[:1] if controls]
+    return [*(PairBarrier(pair, evaluation) for pair in pairs), *again]
 
 
-def plan_independent(recipe: Recipe, *, inits: int = 3) -> Plan:
+def plan_independent(recipe: Recipe, evaluation: Evaluation, *, inits: int = 3) -> Plan:
     """The same for :func:`independent_inits`."""
-    return Plan(tuple(_strangers(recipe, inits)))
+    return [PairBarrier(pair, evaluation) for pair in _strangers(recipe, inits)]
 
 
 def plan_through_training(
-    recipe: Recipe, k: int, steps: Sequence[int], *, inits: int = 3, copies: int = 2
+    recipe: Recipe,
+    k: int,
+    steps: Sequence[int],
+    evaluation: Evaluation,
+    *,
+    inits: int = 3,
+    copies: int = 2,
 ) -> Plan:
     """The same for :func:`through_training`."""
     found = (one for step in steps for one in _pairs(recipe, k, step, inits, copies))
-    return Plan(tuple(pair for *_, pair in found))
+    return [PairBarrier(pair, evaluation) for *_, pair in found]
 
 
 def analyse(

@@ -21,8 +21,7 @@ from companion.connectivity import (
     grid,
     has_batchnorm,
 )
-from companion.connectivity.barrier import gated
-from companion.connectivity.paths import splits_of, values_of
+from companion.connectivity.barrier import gated, splits_of, values_of
 from companion.core import codec
 from companion.core.errors import BadParameter, one_of, whole
 from companion.core.seeds import Key

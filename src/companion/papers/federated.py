@@ -141,7 +141,7 @@ class Study:
     def plans(self) -> list[Plan]:
         """All federations of the page, for its budget."""
         wanted = [*self.wanted.values(), *self.strangers]
-        return [Plan(tasks=tuple(FederatedRun(rule, seed) for rule, seed in wanted))]
+        return [[FederatedRun(rule, seed) for rule, seed in wanted]]
 
     @property
     def wanted(self) -> dict[tuple[str, str, int], tuple[Federation, int]]:

@@ -159,10 +159,15 @@ class Study:
         lines = lines_of(self.strangers(), [Method(name) for name in WAYS], self.evaluation)
         turned = [Method(name) for name in TURNED]
         return [
-            plan_forks(self.recipe, self.ks, inits=self.inits, copies=2, optimizer="restore"),
-            Plan(tasks=tuple(LayerSweep(pair, alone) for pair in at)),
-            Plan(tasks=tuple(LayerSweep(p, s) for s in self._finer() for p in ends)),
-            Plan(tasks=(*lines, *lines_of(self.twins(), turned, self.evaluation))),
+            plan_forks(
+                *(self.recipe, self.ks, self.evaluation),
+                inits=self.inits,
+                copies=2,
+                optimizer="restore",
+            ),
+            [LayerSweep(pair, alone) for pair in at],
+            [LayerSweep(p, s) for s in self._finer() for p in ends],
+            [*lines, *lines_of(self.twins(), turned, self.evaluation)],
         ]
 
     def _finer(self) -> tuple[Sweep, Sweep, Sweep]:

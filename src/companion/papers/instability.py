@@ -171,19 +171,23 @@ class Study:
 
     def plans(self) -> list[Plan]:
         """All of the above, for :func:`companion.report.page.budget`."""
+        how = self.evaluation
         shape: dict[str, Any] = {"inits": self.inits, "copies": self.copies}
         few = {**shape, "controls": False}
         return [
             *(
-                plan_through_training(self.noisy, k, self.looks, inits=self.inits)
+                plan_through_training(self.noisy, k, self.looks, how, inits=self.inits)
                 for k in sorted({self.first, self.last})
             ),
-            plan_forks(self.noisy, self.ks, **shape),
-            plan_forks(self.gentle, self.gentle_ks, **shape),
-            *(plan_forks(self.noisy, [k], schedule="restart", **few) for k in self.again),
-            *([plan_forks(self.slow, [self.first], **few)] if self.controls else []),
-            plan_independent(self.noisy, inits=max(self.inits, 2)),
-            *(plan_forks(self.noisy, [self.first], noise=noise, **few) for noise in self.noises),
+            plan_forks(self.noisy, self.ks, how, **shape),
+            plan_forks(self.gentle, self.gentle_ks, how, **shape),
+            *(plan_forks(self.noisy, [k], how, schedule="restart", **few) for k in self.again),
+            *([plan_forks(self.slow, [self.first], how, **few)] if self.controls else []),
+            plan_independent(self.noisy, how, inits=max(self.inits, 2)),
+            *(
+                plan_forks(self.noisy, [self.first], how, noise=noise, **few)
+                for noise in self.noises
+            ),
         ]
 
     def _analyse(

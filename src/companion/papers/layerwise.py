@@ -280,7 +280,7 @@ class Study:
         others = (*self.gentle, *self.variants)
         groups += [(pairs_of(recipe, self.few), self.alone) for recipe in others]
         asked = [(p, fitting(p.a.recipe, sets)) for pairs, sets in groups for p in pairs]
-        return [Plan(tasks=tuple(LayerSweep(p, sets) for p, sets in asked))]
+        return [[LayerSweep(p, sets) for p, sets in asked]]
 
     @cached_property
     def along(self) -> Mapping[int, list[LayerBarriers]]:

@@ -179,7 +179,7 @@ class Study:
             rest = (*self._others().values(), *self._forked().values())
             lines = replace(self.scope, parts=())
             tasks += looks_of([item for items in rest for item in items], lines)
-        return [Plan(tasks=tuple(tasks))]
+        return [tasks]
 
     @property
     def evaluation(self) -> Evaluation:
