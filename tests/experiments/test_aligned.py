@@ -25,6 +25,7 @@ from companion.experiments.aligned import (
     failures,
     independent,
     interval,
+    lines_of,
     match,
     pairs_of,
     permuted,

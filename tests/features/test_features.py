@@ -22,15 +22,7 @@ from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
 from companion.data import Split
-from companion.features import (
-    DEFAULT_KINDS,
-    Features,
-    Stat,
-    Taps,
-    features,
-    first_tensor,
-    sites,
-)
+from companion.features import DEFAULT_KINDS, Features, Stat, Taps, features, first_tensor, sites
 from companion.features.measure import MODES, Products, compared
 
 DIGITS = data.load("digits")

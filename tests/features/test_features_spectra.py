@@ -18,12 +18,7 @@ from companion import data, models
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
-from companion.features.spectra import (
-    Spectrum,
-    feature_spectra,
-    principal_angles,
-    weight_spectra,
-)
+from companion.features.spectra import Spectrum, feature_spectra, principal_angles, weight_spectra
 
 DIGITS = data.load("digits")
 TEST = DIGITS.test.head(60)

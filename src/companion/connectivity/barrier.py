@@ -96,9 +96,7 @@ class Curve:
         return self.alphas[v.index(max(v))]
 
 
-def values_of(
-    measured: Sequence[Mapping[str, Measure]],
-) -> dict[str, dict[str, tuple[float, ...]]]:
+def values_of(measured: Sequence[Mapping[str, Measure]]) -> dict[str, dict[str, tuple[float, ...]]]:
     """The ``values`` of a :class:`Curve`, from what the walker found at each of its points."""
     return {
         split: {

@@ -174,11 +174,7 @@ class Instability:
         return [s for s in self.samples if not s.result.barrier.valid]
 
     def verdict(
-        self,
-        k: int,
-        split: str = "test",
-        threshold: float | None = None,
-        metric: str | None = None,
+        self, k: int, split: str = "test", threshold: float | None = None, metric: str | None = None
     ) -> str:
         """``stable`` if the whole interval is below the threshold, ``unstable`` if it is not below
         anywhere, ``undetermined`` if it straddles it or rests on one init only, whose interval has

@@ -25,16 +25,7 @@ from companion.core.errors import BadParameter, one_of, whole
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, affine
 from companion.data import Split
-from companion.features.taps import (
-    Examples,
-    Layered,
-    Site,
-    Taps,
-    checked,
-    rates,
-    scored,
-    sites,
-)
+from companion.features.taps import Examples, Layered, Site, Taps, checked, rates, scored, sites
 
 MODES = ("interpolate", "reestimate")
 """What BatchNorm does, at the ends too: use the running statistics, interpolated like weights; or

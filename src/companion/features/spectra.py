@@ -157,10 +157,7 @@ def principal_angles(
         most = min(k, left_a.shape[1])
         left, right = (
             sorted(math.degrees(v) for v in subspace_angles(p.numpy(), q.numpy()))
-            for p, q in (
-                (left_a[:, :most], left_b[:, :most]),
-                (right_a[:most].T, right_b[:most].T),
-            )
+            for p, q in ((left_a[:, :most], left_b[:, :most]), (right_a[:most].T, right_b[:most].T))
         )
         out.append(SubspaceAngles(name, most, tuple(left), tuple(right)))
     return tuple(out)

@@ -241,9 +241,7 @@ def theorem1(built: Built, alphas: Sequence[float] = (0.25, 0.5, 0.75)) -> Theor
                     gap = max(gap, float((1 - cosine).abs().max()))
                     c = max(c, float((dot[live] / square[live] - 1).abs().max()))
         baseline = float((1 - F.cosine_similarity(at_a, at_b, dim=1)).mean())
-        out.append(
-            LayerCheck(name, additivity, commutativity, dist_w, dist_h, gap, c, baseline),
-        )
+        out.append(LayerCheck(name, additivity, commutativity, dist_w, dist_h, gap, c, baseline))
     return Theorem(tuple(out), alphas, len(built.x), undefined)
 
 

@@ -231,11 +231,7 @@ class LayerBarriers:
         )
 
     def height(
-        self,
-        row: Row,
-        split: str = "test",
-        metric: str = "loss",
-        definition: str = "networks",
+        self, row: Row, split: str = "test", metric: str = "loss", definition: str = "networks"
     ) -> float:
         """The barrier of one row, in nats or points; NaN if a gate failed.
 

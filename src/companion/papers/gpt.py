@@ -158,13 +158,9 @@ class Study:
         at = [p for step in self.looks for p in (*self.twins(step), *self.strangers(step))]
         lines = lines_of(self.strangers(), [Method(name) for name in WAYS], self.evaluation)
         turned = [Method(name) for name in TURNED]
+        shape: Any = {"inits": self.inits, "copies": 2}
         return [
-            plan_forks(
-                *(self.recipe, self.ks, self.evaluation),
-                inits=self.inits,
-                copies=2,
-                optimizer="restore",
-            ),
+            plan_forks(self.recipe, self.ks, self.evaluation, optimizer="restore", **shape),
             [LayerSweep(pair, alone) for pair in at],
             [LayerSweep(p, s) for s in self._finer() for p in ends],
             [*lines, *lines_of(self.twins(), turned, self.evaluation)],

@@ -184,10 +184,7 @@ class Study:
             *(plan_forks(self.noisy, [k], how, schedule="restart", **few) for k in self.again),
             *([plan_forks(self.slow, [self.first], how, **few)] if self.controls else []),
             plan_independent(self.noisy, how, inits=max(self.inits, 2)),
-            *(
-                plan_forks(self.noisy, [self.first], how, noise=noise, **few)
-                for noise in self.noises
-            ),
+            *(plan_forks(self.noisy, [self.first], how, noise=n, **few) for n in self.noises),
         ]
 
     def _analyse(
