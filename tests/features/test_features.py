@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reread import reread
 from torch import Tensor, nn
+from toypairs import DIGITS, Examples, Theta
 
-from companion import data, models
+from companion import models
 from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
@@ -25,21 +25,8 @@ from companion.data import Split
 from companion.features import DEFAULT_KINDS, Features, Stat, Taps, features, first_tensor, sites
 from companion.features.measure import MODES, Products, compared
 
-DIGITS = data.load("digits")
 TEST = DIGITS.test.head(70)
 ALPHAS = (0.25, 0.5, 0.75)
-Theta = dict[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """Inputs and targets of any kind: tokens, float64."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
 
 
 class Functional(nn.Module):
