@@ -395,7 +395,24 @@ def examine(
         recipe = task.pair.a.recipe
         alike = [x for t, x in zip(tasks, lines, strict=True) if t.pair.a.recipe == recipe]
         normal = normal_error(alike) if reference_error is None else reference_error
-        out.append(_read(task, value, line.judged(reference_error=normal, max_error=max_error)))
+
+        def part(name: str, kind: type[T], value: Json = value) -> T | None:
+            return codec.from_json(kind, value[name]) if name in value else None
+
+        out.append(
+            Featured(
+                task.pair,
+                task.method,
+                line.judged(reference_error=normal, max_error=max_error),
+                codec.from_json(dict[str, Features], value["features"]),
+                codec.from_json(tuple[float, ...], value["mixture"]),
+                value["examples"],
+                part("additivity", Additivity),
+                part("commutativity", Commutativity),
+                part("stitching", Stitching),
+                part("spectra", dict[str, tuple[Spectrum, ...]]) or {},
+            )
+        )
     return out
 
 
@@ -415,24 +432,6 @@ def survey(
     """
     found = iter(examine([item for items in groups.values() for item in items], scope, **how))
     return {label: [next(found) for _ in items] for label, items in groups.items()}
-
-
-def _read(task: FeaturesOfPair, raw: Mapping[str, Any], line: Barrier) -> Featured:
-    def part(name: str, kind: type[T]) -> T | None:
-        return codec.from_json(kind, raw[name]) if name in raw else None
-
-    return Featured(
-        task.pair,
-        task.method,
-        line,
-        codec.from_json(dict[str, Features], raw["features"]),
-        codec.from_json(tuple[float, ...], raw["mixture"]),
-        raw["examples"],
-        part("additivity", Additivity),
-        part("commutativity", Commutativity),
-        part("stitching", Stitching),
-        part("spectra", dict[str, tuple[Spectrum, ...]]) or {},
-    )
 
 
 # --- statistics over pairs: those whose gates failed count nowhere

@@ -131,7 +131,6 @@ class Instability:
         """
         if not self.measured(k):
             return []
-        metric = metric or self.metric
         pairs = [
             (s.init, s.result.barrier.height(split, metric, definition, bn=bn)) for s in self.at(k)
         ]

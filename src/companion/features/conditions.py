@@ -32,6 +32,7 @@ from companion.features.taps import (
     Site,
     batches,
     checked,
+    no_output,
     own_statistics,
     rates,
     sites,
@@ -153,7 +154,7 @@ def weak_additivity(
     with one, two, torch.inference_mode():
         for x, _ in batches(module, split, batch, found):
             for taps in (one, two):
-                taps.run(x, _no_output)
+                taps.run(x, no_output)
             for site in found:
                 pair = [t.inputs.pop(site.name).flatten(1) for t in (one, two)]
                 size[site.name] = pair[0].shape[1]
@@ -216,7 +217,7 @@ def commutativity(
         mixed = {n: _sum_and_difference(*(_weight(m) for m in pairs[n])) for n in pairs}
         for x, _ in batches(module, split, batch, found):
             for taps in (one, two):
-                taps.run(x, _no_output)
+                taps.run(x, no_output)
             for name, (layer, _) in pairs.items():
                 h_a, h_b = (t.inputs.pop(name) for t in (one, two))
                 both, apart = _sum_and_difference(h_a, h_b)
@@ -342,10 +343,6 @@ def _apply(layer: nn.Module, h: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return F.linear(h, weight)
     return h @ weight  # transformers' Conv1D
-
-
-def _no_output(name: str, output: Tensor) -> None:
-    """Only inputs are kept."""
 
 
 def _squares(x: Tensor) -> float:

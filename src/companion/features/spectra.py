@@ -4,9 +4,8 @@
     feature_spectra(net, theta, test)          # of each layer's features, (samples, channels)
     principal_angles(net, a, b, k=5)           # between the leading subspaces of A's and B's
 
-Zhou et al. offer low rank as the reason why matching works in wide, well trained networks and not
-in narrow or early ones (App. B.5, Figs. 20-22); the angles are in their code only. Features are
-never stored: what is summed is the channels' second moment, in float64. Explained in chapter 3.
+Zhou et al. offer low rank as the reason why matching works in wide, well trained networks only
+(App. B.5, Figs. 20-22). Features are never stored: the channels' second moment is. Our chapter 3.
 """
 
 from __future__ import annotations

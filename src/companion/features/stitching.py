@@ -4,10 +4,8 @@
     found.row("layer2.relu").error            # of B whose layer2.relu puts out what A's does
     found.worst()                             # over all sites, above the worse of the two networks
 
-If features are linearly connected, and the networks between A and B are good, one expects the two
-halves of different networks to fit. Stitched at the input the network is B itself; stitched at its
-output it is A, to the last bit, which :attr:`Stitching.closed` checks. Source: Zhou et al. 2023,
-App. B.4, Tables 2 and 3; our chapter 3.
+Stitched at the input the network is B itself; stitched at its output it is A, to the last bit
+(:attr:`Stitching.closed`). Source: Zhou et al. 2023, App. B.4, Tables 2 and 3; our chapter 3.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from companion.features.taps import (
     batches,
     checked,
     named,
+    no_output,
     own_statistics,
     scored,
     sites,
@@ -178,20 +177,25 @@ def stitch(
     # (default network, site) -> summed loss, errors; on the device until the end.
     sums: dict[tuple[str, str], Tensor] = {}
     count = 0
+
+    def add(key: tuple[str, str], output: Tensor, y: Tensor) -> None:
+        more = torch.stack([t.double() for t in scored(score, output, y)[:2]])
+        sums[key] = sums[key] + more if key in sums else more
+
     with networks["a"], networks["b"], torch.inference_mode():
         for x, y in batches(module, split, batch, found):
             seen: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
             for name, taps in networks.items():
                 if name in bases and len(bases) == 1:
-                    seen[name] = ({}, taps.run(x, _pass)[1])  # nobody needs its features
+                    seen[name] = ({}, taps.run(x, no_output)[1])  # nobody needs its features
                 else:
                     seen[name] = taps.run(x)
-                _add(sums, (name, INPUT), score, seen[name][1], y)
+                add((name, INPUT), seen[name][1], y)
             count += y.numel()
             for base in bases:
                 features = seen["a" if base == "b" else "b"][0]
                 for site, output in _stitched(networks[base], found, features, x):
-                    _add(sums, (base, site), score, output, y)
+                    add((base, site), output, y)
     ends = {n: Measure(*_means(sums[n, INPUT], count)[:2]) for n in DEFAULTS}
     cuts, ended = _places(networks["a"], found, split.x[:8])
     rows = []
@@ -241,22 +245,6 @@ def _places(taps: Taps, found: Sequence[Site], x: Tensor) -> tuple[frozenset[str
             if other.shape[1:] == site.shape and bool((other == other.new_tensor(math.pi)).all()):
                 ended.append(site.name)
     return frozenset(cuts), tuple(ended)
-
-
-def _pass(name: str, output: Tensor) -> None:
-    """Keep nothing."""
-
-
-def _add(
-    sums: dict[tuple[str, str], Tensor],
-    key: tuple[str, str],
-    score: Score,
-    output: Tensor,
-    y: Tensor,
-) -> None:
-    loss, wrong, _ = scored(score, output, y)
-    more = torch.stack((loss.double(), wrong.double()))
-    sums[key] = sums[key] + more if key in sums else more
 
 
 def _means(sums: Tensor, count: int) -> tuple[float, float, int]:

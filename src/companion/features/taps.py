@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
@@ -167,10 +168,10 @@ class Taps:
         for path, module in named.items():
             label = path or OUTPUT
             if functional or label in stem:
-                before, after = self._before(path), self._after(path)
+                hooks = partial(self._before, path), partial(self._after, path)
                 keys: Any = {"with_kwargs": True}
-                self._hooks.append(module.register_forward_pre_hook(before, **keys))
-                self._hooks.append(module.register_forward_hook(after, **keys))
+                self._hooks.append(module.register_forward_pre_hook(hooks[0], **keys))
+                self._hooks.append(module.register_forward_hook(hooks[1], **keys))
         self._mode = _Functions(self) if functional else None
         return self
 
@@ -242,20 +243,14 @@ class Taps:
         self._written = {(w, n) for w, n, t, v in found if v < 0 or t._version != v}
         return found
 
-    def _before(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._stack.append((path, self.kinds[path]))
-            self._take("input", _label(path, self._counts[path] + 1), (args, kwargs))
+    def _before(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._stack.append((path, self.kinds[path]))
+        self._take("input", _label(path, self._counts[path] + 1), (args, kwargs))
 
-        return hook
-
-    def _after(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-            self._stack.pop()
-            self._counts[path] += 1
-            return self._see(_label(path, self._counts[path]), out)
-
-        return hook
+    def _after(self, path: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        self._stack.pop()
+        self._counts[path] += 1
+        return self._see(_label(path, self._counts[path]), out)
 
     def _take(self, what: str, label: str, value: Any) -> torch.Tensor | None:
         """Keep a tensor of a wanted site, or a copy where it will be written into."""
@@ -449,6 +444,10 @@ def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -
         check(module, theta, name)
     if not len(split):
         raise BadParameter("split: there is no data to measure features on.")
+
+
+def no_output(name: str, output: torch.Tensor) -> None:
+    """A visitor that keeps nothing; of taps on inputs, only these."""
 
 
 def rates(alphas: Sequence[float]) -> tuple[float, ...]:
