@@ -30,7 +30,7 @@ from companion.features import (
     Stitched,
     Stitching,
 )
-from companion.papers import llfc
+from companion.papers import conditions, llfc
 from companion.papers.llfc import ACTIVATIONS, COPIES, INDEPENDENT, WEIGHTS, Study
 from companion.report import claims, page, recorded
 from companion.training import Recipe, build
@@ -135,6 +135,11 @@ FAR: dict[str, Any] = {
 }
 
 
+IMAGES: Any = SimpleNamespace(
+    label="made up", train=range(1000), test=range(500), in_shape=(1, 8, 8)
+)
+
+
 def study(**changed: Any) -> Study:
     """A study in which every claim is reproduced, but for what ``changed`` says.
 
@@ -143,7 +148,7 @@ def study(**changed: Any) -> Study:
             ``wide`` take a function of the place on the grid that returns them.
     """
     made = Study(
-        images=SimpleNamespace(label="made up", test=range(500)),  # type: ignore[arg-type]
+        images=IMAGES,
         main=MAIN,
         template="mlp:widths={width}x3",
         width=64,
@@ -198,7 +203,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "A13": {"along": lambda i: {"height": 40 / 10**i, "gap": 0.1 * 2**i}},
     "A14": {"wide": lambda i: {"height": 1.0 + 0.2 * i, "gap": 0.02 / 2**i}},
 }
-EVERY = {**llfc.CLAIMS, **llfc.CONDITIONS}
+EVERY = {**llfc.CLAIMS, **conditions.CLAIMS}
 
 
 def judged(id: str, of: Study) -> claims.Verdict:
@@ -221,13 +226,15 @@ def test_the_theorem_fails_where_features_are_not_connected(
 ) -> None:
     layers = [SimpleNamespace(baseline=1.0)]
 
-    def made(conditions: float) -> Callable[[], dict[str, Any]]:
-        one = SimpleNamespace(conditions=conditions, gap=1e-3, c=0.0, layers=layers)
-        return lambda: dict.fromkeys(llfc.BUILT, one)
+    def made(distance: float) -> Callable[[], dict[str, Any]]:
+        one = SimpleNamespace(conditions=distance, gap=1e-3, c=0.0, layers=layers)
+        return lambda: dict.fromkeys(conditions.BUILT, one)
 
-    monkeypatch.setattr(llfc, "prove", made(0.0))
+    monkeypatch.setattr(conditions, "prove", made(0.0))
     assert judged("A08", study()).verdict == "not reproduced"
-    monkeypatch.setattr(llfc, "prove", made(0.1))  # they miss a condition: nothing to conclude
+    monkeypatch.setattr(
+        conditions, "prove", made(0.1)
+    )  # they miss a condition: nothing to conclude
     assert judged("A08", study()).verdict == claims.NOT_TESTABLE
 
 
@@ -278,9 +285,9 @@ def test_the_matrix_of_the_low_rank_figure_is_chosen_by_name(
 
 
 def test_low_rank_is_said_of_what_is_measured() -> None:
-    made = llfc.rank_values(_with_spectra())
+    _, made = shown(llfc.show_rank, _with_spectra())
     assert made["of_weights"] == "layer 3" and made["wide_weights_full"] == 64
-    assert str(made["weights_low"]).startswith("not of low rank: 98% of the dimensions")
+    assert made["weights_low"].startswith("not of low rank: 98 % of the dimensions")
 
 
 def _with_spectra() -> Study:
@@ -301,6 +308,14 @@ def _with_spectra() -> Study:
     return made
 
 
+def shown(show: Callable[[Study], None], of: Study) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figure, and the values that its function fills the page with."""
+    with page.captured() as kept:
+        show(of)
+    values = {name: value for one in kept.all("values") for name, value in one.items()}
+    return next(iter(kept.all("figure")), {}), values
+
+
 FIGURES = {
     "llfc-stitching": llfc.show_stitching,
     "llfc-arrows": llfc.show_arrows,
@@ -311,18 +326,16 @@ FIGURES = {
     "llfc-fork": llfc.show_fork,
     "llfc-width": llfc.show_width,
     "llfc-rank": llfc.show_rank,
-    "llfc-additivity": llfc.show_additivity,
-    "llfc-commutativity": llfc.show_commutativity,
+    "llfc-additivity": conditions.show_additivity,
+    "llfc-commutativity": conditions.show_commutativity,
 }
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_every_figure_is_drawn_with_the_numbers_of_its_caption(name: str) -> None:
-    with page.captured() as kept:
-        FIGURES[name](_with_spectra())
-    (figure,) = kept.all("figure")
-    assert figure["name"] == name and figure["data"] and figure["values"]
-    assert "nan" not in [str(v) for v in figure["values"].values()]
+    figure, values = shown(FIGURES[name], _with_spectra())
+    assert figure["name"] == name and figure["data"]
+    assert "nan" not in map(str, [*values.values(), *figure.get("values", {}).values()])
 
 
 def test_what_failed_its_gates_leaves_gaps_and_no_error() -> None:
@@ -331,27 +344,28 @@ def test_what_failed_its_gates_leaves_gaps_and_no_error() -> None:
         along=lambda i: {"valid": False},
     )
     spectra = FIGURES["llfc-rank"]
-    for show in (*FIGURES.values(), llfc.show_factors, llfc.show_separation):
+    for show in (*FIGURES.values(), conditions.show_factors, conditions.show_separation):
         if show is not spectra:
             show(gone)  # drawn, not captured: an empty axis has to be drawn, too
-    with page.captured() as kept:
-        llfc.show_additivity(gone)
-    (figure,) = kept.all("figure")
+    figure, _ = shown(conditions.show_additivity, gone)
     assert figure["data"][llfc.called(TREE.net)] == {"layers": []}
 
 
 def test_captions_say_the_numbers_of_the_pairs() -> None:
     made = study()
-    assert llfc.low_anyway(made) == (0.0, 9)  # R of 0.8 everywhere
-    assert llfc.layers_values(made)["independent_wall"] == 70.0
-    assert llfc.lemma_values(made)["bound"] == 4.0
-    assert llfc.lemma_values(made)["violations"] == 0
-    found = llfc.findings(made, claims.verdicts(llfc.CLAIMS, made))
-    assert found["papers_height"] == 0.4 and found["one_image"] == 0.2
-    assert found["untested"] == "all of this page's claims could be tested"
+    _, ratios = shown(llfc.show_ratios, made)
+    assert ratios == {"low_anyway": 0.0, "apart": 9}  # R of 0.8 everywhere
+    _, lemma = shown(llfc.show_lemma, made)
+    assert lemma["bound"] == 4.0 and lemma["violations"] == 0
+    _, fork = shown(llfc.show_fork, made)
+    assert fork["papers_height"] == 0.4 and fork["last_barrier"] == 0.004
+    found = llfc.findings(made)
+    assert found["independent_wall"] == 70.0
     assert "layer 2, ReLU: 1.0 points" in str(found["worst_places"])
-    assert llfc.factors(made)[WEIGHTS]["Dist_com"] == pytest.approx(0.01 / 0.8)
-    assert llfc.separation_values(made)["ratio_output"] == 1.0
+    assert made.basics()["one_image"] == 0.2
+    assert conditions.factors(made)[WEIGHTS]["Dist_com"] == pytest.approx(0.01 / 0.8)
+    _, separated = shown(conditions.show_separation, made)
+    assert separated["ratio_output"] == 1.0
 
 
 def test_networks_have_names_for_people() -> None:
@@ -436,7 +450,7 @@ def test_the_design_of_digits() -> None:
     assert made.widths == (32, 128, 512) and made.both == (128, 512)
     assert made.ks == (0, 3, 12, 50, 200) and made.swept.net == "vgg11:width=8"
     assert [made.forks[r] for r in (made.main, *made.trees)] == [62, 50, 50]
-    (everything,), (short,) = made.plans(), made.plans(sweeps=False)
+    (everything,), (short,) = made.plans(), conditions.design(**PARAMETERS).plans()
     # 3 networks' copies, 2 networks' and 2 widths' independent pairs, these matched twice
     assert len(short.tasks) == 3 * (3 + 2 + 2 * 3) and set(short.tasks) < set(everything.tasks)
     assert len(everything.tasks) == len(short.tasks) + 3 * (3 + 4)  # one width, four fork steps
@@ -454,6 +468,8 @@ def test_the_page_says_of_the_mnist_record_what_is_in_it() -> None:
     with page.captured() as kept:
         llfc.show_records(list(records.values()))
     layers, fork = kept.all("figure")
+    (values,) = kept.all("values")
+    assert "gpu-mnist" in values["recorded_widths"] and "gpu-mnist" in values["recorded_forks"]
     assert set(layers["data"]) == set(records) and len(layers["data"]["gpu-mnist"]) == 3
     labels = {label for one in fork["data"].values() for label in one}
     assert "four-layer perceptron (init torch), test" in labels
