@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from companion.book import prose
 from companion.connectivity import Measure
 from companion.core import closing
 from companion.core.errors import BadParameter, MissingData
 from companion.core.runs import Store
 from companion.core.theta import snapshot
 from companion.experiments.aligned import Method, pairs_of
-from companion.experiments.featured import Featured, Scope
+from companion.experiments.featured import Featured
 from companion.features import (
     Additivity,
     Commutativity,
@@ -32,9 +34,10 @@ from companion.features import (
 )
 from companion.papers import conditions, llfc
 from companion.papers.llfc import ACTIVATIONS, COPIES, INDEPENDENT, WEIGHTS, Study
-from companion.report import claims, page, recorded
+from companion.report import claims, page, recorded, words
 from companion.training import Recipe, build
 
+ROOT = Path(__file__).parents[2]
 MAIN = Recipe(net="mlp:widths=64x3", data="digits", steps=500, batch=48, lr=0.1)
 TREE = Recipe(net="resnet8:width=8", data="digits", steps=400, batch=48, lr=0.1)
 LAYERS = ("layer1.linear", "layer1.relu", "layer2.linear", "layer2.relu", "head")
@@ -135,11 +138,6 @@ FAR: dict[str, Any] = {
 }
 
 
-IMAGES: Any = SimpleNamespace(
-    label="made up", train=range(1000), test=range(500), in_shape=(1, 8, 8)
-)
-
-
 def study(**changed: Any) -> Study:
     """A study in which every claim is reproduced, but for what ``changed`` says.
 
@@ -147,22 +145,8 @@ def study(**changed: Any) -> Study:
         changed: numbers of :func:`pair` for ``copies``, ``independent``, ``matched``; ``along`` and
             ``wide`` take a function of the place on the grid that returns them.
     """
-    made = Study(
-        images=IMAGES,
-        main=MAIN,
-        template="mlp:widths={width}x3",
-        width=64,
-        widths=(8, 16, 64),
-        trees=(TREE,),
-        fork=1 / 8,
-        ks=(0, 3, 12, 50, 200),
-        pairs=3,
-        scope=Scope(points=3),
-        train_examples=100,
-        max_error=15.0,
-        device="cpu",
-        workers=1,
-    )
+    small = {"width": 64, "widths": [8, 16], "spawned": [TREE.net], "points": 3, "workers": 1}
+    made = llfc.design(**{**PARAMETERS, **small})
     copies, independent = (
         group(**{**base, **changed.get(name, {})})
         for name, base in (("copies", {}), ("independent", FAR))
@@ -181,7 +165,7 @@ def study(**changed: Any) -> Study:
         target[net, INDEPENDENT] = independent
         for c in (WEIGHTS, ACTIVATIONS):
             target[net, c] = group(**{**wide(i), **changed.get("matched", {})})
-    for net in made.started:
+    for net in (recipe.net for recipe in made.forks):
         found[net, COPIES], found[net, INDEPENDENT] = copies, independent
     steps = {k: group(**along(i)) for i, k in enumerate(made.ks)}
     vars(made).update(found=found, narrower=narrower, along=steps)
@@ -331,6 +315,9 @@ FIGURES = {
 }
 
 
+SHOWN = (*FIGURES.values(), conditions.show_factors, conditions.show_separation)
+
+
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_every_figure_is_drawn_with_the_numbers_of_its_caption(name: str) -> None:
     figure, values = shown(FIGURES[name], _with_spectra())
@@ -344,7 +331,7 @@ def test_what_failed_its_gates_leaves_gaps_and_no_error() -> None:
         along=lambda i: {"valid": False},
     )
     spectra = FIGURES["llfc-rank"]
-    for show in (*FIGURES.values(), conditions.show_factors, conditions.show_separation):
+    for show in SHOWN:
         if show is not spectra:
             show(gone)  # drawn, not captured: an empty axis has to be drawn, too
     figure, _ = shown(conditions.show_additivity, gone)
@@ -362,10 +349,33 @@ def test_captions_say_the_numbers_of_the_pairs() -> None:
     found = llfc.findings(made)
     assert found["independent_wall"] == 70.0
     assert "layer 2, ReLU: 1.0 points" in str(found["worst_places"])
-    assert made.basics()["one_image"] == 0.2
-    assert conditions.factors(made)[WEIGHTS]["Dist_com"] == pytest.approx(0.01 / 0.8)
+    assert made.words()["one_image"] == 100 / 360
+    left = conditions.remaining(made, made.main.net, WEIGHTS, "com")
+    assert list(left.values()) == pytest.approx([0.01 / 0.8] * 2)
     _, separated = shown(conditions.show_separation, made)
     assert separated["ratio_output"] == 1.0
+
+
+PAGES: dict[str, tuple[dict[str, Any], set[Callable[[Study], None]]]] = {
+    "03b_conditions": (
+        conditions.CLAIMS,
+        {f for f in SHOWN if f.__module__ == conditions.__name__},
+    ),
+    "03_llfc": (llfc.CLAIMS, {f for f in SHOWN if f.__module__ == llfc.__name__}),
+}
+
+
+@pytest.mark.parametrize("chapter", PAGES)
+def test_every_place_in_the_text_is_filled_once(chapter: str) -> None:
+    judge, functions = PAGES[chapter]
+    made = _with_spectra()
+    filled = [made.words(), words.judged(claims.verdicts(judge, made))]
+    filled += [shown(function, made)[1] for function in functions]
+    if chapter == "03_llfc":
+        filled += [llfc.findings(made), shown(lambda _: llfc.show_records([]), made)[1]]
+    text = (ROOT / "chapters" / f"{chapter}.md").read_text(encoding="utf-8")
+    asked = set(re.findall(r"{{(\w+)", text)) - {"told", "titles", "samples"}  # a figure's own
+    assert asked <= set(prose.merged(filled, chapter))
 
 
 def test_networks_have_names_for_people() -> None:
@@ -373,11 +383,10 @@ def test_networks_have_names_for_people() -> None:
         assert llfc.called(net) == "512-wide four-layer perceptron"
     assert llfc.called("resnet8:width=8") == "ResNet-8 (width 8)"
     assert llfc.called("ResNet-8 (width 8)") == "ResNet-8 (width 8)"
-    assert llfc.titled("vgg16 · spawned") == "VGG-16\ncopies"
 
 
 @pytest.mark.parametrize(
-    ("layer", "words"),
+    ("layer", "said"),
     [
         ("layer2.relu", "layer 2, ReLU"),
         ("layer3.linear", "layer 3"),
@@ -386,14 +395,15 @@ def test_networks_have_names_for_people() -> None:
         ("stage1.0.conv2", "block 1, convolution 2"),
         ("stage3.1.relu1", "block 3.2, ReLU 1"),
         ("stage2.0.shortcut.norm", "block 2, shortcut normalisation"),
+        ("layer1.0.downsample.0", "layer 1, downsample.0"),
     ],
 )
-def test_layers_have_names_for_people(layer: str, words: str) -> None:
-    assert llfc.place(layer) == words and llfc.place(words) == words
+def test_layers_have_names_for_people(layer: str, said: str) -> None:
+    assert llfc.place(layer) == said and llfc.place(said) == said
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "named"),
     [
         ({"fork": 1.0}, ["fork", "share"]),
         ({"pairs": 0}, ["pairs"]),
@@ -401,10 +411,10 @@ def test_layers_have_names_for_people(layer: str, words: str) -> None:
         ({"ks": [400]}, ["ks", "400", "T = 400"]),
     ],
 )
-def test_a_design_that_cannot_be_is_refused(changed: dict[str, Any], words: list[str]) -> None:
+def test_a_design_that_cannot_be_is_refused(changed: dict[str, Any], named: list[str]) -> None:
     with pytest.raises(BadParameter) as caught:
         llfc.design(**{**PARAMETERS, **changed})
-    for word in words:
+    for word in named:
         assert word in str(caught.value)
 
 

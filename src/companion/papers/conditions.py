@@ -7,7 +7,7 @@ a ReLU weakly additive for two networks, and does a layer commute?
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,14 +17,22 @@ import numpy as np
 from companion.experiments.featured import Featured
 from companion.experiments.featured_stats import (
     STATISTICS,
-    Separation,
     averaged,
     comparable,
     separation,
 )
 from companion.features import Theorem, exact, theorem1
 from companion.papers import llfc
-from companion.papers.llfc import ACTIVATIONS, INDEPENDENT, WEIGHTS, Number, Study, called, mean
+from companion.papers.llfc import (
+    ACTIVATIONS,
+    INDEPENDENT,
+    WEIGHTS,
+    Layers,
+    Number,
+    Study,
+    called,
+    mean,
+)
 from companion.report import page, tables
 from companion.report.claims import Need, Statistic
 from companion.report.words import listed, said
@@ -39,9 +47,8 @@ def design(**parameters: Any) -> Study:
 # ---- numbers of one pair
 
 
-def additivity(found: Featured) -> dict[str, float]:
-    """ReLU -> median Dist_sigma at alpha = 1/2."""
-    return dict(STATISTICS["Dist_σ"](found))
+ADDITIVITY: Layers = STATISTICS["Dist_σ"]
+"""ReLU -> median Dist_sigma at alpha = 1/2."""
 
 
 def opposite(found: Featured) -> float:
@@ -58,11 +65,6 @@ def distances(found: Featured, of: str) -> dict[str, float]:
     """Layer -> distance or ratio, after the first layer, whose inputs are the images."""
     assert found.commutativity is not None
     return {x.name: getattr(x, of) for x in found.commutativity.layers[1:]}
-
-
-def commuting(found: Featured) -> float:
-    """Share of the layers after the first in which Dist_com is a tenth of the others or less."""
-    return float(np.mean([ratio <= 0.1 for ratio in distances(found, "ratio").values()]))
 
 
 # ---- claims
@@ -83,14 +85,14 @@ def _largest(study: Study, left: Mapping[str, Mapping[str, float]], *needs: Need
 
 def a06(study: Study) -> Statistic:
     """Median Dist_sigma of copies over that of independent pairs, the largest over ReLUs."""
-    found = llfc.contrast(study, additivity)
+    found, *needs = llfc.contrast(study, ADDITIVITY)
     left = {n: _over(near, far) for n, (far, near) in found.items()}
-    return _largest(study, left, llfc.both_kinds(found), llfc.walls(study))
+    return _largest(study, left, *needs)
 
 
 def a07(study: Study) -> Statistic:
-    """Share of the layers that commute, the smallest over networks and kinds of connected pairs."""
-    return llfc.least_share(study, commuting)
+    """Share of the layers that commute, Dist_com a tenth of the others or less; the smallest."""
+    return llfc.least_share(study, lambda f: (x <= 0.1 for x in distances(f, "ratio").values()))
 
 
 BUILT: Mapping[str, tuple[bool, bool]] = {
@@ -137,7 +139,7 @@ def a12(study: Study) -> Statistic:
     )
 
 
-CLAIMS: dict[str, Callable[[Study], Statistic]] = {"A06": a06, "A07": a07, "A08": a08, "A12": a12}
+CLAIMS = {f.__name__.upper(): f for f in (a06, a07, a08, a12)}
 
 
 # ---- figures and tables
@@ -166,8 +168,8 @@ def show_theorem() -> None:
 def show_additivity(study: Study) -> None:
     """Weak additivity of every ReLU, median over images (the paper's Figs. 5 and 6)."""
     form = "{:.3f}, and {:.0f} % of units with opposite signs"
-    words = llfc.in_words(study, form, lambda f: mean(additivity(f).values()), opposite)
-    panels = llfc.by_network(study, additivity)
+    words = llfc.in_words(study, form, lambda f: mean(ADDITIVITY(f).values()), opposite)
+    panels = llfc.by_network(study, ADDITIVITY)
     llfc.by_layer("llfc-additivity", panels, "Dist_σ at α = ½", told=words)
     page.fill(**llfc.of_main(study, {"opposite": opposite}))
 
@@ -184,39 +186,26 @@ def show_commutativity(study: Study) -> None:
     page.fill(**llfc.of_main(study, numbers))
 
 
-def factors(study: Study) -> dict[str, dict[str, float]]:
-    """Method -> distance -> what matching leaves of it, mean over layers of the main network."""
-    left = partial(remaining, study, study.main.net)
-    return {
-        c: {d: mean(left(c, of).values()) for d, of in DISTANCES.items()}
-        for c in (WEIGHTS, ACTIVATIONS)
-    }
-
-
 def show_factors(study: Study) -> None:
-    """The two factors of equation 9 and their product: what is left of each after matching."""
-    found = factors(study)
+    """The two factors of equation 9 and their product: what matching leaves of each, mean over
+    layers of the main network."""
     words = {
-        "Dist_W": "the weights’ distance, Dist_W",
-        "Dist_H": "the inputs’ distance, Dist_H",
-        "Dist_com": "that of their product, Dist_com",
+        "weights": "the weights’ distance, Dist_W",
+        "inputs": "the inputs’ distance, Dist_H",
+        "com": "that of their product, Dist_com",
     }
-    rows = [
-        (word, *(said(one[d], "{:.0%}") for one in found.values())) for d, word in words.items()
-    ]
-    tables.show(["left after", *found], rows, name="llfc-factors")
-
-
-def separations(study: Study) -> dict[str, Separation]:
-    """Name of a number -> how well it tells unconnected from connected pairs of the perceptrons."""
-    copied = {r.net for r in study.trees}
-    pairs = [f for (n, _), fs in study.good.items() if n not in copied for f in fs]
-    return {s: separation(comparable(pairs), value) for s, value in STATISTICS.items()}
+    methods, left = (WEIGHTS, ACTIVATIONS), partial(remaining, study, study.main.net)
+    shares = {of: [mean(left(c, of).values()) for c in methods] for of in words}
+    rows = [(words[of], *(said(v, "{:.0%}") for v in each)) for of, each in shares.items()]
+    tables.show(["left after", *methods], rows, name="llfc-factors")
 
 
 def show_separation(study: Study) -> None:
-    """Areas under ROC curves of every number, as a table."""
-    found = separations(study)
+    """How well every number tells unconnected from connected pairs of the perceptrons: areas under
+    ROC curves, as a table."""
+    copied = {r.net for r in study.trees}
+    pairs = [f for (n, _), fs in study.good.items() if n not in copied for f in fs]
+    found = {s: separation(comparable(pairs), value) for s, value in STATISTICS.items()}
     areas = {s: (x.pooled, x.worst, x.output) for s, x in found.items()}
     tables.show(
         ["number", "hidden layers, together", "hidden layers, the worst one", "output"],
@@ -226,11 +215,6 @@ def show_separation(study: Study) -> None:
     ratio = found["R, their ratio"]
     pooled = {s: x.pooled for s, x in found.items() if not math.isnan(x.pooled)}
     best = max(pooled, key=lambda s: pooled[s], default="none")
-    page.fill(
-        unconnected_pairs=ratio.pairs[0],
-        connected_pairs=ratio.pairs[1],
-        ratio_pooled=ratio.pooled,
-        ratio_output=ratio.output,
-        best=best,
-        best_pooled=pooled.get(best, math.nan),
-    )
+    page.fill(unconnected_pairs=ratio.pairs[0], connected_pairs=ratio.pairs[1])
+    page.fill(ratio_pooled=ratio.pooled, ratio_output=ratio.output)
+    page.fill(best=best, best_pooled=pooled.get(best, math.nan))

@@ -22,20 +22,20 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from companion import data, models
+from companion import models
 from companion.core.errors import BadParameter
 from companion.core.pool import one_thread
 from companion.core.stats import Interval, over_pairs
 from companion.core.theta import snapshot
-from companion.data import Dataset
 from companion.experiments.aligned import Method, pairs_of
 from companion.experiments.budget import Plan
 from companion.experiments.featured import MODES, Featured, Scope, looks_of, mean_gap, survey
 from companion.experiments.featured_stats import CONNECTED, after_first, averaged, ratios, trend
 from companion.experiments.instability import copy
-from companion.experiments.pairs import Evaluation, Pair
+from companion.experiments.pairs import Pair
 from companion.features import Spectrum, feature_spectra, sites
 from companion.features import weight_spectra as spectra_of_weights
+from companion.papers.rebasin import Setting, setting
 from companion.report import claims, figures, page, plots, provenance, recorded
 from companion.report.claims import Need, Statistic
 from companion.report.recorded import Record
@@ -89,42 +89,20 @@ def kind(condition: str) -> str:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Setting):
     """The networks of one run of the chapter, and what is measured between them.
 
     Arguments:
-        images: the dataset.
-        main: recipe of the widest matched network.
-        template: its network, with ``{width}`` for the width.
-        widths: all, in rising order.
+        widths: of the matched networks, those of chapter 2, in rising order.
         trees: recipes of networks that are only copied.
         fork: share of training after which copies part.
         ks: fork steps of the first of them, or of ``main``.
-        pairs: of each kind.
-        scope: what is measured of each.
-        train_examples: images for activation matching.
-        max_error: percent, of gate G0.
-        device, workers: where, and in how many processes.
     """
 
-    images: Dataset
-    main: Recipe
-    template: str
-    width: int
     widths: tuple[int, ...]
     trees: tuple[Recipe, ...]
     fork: float
     ks: tuple[int, ...]
-    pairs: int
-    scope: Scope
-    train_examples: int
-    max_error: float
-    device: str
-    workers: int
-
-    def at_width(self, width: int) -> Recipe:
-        """The recipe of the matched network at another width."""
-        return replace(self.main, net=self.template.replace("{width}", str(width)))
 
     @property
     def both(self) -> tuple[int, ...]:
@@ -142,17 +120,12 @@ class Study:
         return {r: round(r.steps * self.fork) for r in (self.main, *self.trees)}
 
     @property
-    def started(self) -> list[str]:
-        """The networks that are copied."""
-        return [r.net for r in (self.main, *self.trees)]
-
-    @property
     def matched(self) -> dict[str, Method | None]:
         """How B is brought to A: not at all, and by each method."""
         return {
             INDEPENDENT: None,
             WEIGHTS: Method("weights"),
-            ACTIVATIONS: Method("activations", examples=self.train_examples),
+            ACTIVATIONS: Method("activations", examples=self.evaluation.train_examples),
         }
 
     @cached_property
@@ -175,18 +148,15 @@ class Study:
                 groups[recipe.net, c] = [(p, method) for p in pairs_of(recipe, self.pairs)]
         own = self.forks[self.swept]  # which are among the whole ones
         forks = {k: copies(self.swept, k) for k in self.ks if k != own}
-        lines = replace(self.scope, parts=())
-        return {"whole": (whole, self.scope), "widths": (others, lines), "forks": (forks, lines)}
+        asked = self.evaluation
+        every = Scope(points=asked.points, test_examples=asked.test_examples)
+        lines = replace(every, parts=())
+        return {"whole": (whole, every), "widths": (others, lines), "forks": (forks, lines)}
 
     def plans(self) -> list[Plan]:
         """What is measured, for the budget."""
         asked = [(g, scope) for groups, scope in self._asked.values() for g in groups.values()]
         return [Plan(tasks=tuple(task for g, scope in asked for task in looks_of(g, scope)))]
-
-    @property
-    def evaluation(self) -> Evaluation:
-        """How a pair is measured, for the budget."""
-        return Evaluation(points=self.scope.points, train_examples=self.train_examples)
 
     def _survey(self, name: str) -> dict[Any, list[Featured]]:
         how = {"max_error": self.max_error, "device": self.device, "workers": self.workers}
@@ -223,8 +193,8 @@ class Study:
             for when, theta in ends.items():
                 with one_thread():
                     theta = {n: v.to(self.device) for n, v in theta.items()}
-                    at = [s.name for s in sites(module, few.x[:2]) if not s.same]
-                    at = [n for n in at if n != "output"]
+                    names = [s.name for s in sites(module, few.x[:2]) if not s.same]
+                    at = [n for n in names if n != "output"]
                     where = (at[len(at) // 2],)
                     (seen,) = feature_spectra(module, theta, few, layers=where, centred=True)
                     (held,) = spectra_of_weights(module, theta, names=(inner,))
@@ -241,12 +211,12 @@ class Study:
     @cached_property
     def apart(self) -> list[Featured]:
         """The valid independent pairs of networks that are copied, not linearly connected."""
-        return [f for n in self.started for f in self.good[n, INDEPENDENT] if wall(f)]
+        return [f for r in self.forks for f in self.good[r.net, INDEPENDENT] if wall(f)]
 
     @cached_property
     def forked(self) -> dict[str, list[Featured]]:
         """Network -> its valid pairs of copies that are linearly connected."""
-        return {n: [f for f in self.good[n, COPIES] if not wall(f)] for n in self.started}
+        return {r.net: [f for f in self.good[r.net, COPIES] if not wall(f)] for r in self.forks}
 
     @property
     def connected(self) -> list[Featured]:
@@ -277,16 +247,16 @@ class Study:
     def panels(self) -> list[Key]:
         """Networks and kinds of pairs in the order of figures and tables."""
         kinds = (COPIES, *self.matched)
-        return [(n, c) for n in self.started for c in kinds if (n, c) in self.found]
+        return [(r.net, c) for r in self.forks for c in kinds if (r.net, c) in self.found]
 
     @property
     def scale(self) -> str:
         """What the numbers rest on, in words."""
-        nets = ", ".join(map(called, self.started))
+        nets = ", ".join(called(r.net) for r in self.forks)
         hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
         return f"{self.images.label}, {nets}, {self.pairs} pairs of each kind, {hardware}"
 
-    def basics(self) -> Values:
+    def words(self) -> Values:
         """What both pages say about their pairs."""
         return {
             "pairs": self.pairs,
@@ -303,82 +273,38 @@ class Study:
 
     def provenance(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What a reader needs to repeat the run of either page."""
-        return provenance.record(
-            dataset={"name": self.images.label, "sha256": self.images.fingerprint},
-            recipe=self.main.identity(),
-            spawned=[r.identity() for r in self.trees],
-            parameters=dict(given),
-            device=self.device,
-        )
+        return super().provenance(given) | {"spawned": [r.identity() for r in self.trees]}
 
 
 def design(
     *,
-    dataset: str,
-    net: str | None,
-    width: int | None,
     widths: list[int] | None,
-    steps: int | None,
-    optimizer: str | None,
-    lr: float | None,
-    batch: int | None,
-    weight_decay: float | None,
     spawned: list[str] | None,
     spawned_steps: int | None,
     fork: float | None,
-    pairs: int,
-    points: int,
-    max_error: float,
-    train_examples: int | None,
-    test_examples: int | None,
-    precision: str,
-    device: str,
-    workers: int,
     ks: list[int] | None = None,
+    **common: Any,
 ) -> Study:
     """The study that the chapter's parameters ask for; what is None follows from the dataset.
+
+    Arguments:
+        common: those of chapter 2, for :func:`companion.papers.rebasin.setting`.
 
     Raises:
         BadParameter: a value that cannot be, before anything is trained; MissingData: no dataset.
     """
-    where = str(data.resolve_device(device))
-    images = data.load(dataset, where)
-    colour = images.in_shape[0] == 3 and where != "cpu"
-    small = min(images.in_shape[1:]) <= 8
-    digits = dataset == "digits"
-    recipe = partial(Recipe, data=dataset, precision=precision)
-    if colour if net is None else not net.startswith("mlp"):
-        base = recipe(
-            net="resnet20:norm=layer",
-            steps=12_000,
-            lr=0.1,
-            weight_decay=5e-4,
-            schedule="cosine",
-            warmup=400,
-            augment="none" if small else "flip+crop4",
-        )
-        net = net or "resnet20:width={width},norm=layer"
-        width, widths = width or 64, [16, 32] if widths is None else widths
-    elif digits:
-        base = recipe(net="mlp", steps=500, batch=48, lr=0.1, schedule="step", milestones=(0.85,))
-    else:
-        base = recipe(net="mlp", steps=3000, batch=128, optimizer="adam", lr=1e-3)
-    net = net or ("mlp:widths={width}x3" + ("" if digits else ",init=lecun"))
-    width, widths = width or 512, [32, 128] if widths is None else widths
+    found = setting(bn="interpolate", **common)
+    images, main, digits = found.images, found.main, common["dataset"] == "digits"
+    colour = images.in_shape[0] == 3 and found.device != "cpu"
+    photos = images.in_shape[0] == 3 and min(images.in_shape[1:]) > 8  # on any device
     fork = fork if fork is not None else 1 / 8 if digits else 1 / 32
-    if pairs < 1 or "{width}" not in net or not 0 <= fork < 1:
-        raise BadParameter(
-            "pairs: 1 or more; net: a name with {width} in it; fork: a share of training, from 0 "
-            "to below 1."
-        )
-    base = replace(base, warmup=min(base.warmup, (steps or base.steps) // 10))
-    given: dict[str, Any] = {"steps": steps, "optimizer": optimizer, "lr": lr, "batch": batch}
-    given |= {"weight_decay": weight_decay, "net": net.replace("{width}", str(width))}
-    main = replace(base, **{k: v for k, v in given.items() if v is not None})
-
-    photos = images.in_shape[0] == 3 and not small  # on any device
-    branch = recipe(
+    if not 0 <= fork < 1:
+        raise BadParameter(f"fork: {fork} must be a share of training, from 0 to below 1.")
+    if widths is None:
+        widths = [32, 128] if found.is_mlp else [16, 32]
+    branch = Recipe(
         net="vgg16" if colour else "vgg11:width=8",
+        data=main.data,
         steps=spawned_steps or (12_000 if colour else 400),
         batch=128 if photos else 48,
         lr=0.1 if colour else 0.03,
@@ -386,6 +312,7 @@ def design(
         milestones=(0.5, 0.75),
         weight_decay=1e-4,
         augment="flip+crop4" if photos else "crop1",
+        precision=main.precision,
     )
     if spawned is None:
         narrow = ["vgg11:width=8", "resnet8:width=8"] if digits else []
@@ -400,24 +327,10 @@ def design(
     ks = sorted({*ks, round(last * fork)})
     if not all(0 <= k < last for k in ks):
         raise BadParameter(f"ks: {ks} must be steps from 0 to {last - 1} (T = {last}).")
-    study = Study(
-        images=images,
-        main=main,
-        template=net,
-        width=width,
-        widths=tuple(sorted({*widths, width})),
-        trees=trees,
-        fork=fork,
-        ks=tuple(ks),
-        pairs=pairs,
-        scope=Scope(points=points, test_examples=test_examples),
-        train_examples=train_examples or (500 if digits else 10_000),
-        max_error=max_error,
-        device=where,
-        workers=workers,
-    )
-    for one in (*map(study.at_width, study.widths), *trees):
-        check_fit(one, images)
+    widths = sorted({*widths, found.width})
+    study = Study(**vars(found), widths=tuple(widths), trees=trees, fork=fork, ks=tuple(ks))
+    for recipe in (*map(study.at_width, study.widths), *trees):
+        check_fit(recipe, images)
     return study
 
 
@@ -446,21 +359,6 @@ def intervals(groups: Mapping[K, Sequence[Featured]], value: Number) -> dict[K, 
     return {k: one for k, one in found.items() if one}
 
 
-def number(one: Interval | None) -> float:
-    """The value; NaN of None."""
-    return one.value if one else math.nan
-
-
-def near_one(found: Featured) -> float:
-    """Share of the layers whose median c lies between 0.8 and 1.25 (A04)."""
-    return float(np.mean([0.8 <= c <= 1.25 for c in after_first(found.coefficients()).values()]))
-
-
-def hidden_ratios(found: Featured) -> list[float]:
-    """R of the layers between the first and the output."""
-    return list(after_first(found.ratios()).values())[:-1]
-
-
 def stitched(found: Featured) -> dict[str, float]:
     """Site -> test error (%) of B with A's output there, where nothing goes around it, and each
     site once (in a residual block the shortcut would)."""
@@ -474,20 +372,6 @@ def above(found: Featured) -> dict[str, float]:
     assert found.stitching is not None
     worse = max(end.error for end in found.stitching.ends.values())
     return {name: error - worse for name, error in after_first(stitched(found)).items()}
-
-
-def hardest(found: Featured) -> tuple[float, str]:
-    """The largest of :func:`above`, and where; the output's own is A's."""
-    assert found.stitching is not None
-    outputs = found.stitching.outputs
-    return max((points, name) for name, points in above(found).items() if name not in outputs)
-
-
-def middle(found: Featured) -> float:
-    """Median of :func:`above` over the middle third of the sites (A10)."""
-    values = list(above(found).values())
-    third = len(values) // 3
-    return float(np.median(values[third : len(values) - third]))
 
 
 # ---- claims
@@ -507,26 +391,24 @@ def _copied(study: Study) -> Need:
     return bool(study.connected), "no pair of copies is connected"
 
 
-def contrast(study: Study, value: Layers) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+def contrast(
+    study: Study, value: Layers
+) -> tuple[dict[str, tuple[dict[str, float], dict[str, float]]], Need, Need]:
     """Network with pairs of both kinds -> layer -> mean over independent pairs, and over connected
-    copies."""
-    return {
+    copies; and what a comparison needs."""
+    found = {
         called(n): (averaged(study.good[n, INDEPENDENT], value), averaged(pairs, value))
         for n, pairs in study.forked.items()
         if study.good[n, INDEPENDENT] and pairs
     }
+    return found, (bool(found), "no network with connected and independent pairs"), walls(study)
 
 
-def both_kinds(found: Mapping[str, object]) -> Need:
-    """Something to :func:`contrast`."""
-    return bool(found), "no network with connected and independent pairs"
-
-
-def least_share(study: Study, value: Number) -> Statistic:
-    """The smallest over connected kinds of pairs of a share, a mean over pairs."""
+def least_share(study: Study, holds: Callable[[Featured], Iterable[bool]]) -> Statistic:
+    """Share of the layers for which something holds, the smallest over connected kinds of pairs."""
     groups = {f"{called(n)}, copies": pairs for n, pairs in study.forked.items()}
     groups |= {f"{called(n)}, {c}": pairs for (n, c), pairs in study.joined.items()}
-    found = {k: mean(map(value, pairs)) for k, pairs in groups.items() if pairs}
+    found = {k: mean(mean(holds(f)) for f in pairs) for k, pairs in groups.items() if pairs}
     return of_pairs(study, min(found.values(), default=None), detail=listed(found, "{:.0%}"))
 
 
@@ -579,18 +461,17 @@ def a02(study: Study) -> Statistic:
 
 def a03(study: Study) -> Statistic:
     """Share of layers whose gap is 3 times larger for independent pairs; smallest over networks."""
-    gaps = contrast(study, lambda f: after_first(f.gaps()))
-    farther = {
-        n: float(np.mean([far[x] >= 3 * near[x] for x in far])) for n, (far, near) in gaps.items()
-    }
+    gaps, *needs = contrast(study, lambda f: after_first(f.gaps()))
+    farther = {n: mean(far[x] >= 3 * near[x] for x in far) for n, (far, near) in gaps.items()}
     least = min(farther.values(), default=None)
-    needs = both_kinds(gaps), walls(study)
     return of_pairs(study, least, *needs, detail=listed(farther, "{:.0%}"))
 
 
 def a04(study: Study) -> Statistic:
     """Share of the layers with c near 1, the smallest over connected kinds of pairs."""
-    return least_share(study, near_one)
+    return least_share(
+        study, lambda f: (0.8 <= c <= 1.25 for c in after_first(f.coefficients()).values())
+    )
 
 
 def a05(study: Study) -> Statistic:
@@ -605,7 +486,7 @@ def a05(study: Study) -> Statistic:
         n=len(low),
         detail=f"0.2 points are {0.2 * low[0].examples / 100 if low else math.nan:.1f} images; "
         f"above it: {sum(x.excess > 0.2 for x in low)} of the pairs; mixed logits exceed it at "
-        f"{broken} of {len(every) * study.scope.points} points; unconnected pairs by up to "
+        f"{broken} of {len(every) * study.evaluation.points} points; unconnected pairs by up to "
         f"{said(high, '{:.0f}')} points",
     )
 
@@ -627,8 +508,13 @@ def a09(study: Study) -> Statistic:
 
 def a10(study: Study) -> Statistic:
     """The same in the middle third of the layers of independent pairs, the smallest."""
-    groups = {n: [f for f in study.good[n, INDEPENDENT] if wall(f)] for n in study.started}
-    least = {called(n): min(map(middle, pairs)) for n, pairs in groups.items() if pairs}
+    middles: dict[str, list[float]] = {}
+    for f in study.apart:
+        values = list(above(f).values())
+        third = len(values) // 3
+        middle = float(np.median(values[third : len(values) - third]))
+        middles.setdefault(called(f.pair.a.recipe.net), []).append(middle)
+    least = {n: min(each) for n, each in middles.items()}
     value, detail = min(least.values(), default=None), listed(least, "{:.0f}")
     return of_pairs(study, value, walls(study), n=len(study.apart), detail=detail)
 
@@ -650,7 +536,7 @@ def a11(study: Study) -> Statistic:
         study,
         bool(left) and max(left.values()) <= 0.1 and all(turned),
         (bool(left), "no valid pair"),
-        (study.template.startswith("mlp"), "asked of perceptrons"),
+        (study.is_mlp, "asked of perceptrons"),
         walls(study),
         detail=f"barrier left: {listed(left, '{:.1%}')}; A02 only after matching: {sum(turned)} of "
         f"{len(turned)}",
@@ -686,40 +572,25 @@ def a14(study: Study) -> Statistic:
     )
 
 
-CLAIMS: dict[str, Callable[[Study], Statistic]] = {
-    "A01": a01,
-    "A02": a02,
-    "A03": a03,
-    "A04": a04,
-    "A05": a05,
-    "A09": a09,
-    "A10": a10,
-    "A11": a11,
-    "A13": a13,
-    "A14": a14,
-}
+CLAIMS = {f.__name__.upper(): f for f in (a01, a02, a03, a04, a05, a09, a10, a11, a13, a14)}
 
 
 # ---- figures
 
 _BETWEEN = "A and B"
-_PIECES = {"conv": "convolution", "norm": "normalisation", "relu": "ReLU", "linear": ""}
+_PLACE = r"(layer|stage|stem)(\d*)(?:\.(\d+))?\.(shortcut\.)?([a-z]+(?=\d*$)|.+)(\d*)$"
+_WORDS = {"stage": "block", "conv": "convolution", "norm": "normalisation", "relu": "ReLU"}
 
 
 def place(name: str) -> str:
     """A layer's name for people: ``layer2.relu`` is "layer 2, ReLU", ``head`` the output."""
-    if name == "head":
-        return "output"
-    if not (found := re.match(r"(layer|stage|stem)(\d*)(?:\.(\d+))?\.(.+)$", name)):
-        return name
-    where = {"layer": "layer", "stage": "block", "stem": "stem"}[found[1]]
-    number = f" {found[2]}" if found[2] else ""
-    number += f".{int(found[3]) + 1}" if found[3] and int(found[3]) else ""
-    side = "shortcut " if found[4].startswith("shortcut.") else ""
-    piece = found[4].removeprefix("shortcut.")
-    what = re.match(r"([a-z]+)(\d*)$", piece)
-    said = _PIECES.get(what[1], what[1]) + (f" {what[2]}" if what[2] else "") if what else piece
-    return f"{where}{number}" + (f", {side}{said}" if said else "")
+    if not (found := re.match(_PLACE, name)):
+        return "output" if name == "head" else name
+    where, number, block, shortcut, piece, which = found.groups("")
+    number += f".{int(block) + 1}" if block.strip("0") else ""
+    one = ("shortcut" if shortcut else "", _WORDS.get(piece, piece.removesuffix("linear")), which)
+    words = (" ".join(filter(None, w)) for w in ((_WORDS.get(where, where), number), one))
+    return ", ".join(filter(None, words))
 
 
 def of_main(study: Study, numbers: Mapping[str, Number]) -> Values:
@@ -747,7 +618,7 @@ Curves: TypeAlias = Mapping[str, Sequence[Mapping[str, float]]]
 def by_network(study: Study, value: Layers) -> Mapping[str, tuple[str, Curves]]:
     """A panel for each network, a curve for each kind of pair."""
     out = {}
-    for n in study.started:
+    for n in study.forked:
         groups = {kind(c): study.good.get((n, c), []) for c in (COPIES, *study.matched)}
         out[called(n)] = called(n), {c: list(map(value, pairs)) for c, pairs in groups.items()}
     return out
@@ -800,50 +671,44 @@ def show_stitching(study: Study) -> None:
     by_layer("llfc-stitching", panels, label, told=words, log=False)
 
 
-def arrows(study: Study) -> dict[str, dict[str, float]]:
-    """Kind of pair -> angles (degrees) and a length at the output of the main network.
+def show_arrows(study: Study) -> None:
+    """Features of A, B, their average, and that of the averaged network, as arrows to scale.
 
-    ``between``: the angle of the two networks' features; ``off``: of the averaged network's
-    feature from the average of the two; ``length``: of that average over the averaged network's.
+    The numbers are at the output of the main network. ``between``: the angle (degrees) of the two
+    networks' features; ``off``: of the averaged network's feature from the average of the two;
+    ``length``: of that average over the averaged network's.
     """
-    out = {}
+    found: dict[str, dict[str, float]] = {}
     for c in THREE:
         if pairs := study.good[study.main.net, c]:
             gaps = [last(f.baselines()) for f in pairs], [last(f.gaps()) for f in pairs]
             cosines = (min(max(1 - mean(gap), -1), 1) for gap in gaps)
             between, off = (math.degrees(math.acos(x)) for x in cosines)
             length = mean(last(f.lengths()) for f in pairs)
-            out[kind(c)] = {"between": between, "off": off, "length": length}
-    return out
-
-
-def show_arrows(study: Study) -> None:
-    """Features of A, B, their average, and that of the averaged network, as arrows to scale."""
-    found = arrows(study)
+            found[kind(c)] = {"between": between, "off": off, "length": length}
     fig, axes = plots.grid(len(found), columns=3, height=3.1, sharex=True, sharey=True)
-    for ax, (pairs, one) in zip(axes, found.items(), strict=True):
+    words = []
+    for ax, (group, one) in zip(axes, found.items(), strict=True):
         half, off = math.radians(one["between"] / 2), math.radians(one["off"])
         x, y = math.sin(half), math.cos(half)
         length = y / one["length"]
-        between = (length * math.sin(off), length * math.cos(off))
         for label, end, colour in (
             ("A and B", (-x, y), "C0"),
             ("", (x, y), "C0"),
             ("average of the two", (0.0, y), "black"),
-            ("the averaged network", between, "C1"),
+            ("the averaged network", (length * math.sin(off), length * math.cos(off)), "C1"),
         ):
             look = {"arrowstyle": "-|>", "color": colour, "lw": 2, "shrinkA": 0, "shrinkB": 0}
             ax.annotate("", end, (0, 0), arrowprops=look)
             ax.plot([], [], color=colour, label=label)
-        ax.set(title=pairs, xlim=(-0.8, 0.8), ylim=(0, 1.1), aspect="equal")
+        ax.set(title=group, xlim=(-0.8, 0.8), ylim=(0, 1.1), aspect="equal")
         ax.set_axis_off()
+        words.append(
+            f"{group}: {one['between']:.0f} degrees between A and B, {one['off']:.0f} off the "
+            f"average, {one['length']:.1f} times too short"
+        )
     plots.legend(fig)
-    words = "; ".join(
-        f"{c}: {v['between']:.0f} degrees between A and B, {v['off']:.0f} off the average, "
-        f"{v['length']:.1f} times too short"
-        for c, v in found.items()
-    )
-    figures.publish(fig, "llfc-arrows", data=found, values={"told": words})
+    figures.publish(fig, "llfc-arrows", data=found, values={"told": "; ".join(words)})
     nothing = {"off": math.nan}
     page.fill(**{f"{SHORT[c]}_off": found.get(kind(c), nothing)["off"] for c in THREE})
 
@@ -859,30 +724,34 @@ def show_layers(study: Study) -> None:
 
 def show_ratios(study: Study) -> None:
     """R in hidden layers (left) and at the output (right) of every network and kind of pair."""
+
+    def hidden(found: Featured) -> list[float]:
+        return list(after_first(found.ratios()).values())[:-1]
+
     narrow = [(study.at_width(study.both[0]).net, c) for c in study.matched]
-    groups = {key: study.found[key] for key in (*study.panels, *narrow)}
-    heights = intervals(groups, Featured.height)
-    names = {
-        (n, c): f"{called(n)}, {kind(c)} ({h.value:.1f} points)" for (n, c), h in heights.items()
+    groups = {}
+    for n, c in (*study.panels, *narrow):
+        if barrier := over_pairs(f.height() for f in study.good[n, c]):
+            groups[f"{called(n)}, {kind(c)} ({barrier.value:.1f} points)"] = study.good[n, c]
+    sides = {
+        "hidden layers, median": intervals(groups, lambda f: float(np.median(hidden(f)))),
+        "output": intervals(groups, lambda f: last(f.ratios())),
     }
-    hidden = intervals(groups, lambda f: float(np.median(hidden_ratios(f))))
-    output = intervals(groups, lambda f: last(f.ratios()))
-    shown = [key for key in names if key in hidden and key in output]
+    shown = [row for row in groups if all(row in side for side in sides.values())]
     fig, axes = plots.grid(2, height=0.42 * len(shown) + 1.2, sharey=True)
-    drawn = {}
-    for ax, name, found in zip(
-        axes, ("hidden layers, median", "output"), (hidden, output), strict=True
-    ):
-        points = {names[key]: found[key] for key in shown}
-        how: dict[str, Any] = {"threshold": 0.5, "form": "{:.2f}", "from_zero": False}
-        drawn[name] = plots.conditions(ax, points, xlabel=f"R, {name}", **how)
+    how: dict[str, Any] = {"threshold": 0.5, "form": "{:.2f}", "from_zero": False}
+    drawn = {
+        name: plots.conditions(ax, {row: side[row] for row in shown}, xlabel=f"R, {name}", **how)
+        for ax, (name, side) in zip(axes, sides.items(), strict=True)
+    }
     axes[1].set_xscale("log")
-    words = (f"{names[k]}: {hidden[k].value:.2f} and {output[k].value:.2f}" for k in shown)
+    one, two = sides.values()
+    words = (f"{row}: {one[row].value:.2f} and {two[row].value:.2f}" for row in shown)
     figures.publish(fig, "llfc-ratios", data=drawn, values={"told": "; ".join(words)})
     # Where R is small without connectivity: independent pairs of the matched networks.
     every = [f for pairs in study.by_width[INDEPENDENT].values() for f in pairs]
-    apart = [hidden_ratios(f) for f in every if f.valid and wall(f)]
-    low = mean(float(np.mean([v <= 0.5 for v in one])) for one in apart)
+    apart = [hidden(f) for f in every if f.valid and wall(f)]
+    low = mean(float(np.mean([v <= 0.5 for v in values])) for values in apart)
     page.fill(low_anyway=low, apart=len(apart))
 
 
@@ -928,50 +797,46 @@ def show_lemma(study: Study) -> None:
 def show_fork(study: Study) -> None:
     """Barrier (left) and E[1 − cos½] over layers (right) against the fork step."""
     swept, modes = called(study.swept.net), study.along[study.ks[0]][0].modes
-    labels = {
-        m: f"{swept}{'' if m == modes[0] else ', BatchNorm estimated again'}, test" for m in modes
-    }
-    fig, axes = plots.grid(2, height=3.9)
-    both = [
-        {label: intervals(study.along, partial(value, bn=mode)) for mode, label in labels.items()}
+    labels = (f"{swept}, test", f"{swept}, BatchNorm estimated again, test")
+    heights, gaps = (
+        {
+            label: intervals(study.along, partial(value, bn=mode))
+            for label, mode in zip(labels, modes, strict=False)
+        }
         for value in (Featured.height, mean_gap)
-    ]
+    )
+    fig, (left, right) = plots.grid(2, height=3.9)
     how: dict[str, Any] = {"steps": study.swept.steps, "threshold": None}
-    drawn = plots.against_k(axes[0], both[0], ylabel="test error barrier (points)", **how)
-    drawn["gap"] = plots.against_k(axes[1], both[1], ylabel="E[1 − cos½], mean over layers", **how)
-    plots.dashed(axes[0], CONNECTED, text=f"{CONNECTED:g} points: connected")
-    if any(both[1].values()):  # some pair is valid
-        axes[1].set_yscale("log")
+    drawn = plots.against_k(left, heights, ylabel="test error barrier (points)", **how)
+    drawn["gap"] = plots.against_k(right, gaps, ylabel="E[1 − cos½], mean over layers", **how)
+    plots.dashed(left, CONNECTED, text=f"{CONNECTED:g} points: connected")
+    if any(gaps.values()):  # some pair is valid
+        right.set_yscale("log")
     plots.legend(fig, columns=2)
-    heights, gaps = (series[labels[modes[0]]] for series in both)
-    shared = [k for k in study.ks if k in heights and k in gaps]
-    steps = (f"k = {k}: {heights[k].value:.1f} points, {gaps[k].value:.3f}" for k in shared)
+    both = {k: (h.value, gaps[labels[0]][k].value) for k, h in heights[labels[0]].items()}
+    steps = (f"k = {k}: {height:.1f} points, {gap:.3f}" for k, (height, gap) in both.items())
     words = {"told": "; ".join(steps) or "no valid pair"}
     figures.publish(fig, "llfc-fork", data=drawn, values=words)
+    for end, k in (("first", min(both, default=-1)), ("last", max(both, default=-1))):
+        height, gap = both.get(k, (math.nan, math.nan))
+        page.fill(**{end: k, f"{end}_barrier": height, f"{end}_gap": gap})
     papers = [h for one in heights_at_the_papers_share(study).values() for h in one]
-    ends = {"first": min(shared, default=-1), "last": max(shared, default=-1)}
-    page.fill(
-        **ends,
-        **{f"{end}_barrier": number(heights.get(k)) for end, k in ends.items()},
-        **{f"{end}_gap": number(gaps.get(k)) for end, k in ends.items()},
-        steps=len(study.ks),
-        swept=swept,
-        fork_rank=str(along_the_fork(study) or MISSING),
-        papers_height=max(papers, default=math.nan),
-    )
+    rank = str(along_the_fork(study) or MISSING)
+    page.fill(steps=len(study.ks), swept=swept, fork_rank=rank)
+    page.fill(papers_height=max(papers, default=math.nan))
 
 
 def show_width(study: Study) -> None:
     """Barrier (left) and the median of R (right) against width, before and after matching."""
-    fig, axes = plots.grid(2, height=3.9)
     heights, medians = (
         {f"{c}, test": intervals(groups, value) for c, groups in study.by_width.items()}
         for value in (Featured.height, lambda f: ratios(f).median)
     )
-    drawn = plots.sweep(axes[0], heights, xlabel="width", ylabel="test error barrier (points)")
-    drawn["R"] = plots.sweep(axes[1], medians, xlabel="width", ylabel="R, median over layers")
-    axes[0].set_yscale("symlog", linthresh=1)
-    for ax in axes:
+    fig, (left, right) = plots.grid(2, height=3.9)
+    drawn = plots.sweep(left, heights, xlabel="width", ylabel="test error barrier (points)")
+    drawn["R"] = plots.sweep(right, medians, xlabel="width", ylabel="R, median over layers")
+    left.set_yscale("symlog", linthresh=1)
+    for ax in (left, right):
         ax.set_ylim(bottom=0)
     plots.legend(fig)
     words = []
@@ -980,13 +845,9 @@ def show_width(study: Study) -> None:
         told = ", ".join(f"{h:.2f} points and R {r:.2f} at {w}" for h, r, w in pairs)
         words.append(f"{label.removesuffix(', test')}: {told}")
     figures.publish(fig, "llfc-width", data=drawn, values={"told": "; ".join(words)})
-    after, narrow = heights[f"{WEIGHTS}, test"], min(study.widths)
-    page.fill(
-        narrow=narrow,
-        wide=study.width,
-        narrow_barrier=number(after.get(narrow)),
-        wide_barrier=number(after.get(study.width)),
-    )
+    after = heights[f"{WEIGHTS}, test"]
+    for size, w in (("narrow", min(study.widths)), ("wide", study.width)):
+        page.fill(**{size: w, f"{size}_barrier": after[w].value if w in after else math.nan})
 
 
 def show_rank(study: Study) -> None:
@@ -1026,12 +887,6 @@ def show_rank(study: Study) -> None:
 # ---- records, and what the run found in words
 
 
-def titled(title: str) -> str:
-    """The title of a panel as it was recorded, ``net · condition``, in words on two lines."""
-    net, _, condition = title.partition(" · ")
-    return f"{called(net)}\n{kind(condition)}" if condition else called(net)
-
-
 def _figure(record: Record, name: str) -> dict[str, Any]:
     """What a record's figure was drawn from; empty if it has none."""
     return (record.data["figures"].get(name) or {}).get("data") or {}
@@ -1051,7 +906,8 @@ def show_records(records: Sequence[Record]) -> None:
         fig, axes = plots.grid(len(every), columns=3, height=3.6, sharey=True)
         for ax, (name, panel, one) in zip(axes, every, strict=True):
             plots.redraw(ax, one, plain=(_BETWEEN,))
-            ax.set_title(f"{name}\n{titled(panel)}", fontsize=8)
+            net, _, condition = panel.partition(" · ")
+            ax.set_title(f"{name}\n{called(net)}\n{kind(condition)}", fontsize=8)
         for ax in axes[::3]:
             ax.set_ylabel("E[1 − cos]")
         plots.legend(fig)
@@ -1104,8 +960,11 @@ NUMBERS: Mapping[str, Number] = {
 
 def findings(study: Study) -> Values:
     """Numbers and short sentences of the page, besides those that its figures fill."""
-    peaks = {n: max(map(hardest, pairs)) for n, pairs in study.forked.items() if pairs}
-    worst = (f"{called(n)}, {place(at)}: {most:.1f} points" for n, (most, at) in peaks.items())
+    worst = []
+    for n, pairs in study.forked.items():
+        ends = {at for f in pairs if f.stitching for at in f.stitching.outputs}  # where B is A
+        points = [(v, at) for f in pairs for at, v in above(f).items() if at not in ends]
+        worst += [f"{called(n)}, {place(at)}: {v:.1f} points" for v, at in sorted(points)[-1:]]
     batchnorm = []
     for r in study.trees:
         pairs = study.good[r.net, INDEPENDENT]
