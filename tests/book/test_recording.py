@@ -90,7 +90,7 @@ common = {
     "workers": 1,
 }
 plans = [instability.plan_forks(recipe, ks, common["evaluation"], **whole)]
-page.budget(SimpleNamespace(**common), plans)
+page.budget(SimpleNamespace(**common, plans=lambda: plans))
 print("not on the page of a recording")
 ```
 
