@@ -348,7 +348,7 @@ def test_which_network_is_corrected_is_decided_on_training_images() -> None:
 
 
 def test_values_say_that_there_is_nothing_where_there_is_nothing() -> None:
-    failed = dict.fromkeys(rebasin.NAMES, [line(valid=False)])
+    failed = {name: [line(valid=False)] for name in rebasin.NAMES}
     study = study_with(
         first=failed,
         lines=failed,

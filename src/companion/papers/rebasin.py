@@ -215,11 +215,6 @@ class Study(Setting):
     methods: tuple[Method, ...]
 
     @property
-    def both(self) -> list[Pair]:
-        """The pairs of the main experiment."""
-        return pairs_of(self.main, self.pairs)
-
-    @property
     def fork_at(self) -> int:
         """The step at which late copies leave their networks: half-way."""
         return max(1, self.main.steps // 2)
@@ -245,31 +240,26 @@ class Study(Setting):
         A late copy leaves its network half-way and sees the data in another order. The many pairs
         of time and of the map have a coarser line on fewer images.
         """
-        forks = [Fork(p.a, self.fork_at, optimizer="restore") for p in self.both]
-        late = [f"{fork.parent.order}/late" for fork in forks]
-        copies = [
-            Run(self.main, order=n, augment=n, fork=f) for n, f in zip(late, forks, strict=True)
-        ]
+        both = pairs_of(self.main, self.pairs)
+        late = []
+        for a in (pair.a for pair in both):
+            name, fork = f"{a.order}/late", Fork(a, self.fork_at, optimizer="restore")
+            late.append(Pair(a, Run(self.main, order=name, augment=name, fork=fork)))
         decayed = self.at_width(self.widths[-1], weight_decay=self.wide_decay)
+        strong = pairs_of(decayed, self.pairs if self.wide_decay else 0)
         few = min(self.evaluation.train_examples or 500, 500)
+        coarse = replace(self.evaluation, points=13, train_examples=few, test_examples=2000)
+        short: dict[str, Any] = {"evaluation": coarse}
         whole: dict[str, Any] = {"extras": aligned.EXTRAS}
-        short = {
-            "evaluation": replace(
-                self.evaluation, points=13, train_examples=few, test_examples=2000
-            )
-        }
         widths = {f"width {w}": pairs_of(self.at_width(w), self.pairs) for w in self.widths}
         steps = {f"step {s}": pairs_of(self.main, self.pairs, step=s) for s in self.looks}
         return {
-            "first": (self.both, whole),
-            "others": (self.both, {"methods": self.methods}),
+            "first": (both, whole),
+            "others": (both, {"methods": self.methods}),
             **{name: (pairs, whole) for name, pairs in widths.items()},
             **{name: (pairs, short) for name, pairs in steps.items()},
-            "late": ([Pair(p.a, b) for p, b in zip(self.both, copies, strict=True)], {}),
-            "decayed": (
-                pairs_of(decayed, self.pairs if self.wide_decay else 0),
-                {"extras": ("temperature",)},
-            ),
+            "late": (late, {}),
+            "decayed": (strong, {"extras": ("temperature",)}),
             "map": ([pair for group in self.cells.values() for pair in group], short),
         }
 
@@ -371,8 +361,8 @@ class Study(Setting):
 
     def networks(self) -> tuple[Theta, Theta]:
         """State dicts of A and B, the first pair, as they were trained."""
-        a, b = (load_weights(r, device=self.device) for r in (self.both[0].a, self.both[0].b))
-        return a, b
+        pair = self.first["naive"][0].pair
+        return load_weights(pair.a, device=self.device), load_weights(pair.b, device=self.device)
 
     @cached_property
     def plane(self) -> Plane:
@@ -504,13 +494,8 @@ def calibrated(r: Aligned) -> float:
     return r.calibrated.height("test", "loss") if r.calibrated else math.nan
 
 
-def lifted(r: Aligned) -> float:
-    """Test loss of the midpoint above the mean of its ends."""
-    return r.midpoint() - float(np.mean(r.barrier.curve.ends("test", "loss")))
-
-
 def repaired(r: Aligned) -> float:
-    """The same after REPAIR."""
+    """Test loss of the midpoint after REPAIR, above the mean of the ends."""
     assert r.repaired is not None
     return r.repaired["test"].loss - float(np.mean(r.barrier.curve.ends("test", "loss")))
 
@@ -520,16 +505,15 @@ def left(r: Aligned) -> float:
     return r.distances["after"] / r.distances["before"]
 
 
-def in_cell(study: Study, cell: Cell, value: Value = ERROR) -> float:
-    """Mean of a cell of the map over its valid pairs after matching; NaN without one."""
-    group = [r for r in study.map[cell]["weights"] if r.valid]
-    return float(np.mean([value(r) for r in group])) if group else math.nan
+def in_map(study: Study, metric: str = "error") -> dict[Cell, float]:
+    """Cell of the map -> mean barrier after matching; NaN where no pair is valid."""
+    found = {c: interval(g["weights"], height(metric=metric)) for c, g in study.map.items()}
+    return {cell: math.nan if v is None else v.value for cell, v in found.items()}
 
 
-def in_map(study: Study) -> dict[Cell, float]:
-    """Cell of the map -> its error barrier, where its networks trained."""
-    found = {cell: in_cell(study, cell) for cell in study.map}
-    return {cell: v for cell, v in found.items() if not math.isnan(v)}
+def trained(study: Study) -> dict[Cell, float]:
+    """The error barriers of those cells whose networks trained."""
+    return {cell: v for cell, v in in_map(study).items() if not math.isnan(v)}
 
 
 def early(study: Study) -> tuple[int, Interval] | tuple[None, None]:
@@ -569,8 +553,8 @@ def resnet(study: Study, norm: str, **mode: Any) -> Statistic:
 
 def too(study: Study, opt: str, bad: float, good: float) -> Statistic:
     """Share of the map's settings where matching fails at one learning rate, minus at another."""
-    settings = dict.fromkeys((d, w) for _, _, d, w in study.map)
-    one, other = ([in_cell(study, (opt, r, *s)) for s in settings] for r in (bad, good))
+    every = in_map(study).items()
+    one, other = ([v for cell, v in every if cell[:2] == (opt, r)] for r in (bad, good))
     found = aligned.failures(one, other)
     enough = found is not None and found.n >= 3
     few = (enough, "fewer than three settings trained at both rates")
@@ -595,18 +579,19 @@ def r07(study: Study) -> Statistic:
 
 def r25(study: Study) -> Statistic:
     """Share of the trained cells of the map that keep a barrier of 2 points or more."""
-    found = [v >= LIMIT for v in in_map(study).values()]
+    found = [v >= LIMIT for v in trained(study).values()]
     share = float(np.mean(found)) if found else None
     return statistic(share, *study.needs("map"), n=len(found))
 
 
 def r33(study: Study) -> Statistic:
     """Share of the midpoint's excess loss that REPAIR takes away, narrowest network."""
-    group = [r for r in study.narrowest if r.valid and lifted(r) > 0.05]
-    found = over_pairs(1 - repaired(r) / lifted(r) for r in group)
-    enough = (len(group) >= 2, "too small a barrier at the midpoint of the narrowest network")
+    group = [r for r in study.narrowest if r.valid]
+    lifted = [r.midpoint() - float(np.mean(r.barrier.curve.ends("test", "loss"))) for r in group]
+    found = [1 - repaired(r) / x for r, x in zip(group, lifted, strict=True) if x > 0.05]
+    enough = (len(found) >= 2, "too small a barrier at the midpoint of the narrowest network")
     detail = f"width {study.widths[0]}"
-    return statistic(found, enough, *study.needs("plain pairs"), detail=detail)
+    return statistic(over_pairs(found), enough, *study.needs("plain pairs"), detail=detail)
 
 
 def r36(study: Study) -> Statistic:
@@ -773,29 +758,23 @@ def show_map(study: Study) -> None:
     """Barrier after matching by optimiser, learning rate, weight decay and width."""
     if not study.map:
         return
-    columns = list(dict.fromkeys((o, r) for o, r, _, _ in study.map))
-    rows: dict[str, dict[str, list[float]]] = {
-        metric: {
-            f"width {w}, decay {d:g}": [
-                in_cell(study, (o, r, d, w), height(metric=metric)) for o, r in columns
-            ]
-            for d, w in dict.fromkeys((d, w) for _, _, d, w in study.map)
-        }
-        for metric in ("error", "loss")
-    }
+    rows: dict[str, dict[str, list[float]]] = {"error": {}, "loss": {}}
+    for metric, table in rows.items():
+        for (_, _, decay, width), value in in_map(study, metric).items():
+            table.setdefault(f"width {width}, decay {decay:g}", []).append(value)
+    columns = [f"{opt} {rate:g}" for opt, rate in dict.fromkeys(cell[:2] for cell in study.map)]
     fig, axes = plots.grid(1, columns=1, height=3.4)
     plots.heat(
         axes,
         {"": rows["error"]},
-        [f"{o}\n{r:g}" for o, r in columns],
+        [column.replace(" ", "\n") for column in columns],
         label="test error barrier (points)",
         form="{:.1f}",
         missing="INVALID",
         apart=False,
     )
     axes[0].set_xlabel("optimiser and learning rate")
-    named = [f"{o} {r:g}" for o, r in columns]
-    figures.publish(fig, "rebasin-map", data={"columns": named, **rows})
+    figures.publish(fig, "rebasin-map", data={"columns": columns, **rows})
 
 
 def show_controls(study: Study) -> None:
@@ -861,7 +840,7 @@ def values(
     lines, naive, matched = study.lines, study.first["naive"], study.first["weights"]
     after = along(study.by_width, "weights")
     first, barrier = early(study)
-    trained = in_map(study)
+    cells = trained(study)
     every = [r for group in lines.values() for r in group]
     wall = [v.value for n in ("naive", "weights") if (v := interval(lines[n], ERROR))]
     found = {record.name: record.verdicts for record in records}
@@ -898,11 +877,11 @@ def values(
         "time_after": curve(along(study.by_step, "weights")),
         "time_loss": curve(along(study.by_step, "weights", LOSS), "{:.2f}"),
         "map_cells": len(study.map),
-        "map_trained": len(trained),
-        "map_failed": sum(v >= LIMIT for v in trained.values()),
+        "map_trained": len(cells),
+        "map_failed": sum(v >= LIMIT for v in cells.values()),
         "map_pairs": counted(study.map_pairs, "pair"),
         "map_told": listed(
-            {f"{o} {r:g}, decay {d:g}, width {w}:": v for (o, r, d, w), v in trained.items()},
+            {f"{o} {r:g}, decay {d:g}, width {w}:": v for (o, r, d, w), v in cells.items()},
             "{:.1f}",
             "",
         ),
