@@ -344,7 +344,7 @@ def test_which_network_is_corrected_is_decided_on_training_images() -> None:
     readings = dict(study.apart[0])
     readings["A corrected"] = {**readings["A corrected"], "train": Reading(0.1, 2.0, 1.0)}
     vars(study).update(apart=[readings])
-    assert study.corrected("loss") == [0.3]  # worse on test images, and chosen all the same
+    assert study.read("corrected") == [0.3]  # worse on test images, and chosen all the same
 
 
 def test_values_say_that_there_is_nothing_where_there_is_nothing() -> None:

@@ -120,15 +120,12 @@ class Study(Setting):
         found = [r[split] for n, r in self.merges[data].items() if n.startswith(predictor)]
         return float(np.mean([getattr(reading, what) for reading in found]))
 
-    def read(self, predictor: str, what: str, split: str = "test") -> list[float]:
-        """One number for each pair of biased halves."""
-        return [getattr(r[predictor][split], what) for r in self.apart]
-
-    def corrected(self, what: str) -> list[float]:
-        """One corrected network a pair: of A and B the one with the lower loss on train images."""
-        train = [self.read(f"{n} corrected", "loss", "train") for n in "AB"]
-        test = [self.read(f"{n} corrected", what) for n in "AB"]
-        return [test[int(np.argmin(pair))][i] for i, pair in enumerate(zip(*train, strict=True))]
+    def read(self, predictor: str, what: str = "loss") -> list[float]:
+        """One number a pair; ``corrected``: of A or B, the one with less loss on train images."""
+        both = ("A corrected", "B corrected")
+        names = both if predictor == "corrected" else (predictor,)
+        found = (min((r[n] for n in names), key=lambda one: one["train"].loss) for r in self.apart)
+        return [getattr(one["test"], what) for one in found]
 
 
 def design(*, many: int, halves: int, merge_width: int | None, split: bool, **common: Any) -> Study:
@@ -156,8 +153,11 @@ def design(*, many: int, halves: int, merge_width: int | None, split: bool, **co
 
 # ---- the claims
 
+Number = Callable[..., float]
+"""Of a predictor and what is read of it."""
 
-def merge(study: Study, data: str, value: Callable[[Callable[..., float]], float]) -> Statistic:
+
+def merge(study: Study, data: str, value: Callable[[Number], float]) -> Statistic:
     """A number of one merge, of what :meth:`Study.worth` says of it."""
     if data not in study.merges:
         return statistic(None, (False, WHY[data]))
@@ -165,9 +165,10 @@ def merge(study: Study, data: str, value: Callable[[Callable[..., float]], float
     return statistic(value(partial(study.worth, data)), detail=detail)
 
 
-def halves(study: Study, value: Callable[[int, Aligned], float]) -> Statistic:
-    """Over the valid pairs of biased halves: a number of the pair's place and of its line."""
-    found = [value(i, r) for i, r in enumerate(study.halfway["weights"]) if r.valid]
+def halves(study: Study, value: Callable[[Aligned, Number], float]) -> Statistic:
+    """Over the valid pairs of biased halves: a number of a line, and of what the pair reads."""
+    lines = enumerate(study.halfway["weights"])
+    found = [value(r, lambda *of, i=i: study.read(*of)[i]) for i, r in lines if r.valid]
     split = (study.split, "no networks of split data in this run")
     return statistic(over_pairs(found), split, (study.pairs >= 2, "one pair decides nothing"))
 
@@ -195,16 +196,14 @@ CLAIMS: dict[str, Callable[[Study], Statistic]] = {
     # Biased halves, the chosen point of the line: test loss and error minus those of the better
     # end; the loss of one corrected network minus its own; its loss minus that of the worse of
     # ensemble and full data. Calibration error of the midpoint minus that of the better input.
-    "R16": lambda s: halves(s, lambda i, r: r.chosen() - r.best_end()),
+    "R16": lambda s: halves(s, lambda r, of: r.chosen() - r.best_end()),
     "R17": lambda s: halves(
-        s, lambda i, r: r.chosen("test", "error") - r.best_end("test", "error")
+        s, lambda r, of: r.chosen("test", "error") - r.best_end("test", "error")
     ),
-    "R18": lambda s: halves(s, lambda i, r: s.corrected("loss")[i] - r.chosen()),
-    "R19": lambda s: halves(
-        s, lambda i, r: r.chosen() - max(s.read(n, "loss")[i] for n in ("ensemble", "full data"))
-    ),
+    "R18": lambda s: halves(s, lambda r, of: of("corrected") - r.chosen()),
+    "R19": lambda s: halves(s, lambda r, of: r.chosen() - max(of("ensemble"), of("full data"))),
     "R20": lambda s: halves(
-        s, lambda i, r: s.read("merged", "ece")[i] - min(s.read(n, "ece")[i] for n in "AB")
+        s, lambda r, of: of("merged", "ece") - min(of("A", "ece"), of("B", "ece"))
     ),
 }
 
@@ -239,9 +238,9 @@ def show_split(study: Study) -> None:
     if not study.split:
         return
     bars = {
-        "one network, corrected": float(np.mean(study.corrected("loss"))),
-        "ensemble of A and B": float(np.mean(study.read("ensemble", "loss"))),
-        "trained on all data": float(np.mean(study.read("full data", "loss"))),
+        "one network, corrected": float(np.mean(study.read("corrected"))),
+        "ensemble of A and B": float(np.mean(study.read("ensemble"))),
+        "trained on all data": float(np.mean(study.read("full data"))),
     }
     groups = {NAMES[n]: [r.barrier.curve for r in g if r.valid] for n, g in study.halfway.items()}
     fig, axes = plots.grid(2, height=4.2)
@@ -276,7 +275,7 @@ def show_predictors(study: Study) -> None:
 
 def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
     """All numbers and sentences of the page's prose and captions."""
-    merged = {
+    told = {
         f"{short}_{predictor}_{what}": said(
             study.worth(data, predictor, what) if data in study.merges else None, form
         )
@@ -287,17 +286,14 @@ def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
     merging = "was not tried here"
     if "same data" in study.merges:
         after, before = (study.worth("same data", p, "loss") for p in ("merged", "input"))
-        merging = f"{'lowers' if after < before else 'raises'} the test loss here"
+        merging = f"{'raises' if after >= before else 'lowers'} the test loss here"
         merging += ", too" * (after < before)
     read = {
-        **{
-            f"{name}_ece": over_pairs(study.read(name, "ece"))
-            for name in ("A", "merged", "ensemble")
-        },
-        "ensemble_loss": over_pairs(study.read("ensemble", "loss")),
-        "full_loss": over_pairs(study.read("full data", "loss")),
-        "middle_loss": over_pairs(study.read("merged", "loss")),
-        "corrected_loss": over_pairs(study.corrected("loss")),
+        "ensemble_loss": over_pairs(study.read("ensemble")),
+        "full_loss": over_pairs(study.read("full data")),
+        "middle_loss": over_pairs(study.read("merged")),
+        "corrected_loss": over_pairs(study.read("corrected")),
+        **{f"{of}_ece": over_pairs(study.read(of, "ece")) for of in ("A", "merged", "ensemble")},
         "chosen_loss": interval(study.halfway["weights"], Aligned.chosen),
         "naive_barrier": interval(study.halfway["naive"], LOSS),
         "weights_barrier": interval(study.halfway["weights"], LOSS),
@@ -315,7 +311,7 @@ def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
         **study.words(),
         "merged_network": study.named(study.merge_width),
         "many": counted(study.many, "network") if study.many else "several networks",
-        **merged,
+        **told,
         "merging": merging,
         **{n: said(v, forms[n.rpartition("_")[2]], missing) for n, v in read.items()},
         "corrected_or_merged": better[next(v.verdict for v in verdicts if v.claim.id == "R18")],

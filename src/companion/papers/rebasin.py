@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -42,7 +42,6 @@ Results: TypeAlias = Mapping[str, Sequence[Aligned]]
 
 Value: TypeAlias = Callable[[Aligned], float]
 Maybe: TypeAlias = Interval | None
-K = TypeVar("K")
 
 Cell: TypeAlias = tuple[str, float, float, int]
 """Optimiser, learning rate, weight decay, width: a cell of the map of settings."""
@@ -448,7 +447,6 @@ def counterexample() -> tuple[Spec, dict[str, Tensor], dict[str, Tensor]]:
     Both say yes where x1 < 0 and x2 > 0. A asks for x2 in its first layer and for x1 in its second,
     B the other way round. Source: Git Re-Basin, App. A.6.
     """
-
     one, other = [1.0, 0.0], [0.0, 1.0]
     layers = {
         "0.weight": ([[-1.0, 0.0], [0.0, -1.0]], [[1.0, 0.0], [0.0, 1.0]]),
@@ -506,20 +504,25 @@ def left(r: Aligned) -> float:
 
 
 def in_map(study: Study, metric: str = "error") -> dict[Cell, float]:
-    """Cell of the map -> mean barrier after matching; NaN where no pair is valid."""
+    """Cell of the map whose networks trained -> mean barrier after matching."""
     found = {c: interval(g["weights"], height(metric=metric)) for c, g in study.map.items()}
-    return {cell: math.nan if v is None else v.value for cell, v in found.items()}
+    return {cell: v.value for cell, v in there(found).items()}
 
 
-def trained(study: Study) -> dict[Cell, float]:
-    """The error barriers of those cells whose networks trained."""
-    return {cell: v for cell, v in in_map(study).items() if not math.isnan(v)}
+def there(rows: Mapping[Any, Maybe]) -> dict[Any, Interval]:
+    """The rows that have a valid pair."""
+    return {name: v for name, v in rows.items() if v is not None}
+
+
+def along(found: Mapping[int, Results], method: str, value: Value = ERROR) -> dict[int, Interval]:
+    """Width or step -> mean over pairs, where one is valid."""
+    return there({x: interval(results[method], value) for x, results in found.items()})
 
 
 def early(study: Study) -> tuple[int, Interval] | tuple[None, None]:
     """The first step at which two pairs or more are valid, and their barrier after matching."""
-    found = ((s, interval(g["weights"], ERROR)) for s, g in study.by_step.items())
-    return next(((s, v) for s, v in found if v is not None and v.n >= 2), (None, None))
+    found = along(study.by_step, "weights").items()
+    return next(((step, v) for step, v in found if v.n >= 2), (None, None))
 
 
 # ---- the claims
@@ -545,16 +548,17 @@ def rank(found: Mapping[int, Results]) -> Maybe:
 
 def resnet(study: Study, norm: str, **mode: Any) -> Statistic:
     """ResNet-20 of width 64, with BatchNorm or LayerNorm: error barrier after matching."""
-    needs = study.needs(f"resnet {norm} pairs")
-    fits = needs[0][0] and needs[1][0]
-    found = interval(study.by_width[64]["weights"], height(**mode)) if fits else None
-    return statistic(found, *needs)
+    here, normed, several = study.needs(f"resnet {norm} pairs")
+    group = study.by_width[64]["weights"] if here[0] and normed[0] else []
+    return statistic(interval(group, height(**mode)), here, normed, several)
 
 
 def too(study: Study, opt: str, bad: float, good: float) -> Statistic:
     """Share of the map's settings where matching fails at one learning rate, minus at another."""
-    every = in_map(study).items()
-    one, other = ([v for cell, v in every if cell[:2] == (opt, r)] for r in (bad, good))
+    cells = in_map(study)
+    one, other = (
+        [cells.get(c, math.nan) for c in study.map if c[:2] == (opt, rate)] for rate in (bad, good)
+    )
     found = aligned.failures(one, other)
     enough = found is not None and found.n >= 3
     few = (enough, "fewer than three settings trained at both rates")
@@ -579,7 +583,7 @@ def r07(study: Study) -> Statistic:
 
 def r25(study: Study) -> Statistic:
     """Share of the trained cells of the map that keep a barrier of 2 points or more."""
-    found = [v >= LIMIT for v in trained(study).values()]
+    found = [v >= LIMIT for v in in_map(study).values()]
     share = float(np.mean(found)) if found else None
     return statistic(share, *study.needs("map"), n=len(found))
 
@@ -760,8 +764,10 @@ def show_map(study: Study) -> None:
         return
     rows: dict[str, dict[str, list[float]]] = {"error": {}, "loss": {}}
     for metric, table in rows.items():
-        for (_, _, decay, width), value in in_map(study, metric).items():
-            table.setdefault(f"width {width}, decay {decay:g}", []).append(value)
+        found = in_map(study, metric)
+        for cell in study.map:
+            row = table.setdefault(f"width {cell[3]}, decay {cell[2]:g}", [])
+            row.append(found.get(cell, math.nan))
     columns = [f"{opt} {rate:g}" for opt, rate in dict.fromkeys(cell[:2] for cell in study.map)]
     fig, axes = plots.grid(1, columns=1, height=3.4)
     plots.heat(
@@ -818,16 +824,6 @@ def told(value: Interval | float | None, form: str = "{:.1f}") -> str:
     return said(value, form, NO_PAIR)
 
 
-def there(rows: Mapping[K, Interval | None]) -> dict[K, Interval]:
-    """The rows that have a valid pair."""
-    return {name: v for name, v in rows.items() if v is not None}
-
-
-def along(found: Mapping[int, Results], method: str, value: Value = ERROR) -> dict[int, Interval]:
-    """Width or step -> mean over pairs, where one is valid."""
-    return there({x: interval(results[method], value) for x, results in found.items()})
-
-
 def curve(points: Mapping[int, Interval], form: str = "{:.1f}") -> str:
     """A curve for an alternative text."""
     return ", ".join(f"{x}: {told(v, form)}" for x, v in points.items()) or NO_PAIR
@@ -840,7 +836,7 @@ def values(
     lines, naive, matched = study.lines, study.first["naive"], study.first["weights"]
     after = along(study.by_width, "weights")
     first, barrier = early(study)
-    cells = trained(study)
+    cells = in_map(study)
     every = [r for group in lines.values() for r in group]
     wall = [v.value for n in ("naive", "weights") if (v := interval(lines[n], ERROR))]
     found = {record.name: record.verdicts for record in records}
