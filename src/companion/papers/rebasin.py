@@ -1,8 +1,7 @@
 """Git Re-Basin (Ainsworth et al. 2023): what chapter 2 trains, measures, draws and judges.
 
 :func:`design` turns the chapter's parameters into a :class:`Study`, whose experiments run when they
-are first looked at. :data:`CLAIMS` has the statistic of each claim of ``data/claims.yaml``,
-``show_*`` draws a figure, :func:`values` are the numbers of the captions and of the prose.
+are first looked at. :data:`CLAIMS` judge it, ``show_*`` draw it, :func:`values` says it in words.
 :mod:`companion.papers.merging` does the same for networks made of several.
 """
 
