@@ -99,7 +99,7 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     # Prose follows the run: claims without a premise are named.
     filled = values(notebook)
     assert "R05 (the claim is about MNIST" in filled["untested"]
-    assert "One pair has no interval" in filled["sure"]
+    assert filled["pairs"] == "one pair"
     assert filled["network"].startswith("four-layer perceptron")
     line = next(f for f in entries(notebook, "figure") if f["name"] == "rebasin-line")
     assert set(line["data"]) == {"test error", "test loss"}
