@@ -38,7 +38,7 @@ from companion.core.errors import (
 from companion.core.pool import run_all
 from companion.core.runs import Store
 from companion.data import Split
-from companion.data.windows import save_windows
+from companion.data.text import save_windows
 from companion.experiments import aligned, budget, federated, merged, pairs
 from companion.experiments.layers import sweep_pairs
 from companion.report import claims, page, partly, provenance, recorded

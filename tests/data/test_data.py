@@ -30,7 +30,7 @@ from companion import data
 from companion.core.errors import BadParameter, CorruptData, DeviceUnavailable, MissingData
 from companion.core.seeds import Key
 from companion.data import Augmentation, Augmenter, Split, registry, sources
-from companion.data.decoding import decode
+from companion.data.pictures import decode
 
 REAL = os.environ.get("COMPANION_DATA")
 RNG = np.random.default_rng(0)
@@ -714,7 +714,7 @@ def test_decoded_pictures_are_cached(pets, tmp_path, monkeypatch):
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("companion.data.decoding.decode", broken)
+        patch.setattr("companion.data.pictures.decode", broken)
         again = reload(pets)
     assert again is not dataset and torch.equal(again.train.x, dataset.train.x)
     assert torch.equal(again.test.x, dataset.test.x)

@@ -23,7 +23,7 @@ from companion import data
 from companion.cli import app
 from companion.core.errors import BadParameter, CorruptData, MissingData
 from companion.core.runs import Store
-from companion.data import Split, corpus, registry, text, tokens, wikitext
+from companion.data import Split, corpus, registry, text, tokens
 
 REAL = os.environ.get("COMPANION_DATA")
 LINE = " The quick brown fox of line {} jumps over <unk> lazy dogs , café and naïve . \n"
@@ -55,7 +55,7 @@ SMALL = "?vocab=300&window=16"
 def published(monkeypatch):
     """As if our small files were the published ones."""
     counts = {s: (n, n + len(WIKI[s].split())) for s, n in SIZES.items()}
-    monkeypatch.setattr(wikitext, "PUBLISHED", {"wikitext2": counts, "wikitext103": counts})
+    monkeypatch.setattr(text, "PUBLISHED", {"wikitext2": counts, "wikitext103": counts})
 
 
 def write(folder: Path, texts: dict[str, str], pattern: str = "{}.txt", **renamed: str) -> Path:
@@ -283,7 +283,7 @@ def test_pydoc():
 
 
 def test_no_paragraph_of_pydocs_test_text_is_in_its_training_text():
-    texts = text._texts(text.parse("pydoc"), Path())
+    texts = text._texts(text.parse_text_name("pydoc"), Path())
     train, test = ("".join(t.pieces()) for t in (texts.train, texts.test))
 
     def paragraphs(body: str) -> list[str]:
@@ -375,8 +375,8 @@ def test_canonical_names():
         "digits@split-a": "digits@split-a",
         "images:/x?size=3": "images:/x?size=3",
     }.items():
-        assert data.canonical(name) == expected
-        assert data.canonical(expected) == expected
+        assert data.canonical_data(name) == expected
+        assert data.canonical_data(expected) == expected
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,7 @@ def test_one_file_is_cut_at_a_line_end(tmp_path):
     facts = dataset.text
     assert facts.train.bytes + facts.test.bytes == len(body.encode())
     assert math.isclose(facts.test.bytes / len(body.encode()), 0.1, abs_tol=0.02)
-    texts = text._texts(text.parse(f"text:{path}"), tmp_path)
+    texts = text._texts(text.parse_text_name(f"text:{path}"), tmp_path)
     train, test = ("".join(t.pieces()) for t in (texts.train, texts.test))
     assert train + test == body and train.endswith("\n")
     larger = data.load(f"text:{path}{SMALL}&test=50").text

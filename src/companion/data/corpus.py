@@ -26,9 +26,8 @@ NEAR = 1 << 12  # bytes on either side of where a file is to be cut, to find whi
 _WORD_END = re.compile(r"\S(?=[ \r\n])")
 _MARK = codecs.BOM_UTF8  # byte order mark: some editors begin a file with it; it is no text
 
-TRAIN_NAMES = ("train",)
-VALID_NAMES = ("validation", "valid", "val")
-TEST_NAMES = ("test",)
+NAMES = {"train": ("train",), "valid": ("validation", "valid", "val"), "test": ("test",)}
+"""Of a split's files, as people give them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +290,7 @@ def _rows(paths: Sequence[Path], blank: str, start: int, stop: int | None) -> It
 # --- folders
 
 
-def find(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+def split_files(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
     """The files of one split, by any of the names people give it; [] if there are none.
 
     ``train.txt``, ``wiki.train.tokens``; parquet also as ``train-00000-of-00002.parquet``, in
@@ -319,8 +318,9 @@ def user_files(path: Path) -> tuple[list[Path], list[Path]]:
     if path.is_file():
         return [path], []
     suffixes = ("txt", "tokens", "raw", "parquet")
-    train = find(path, TRAIN_NAMES, suffixes)
-    test = find(path, VALID_NAMES, suffixes) or find(path, TEST_NAMES, suffixes)
+    train = split_files(path, NAMES["train"], suffixes)
+    test = split_files(path, NAMES["valid"], suffixes)
+    test = test or split_files(path, NAMES["test"], suffixes)
     if not train or not test:
         raise MissingData(
             f"text: {path} holds no {'test' if train else 'train'} text. Expected: train.txt, and "

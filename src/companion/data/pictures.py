@@ -6,13 +6,17 @@ Understood are
 - Hugging Face's image layout: a folder with ``train*.parquet`` and ``test*.parquet`` (also in
   ``data/``, or as ``train/*.parquet``), or one parquet file, split 80/20 in the same way.
 
-Options come after a question mark: ``images:PATH?size=32&label=fine_label``.
+Options come after a question mark: ``images:PATH?size=32&label=fine_label``. Decoding takes seconds
+and every worker process needs the pixels, so they are kept in
+``runs_root()/decoded/<fingerprint>/images.npy``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +26,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from companion.core.errors import BadParameter, CorruptData, MissingData, one_of
+from companion.core.errors import (
+    BadParameter,
+    CompanionError,
+    CorruptData,
+    MissingData,
+    one_of,
+)
 from companion.core.locations import runs_root
 from companion.core.seeds import Key
-from companion.data import decoding
 from companion.data.dataset import stratified_split
 from companion.data.sources import (
     CIFAR10_MEAN,
@@ -34,9 +44,16 @@ from companion.data.sources import (
     FileReport,
     Raw,
     Source,
+    cached_array,
+    files_below,
     fingerprint,
     sha256_of,
 )
+
+# Part of the fingerprint: raise the version when the same files would give other pixels.
+RULE = "decode v1"
+GREY_MODES = {"1", "L", "LA"}
+
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target")
@@ -69,7 +86,7 @@ class Listing:
 # --- finding files
 
 
-def find(path: Path) -> Layout:
+def picture_files(path: Path) -> Layout:
     """Which layout ``path`` has, and its files in reading order: sorted by path within a split.
 
     Raises:
@@ -248,6 +265,83 @@ def _class_names(schema: Any, column: str) -> tuple[str, ...]:
         return ()
 
 
+# --- decoding
+
+
+def decode(
+    names: Sequence[str], read: Callable[[int], bytes], size: int | None
+) -> NDArray[np.uint8]:
+    """Decode all images into one array.
+
+    Greyscale is what the files say (their mode), not what the pixels look like. Transparency is
+    dropped, and EXIF rotation is ignored, as by torchvision's ImageFolder.
+
+    Arguments:
+        names: N names, for messages.
+        read: row → the encoded bytes.
+        size: None: all images have one size already. Else: the shorter side is resized to ``size``
+            (bilinear, antialiased) and the centre ``size x size`` is kept.
+
+    Returns:
+        (N, C, H, W) uint8; C = 1 if all images are greyscale, else 3.
+
+    Raises:
+        CorruptData: an image cannot be decoded; it is named.
+        BadParameter: sizes differ and ``size`` is None, or an image has 16 bits per channel.
+    """
+    shape = _decode_one(names[0], read(0), size).shape[:2]
+
+    def decode_some(rows: range) -> list[NDArray[np.uint8]]:
+        images = [_decode_one(names[i], read(i), size) for i in rows]
+        for i, image in zip(rows, images, strict=True):
+            if image.shape[:2] != shape:
+                raise BadParameter(
+                    "The images have different sizes: "
+                    f"{shape[1]}x{shape[0]} ({names[0]}), "
+                    f"{image.shape[1]}x{image.shape[0]} ({names[i]}). "
+                    "Say which size to bring them to: images:PATH?size=32."
+                )
+        return images
+
+    # Pillow decodes outside Python's lock: threads help, and need no copies between processes.
+    chunks = [range(i, min(i + 256, len(names))) for i in range(0, len(names), 256)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(decode_some, chunk) for chunk in chunks]
+        try:
+            images = [image for future in futures for image in future.result()]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    channels = 1 if all(image.ndim == 2 for image in images) else 3
+    out = np.empty((len(images), channels, *shape), dtype=np.uint8)
+    for i, image in enumerate(images):
+        out[i] = image if image.ndim == 2 else image.transpose(2, 0, 1)
+    return out
+
+
+def _decode_one(name: str, data: bytes, size: int | None) -> NDArray[np.uint8]:
+    """One image: (H, W) uint8 if its mode is greyscale, else (H, W, 3)."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image: Image.Image = opened
+            if image.mode.startswith(("I", "F")):
+                raise BadParameter(f"{name}: {image.mode} pixels; convert it to 8 bits first.")
+            grey = image.mode in GREY_MODES
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # Pillow's own advice for such palettes
+            image = image.convert("L" if grey else "RGB")
+            if size is not None and image.size != (size, size):
+                from torchvision.transforms import functional
+
+                short = functional.resize(image, [size], functional.InterpolationMode.BILINEAR)
+                image = functional.center_crop(short, [size, size])
+            return np.asarray(image)
+    except CompanionError:
+        raise
+    except Exception as error:  # Pillow's readers raise anything on a damaged file
+        raise CorruptData(f"{name}: cannot be read as an image ({error}).") from None
+
+
 # --- reading all
 
 
@@ -274,7 +368,7 @@ def _encode(listing: Listing, where: str) -> tuple[NDArray[np.int64], tuple[str,
     return y, listing.class_names or tuple(str(value) for value in values)
 
 
-def read(
+def read_pictures(
     path: Path,
     size: int | None,
     label: str | None,
@@ -286,7 +380,7 @@ def read(
     Raises:
         MissingData, CorruptData, BadParameter: see the module's parts; each names the file.
     """
-    layout = find(path)
+    layout = picture_files(path)
     if layout.kind == "tree" and label is not None:
         raise BadParameter(
             f"images: {path}: label={label}, but folders of pictures have no columns."
@@ -310,17 +404,17 @@ def read(
         train, test = slice(listing.n_train), slice(listing.n_train, None)
         split = f"as given, {listing.n_train} first"
     rule = (
-        f"{decoding.RULE}: {listing.rule}; classes={json.dumps(class_names)}; split={split}; "
+        f"{RULE}: {listing.rule}; classes={json.dumps(class_names)}; split={split}; "
         f"size={size or 'as it is'}; normalise={f'{mean}/{std}' if mean else 'train'}"
     )
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(sha256_of, layout.files))
     names = [f.relative_to(layout.root).as_posix() for f in layout.files]
     digest = fingerprint(rule, zip(names, digests, strict=True))
-    images = decoding.cached(
-        runs_root() / "decoded" / digest,
+    images = cached_array(
+        runs_root() / "decoded" / digest / "images.npy",
+        lambda: decode(listing.names, listing.read, size),
         len(y),
-        lambda: decoding.decode(listing.names, listing.read, size),
     )
     return Raw(
         *(images[train], y[train], images[test], y[test]),
@@ -329,7 +423,7 @@ def read(
         mean=mean,
         std=std,
         class_names=class_names,
-        files=tuple(FileReport(f, f.stat().st_size, "unknown") for f in layout.files),
+        files=tuple(map(FileReport.of, layout.files)),
         notes=(*listing.notes, f"split: {split}"),
     )
 
@@ -359,19 +453,15 @@ def user_images(name: str) -> Source:
         classes=None,
         shape=None,
         folder=str(path),
-        files=lambda root: (find(path).files, []),
-        read=lambda root: read(path, size, label),
+        files=lambda root: (picture_files(path).files, []),
+        read=lambda root: read_pictures(path, size, label),
         how="your own pictures: class folders, or parquet in Hugging Face's image layout",
     )
 
 
-def _jpeg_files(folder: str, root: Path) -> tuple[list[Path], list[str]]:
-    paths = [root / folder / "train.parquet", root / folder / "test.parquet"]
-    return [p for p in paths if p.is_file()], [p.name for p in paths if not p.is_file()]
-
-
-def _read_jpeg(folder: str, root: Path) -> Raw:
-    raw = read(root / folder, None, None, CIFAR10_MEAN, CIFAR10_STD)
+def _read_jpeg(root: Path) -> Raw:
+    folder = "cifar10-jpeg"
+    raw = read_pictures(root / folder, None, None, CIFAR10_MEAN, CIFAR10_STD)
     if raw.classes != 10 or raw.train_x.shape[1:] != (3, 32, 32):
         raise CorruptData(
             f"{root / folder}: {raw.classes} classes of images {raw.train_x.shape[1:]} are no copy "
@@ -387,7 +477,7 @@ CIFAR10_JPEG = Source(
     classes=10,
     shape=(3, 32, 32),
     folder="cifar10-jpeg",
-    files=partial(_jpeg_files, "cifar10-jpeg"),
-    read=partial(_read_jpeg, "cifar10-jpeg"),
+    files=partial(files_below, "cifar10-jpeg", ("train.parquet", "test.parquet")),
+    read=_read_jpeg,
     how="your own copy: train.parquet and test.parquet in Hugging Face's image layout",
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from companion.core.errors import BadParameter, CorruptData, MissingData
 from companion.core.locations import runs_root
-from companion.data import arrays
 from companion.data.corpus import Survey, Text, survey, utf8
+from companion.data.sources import cached_array, stored_array
 
 TOKENIZERS = ("bpe", "gpt2", "bytes")
 SMALLEST = 257  # one token for each byte, and one merge
@@ -206,11 +206,7 @@ def gpt2(root: Path) -> Tokenizer:
 
 def cached_survey(text: Text, sha256: str) -> Survey:
     """:func:`companion.data.corpus.survey`, made once."""
-
-    def count() -> NDArray[Any]:
-        return np.array(astuple(survey(text)), dtype="<i8")
-
-    counts = _cached(_folder(sha256) / "counts-v1.npy", count)
+    counts = _cached(sha256, "counts-v1", lambda: np.array(astuple(survey(text)), dtype="<i8"))
     return Survey(*counts.tolist())
 
 
@@ -221,31 +217,24 @@ def cached_trained(text: Text, sha256: str, vocabulary: int) -> Tokenizer:
     def make() -> NDArray[Any]:
         return np.frombuffer(trained(text, vocabulary).definition.encode(), dtype=np.uint8)
 
-    path = _folder(sha256) / f"bpe-{vocabulary}-tokenizers-{tokenizers.__version__}.npy"
-    definition = _cached(path, make).tobytes().decode()
+    name = f"bpe-{vocabulary}-tokenizers-{tokenizers.__version__}"
+    definition = _cached(sha256, name, make).tobytes().decode()
     return Tokenizer("bpe", len(json.loads(definition)["model"]["vocab"]), definition)
 
 
 def cached_tokens(text: Text, sha256: str, tokenizer: Tokenizer) -> NDArray[Any]:
     """(T,) tokens of a text, made once: uint16, or int32 for more than 65,536 tokens."""
-    path = _folder(sha256) / f"{tokenizer.name}-{tokenizer.digest[:16]}.npy"
-    return _cached(path, lambda: tokenizer.encode_all(text.pieces()))
+    name = f"{tokenizer.name}-{tokenizer.digest[:16]}"
+    return _cached(sha256, name, lambda: tokenizer.encode_all(text.pieces()))
 
 
-def _folder(sha256: str) -> Path:
-    return runs_root() / "tokens" / sha256
+def _cached(sha256: str, name: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    path = runs_root() / "tokens" / sha256 / f"{name}.npy"
 
-
-def _cached(path: Path, make: Any) -> NDArray[Any]:
-    found = arrays.load(path)
-    if found is None:
-        with _locked(path.parent):  # tokenising a large text takes minutes: once, not per worker
-            found = arrays.load(path)
-            if found is None:
-                found = make()
-                with suppress(OSError):  # read-only folder, disk full: then without a cache
-                    arrays.store(path, found)
-    return found
+    if (stored := stored_array(path)) is not None:
+        return stored
+    with _locked(path.parent):  # tokenising a large text takes minutes: once, not per worker
+        return cached_array(path, make)
 
 
 @contextmanager

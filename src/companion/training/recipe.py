@@ -15,8 +15,7 @@ from companion import models
 from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
-from companion.data import Augmentation
-from companion.data import canonical as canonical_data
+from companion.data import Augmentation, canonical_data
 
 SEMANTICS = 1
 """Raised by hand when a recipe would train to other weights: old runs then no longer count."""
