@@ -31,6 +31,11 @@ def number(value: float, metric: str) -> str:
     return "INVALID" if math.isnan(value) else f"{value:.{4 if metric == 'loss' else 2}f}"
 
 
+def mode_of(bn: str) -> str:
+    """What BatchNorm does, to end a title with; nothing without BatchNorm."""
+    return "" if bn == "none" else f", BatchNorm {bn}"
+
+
 def out() -> Console:
     """The console of results."""
     console = Console(markup=False, highlight=False, emoji=False)
