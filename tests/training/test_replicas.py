@@ -45,8 +45,8 @@ from companion.training import (
     using,
 )
 from companion.training.feed import Feed
+from companion.training.stack import coefficients
 from companion.training.stepper import Stepper
-from companion.training.update import coefficients
 
 CPU = torch.device("cpu")
 DIGITS = datasets.load("digits")

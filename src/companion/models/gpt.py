@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from companion.core.errors import BadParameter
-from companion.models.options import Family, Option, Shape, Value, choice, count, share, width
+from companion.models.options import Family, Option, Shape, choice, count, share
 
 GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 
@@ -85,12 +85,6 @@ def gpt(
 
 
 _MANY = count(1, "learned positions; window is one for each token of a window")
-
-
-def _positions(text: str) -> Value:
-    return "window" if text.casefold() == "window" else _MANY.parse(text)
-
-
 _TRUTH = ("true", "false")
 
 FAMILIES = {
@@ -98,13 +92,14 @@ FAMILIES = {
         "GPT-2 of any size, for text (transformers' GPT2LMHeadModel)",
         {
             "layers": count(4, "blocks of attention and MLP"),
-            "width": width(64, "of the residual stream"),
+            "width": count(64, "of the residual stream"),
             "heads": count(4, "heads of attention; they divide the width"),
             "bias": choice("true", "biases of linear maps and norms", _TRUTH),
             "dropout": share("0", "probability of dropout in training"),
             "tied": choice("true", "embedding and output matrix are one tensor", _TRUTH),
             "positions": Option(
-                "window", _MANY.meaning, f"'window' or {_MANY.allowed}", _positions
+                *("window", _MANY.meaning, f"'window' or {_MANY.allowed}"),
+                lambda text: "window" if text.casefold() == "window" else _MANY.parse(text),
             ),
             "headbias": choice("false", "a bias of the output matrix", _TRUTH),
             "gelu": choice("exact", "nonlinearity; tanh is GPT-2's approximation", tuple(GELU)),

@@ -16,16 +16,11 @@ from torch import nn
 
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
-from companion.models import gpt, mlp, own, resnet, vgg
+from companion.models import gpt, images, own
 from companion.models.layers import initialise
 from companion.models.options import Family, Shape, Value, check_together
 
-FAMILIES: Mapping[str, Family] = {
-    **mlp.FAMILIES,
-    **resnet.FAMILIES,
-    **vgg.FAMILIES,
-    **gpt.FAMILIES,
-}
+FAMILIES: Mapping[str, Family] = {**images.FAMILIES, **gpt.FAMILIES}
 
 
 class Listed(NamedTuple):
@@ -50,19 +45,19 @@ def _family(spec: str, name: str) -> Family:
         return FAMILIES[name]
     if match := re.fullmatch(r"resnet([1-9][0-9]{0,5})", name, re.ASCII):
         depth = int(match[1])
-        if depth in resnet.NOT_OURS:
+        if depth in images.NOT_OURS:
             raise BadParameter(
                 f"model {spec!r}: {name} means ImageNet's bottleneck network, which is not here"
                 " (for CIFAR: resnet44, resnet56, …). Wrap torchvision's in a factory of your own"
                 " and name it package.module:factory."
             )
-        if depth % 6 == 2 and 8 <= depth <= resnet.MAX_DEPTH:
-            return resnet.family_6n2(depth)
-        n = min(max(round((depth - 2) / 6), 1), (resnet.MAX_DEPTH - 2) // 6)
+        if depth % 6 == 2 and 8 <= depth <= images.MAX_DEPTH:
+            return images.family_6n2(depth)
+        n = min(max(round((depth - 2) / 6), 1), (images.MAX_DEPTH - 2) // 6)
         raise BadParameter(
             f"model {spec!r}: a depth of {depth} does not exist. Did you mean 'resnet{6 * n + 2}'?"
             " Allowed: 6n+2 (resnet8, resnet14, resnet20, resnet26, resnet32, … up to"
-            f" resnet{resnet.MAX_DEPTH}), and resnet18."
+            f" resnet{images.MAX_DEPTH}), and resnet18."
         )
     one_of(
         f"model {spec!r}", name, [*FAMILIES, "resnet<6n+2>", "your own as package.module:factory"]
@@ -277,8 +272,7 @@ def build(spec: str, in_shape: tuple[int, ...], classes: int, key: Key | None = 
     network does not take (images too small, text instead of images), and for a factory that cannot
     be imported, cannot be called with ``in_shape`` and ``classes``, or returns no ``nn.Module``.
 
-    Source: the networks of the papers' own tables; see :mod:`companion.models.mlp`,
-    :mod:`~companion.models.resnet`, :mod:`~companion.models.vgg` and
+    Source: the networks of the papers' own tables; see :mod:`companion.models.images` and
     :mod:`~companion.models.gpt`. Our chapter on instability.
     """
     if key is not None:

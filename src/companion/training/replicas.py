@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion import models
 from companion.core import closing
-from companion.core.errors import BadParameter, Diverged, one_of
+from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_float32, fix_cublas_workspace
 from companion.core.pool import one_thread
 from companion.data import Dataset
@@ -304,7 +304,7 @@ def _train(
     tick: Callable[[int], bool] | None,
 ) -> list[State]:
     first, count = states[0].step, len(runs)
-    recipe, name_of_data = runs[0].recipe, stepper.data.name
+    what = f"the loss of {runs[0].recipe.net} on {stepper.data.name} is"
     before = len(states[0].trace)
     trace = torch.full((len(runs), before + stop - first), float("nan"), device=stepper.device)
     trace[:, :before] = torch.stack([s.trace.to(stepper.device) for s in states])
@@ -318,7 +318,7 @@ def _train(
         bad = ~torch.isfinite(losses)
         if bool(bad.any()):
             at, m = (int(i) for i in bad.nonzero()[0])
-            raise _diverged(f"the loss of {recipe.net} on {name_of_data} is", looked + at, runs[m])
+            raise loop.diverged(what, looked + at, runs[m])
         looked = step
 
     def here(step: int) -> list[State]:
@@ -326,9 +326,7 @@ def _train(
             look(step)
         found = stepper.stack.states(step, list(trace[:, : before + step - first].cpu()))
         for run, state in zip(runs, found, strict=True):
-            for name, value in state.theta.items():
-                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                    raise _diverged(f"{name} of {recipe.net} on {name_of_data} is", step, run)
+            loop.check_finite(state.theta, stepper.data, step, run)
         return found
 
     for step in range(first, stop):
@@ -344,12 +342,3 @@ def _train(
             for m, state in enumerate(here(done)):
                 save(m, state)
     return here(stop)
-
-
-def _diverged(what: str, step: int, run: Run) -> Diverged:
-    recipe = run.recipe
-    return Diverged(
-        f"training diverged: {what} not finite at step {step} of {recipe.steps} "
-        f"(init {run.init!r}, order {run.order!r}, {recipe.optimizer}, lr {recipe.lr:g}). "
-        "Nothing of it was stored. Lower lr, or add warmup."
-    )

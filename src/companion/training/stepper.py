@@ -22,12 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from companion.core.losses import mean_loss, mean_losses
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.data.augmentation import Draws
-from companion.training.compiled import compiled
 from companion.training.feed import Epoch
-from companion.training.loop import State
+from companion.training.loop import State, compiled
 from companion.training.recipe import Recipe
-from companion.training.stack import Stack
-from companion.training.update import coefficients, update
+from companion.training.stack import Stack, coefficients, update
 
 _WARM = 3  # steps before a capture: libraries choose and load their kernels, compilers compile
 
