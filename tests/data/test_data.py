@@ -786,7 +786,7 @@ def by_hand(x: torch.Tensor, pad: int, flip: bool, top: int, left: int) -> torch
 def test_every_augmented_image_is_one_of_the_shifts(flip, pad, rows, seed, epoch):
     augmenter = Augmenter(SMALL, Augmentation(flip, pad), BLACK)
     draws = augmenter.draw(Key("augment", seed), epoch)
-    batch = augmenter.batch(torch.tensor(rows), draws)
+    batch, _ = augmenter.examples(torch.tensor(rows), draws)
     assert batch.shape == (len(rows), 2, 5, 6)
     places = range(2 * pad + 1)
     for row, image in zip(rows, batch, strict=True):
@@ -816,7 +816,7 @@ def test_draws_are_a_function_of_key_and_epoch():
     torch.manual_seed(1)
     first = bits(Key(0), 0)
     torch.manual_seed(2)
-    augmenter.batch(torch.arange(10), augmenter.draw(Key(5), 3))
+    augmenter.examples(torch.arange(10), augmenter.draw(Key(5), 3))
     assert bits(Key(0), 0) == first
     # Neighbours share nothing: not seed 0 at epoch 1 with seed 1 at epoch 0, nor any other pair.
     every = [bits(Key(seed), epoch) for seed in range(4) for epoch in range(4)]
@@ -829,10 +829,10 @@ def test_draws_are_a_function_of_key_and_epoch():
 def test_batch_composition_does_not_matter():
     augmenter = Augmenter(SMALL, Augmentation(True, 2), BLACK)
     draws = augmenter.draw(Key("a"), 7)
-    whole = augmenter.batch(torch.arange(12), draws)
+    whole, _ = augmenter.examples(torch.arange(12), draws)
     order = Key("order").permutation(12)
     for rows in (order, order[:5], order[5:], torch.tensor([3]), torch.tensor([3, 3, 0])):
-        assert torch.equal(augmenter.batch(rows, draws), whole[rows])
+        assert torch.equal(augmenter.examples(rows, draws)[0], whole[rows])
 
 
 def test_without_augmentation_images_are_as_they_are():
@@ -840,7 +840,7 @@ def test_without_augmentation_images_are_as_they_are():
     draws = augmenter.draw(Key(0), 0)
     assert draws.flip is draws.top is draws.left is None
     rows = torch.tensor([4, 1, 1])
-    batch = augmenter.batch(rows, draws)
+    batch, _ = augmenter.examples(rows, draws)
     assert torch.equal(batch, SMALL.x[rows])
     before = SMALL.x.clone()
     batch.zero_()
@@ -876,7 +876,7 @@ def test_padding_is_black_as_cropping_before_normalising_makes_it():
         out[i] = pixels[i, :, top : top + 8, left : left + 8]
         out[i] = out[i, :, :, ::-1].copy() if draws.flip[i] else out[i]
     expected = data.standardise(out, raw.white, dataset.mean, dataset.std)
-    assert torch.equal(augmenter.batch(rows, draws), expected)
+    assert torch.equal(augmenter.examples(rows, draws)[0], expected)
 
 
 def test_padding_as_large_as_the_image():
@@ -895,7 +895,7 @@ def test_augmentation_has_the_same_bits_on_a_gpu():
         augmenter = Augmenter(dataset.train, augmentation, dataset.black)
         draws = augmenter.draw(Key(0), 1)
         rows = torch.arange(100, device=dataset.train.x.device)
-        batches.append(augmenter.batch(rows, draws).cpu())
+        batches.append(augmenter.examples(rows, draws)[0].cpu())
     assert torch.equal(*batches)
 
 

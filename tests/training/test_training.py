@@ -34,7 +34,7 @@ from companion.training import (
     load_state,
     load_weights,
     make_optimizer,
-    merge,
+    merge_jobs,
     recipe_from,
     train,
     train_one,
@@ -437,7 +437,7 @@ def plain_loop(run: Run, make: Any, steps: int, theta: dict[str, Tensor] | None 
         epoch, position = step // PER_EPOCH, step % PER_EPOCH
         order = Key("order", run.order, "epoch", epoch).permutation(N)
         rows = order[60 * position : 60 * position + 60]
-        x = augmenter.batch(rows, augmenter.draw(Key("augment", run.augment), epoch))
+        x, _ = augmenter.examples(rows, augmenter.draw(Key("augment", run.augment), epoch))
         for group in optimizer.param_groups:
             group["lr"] = run.recipe.learning_rate(step)
         loss = F.cross_entropy(net(x), DIGITS.train.y[rows])
@@ -502,9 +502,9 @@ def test_exactly_that_many_steps(steps: int, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[Tensor] = []
 
     class Spy(Augmenter):
-        def batch(self, rows: Tensor, draws: Any) -> Tensor:  # type: ignore[override]
+        def examples(self, rows: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
             seen.append(rows.clone())
-            return super().batch(rows, draws)  # type: ignore[arg-type]
+            return super().examples(rows, draws)
 
     monkeypatch.setattr(engine.loop, "Augmenter", Spy)
     run = Run(recipe(steps=steps, optimizer="adam"))
@@ -608,10 +608,10 @@ def test_order_and_augmentation_are_two_sources(
     seen: list[tuple[Tensor, Tensor]] = []
 
     class Spy(Augmenter):
-        def batch(self, rows: Tensor, draws: Any) -> Tensor:  # type: ignore[override]
-            x = super().batch(rows, draws)  # type: ignore[arg-type]
+        def examples(self, rows: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
+            x, y = super().examples(rows, draws)
             seen.append((rows.clone(), x.clone()))
-            return x
+            return x, y
 
     monkeypatch.setattr(engine.loop, "Augmenter", Spy)
     epochs = []
@@ -803,7 +803,7 @@ def test_what_exists_is_not_trained_again(store: Store, monkeypatch: pytest.Monk
 
 def test_jobs_are_merged() -> None:
     a, b = Run(recipe()), Run(recipe(), order=1)
-    found = merge(
+    found = merge_jobs(
         [Job(a, weights=(40,)), Job(b, states=(3,)), Job(a, weights=(5, 40), states=(7,))]
     )
     assert found == [Job(a, (5, 40), (7,)), Job(b, (), (3,))]

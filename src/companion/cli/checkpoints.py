@@ -184,11 +184,6 @@ def fit(module: nn.Module, found: Checkpoint, name: str) -> Checkpoint:
         if alias in theta and first not in theta:
             theta[first] = theta.pop(alias)
             notes.append(f"{alias} is the tied {first}")
-        elif alias in theta and not torch.equal(theta[alias], theta[first]):
-            raise BadParameter(
-                f"network {name} ({found.source}): {alias} and {first} differ, but the model ties "
-                "them: one tensor for both. Take a model that does not (of gpt: tied=false)."
-            )
     # Files keep no order; the module's own makes the first complaint the first layer's.
     theta = {k: theta[k] for k in [*own, *sorted(theta.keys() - own.keys())] if k in theta}
     casts: set[str] = set()

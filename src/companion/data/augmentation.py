@@ -86,11 +86,8 @@ class Augmentation:
         A crop by the image's whole size could show nothing of it.
         """
         if len(in_shape) == 1:
-            return (
-                "flip and crop are for images: a text takes shift"
-                if self.flip or self.pad
-                else None
-            )
+            images_only = self.flip or self.pad
+            return "flip and crop are for images: a text takes shift" if images_only else None
         if self.shift:
             return "shift is for text: images take flip and crop"
         least = min(in_shape[1:])
@@ -130,7 +127,7 @@ class Draws:
         return self.map(lambda t: t[rows])
 
 
-def draw(
+def draw_epoch(
     augmentation: Augmentation, key: Key, epoch: int, n: int, window: int | None = None
 ) -> Draws:
     """The draws of ``n`` samples in one epoch, on the CPU, out of ``(key, epoch)``.
@@ -198,13 +195,13 @@ class Augmenter:
     def draw(self, key: Key, epoch: int) -> Draws:
         """The draws of all samples in one epoch: a pure function of ``(key, epoch)``.
 
-        :func:`draw`, moved to the device, once an epoch, so no step waits for it.
+        :func:`draw_epoch`, moved to the device, once an epoch, so no step waits for it.
 
         Arguments:
             key: the run's augmentation key.
             epoch: counts from 0.
         """
-        made = draw(self.augmentation, key, epoch, len(self._x), self._split.window)
+        made = draw_epoch(self.augmentation, key, epoch, len(self._x), self._split.window)
         return made.map(lambda t: t.to(self._x.device))
 
     def examples(self, rows: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -218,24 +215,14 @@ class Augmenter:
             images (B, C, H, W) float32 and classes (B,); or tokens (B, L) int64 and the tokens
             behind them (B, L). New tensors.
         """
-        if draws.shift is not None:
-            return self._windows(rows, draws.shift[rows])
-        return self.batch(rows, draws), self._split.y[rows]
-
-    def batch(self, rows: Tensor, draws: Draws) -> Tensor:
-        """:meth:`examples` without the targets."""
-        return self.pick(rows, draws.of(rows))
+        return self.pick_examples(rows, draws.of(rows))
 
     def pick_examples(self, rows: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """As :meth:`examples`, but ``draws`` are of the rows: entry i belongs to ``rows[i]``."""
-        if draws.shift is not None:
-            return self._windows(rows, draws.shift)
-        return self.pick(rows, draws), self._split.y[rows]
-
-    def pick(self, rows: Tensor, draws: Draws) -> Tensor:
-        """:meth:`pick_examples` without the targets."""
-        if draws.shift is not None:
-            return self._windows(rows, draws.shift)[0]
+        if draws.shift is not None:  # windows that begin later; the text is a circle
+            begin = rows * self._x.shape[1] + draws.shift
+            found = self._stream[(begin[:, None] + self._reach) % len(self._stream)]
+            return found[:, :-1], found[:, 1:]
         if draws.top is not None and draws.left is not None:
             x = self._crops[rows, :, draws.top, draws.left]
         else:
@@ -243,10 +230,4 @@ class Augmenter:
         if draws.flip is not None:
             # where, not a masked assignment: that would wait for the device to count the rows.
             x = torch.where(draws.flip[:, None, None, None], x.flip(3), x)
-        return x
-
-    def _windows(self, rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of windows that begin ``shift`` tokens later; the text is a circle."""
-        begin = rows * self._x.shape[1] + shift
-        found = self._stream[(begin[:, None] + self._reach) % len(self._stream)]
-        return found[:, :-1], found[:, 1:]
+        return x, self._split.y[rows]

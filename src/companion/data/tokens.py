@@ -122,6 +122,16 @@ class Tokenizer:
 BYTES = Tokenizer("bytes", 256)
 
 
+def _byte_level(model: Any) -> Any:
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, pre_tokenizers
+
+    inner = Inner(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
 def trained(text: Text, vocabulary: int) -> Tokenizer:
     """A byte-level BPE trained on ``text``: the 256 bytes, then the most frequent merges.
 
@@ -129,12 +139,9 @@ def trained(text: Text, vocabulary: int) -> Tokenizer:
         text: the training text, and nothing else.
         vocabulary: at most so many tokens; a text that repeats little gives fewer.
     """
-    from tokenizers import Tokenizer as Inner
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
-    inner = Inner(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
+    inner = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -181,16 +188,14 @@ def gpt2(root: Path) -> Tokenizer:
         CorruptData: its files cannot be read, or are not of GPT-2's size.
     """
     from tokenizers import Tokenizer as Inner
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import models
 
     files = gpt2_files(root)
     try:
         if len(files) == 1:
             inner = Inner.from_str(files[0].read_text(encoding="utf-8"))
         else:
-            inner = Inner(models.BPE.from_file(*map(str, files)))
-            inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            inner.decoder = decoders.ByteLevel()
+            inner = _byte_level(models.BPE.from_file(*map(str, files)))
         definition = inner.to_str()
     except Exception as error:  # tokenizers raises plain exceptions
         raise CorruptData(f"{files[0]}: cannot be read as a tokeniser ({error}).") from None

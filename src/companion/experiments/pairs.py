@@ -34,7 +34,7 @@ from companion.core.errors import BadParameter, one_of
 from companion.core.runs import Entry, Store
 from companion.core.theta import cosine_distance, distance, layout
 from companion.data import Augmentation, Dataset, Split
-from companion.data.augmentation import draw
+from companion.data.augmentation import draw_epoch
 from companion.experiments import measurement
 from companion.experiments.measurement import EVALUATION, Json, Measurement, ends, key_of
 from companion.models import has_dropout
@@ -456,7 +456,7 @@ def check_noise(runs: Sequence[Run], *, device: str = "cpu", most: int = 200) ->
 def _drawn(run: Run, epoch: int, data: Dataset) -> bytes:
     """What ``run`` draws in an epoch besides its order: flips, crops, shifts, seeds of dropout."""
     augmentation = Augmentation.parse(run.recipe.augment)
-    made = draw(augmentation, run.augment_key(), epoch, len(data.train), data.train.window)
+    made = draw_epoch(augmentation, run.augment_key(), epoch, len(data.train), data.train.window)
     found = [t.numpy().tobytes() for t in made.tensors() if t is not None]
     if has_dropout(run.recipe.net):
         first = epoch * (len(data.train) // run.recipe.batch)
