@@ -1,13 +1,5 @@
 """The command line: the instruments on the user's own networks, and the two stores behind them.
 
-    companion data | models | runs       what there is
-    companion barrier                    is the line between two checkpoints low?
-    companion layers                     which layers make the barrier?
-    companion features                   are the features of two checkpoints linearly connected?
-    companion instability                from which step on do two copies stay connected?
-    companion rebasin                    put the units of one network into the order of another's
-    companion record                     a chapter's results on a larger machine, as a file
-
 Exit codes: 0 done (also when a gate failed and the barrier is INVALID: that was measured, and
 said); 2 the input is wrong; 75 `record` stopped before its time limit; 1 anything else that we know
 can go wrong (a run that diverged, a full disk, a check that found something); 130 interrupted.

@@ -64,8 +64,10 @@ def export(entries: Iterable[Entry], path: Path) -> Moved:
                     name: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)}
                     for name, c in content.items()
                 }
-                manifest = {"key": entry.key, "files": records}
-                head = {"identity.json": entry.identity, "manifest.json": manifest}
+                head = {
+                    "identity.json": entry.identity,
+                    "manifest.json": {"key": entry.key, "files": records},
+                }
                 whole = {name: json.dumps(value).encode() for name, value in head.items()} | content
                 for name, data in whole.items():
                     member = tarfile.TarInfo(f"{entry.key}/{name}")  # no owner, no time
@@ -95,22 +97,20 @@ def import_(path: Path, store: Store) -> Moved:
     try:
         with tarfile.open(path, "r:") as tar:
             entries = _checked(tar, path, store)
-            moved = Moved(len(entries), 0, 0)
+            files = size = kept = 0
             for entry, records in entries:
                 with entry.lock():
                     present = entry.files()
                     for name, record in records.items():
                         if name in present:
-                            moved = Moved(moved.entries, moved.files, moved.bytes, moved.kept + 1)
+                            kept += 1
                             continue
                         content = _read(tar, tar.getmember(f"{entry.key}/{name}"))
                         if hashlib.sha256(content).hexdigest() != record["sha256"]:
                             raise _refused(path, f"{name} of {entry.key[:12]} changed while read")
                         entry._write(name, content)
-                        moved = Moved(
-                            moved.entries, moved.files + 1, moved.bytes + len(content), moved.kept
-                        )
-            return moved
+                        files, size = files + 1, size + len(content)
+            return Moved(len(entries), files, size, kept)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         if isinstance(error, StoreUnwritable):
             raise

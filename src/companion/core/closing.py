@@ -1,14 +1,10 @@
 """Closing a recording: its cells run again on what is measured, and nothing is computed for them.
 
-    with closed(machine) as lacking:
-        ...             # the chapter's cells
-    lacking             # {"pair": {keys of entries that are not there}, ...}
-
-Inside, whoever is about to train or to measure meets :class:`companion.core.errors.NotMeasured`
-instead; :func:`companion.experiments.pairs.measure` gives results that are not valid for the pairs
-that are missing. The names of devices stand for where the measuring was done, as the keys of the
-run store hold them, and
-no such device has to be here: data stay on the CPU. Source: our data/recorded/README.md.
+Inside ``with closed(machine) as lacking`` whoever is about to train or to measure meets
+:class:`companion.core.errors.NotMeasured`; :func:`companion.experiments.pairs.measure` gives
+results that are not valid for the pairs that are missing. Names of devices stand for where the
+measuring was done, and no such device has to be here: data stay on the CPU. Source:
+data/recorded/README.md.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
 """The content-addressed store of runs and measurements.
 
 An entry is named by the SHA-256 of its identity: canonical JSON of everything that determines its
-content (recipe with defaults left out, noise labels, dataset fingerprint, a code-version tag that
-is raised by hand when semantics change). An entry is a folder::
-
-    <root>/<2 hex>/<64 hex>/identity.json      what this is, readable
-                           /manifest.json      file -> {sha256, bytes}: not listed, not there
-                                               (and "file", its name on disk, once it was replaced)
-                           /step-….safetensors tensors
-                           /….json             numbers
+content. It is a folder ``<root>/<2 hex>/<64 hex>/`` of ``identity.json``; ``manifest.json``, file
+-> {sha256, bytes} (and "file", its name on disk, once it was replaced); ``….safetensors``;
+``….json``.
 
 Every file is written under a temporary name, flushed and renamed, and only then listed in the
 manifest, itself replaced atomically: a kill at any moment leaves the last consistent state. Loads

@@ -1,16 +1,10 @@
-"""Augmentation as a value: which flip and which crop a sample gets is a function of a key.
+"""Augmentation as a value: which flip, crop or shift a sample gets is a function of a key.
 
-    augmenter = Augmenter(dataset.train, Augmentation.parse("flip+crop4"), dataset.black)
-    draws = augmenter.draw(key, epoch)      # once an epoch, on the CPU: a flip and a crop a SAMPLE
-    x, y = augmenter.examples(rows, draws)  # every step, on the device: one gather
-
-Of a text, what can vary is where its windows begin: ``shift`` moves the start of each by 0 … L - 1
-tokens, inputs and targets together. It is the keyed counterpart of training on random windows.
-
-Draws belong to samples, not to positions in a batch: sample 17 is augmented in the same way in
-epoch 3 wherever the data order puts it. So order and augmentation are two noise sources that can be
-held fixed one at a time; with one stream of random numbers for both they cannot. Source: our
-chapter 1 ("SGD noise is a value"); the noise itself: Frankle et al. 2020, section 2.
+Draws are made once an epoch, on the CPU, and belong to samples, not to positions in a batch: sample
+17 is augmented in the same way in epoch 3 wherever the data order puts it. So order and
+augmentation are two noise sources that can be held fixed one at a time; with one stream of random
+numbers for both they cannot. Source: our chapter 1 ("SGD noise is a value"); the noise itself:
+Frankle et al. 2020, section 2.
 """
 
 from __future__ import annotations

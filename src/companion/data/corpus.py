@@ -1,10 +1,8 @@
 """Texts as files: where they are, and reading them in pieces, so that memory stays small.
 
-A :class:`Text` is read as often as somebody iterates over it. Its pieces do not depend on how the
-file was read, and end where a word ends and white space begins: every tokeniser here cuts there
-anyway, so the tokens of the pieces are the tokens of the whole. Only a text without such a place
-for :data:`LONGEST` characters is cut inside a word, and has other tokens there than it would have
-as a whole.
+The pieces of a :class:`Text` do not depend on how the file was read, and end where a word ends and
+white space begins. Every tokeniser here cuts there anyway, so the tokens of the pieces are those of
+the whole; only a text without such a place for :data:`LONGEST` characters is cut inside a word.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +68,21 @@ class Text:
         """
         decoder = codecs.getincrementaldecoder("utf-8")()
         held, at, read = "", 0, 0
-        for block in self.blocks():
+        for block in chain(self.blocks(), [None]):  # None: the end
             try:
-                held, at = held[at:] + decoder.decode(block), 0
+                held, at = held[at:] + decoder.decode(block or b"", final=block is None), 0
             except UnicodeDecodeError as error:
-                raise self._not_utf8(read - len(decoder.getstate()[0]) + error.start) from error
-            read += len(block)
+                place = self.begins + read - len(decoder.getstate()[0]) + error.start
+                raise CorruptData(
+                    f"{self.name}: not UTF-8 at byte {place:,} (counted from 0). Convert it to "
+                    "UTF-8."
+                ) from error
+            read += len(block or b"")
             while (end := _cut(held, at)) is not None:
                 yield held[at:end]
                 at = end
-        try:
-            held = held[at:] + decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            raise self._not_utf8(read - len(decoder.getstate()[0]) + error.start) from error
-        if held:
-            yield held
-
-    def _not_utf8(self, at: int) -> CorruptData:
-        where = f"at byte {self.begins + at:,} (counted from 0)"
-        return CorruptData(f"{self.name}: not UTF-8 {where}. Convert it to UTF-8.")
+        if at < len(held):
+            yield held[at:]
 
 
 def utf8(text: str, name: str = "text") -> bytes:
@@ -184,11 +179,13 @@ def split_file(path: Path, percent: int) -> tuple[Text, Text]:
             f"{path}: too short to split off its last {percent} % ({whole - first:,} "
             f"{'rows' if rows else 'bytes'}). Give a folder with train.txt and valid.txt instead."
         )
-    reader = _row_range if rows else _bytes
-    return (
-        Text(f"{path} (train)", lambda: reader(path, first, cut), first),
-        Text(f"{path} (test)", lambda: reader(path, cut, None), 0 if rows else cut),
-    )
+
+    def part(name: str, start: int, stop: int | None) -> Text:
+        if rows:
+            return Text(f"{path} ({name})", lambda: _rows([path], "\n", start, stop))
+        return Text(f"{path} ({name})", lambda: _bytes(path, start, stop), start)
+
+    return part("train", first, cut), part("test", cut, None)
 
 
 def _begin(path: Path) -> int:
@@ -229,10 +226,6 @@ def _bytes(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
         while left > 0 and (block := file.read(min(BLOCK, left))):
             left -= len(block)
             yield block
-
-
-def _row_range(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
-    return _rows([path], "\n", start, stop)
 
 
 def _open_parquet(path: Path) -> tuple[Callable[[int], list[str | None]], list[int]]:

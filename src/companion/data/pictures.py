@@ -1,14 +1,10 @@
-"""Pictures as files: the user's own (``images:PATH``), and the JPEG copy of CIFAR-10.
+"""Pictures as files: the user's own (``images:PATH?size=32&label=NAME``), CIFAR-10's JPEG copy.
 
-Understood are
-- an ImageFolder tree: ``PATH/train/<class>/*.png`` and ``PATH/test/<class>/`` (or val, valid,
-  validation), or ``PATH/<class>/*.png`` alone, split 80/20 by a fixed key, stratified by class;
-- Hugging Face's image layout: a folder with ``train*.parquet`` and ``test*.parquet`` (also in
-  ``data/``, or as ``train/*.parquet``), or one parquet file, split 80/20 in the same way.
-
-Options come after a question mark: ``images:PATH?size=32&label=fine_label``. Decoding takes seconds
-and every worker process needs the pixels, so they are kept in
-``runs_root()/decoded/<fingerprint>/images.npy``.
+``PATH`` is an ImageFolder tree, ``train/<class>/*.png`` and ``test/<class>/`` (or val, valid,
+validation), or Hugging Face's layout, ``train*.parquet`` and ``test*.parquet`` (also in ``data/``,
+or as ``train/*.parquet``). ``PATH/<class>/`` alone or a single parquet file is split 80/20 by a
+fixed key, stratified by class. Decoded pixels are kept in ``runs_root()/decoded/<fingerprint>/``:
+every worker process needs them.
 """
 
 from __future__ import annotations
@@ -61,7 +57,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PictureFiles:
     """Where the files are: train's, then test's; ``n_train`` None: one lot, still to be split."""
 
     kind: str  # "tree" or "parquet"
@@ -86,7 +82,7 @@ class Listing:
 # --- finding files
 
 
-def picture_files(path: Path) -> Layout:
+def picture_files(path: Path) -> PictureFiles:
     """Which layout ``path`` has, and its files in reading order: sorted by path within a split.
 
     Raises:
@@ -98,11 +94,11 @@ def picture_files(path: Path) -> Layout:
     if path.is_file():
         if path.suffix != ".parquet":
             raise BadParameter(f"images: {path} is a file, but not a parquet file or a folder.")
-        return Layout("parquet", path.parent, [path], None)
+        return PictureFiles("parquet", path.parent, [path], None)
     train = _shards(path, "train")
     if train or any(_shards(path, name) for name in TEST_NAMES):
         _, test = _test_split(path, bool(train), lambda name: _shards(path, name))
-        return Layout("parquet", path, train + test, len(train))
+        return PictureFiles("parquet", path, train + test, len(train))
     if any(path.glob("*.parquet")):
         raise CorruptData(
             f"images: {path} holds parquet files, but none is called train*.parquet. "
@@ -129,10 +125,10 @@ def _test_split(
     return name, test
 
 
-def _find_tree(path: Path) -> Layout:
+def _find_tree(path: Path) -> PictureFiles:
     splits = {d.name for d in _folders(path)}
     if "train" not in splits and not splits.intersection(TEST_NAMES):
-        return Layout("tree", path, _images(path), None)
+        return PictureFiles("tree", path, _images(path), None)
     train = _images(path / "train") if "train" in splits else []
     name, test = _test_split(path, bool(train), lambda n: _images(path / n) if n in splits else [])
     kinds = [{f.relative_to(path).parts[1] for f in files} for files in (train, test)]
@@ -141,7 +137,7 @@ def _find_tree(path: Path) -> Layout:
             f"images: the class folders of {path}/train and {path}/{name} differ: "
             f"{', '.join(odd)} in one of them only."
         )
-    return Layout("tree", path, train + test, len(train))
+    return PictureFiles("tree", path, train + test, len(train))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -168,7 +164,7 @@ def _images(path: Path) -> list[Path]:
 # --- listing them
 
 
-def _list_tree(layout: Layout) -> Listing:
+def _list_tree(layout: PictureFiles) -> Listing:
     relative = [f.relative_to(layout.root) for f in layout.files]
     return Listing(
         names=[str(f) for f in layout.files],
@@ -179,7 +175,7 @@ def _list_tree(layout: Layout) -> Listing:
     )
 
 
-def _list_parquet(layout: Layout, label: str | None) -> Listing:
+def _list_parquet(layout: PictureFiles, label: str | None) -> Listing:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -289,29 +285,22 @@ def decode(
         CorruptData: an image cannot be decoded; it is named.
         BadParameter: sizes differ and ``size`` is None, or an image has 16 bits per channel.
     """
-    shape = _decode_one(names[0], read(0), size).shape[:2]
 
     def decode_some(rows: range) -> list[NDArray[np.uint8]]:
-        images = [_decode_one(names[i], read(i), size) for i in rows]
-        for i, image in zip(rows, images, strict=True):
-            if image.shape[:2] != shape:
-                raise BadParameter(
-                    "The images have different sizes: "
-                    f"{shape[1]}x{shape[0]} ({names[0]}), "
-                    f"{image.shape[1]}x{image.shape[0]} ({names[i]}). "
-                    "Say which size to bring them to: images:PATH?size=32."
-                )
-        return images
+        return [_decode_one(names[i], read(i), size) for i in rows]
 
     # Pillow decodes outside Python's lock: threads help, and need no copies between processes.
     chunks = [range(i, min(i + 256, len(names))) for i in range(0, len(names), 256)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(decode_some, chunk) for chunk in chunks]
-        try:
-            images = [image for future in futures for image in future.result()]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        images = [image for part in pool.map(decode_some, chunks) for image in part]
+    shape = images[0].shape[:2]
+    for name, image in zip(names, images, strict=True):
+        if image.shape[:2] != shape:
+            raise BadParameter(
+                "The images have different sizes: "
+                f"{shape[1]}x{shape[0]} ({names[0]}), {image.shape[1]}x{image.shape[0]} ({name}). "
+                "Say which size to bring them to: images:PATH?size=32."
+            )
     channels = 1 if all(image.ndim == 2 for image in images) else 3
     out = np.empty((len(images), channels, *shape), dtype=np.uint8)
     for i, image in enumerate(images):

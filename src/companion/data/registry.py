@@ -1,15 +1,8 @@
 """Datasets by name: load, list, download, check. Only :func:`get` downloads anything.
 
-| name | what |
-|---|---|
-| ``digits`` | 1,797 real 8x8 digits, inside scikit-learn |
-| ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100`` | as published, in torchvision's layout |
-| ``cifar10-jpeg`` | a lossy copy of CIFAR-10 in two parquet files; labelled as such everywhere |
-| ``images:PATH`` | the user's own, see ``pictures.py`` |
-| ``NAME@split-a``, … | a part of the train split of any of these, see ``parts.py`` |
-| ``pydoc``, ``wikitext2``, ``wikitext103``, ``text:PATH`` | texts, see ``text.py`` |
-
-Source: our chapter 1 ("The data").
+``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``cifar10-jpeg`` (lossy,
+labelled as such), ``images:PATH`` (``pictures.py``), texts (``text.py``), and with ``@split-a``
+behind any images a part of them (``parts.py``). Source: our chapter 1 ("The data").
 """
 
 from __future__ import annotations

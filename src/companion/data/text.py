@@ -1,24 +1,8 @@
 """Texts by name: Python's own reference text, WikiText, and the user's (``text:PATH``).
 
-| name | trained on | evaluated on |
-|---|---|---|
-| ``pydoc`` | the reference text inside CPython | its last topics, a tenth of it |
-| ``wikitext2``, ``wikitext103`` | the training text | the validation text |
-| ``text:FILE`` | the file | its last 10 % (``?test=20``: 20 %) |
-| ``text:FOLDER`` | its train file | its valid file; without one its test file |
-
-Options stand behind the name, ``pydoc?vocab=1024&window=128``:
-
-| option | allowed | default |
-|---|---|---|
-| ``tokenizer`` | ``bpe`` (trained on the training text), ``gpt2`` (from disk), ``bytes`` | bpe |
-| ``vocab`` | tokens of ``bpe``, at least 257 | 512; WikiText-2 4096, WikiText-103 16384 |
-| ``window`` | tokens a network sees at once | 64 |
-| ``form`` | WikiText: ``tokens`` (rare words are ``<unk>``) or ``raw`` | tokens |
-| ``train`` | WikiText: ``test`` trains on the test text, and every label says so | train |
-| ``test`` | ``text:FILE``: percent of the file that are the test text, its end | 10 |
-
-``corpus.py`` files and pieces · ``tokens.py`` tokenisers. Source: our chapter 5.
+``pydoc?vocab=1024&window=128``: the options, what each text is trained and evaluated on, and where
+its files lie are in data/README.md. ``corpus.py`` reads files in pieces, ``tokens.py`` has the
+tokenisers. Source: our chapter 5.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """Tokenisers: byte-level BPE trained on the training text, the published GPT-2 one, single bytes.
 
-    made = trained(text, vocabulary=512)
-    made.decode(made.encode("any text at all")) == "any text at all"
-
 All three work on the bytes of UTF-8: every text has tokens, none is unknown, and decoding gives the
 text back. BPE training is a function of the text (the same merges on one core and on many).
 Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (on bytes); our chapter 5.

@@ -59,10 +59,8 @@ def _family(spec: str, name: str) -> Family:
             " Allowed: 6n+2 (resnet8, resnet14, resnet20, resnet26, resnet32, … up to"
             f" resnet{images.MAX_DEPTH}), and resnet18."
         )
-    one_of(
-        f"model {spec!r}", name, [*FAMILIES, "resnet<6n+2>", "your own as package.module:factory"]
-    )
-    raise AssertionError("unreachable: one_of raises")  # pragma: no cover
+    allowed = [*FAMILIES, "resnet<6n+2>", "your own as package.module:factory"]
+    return FAMILIES[one_of(f"model {spec!r}", name, allowed)]  # raises
 
 
 def _items(spec: str, query: str) -> dict[str, str]:
@@ -86,7 +84,13 @@ def _parse(spec: str) -> _Parsed:
     if own.is_own(spec):
         name, question, query = (part.strip() for part in spec.partition("?"))
         module, factory = (part.strip() for part in name.split(":", 1))
-        own.check_name(spec, module, factory)
+        for part in (module, factory):
+            if not own.DOTTED.fullmatch(part):
+                raise BadParameter(
+                    f"model {spec!r}: {part!r} is not a Python name. A network of your own is"
+                    " spelled package.module:factory or"
+                    " package.module:factory?option=value,option=value."
+                )
         items = _items(spec, query) if question else {}
         for key in items:
             if not key.isidentifier() or key in ("in_shape", "classes"):
@@ -177,8 +181,7 @@ def names() -> list[Listed]:
     """
     return [
         Listed(
-            name,
-            family.summary,
+            *(name, family.summary),
             {k: f"{o.default}: {o.meaning} ({o.allowed})" for k, o in family.options.items()},
         )
         for name, family in FAMILIES.items()

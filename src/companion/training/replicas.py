@@ -1,19 +1,14 @@
 """Many replicas of one recipe on one device at once: M runs in little more than the time of one.
 
-A step of a ResNet-20 is some hundred kernels too small to fill a large GPU, and a host that starts
-them one by one is slower than the device. The engines:
+A step of a ResNet-20 is some hundred kernels too small to fill a large GPU, started one by one by a
+host that is slower than the device. ``loop`` trains one run after the other, the reference;
+``loop-compile`` fuses each network's pass, for one that fills the device. ``vmap`` makes all
+replicas one network with a leading axis, for fully connected networks (grouped convolutions are
+slow). ``graphs`` has M networks, each on a stream of its own, and one CUDA graph for a step of all;
+``compile`` is that with loss and gradient fused by ``torch.compile``.
 
-- ``loop``: :func:`companion.training.advance`, one run after the other. The reference.
-- ``loop-compile``: the same, each network's pass fused by ``torch.compile``. For one network that
-  is large enough to fill the device.
-- ``vmap``: all replicas as one network with a leading axis; matrix products become batched ones.
-  For fully connected networks. Convolutions would become grouped ones, which are slow.
-- ``graphs``: M networks, each on a stream of its own, one CUDA graph for a step of all.
-- ``compile``: as ``graphs``, each network's loss and gradient fused by ``torch.compile``.
-
-Same recipe, same keys: the same batches in the same order on every engine. Bits differ between
-engines, as kernels round differently; means over runs do not (tests/training). Which engine
-is fastest is measured by ``benchmarks/engine.py``. Source: our benchmarks/README.md, "Engine".
+Same recipe, same keys: the same batches in the same order on every engine. Bits differ, as kernels
+round differently; means over runs do not (tests/training). Source: benchmarks/README.md, "Engine".
 """
 
 from __future__ import annotations
