@@ -90,10 +90,7 @@ def _file(source: str) -> Checkpoint:
     notes: tuple[str, ...] = ()
     if {"step", "trace"} <= tensors.keys() and any(k.startswith("theta/") for k in tensors):
         state = State.from_tensors(tensors)
-        tensors, notes = (
-            state.theta,
-            (f"a run at step {state.step}; its weights are taken",),
-        )
+        tensors, notes = (state.theta, (f"a run at step {state.step}; its weights are taken",))
     return Checkpoint(source, tensors, hashlib.sha256(content).hexdigest(), {}, notes)
 
 

@@ -81,10 +81,7 @@ def command(
     classes: Annotated[
         int | None, typer.Option(help="Without --data: number of classes, or of tokens.")
     ] = None,
-    method: Annotated[
-        str,
-        typer.Option(help=described()),
-    ] = DEFAULT.name,
+    method: Annotated[str, typer.Option(help=described())] = DEFAULT.name,
     starts: Annotated[
         int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
     ] = DEFAULT.starts,

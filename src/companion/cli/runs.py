@@ -113,8 +113,7 @@ def list_(
 
     store = Store()
     entries = sorted(
-        store.entries(),
-        key=lambda e: (str(e.identity.get("kind")) != "run", describe(e.identity)),
+        store.entries(), key=lambda e: (str(e.identity.get("kind")) != "run", describe(e.identity))
     )
     if kind is not None:
         there = {str(e.identity.get("kind")) for e in entries if e.identity}
@@ -136,9 +135,7 @@ def list_(
 
 
 @app.command(epilog="Example: companion runs show 3fa9c1")
-def show(
-    key: Annotated[str, typer.Argument(help="The first 4 or more digits of a key.")],
-) -> None:
+def show(key: Annotated[str, typer.Argument(help="The first 4 or more digits of a key.")]) -> None:
     """Show one entry: its identity, its files, and a pair's barrier."""
     from companion.connectivity import Barrier
     from companion.core.runs import Store

@@ -24,13 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from companion.core.errors import (
-    BadParameter,
-    CompanionError,
-    CorruptData,
-    MissingData,
-    one_of,
-)
+from companion.core.errors import BadParameter, CompanionError, CorruptData, MissingData, one_of
 from companion.core.locations import runs_root
 from companion.core.seeds import Key
 from companion.data.dataset import stratified_split

@@ -106,5 +106,5 @@ FAMILIES = {
         },
         gpt,
         takes="tokens",
-    ),
+    )
 }

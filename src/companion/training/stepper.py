@@ -237,10 +237,7 @@ class Stepper:
         return self._window.clone()
 
     def _mutable(self) -> list[Tensor]:
-        return [
-            *self.stack.mutable(),
-            *(self._taken, self._position, self._slot, self._window),
-        ]
+        return [*self.stack.mutable(), *(self._taken, self._position, self._slot, self._window)]
 
     def warm_up(self) -> None:
         """Run the step a few times and put everything back: it takes no step."""
