@@ -42,7 +42,7 @@ def test_only_the_train_split_is_restricted(part):
     assert set(images_of(some.train)) < set(images_of(whole.train))
     assert some.name == f"digits@{part}"
     assert data.load(f"digits@{part}") is some
-    report = data.check(f"digits@{part}")
+    report = data.check_dataset(f"digits@{part}")
     assert report.fingerprint == some.fingerprint and report.label == some.label
     assert report.train_counts == tuple(np.bincount(some.train.y).tolist())
     assert report.test_shape == tuple(whole.test.x.shape)
@@ -102,7 +102,7 @@ def test_errors_name_the_dataset(tmp_path, monkeypatch):
         data.load("digit@split-a")
     with pytest.raises(MissingData, match="MNIST is not in"):
         data.load("mnist@split-a")
-    report = data.check("mnist@split-a")
+    report = data.check_dataset("mnist@split-a")
     assert not report.present and report.label == "MNIST, split A"
 
 

@@ -71,12 +71,12 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
-app.command("barrier", epilog=barrier.EXAMPLE)(barrier.command)
-app.command("layers", epilog=layers.EXAMPLE)(layers.command)
-app.command("features", epilog=features.EXAMPLE)(features.command)
-app.command("instability", epilog=instability.EXAMPLE)(instability.command)
-app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.command)
-app.command("record", epilog=record.EXAMPLE)(record.command)
+app.command("barrier", epilog=barrier.EXAMPLE)(barrier.measure_barrier)
+app.command("layers", epilog=layers.EXAMPLE)(layers.measure_layers)
+app.command("features", epilog=features.EXAMPLE)(features.compare_features)
+app.command("instability", epilog=instability.EXAMPLE)(instability.measure_instability)
+app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
+app.command("record", epilog=record.EXAMPLE)(record.record_chapter)
 
 
 def _version(asked: bool) -> None:

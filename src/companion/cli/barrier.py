@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.console import UNITS, mode_of, number, output, say, table
+from companion.cli.console import UNITS, mode_of, number, output, print_table, say
 from companion.cli.opening import Opened, amounts, opened
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ EXAMPLE = (
 )
 
 
-def heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
+def all_heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
     """Split -> metric -> definition -> barrier, under the headline BatchNorm mode."""
     from companion.connectivity import DEFINITIONS
 
@@ -35,7 +35,7 @@ def heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-def command(
+def measure_barrier(
     a: options.A,
     b: options.B,
     model: options.Model = None,
@@ -118,7 +118,7 @@ def _show(found: Barrier) -> None:
     for gate in found.gates:
         say(f"  {gate}")
     rows = []
-    for split, metrics in heights(found).items():
+    for split, metrics in all_heights(found).items():
         for metric, unit in UNITS.items():
             ends = found.curve.ends(split, metric)
             above = metrics[metric]
@@ -134,7 +134,7 @@ def _show(found: Barrier) -> None:
             )
     say()
     columns = ["", ">A", ">B", ">above mean", ">above line", "", ">highest at α"]
-    table(columns, rows, title="barrier" + mode_of(found.bn))
+    print_table(columns, rows, title="barrier" + mode_of(found.bn))
     for mode, curve in found.curves.items():
         if mode != found.bn:
             values = (
@@ -148,4 +148,4 @@ def _show(found: Barrier) -> None:
 
 def summary(found: Barrier) -> dict[str, Any]:
     """A barrier for JSON: whether it is valid, its heights, and everything behind them."""
-    return {"valid": found.valid, "heights": heights(found), "barrier": found}
+    return {"valid": found.valid, "heights": all_heights(found), "barrier": found}

@@ -64,7 +64,9 @@ def error(text: str) -> None:
     typer.echo(f"Error: {text}" if not text.startswith("Interrupted") else text, err=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
+) -> None:
     """Print a table. Columns whose name starts with ``>`` are set to the right."""
     if title:
         say(title)  # not the table's own title: that is wrapped to the table's width

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from companion.cli.console import say, size, table
+from companion.cli.console import print_table, say, size
 
 if TYPE_CHECKING:
     from companion.data.registry import Report
@@ -17,7 +17,7 @@ Name = Annotated[str, typer.Argument(help="A name that `companion data list` sho
 
 
 @app.command("list", epilog="Example: companion data list")
-def list_() -> None:
+def list_datasets() -> None:
     """Show every dataset that has a name, whether it is here, and how to get it."""
     from companion.core.locations import data_root
     from companion.data import catalogue
@@ -34,30 +34,30 @@ def list_() -> None:
         )
         for entry in catalogue()
     ]
-    table(["name", "what", ">classes", "image", "files", "how to get it"], rows)
+    print_table(["name", "what", ">classes", "image", "files", "how to get it"], rows)
     say("of a text: tokens in its vocabulary, and in a window")
     say("options of a text, quoted: 'NAME?vocab=1024&window=128'")
     say(f"a part of any train split of images: NAME@PART with PART one of {ALLOWED}")
     say(f"data root: {data_root()}")
 
 
-@app.command(epilog="Example: companion data get mnist")
-def get(name: Name) -> None:
+@app.command("get", epilog="Example: companion data get mnist")
+def download_dataset(name: Name) -> None:
     """Download a dataset into the data root (unless it is there), then compare its checksums.
 
     A text needs Hugging Face's library: pip install 'companion[hub]'.
     """
     from companion import data
 
-    say(f"{name}: complete, in {data.get(name)}")
+    say(f"{name}: complete, in {data.download(name)}")
 
 
-@app.command(epilog="Example: companion data check digits")
-def check(name: Name) -> None:
+@app.command("check", epilog="Example: companion data check digits")
+def say_what_it_holds(name: Name) -> None:
     """Read a dataset, compare checksums, and say what it holds. Exit code 1 if it is not here."""
     from companion import data
 
-    report = data.check(name)
+    report = data.check_dataset(name)
     if not report.present:
         place = f" is not in {report.where}" if report.where else ""
         say(f"{report.label}{place}: {', '.join(report.missing)} missing.")

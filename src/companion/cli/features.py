@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.console import mode_of, note, number, output, say, table
+from companion.cli.console import mode_of, note, number, output, print_table, say
 from companion.cli.opening import amount, opened
 from companion.core.errors import BadParameter, one_of
 
@@ -24,7 +24,7 @@ EXAMPLE = (
 BN = ("both", "interpolate", "reestimate")
 
 
-def command(
+def compare_features(
     a: options.A,
     b: options.B,
     model: options.Model = None,
@@ -83,7 +83,7 @@ def command(
     output(json, "--json")
     one_of("--bn", bn, BN)
     rates = _alphas(alphas)
-    average = options.averaged(bn_examples)
+    average = options.bn_average(bn_examples)
     if examples is not None and examples < 1:
         raise BadParameter(f"--examples: {examples} must be 1 or more.")
 
@@ -188,7 +188,7 @@ def _show(found: Features, what: str) -> None:
     what = "tokens" if found.per == "position" else what
     say()
     title = f"features: mean ± standard deviation over {found.n:,} {what}, median of c{mode}"
-    table(columns, rows, title=title)
+    print_table(columns, rows, title=title)
     say()
     ends = " + ".join(f"{number(found.errors[e], 'error')}" for e in "ab")
     rows = []
@@ -198,7 +198,7 @@ def _show(found: Features, what: str) -> None:
         rows.append([_alpha(t), *(number(v, "error") for v in errors), *losses])
     columns = [">α", ">network (%)", ">mixed outputs (%)", ">bound (%)"]
     columns += [">network (nats)", ">mixed outputs (nats)"]
-    table(columns, rows, title=f"test error and loss; Lemma 1's bound: {ends}{mode}")
+    print_table(columns, rows, title=f"test error and loss; Lemma 1's bound: {ends}{mode}")
 
 
 def _show_conditions(additive: Additivity | None, commuting: Commutativity | None) -> None:
@@ -218,7 +218,7 @@ def _show_conditions(additive: Additivity | None, commuting: Commutativity | Non
             for relu in additive.layers
         ]
         columns = ["", ">mean", ">median", ">whole set", ">opposite signs (%)"]
-        table(columns, rows, title=f"weak additivity: Dist_σ at α={_alpha(middle)}")
+        print_table(columns, rows, title=f"weak additivity: Dist_σ at α={_alpha(middle)}")
     say()
     if commuting is None:
         note(
@@ -230,11 +230,11 @@ def _show_conditions(additive: Additivity | None, commuting: Commutativity | Non
         for x in commuting.layers
     ]
     columns = ["", ">Dist_com", ">Dist_W", ">Dist_H", ">com / smaller of W, H"]
-    table(columns, rows, title="commutativity")
+    print_table(columns, rows, title="commutativity")
 
 
 def _show_stitching(found: Stitching) -> None:
     rows = [[r.name, number(r.error, "error"), number(r.loss, "loss")] for r in found.select()]
     say()
     columns = ["", ">test error (%)", ">test loss (nats)"]
-    table(columns, rows, title="stitching: B with its output at one layer replaced by A's")
+    print_table(columns, rows, title="stitching: B with its output at one layer replaced by A's")

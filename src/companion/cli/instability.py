@@ -11,7 +11,7 @@ import typer
 
 from companion.cli import options
 from companion.cli.barrier import summary
-from companion.cli.console import UNITS, number, output, say, table, write_json
+from companion.cli.console import UNITS, number, output, print_table, say, write_json
 from companion.cli.models import reachable
 from companion.core.errors import BadParameter
 
@@ -37,7 +37,7 @@ def numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:
         raise BadParameter(f"{option}: {text!r} must be {what} with commas between them.") from None
 
 
-def command(
+def measure_instability(
     net: Annotated[
         str, typer.Option(help="A network of `companion models list`, or package.module:factory.")
     ],
@@ -244,7 +244,7 @@ def _show(found: Instability, label: str, threshold: float, metric: str) -> None
             )
         )
     say()
-    table(
+    print_table(
         [">k", ">barrier test", ">barrier train", ">valid pairs", "verdict"],
         rows,
         title=f"{found.recipe.net} on {label}: {metric} barrier in {UNITS[metric]}, "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.console import UNITS, mode_of, number, output, say, table
+from companion.cli.console import UNITS, mode_of, number, output, print_table, say
 from companion.cli.opening import amounts, opened
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _TITLES = {
 }
 
 
-def command(
+def measure_layers(
     a: options.A,
     b: options.B,
     model: options.Model = None,
@@ -102,7 +102,7 @@ def command(
         bn=bn,
         train_examples=train_examples,
         test_examples=test_examples,
-        bn_examples=options.averaged(bn_examples),
+        bn_examples=options.bn_average(bn_examples),
     )
     pair = opened(a, b, model, data, device)
     dataset = pair.data
@@ -173,7 +173,9 @@ def _show(found: LayerBarriers) -> None:
         labels = list(heights[0][0])
         rows = [[label, *(number(h[label], m) for h, m in heights)] for label in labels]
         say()
-        table(columns, [["whole network", *whole], *rows], title=_TITLES[kind] + mode_of(found.bn))
+        print_table(
+            columns, [["whole network", *whole], *rows], title=_TITLES[kind] + mode_of(found.bn)
+        )
     if found.select("single"):
         say()
         for split in found.splits:
@@ -203,4 +205,4 @@ def _show_random(found: LayerBarriers) -> None:
     if rows:
         say()
         columns = ["", "from", ">towards the other", ">random, mean", ">random, range"]
-        table(columns, rows, title=f"rise of the {split} loss at half the distance (nats)")
+        print_table(columns, rows, title=f"rise of the {split} loss at half the distance (nats)")

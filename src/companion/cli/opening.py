@@ -94,10 +94,10 @@ def opened(
         BadParameter: model or data are not known, or the networks do not fit. MissingData: no data.
     """
     from companion import models
-    from companion.cli.checkpoints import fit, read
+    from companion.cli.checkpoints import fit, read_checkpoint
     from companion.core.seeds import Key
 
-    files = (read(a), read(b))
+    files = (read_checkpoint(a), read_checkpoint(b))
     net = _named("--model", model, files, "net")
     source, dataset, example, classes = _data(data, files, device, shape, optional)
     # Its own weights count for nothing, but what is derived of it should not vary with them.

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.barrier import draw, heights, measured, summary
-from companion.cli.console import UNITS, mode_of, number, output, say, table
+from companion.cli.barrier import all_heights, draw, measured, summary
+from companion.cli.console import UNITS, mode_of, number, output, print_table, say
 from companion.cli.opening import Opened, opened
 from companion.core.errors import BadParameter, one_of
 from companion.experiments.methods import KINDS, Method, described, offered
@@ -44,7 +44,7 @@ RESET = 1.0
 """Points of error barrier by which re-estimated BatchNorm must be better to be recommended."""
 
 
-def command(
+def align_networks(
     a: Annotated[
         str,
         typer.Argument(
@@ -275,7 +275,7 @@ def _example(shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Aligned:
+class AlignedPair:
     """A and the aligned B, in the coordinates in which they are compared.
 
     Arguments:
@@ -310,7 +310,7 @@ def _permuted(
     train: Split | None,
     device: torch.device,
     key: Key,
-) -> Aligned:
+) -> AlignedPair:
     """B with its units in A's order, in B's own file's form."""
     from companion import models
     from companion.cli.checkpoints import inside
@@ -344,7 +344,7 @@ def _permuted(
         file[name] = moved.contiguous().clone()
     outputs = {"largest_relative_difference": gap, "tolerance": spec.tolerance}
     about = _about(spec, spec, derived, found.summary(), outputs)
-    return Aligned(module, a, aligned, file, models.canonical(pair.name), found, about)
+    return AlignedPair(module, a, aligned, file, models.canonical(pair.name), found, about)
 
 
 def _show_matching(spec: Spec, found: Matching, derived: float, gap: float) -> None:
@@ -408,7 +408,7 @@ def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: in
 
 def _rotated(
     method: Method, pair: Opened, example: torch.Tensor, train: Split | None, at: torch.device
-) -> Aligned:
+) -> AlignedPair:
     """Both networks folded, and B's residual stream turned to A's; B's outputs stay as they are.
 
     Raises:
@@ -438,7 +438,7 @@ def _rotated(
     matching = found.summary() if found else {"method": method.name}
     about = _about(folding.spec, folding.units, derived, matching, outputs)
     file = {k: v.contiguous().clone() for k, v in moved.items()}
-    return Aligned(folding.module, here, moved, file, name, None, about)
+    return AlignedPair(folding.module, here, moved, file, name, None, about)
 
 
 def _show_rotation(found: Rotation | None, derived: float, gap: float) -> None:
@@ -466,7 +466,7 @@ def _show_rotation(found: Rotation | None, derived: float, gap: float) -> None:
 
 
 def _barriers(
-    pair: Opened, here: Aligned, how: Evaluation, max_error: float | None
+    pair: Opened, here: AlignedPair, how: Evaluation, max_error: float | None
 ) -> tuple[Barrier, Barrier]:
     """Before and after matching. If the aligned B is A, the second is a null control."""
     import torch
@@ -495,7 +495,7 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
         if str(gate) not in seen:
             say(f"  after: {gate}")
     rows = []
-    old, new = heights(before), heights(after)
+    old, new = all_heights(before), all_heights(after)
     for split in old:
         for metric, unit in UNITS.items():
             values = [x[split][metric][d] for d in ("mean", "linear") for x in (old, new)]
@@ -503,7 +503,7 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
             rows.append((f"{split} {metric}", *(number(v, metric) for v in (*ends, *values)), unit))
     say()
     columns = ["", ">A", ">B", ">above mean before", ">after", ">above line before", ">after", ""]
-    table(columns, rows, title="barrier" + mode_of(before.bn))
+    print_table(columns, rows, title="barrier" + mode_of(before.bn))
     say()
     say(f"before: {before}")
     say(f"after:  {after}")
@@ -526,7 +526,7 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
 
 
 def _merged(
-    pair: Opened, here: Aligned, how: Evaluation, *, alpha: float, form: str
+    pair: Opened, here: AlignedPair, how: Evaluation, *, alpha: float, form: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The network between A and the aligned B (``form`` of :data:`REPAIRS`), beside the two."""
     from companion.connectivity import Walker, has_batchnorm
@@ -555,7 +555,7 @@ def _merged(
             for n in ("A", "B", "merged")
         ]
         heads = [f">{s} {m}" for s in walker.splits for m in ("error (%)", "loss (nats)")]
-        table(["", *heads], rows, title=f"the network at α = {alpha:g}")
+        print_table(["", *heads], rows, title=f"the network at α = {alpha:g}")
     return {k: v.contiguous().clone() for k, v in theta.items()}, about
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from companion.connectivity.walk import Walker
 from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, one_of
-from companion.core.theta import Theta, check, flatten
+from companion.core.theta import Theta, check_theta, flatten
 from companion.data import Dataset, Split
 
 DEFINITIONS = ("mean", "linear")
@@ -181,7 +181,7 @@ def plane(
     walker = Walker(module, splits_of(data), bn=bn)
     names = walker.layout.parameters
     for theta, name in ((origin, "origin"), (a, "A"), (b, "B")):
-        check(walker.module, theta, name)
+        check_theta(walker.module, theta, name)
     o, u, v = (flatten(t, names).to(walker.device) for t in (origin, a, b))
     u, v = u - o, v - o
     ax = float(u.norm())

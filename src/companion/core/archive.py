@@ -38,13 +38,15 @@ class Moved:
     kept: int = 0
 
 
-def chosen(store: Store, kinds: Collection[str] = (), keys: Iterable[str] = ()) -> list[Entry]:
+def chosen_entries(
+    store: Store, kinds: Collection[str] = (), keys: Iterable[str] = ()
+) -> list[Entry]:
     """The entries of these kinds (none: all), or with these keys (prefixes; none: all)."""
     entries = [store.find(key) for key in keys] or list(store.entries())
     return [e for e in entries if not kinds or e.identity.get("kind") in kinds]
 
 
-def export(entries: Iterable[Entry], path: Path) -> Moved:
+def write_archive(entries: Iterable[Entry], path: Path) -> Moved:
     """Write entries to a new archive; it appears whole or not at all.
 
     Raises:
@@ -86,12 +88,12 @@ def export(entries: Iterable[Entry], path: Path) -> Moved:
     return Moved(count, files, size)
 
 
-def import_(path: Path, store: Store) -> Moved:
+def read_archive(path: Path, store: Store) -> Moved:
     """Add the entries of an archive to a store; files that are here already stay as they are.
 
     Raises:
         BadParameter: no such file.
-        CorruptEntry: not an archive of :func:`export`, or damaged; nothing was written.
+        CorruptEntry: not an archive of :func:`write_archive`, or damaged; nothing was written.
         StoreUnwritable: no space, or no permission; the files written so far are whole.
     """
     try:

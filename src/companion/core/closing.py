@@ -65,7 +65,7 @@ def device() -> str | None:
     return None if now is None else str(now.machine["device"])
 
 
-def origin() -> dict[str, Any]:
+def measured_on() -> dict[str, Any]:
     """Code, versions and hardware of the measurements; {} outside."""
     now = _now.get()
     return {} if now is None else {k: v for k, v in now.machine.items() if k != "device"}
@@ -78,7 +78,7 @@ def lacks(entries: Sequence[Entry]) -> None:
             now.lacking.setdefault(str(entry.identity.get("kind")), set()).add(entry.key)
 
 
-def check(entries: Sequence[Entry] = (), what: str = "a training") -> None:
+def refuse_work(entries: Sequence[Entry] = (), what: str = "a training") -> None:
     """Stop here if a recording is being closed and something would have to be computed.
 
     Arguments:

@@ -38,7 +38,7 @@ from companion.core.errors import BadParameter, CorruptEntry, StoreUnwritable
 _TEMPORARY = ".tmp-"
 
 
-def canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     """Canonical JSON: sorted keys, no spaces, ASCII, NaN refused. Equal values, equal text."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
@@ -47,7 +47,7 @@ def canonical(value: Any) -> str:
 
 def digest(value: Any) -> str:
     """SHA-256 (64 hex digits) of the canonical JSON of ``value``."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
@@ -109,7 +109,7 @@ class Entry:
 
         Whoever locks an entry is about to make it, which is refused while a recording is closed.
         """
-        closing.check([self], f"an entry of the kind {self.identity.get('kind')!r}")
+        closing.refuse_work([self], f"an entry of the kind {self.identity.get('kind')!r}")
         lock = FileLock(self.store.root / ".locks" / f"{self.key}.lock")
         try:
             Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from companion.data.dataset import (
     standardise,
     stratified_split,
 )
-from companion.data.registry import Entry, Report, catalogue, check, get, load
+from companion.data.registry import DatasetEntry, Report, catalogue, check_dataset, download, load
 from companion.data.sources import FileReport
 from companion.data.text import canonical_data
 
@@ -28,8 +28,8 @@ __all__ = [
     "Augmentation",
     "Augmenter",
     "Dataset",
+    "DatasetEntry",
     "Draws",
-    "Entry",
     "FileReport",
     "Report",
     "Split",
@@ -38,8 +38,8 @@ __all__ = [
     "canonical_data",
     "catalogue",
     "channel_statistics",
-    "check",
-    "get",
+    "check_dataset",
+    "download",
     "head_of",
     "load",
     "resolve_device",

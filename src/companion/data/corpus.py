@@ -130,7 +130,7 @@ class Survey:
     unknown: int
 
 
-def survey(text: Text) -> Survey:
+def count_text(text: Text) -> Survey:
     """Count a text. Words are what white space separates."""
     size = characters = words = lines = unknown = 0
     for piece in text.pieces():

@@ -1,4 +1,4 @@
-"""Datasets by name: load, list, download, check. Only :func:`get` downloads anything.
+"""Datasets by name: load, list, download, check. Only :func:`download` downloads anything.
 
 ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``cifar10-jpeg`` (lossy,
 labelled as such), ``images:PATH`` (``pictures.py``), texts (``text.py``), and with ``@split-a``
@@ -31,12 +31,13 @@ MOVE = "Set COMPANION_DATA to look in another data root."
 
 
 @dataclass(frozen=True)
-class Entry:
+class DatasetEntry:
     """A line of ``companion data list``. ``where`` None: embedded; classes, shape None: it depends.
 
     Of a text, classes are the size of its vocabulary (rounded up), and the shape is its window's.
 
-    ``present`` says that all files are there, not that they are right: :func:`check` reads them.
+    ``present`` says that all files are there, not that they are right:
+    :func:`check_dataset` reads them.
     """
 
     name: str
@@ -156,24 +157,24 @@ def _load(name: str, root: Path, device: str, stamp: str) -> Dataset:
     )
 
 
-def catalogue() -> list[Entry]:
+def catalogue() -> list[DatasetEntry]:
     """All datasets that have a name, whether they are there, and how to get them. Reads no data."""
     root = data_root()
-    images, texts = (
-        [
-            Entry(s.name, s.label, s.classes, s.shape, _where(s, root), not s.files(root)[1], s.how)
-            for s in sources
-        ]
-        for sources in (SOURCES.values(), map(text.text_source, text.TEXTS))
-    )
+
+    def entry(s: Source) -> DatasetEntry:
+        here = not s.files(root)[1]
+        return DatasetEntry(s.name, s.label, s.classes, s.shape, _where(s, root), here, s.how)
+
+    images = [entry(source) for source in SOURCES.values()]
+    texts = [entry(text.text_source(name)) for name in text.TEXTS]
     how = "class folders of pictures, or parquet in Hugging Face's image layout"
-    images.append(Entry("images:PATH", "your pictures", None, None, None, False, how))
+    images.append(DatasetEntry("images:PATH", "your pictures", None, None, None, False, how))
     how = "a text file, or a folder with train.txt and valid.txt (or parquet)"
-    texts.append(Entry("text:PATH", "your text", None, None, None, False, how))
+    texts.append(DatasetEntry("text:PATH", "your text", None, None, None, False, how))
     return [*images, *texts]
 
 
-def get(name: str) -> Path:
+def download(name: str) -> Path:
     """Download a dataset into the data root, unless it is there; then check it.
 
     Images come with torchvision, texts with Hugging Face's ``datasets`` (if it is installed).
@@ -195,7 +196,7 @@ def get(name: str) -> Path:
         (_from_torchvision if source.torchvision else _from_hub)(source, root)
         source = _asked(name)[2]
         where = _where(source, root) or where
-    report = check(name)
+    report = check_dataset(name)
     if report.missing and source.torchvision:
         raise CorruptData(
             f"{source.label}: torchvision downloaded it, but {', '.join(report.missing)} is not in "
@@ -252,7 +253,7 @@ def _from_hub(source: Source, root: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def check(name: str) -> Report:
+def check_dataset(name: str) -> Report:
     """Read a dataset, compare checksums, and say what it holds.
 
     Raises:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from companion.core.errors import BadParameter, CorruptData, MissingData
 from companion.core.locations import runs_root
-from companion.data.corpus import Survey, Text, survey, utf8
+from companion.data.corpus import Survey, Text, count_text, utf8
 from companion.data.sources import cached_array, stored_array
 
 TOKENIZERS = ("bpe", "gpt2", "bytes")
@@ -129,7 +129,7 @@ def _byte_level(model: Any) -> Any:
     return inner
 
 
-def trained(text: Text, vocabulary: int) -> Tokenizer:
+def train_bpe(text: Text, vocabulary: int) -> Tokenizer:
     """A byte-level BPE trained on ``text``: the 256 bytes, then the most frequent merges.
 
     Arguments:
@@ -207,17 +207,17 @@ def gpt2(root: Path) -> Tokenizer:
 
 
 def cached_survey(text: Text, sha256: str) -> Survey:
-    """:func:`companion.data.corpus.survey`, made once."""
-    counts = _cached(sha256, "counts-v1", lambda: np.array(astuple(survey(text)), dtype="<i8"))
+    """:func:`companion.data.corpus.count_text`, made once."""
+    counts = _cached(sha256, "counts-v1", lambda: np.array(astuple(count_text(text)), dtype="<i8"))
     return Survey(*counts.tolist())
 
 
 def cached_trained(text: Text, sha256: str, vocabulary: int) -> Tokenizer:
-    """:func:`trained`, once per text, vocabulary and version of ``tokenizers``."""
+    """:func:`train_bpe`, once per text, vocabulary and version of ``tokenizers``."""
     import tokenizers
 
     def make() -> NDArray[Any]:
-        return np.frombuffer(trained(text, vocabulary).definition.encode(), dtype=np.uint8)
+        return np.frombuffer(train_bpe(text, vocabulary).definition.encode(), dtype=np.uint8)
 
     name = f"bpe-{vocabulary}-tokenizers-{tokenizers.__version__}"
     definition = _cached(sha256, name, make).tobytes().decode()

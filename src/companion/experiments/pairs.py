@@ -99,7 +99,7 @@ class Evaluation:
 
     def points_of(self, net: str) -> int:
         """Networks on a line, all BatchNorm modes of a network called ``net`` counted."""
-        return self.points * (len(BN_MODES) if models.has_batchnorm(net) else 1)
+        return self.points * (len(BN_MODES) if models.may_have_batchnorm(net) else 1)
 
     def identity(self, net: str) -> dict[str, Any]:
         """Everything that determines the numbers of a network called ``net``, for the store."""
@@ -120,7 +120,7 @@ def averaging(net: str, bn_examples: int | None) -> dict[str, Any]:
         net: of a recipe.
         bn_examples: as :class:`Evaluation` has it.
     """
-    return {"bn_examples": bn_examples} if models.has_batchnorm(net) else {}
+    return {"bn_examples": bn_examples} if models.may_have_batchnorm(net) else {}
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _missing(pair: Pair, evaluation: Evaluation, device: str) -> PairResult:
     alphas = tuple(b for _, b in grid(evaluation.points))
     unknown = dict.fromkeys(("loss", "error"), (math.nan,) * len(alphas))
     sizes = {name: len(split) for name, split in splits.items()}
-    mode = evaluation.bn if models.has_batchnorm(pair.a.recipe.net) else "none"
+    mode = evaluation.bn if models.may_have_batchnorm(pair.a.recipe.net) else "none"
     curve = Curve(alphas, dict.fromkeys(splits, unknown), mode, sizes)
     # Gate G0 comes first, where it is asked again under other bounds.
     gates = (Gate("G0 quality", False, closing.WHY), _MISSING)

@@ -277,7 +277,7 @@ def _stream(
     start = 0
     parts = -(-len(split) // size)
     for x, y in zip(split.x.tensor_split(parts), split.y.tensor_split(parts), strict=True):
-        deadline.check()
+        deadline.stop_if_passed()
         (of_a, out_a), (of_b, out_b) = (taps.use(theta).run(x) for theta in (first, second))
         ends = {name: (_vectors(of_a[name], per), _vectors(of_b[name], per)) for name in tables}
         bands = {name: t[:, start : start + len(x) * each] for name, t in tables.items()}

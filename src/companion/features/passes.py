@@ -13,7 +13,7 @@ from companion.connectivity import Score, has_batchnorm
 from companion.connectivity.batches import default_batch, fitting
 from companion.core import deadline
 from companion.core.errors import BadParameter
-from companion.core.theta import Theta, check
+from companion.core.theta import Theta, check_theta
 from companion.features.taps import Examples, Site, Taps
 
 
@@ -24,10 +24,10 @@ def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -
         networks: what messages call it (``A``) -> state dict.
 
     Raises:
-        BadParameter: see :func:`companion.core.theta.check`; or there is no data.
+        BadParameter: see :func:`companion.core.theta.check_theta`; or there is no data.
     """
     for name, theta in networks.items():
-        check(module, theta, name)
+        check_theta(module, theta, name)
     if not len(split):
         raise BadParameter("split: there is no data to measure features on.")
 
@@ -84,7 +84,7 @@ def batches(
         each = 2 * 4 * sum(math.prod(s.shape) for s in found if not s.same)
         batch = fitting(default_batch(module, device, "none"), each, device, 1 << 28)
     for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
-        deadline.check()
+        deadline.stop_if_passed()
         yield x, y
 
 

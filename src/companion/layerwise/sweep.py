@@ -15,7 +15,7 @@ from companion.connectivity.barrier import gated
 from companion.connectivity.paths import splits_of
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
-from companion.core.theta import Layout, Theta, check, distance
+from companion.core.theta import Layout, Theta, check_theta, distance
 from companion.data import Dataset, Split
 from companion.layerwise.groups import Groups, layer_groups, matching
 from companion.layerwise.values import LayerBarriers, Row, Sweep
@@ -79,7 +79,7 @@ def sweep(
     )
     walker.chosen = batch is not None
     for theta, name in ((a, "A"), (b, "B")):
-        check(walker.module, theta, name)
+        check_theta(walker.module, theta, name)
     example = next(iter(splits.values())).x[:_EXAMPLES]
     groups = layer_groups(walker.module, settings.by, example)
     sets = list(_sets(groups, settings))

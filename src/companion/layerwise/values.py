@@ -103,7 +103,7 @@ class Sweep:
 
         ``bn_examples`` counts for networks with BatchNorm only: the store's entry adds it.
         """
-        return {k: v for k, v in codec.changed(self).items() if k != "bn_examples"}
+        return {k: v for k, v in codec.changed_fields(self).items() if k != "bn_examples"}
 
 
 @dataclass(frozen=True)

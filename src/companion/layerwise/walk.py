@@ -17,7 +17,7 @@ from companion.connectivity import Measure, Walker
 from companion.connectivity.batches import room
 from companion.core import deadline
 from companion.core.errors import OutOfTime
-from companion.core.theta import Theta, affine, check
+from companion.core.theta import Theta, affine, check_theta
 from companion.layerwise.replay import Replay, Tape
 
 Weights: TypeAlias = tuple[float, float]
@@ -71,7 +71,7 @@ class LayerWalker(Walker):
             anew at every point, a network that keeps state outside its outputs, or not ``fast``.
         """
         for theta, name in ((a, "A"), (b, "B")):
-            check(self.module, theta, name)
+            check_theta(self.module, theta, name)
         # Tied tensors under their first name only, or the second would undo what the first moved.
         own = self.layout.floating + self.layout.integers
         # Copies: BatchNorm in train mode writes into its buffers.
@@ -200,7 +200,7 @@ class _Replayed:
                     path = self.paths[number]
                     if path.rest != rest:
                         continue
-                    deadline.check()
+                    deadline.stop_if_passed()
                     tape, cut = tapes[rest], tapes[rest].cut(path.names) if weights[1] else math.inf
                     if mixture is not None and self.mixed:
                         further = mixture.cut(self.still[number])

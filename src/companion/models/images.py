@@ -14,12 +14,12 @@ from companion.models.layers import LAYER_NORM_EPS, NormMaker, PadShortcut, norm
 from companion.models.options import (
     GROUPS,
     INIT,
-    Family,
+    NetworkFamily,
     Shape,
     choice,
-    count,
     hidden,
     norm,
+    whole_number,
     widths,
 )
 
@@ -223,13 +223,13 @@ def _resnet_6n2(in_shape: Shape, classes: int, *, norm: str, **options: Any) -> 
     return resnet(in_shape, classes, stages=3, bias=norm == "none", norm=norm, **options)
 
 
-def family_6n2(depth: int) -> Family:
+def family_6n2(depth: int) -> NetworkFamily:
     """The family "resnet<depth>"; ``depth`` must be 6n+2."""
     doubling = "where channels double (A: subsample and pad with zeros)"
-    return Family(
+    return NetworkFamily(
         f"CIFAR ResNet of He et al. 2016, depth {depth} = 6n+2 with n = {(depth - 2) // 6}",
         {
-            "width": count(16, CHANNELS),
+            "width": whole_number(16, CHANNELS),
             "norm": norm("batch"),
             "groups": GROUPS,
             "shortcut": choice("conv", doubling, SHORTCUTS),
@@ -243,28 +243,28 @@ def family_6n2(depth: int) -> Family:
 _NORM = norm("none", ("none", "batch", "layer"))
 
 FAMILIES = {
-    "mlp": Family(
+    "mlp": NetworkFamily(
         "fully connected ReLU network; 512x3 is Git Re-Basin's",
         {"widths": widths("512x3"), "norm": _NORM, "init": INIT},
         mlp,
     ),
-    "lenet-300-100": Family(
+    "lenet-300-100": NetworkFamily(
         "LeNet-300-100 of Frankle et al. 2020: fully connected, 300 then 100 units",
         {"norm": _NORM, "init": INIT},
         partial(mlp, widths=(300, 100)),
     ),
     **{f"resnet{d}": family_6n2(d) for d in (8, 14, 20, 32, 44, 56, 110)},
-    "resnet18": Family(
+    "resnet18": NetworkFamily(
         "ResNet-18 with a CIFAR stem, without norms unless asked (layer-wise LMC)",
-        {"width": count(64, CHANNELS), "norm": norm("none"), "groups": GROUPS, "init": INIT},
+        {"width": whole_number(64, CHANNELS), "norm": norm("none"), "groups": GROUPS, "init": INIT},
         partial(resnet, stages=4, blocks=2, bias=False),
         smallest=8,
     ),
     **{
-        f"vgg{depth}": Family(
+        f"vgg{depth}": NetworkFamily(
             f"VGG-{depth} with one linear layer after global pooling",
             {
-                "width": count(64, CHANNELS),
+                "width": whole_number(64, CHANNELS),
                 "norm": norm("batch"),
                 "groups": GROUPS,
                 "head": hidden("units of hidden fully connected layers before the classifier"),

@@ -52,7 +52,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Family:
+class NetworkFamily:
     """Networks that differ only in options (and, for ResNets and VGGs, in depth).
 
     ``make(in_shape, classes, **values)`` constructs the module without the ``init`` option, which
@@ -101,7 +101,7 @@ def _show_widths(widths: tuple[int, ...]) -> str:
     return "-".join(f"{width}x{n}" if n > 1 else str(width) for width, n in runs)
 
 
-def count(default: int, meaning: str) -> Option:
+def whole_number(default: int, meaning: str) -> Option:
     """A whole number from 1."""
     return Option(str(default), meaning, "a whole number from 1 to 9999999", _positive)
 

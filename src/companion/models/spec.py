@@ -18,9 +18,9 @@ from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
 from companion.models import gpt, images, own
 from companion.models.layers import initialise
-from companion.models.options import Family, Shape, Value, check_together
+from companion.models.options import NetworkFamily, Shape, Value, check_together
 
-FAMILIES: Mapping[str, Family] = {**images.FAMILIES, **gpt.FAMILIES}
+FAMILIES: Mapping[str, NetworkFamily] = {**images.FAMILIES, **gpt.FAMILIES}
 
 
 class Listed(NamedTuple):
@@ -34,12 +34,12 @@ class Listed(NamedTuple):
 @dataclass(frozen=True)
 class _Parsed:
     name: str
-    family: Family | None  # None: a factory of the user's own
+    family: NetworkFamily | None  # None: a factory of the user's own
     values: Mapping[str, Any]
     options: dict[str, str]  # canonical spelling of what differs from the default
 
 
-def _family(spec: str, name: str) -> Family:
+def _family(spec: str, name: str) -> NetworkFamily:
     """The family called ``name``; ResNets of every depth exist without being listed."""
     if name in FAMILIES:
         return FAMILIES[name]
@@ -208,7 +208,7 @@ def has_dropout(spec: str) -> bool:
     return parsed.family is not None and parsed.values.get("dropout", 0) > 0
 
 
-def has_batchnorm(spec: str) -> bool:
+def may_have_batchnorm(spec: str) -> bool:
     """Whether a network may keep running statistics; True for the user's own, which is not built.
 
     By its name; of what is built, :func:`companion.connectivity.has_batchnorm`.
@@ -219,7 +219,7 @@ def has_batchnorm(spec: str) -> bool:
     return parsed.family is None or parsed.values.get("norm") == "batch"
 
 
-def _check_data(spec: str, family: Family | None, in_shape: Any, classes: Any) -> Shape:
+def _check_data(spec: str, family: NetworkFamily | None, in_shape: Any, classes: Any) -> Shape:
     try:
         shape = tuple(index(n) for n in in_shape)
     except TypeError:

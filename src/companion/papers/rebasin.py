@@ -124,7 +124,7 @@ class Setting:
         main = self.main
         hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
         name = self.net.replace("{width}", str(self.width))
-        if models.has_batchnorm(main.net):
+        if models.may_have_batchnorm(main.net):
             name += f", BatchNorm {self.evaluation.bn}"
         return (
             f"{self.images.label}, {name}, {main.optimizer} {main.lr:g}, T = {main.steps}, "
@@ -139,7 +139,7 @@ class Setting:
     def words(self) -> dict[str, float | str]:
         """What captions and prose say of the whole page."""
         mode = self.evaluation.bn
-        normed = f", BatchNorm {mode}" if models.has_batchnorm(self.main.net) else ""
+        normed = f", BatchNorm {mode}" if models.may_have_batchnorm(self.main.net) else ""
         return {
             "data": self.images.label,
             "network": self.named(self.width) + normed,
@@ -244,7 +244,7 @@ def setting(
     base = replace(base, warmup=min(base.warmup, (steps or base.steps) // 10))
     base = replace(base, **{k: v for k, v in given.items() if v is not None})
     width = width or 512
-    if models.has_batchnorm(net.replace("{width}", str(width))):
+    if models.may_have_batchnorm(net.replace("{width}", str(width))):
         bn = bn or "reestimate"
     examples = train_examples or (500 if dataset == "digits" else 10_000)
     evaluation = Evaluation(points, bn or "interpolate", examples, test_examples)
@@ -629,7 +629,7 @@ def early(study: Study) -> dict[int, Interval]:
 
 
 def _resnet(study: Study, *, batchnorm: bool) -> Statistic:
-    has = models.has_batchnorm(study.main.net)
+    has = models.may_have_batchnorm(study.main.net)
     here = study.net.startswith("resnet20") and 64 in study.widths
     named = (here, "the claim is about ResNet-20, width 64")
     norm = (has == batchnorm, "no BatchNorm" if batchnorm else "no LayerNorm")
@@ -800,7 +800,7 @@ def r33(study: Study) -> Statistic:
         for r in study.by_width[study.widths[0]]["weights"]
         if r.valid and lifted(r) > 0.05
     ]
-    free = not models.has_batchnorm(study.main.net) or study.evaluation.bn == "interpolate"
+    free = not models.may_have_batchnorm(study.main.net) or study.evaluation.bn == "interpolate"
     why = "BatchNorm's statistics are re-estimated on the line, which is REPAIR's own correction"
     return statistic(
         over_pairs(found),
@@ -1019,7 +1019,7 @@ def show_width(study: Study) -> None:
         "as they are, test": ("naive", {}),
         "weight matching, test": ("weights", {}),
     }
-    if models.has_batchnorm(study.main.net) and study.evaluation.bn != "interpolate":
+    if models.may_have_batchnorm(study.main.net) and study.evaluation.bn != "interpolate":
         rows["weight matching, statistics interpolated, test"] = ("weights", {"bn": "interpolate"})
     _sweep(study.by_width, "rebasin-width", "width", rows)
 

@@ -152,7 +152,7 @@ def _clock() -> Callable[[int], bool]:
         nonlocal last, cost, saved
         now = time.monotonic()
         if saved:
-            deadline.check()
+            deadline.stop_if_passed()
             last, cost, saved = now, now - last, False
         if now - last < RESUME_EVERY_S * max(1.0, cost) and not deadline.passed():
             return False
@@ -238,7 +238,7 @@ def _engine(
     What a caller asks for by name it gets, or an error. What :func:`companion.training.using` asks
     for is meant for many networks, and one of them may need a simpler engine.
     """
-    wish = engines.current()
+    wish = engines.asked_for()
     if asked != "auto" or wish == "auto":
         return replicas.choose(module, where, asked, data)
     wish = engines.working(recipe, wish)
@@ -410,7 +410,7 @@ def train(
             if _missing(entry_of(job.run, data, where, store), job):
                 todo.append(job)
         if todo:
-            closing.check()
+            closing.refuse_work()
         todo.sort(key=lambda j: j.run.first_step - max((*j.weights, *j.states), default=0))
         gpu = _on_gpu(torch.device(where))
         chunks = _chunks(todo, where, at_once) if gpu else [[job] for job in todo]
@@ -440,7 +440,7 @@ def _load(
     run: Run, step: int, job: Job, kinds: tuple[int, ...], store: Store | None, device: str
 ) -> State:
     # What is made of weights is a measurement too, and would be of this machine.
-    closing.check(what="a checkpoint")
+    closing.refuse_work(what="a checkpoint")
     store, where = store or Store(), datasets.resolve_device(device)
     entry = entry_of(run, datasets.load(run.recipe.data, where), where, store)
     for _ in range(3):

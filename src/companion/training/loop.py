@@ -285,7 +285,7 @@ def advance(
         BadParameter: a state whose two names of a tied tensor hold different values.
         Diverged: the loss is not finite. Nothing of the broken state was handed to ``save``.
     """
-    closing.check()
+    closing.refuse_work()
     recipe, device = run.recipe, data.train.x.device
     module = module if module is not None else build(run, data, device)
     check_ties(state.theta, layout(module).ties, f"{run.recipe.net} at step {state.step}")

@@ -130,7 +130,7 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The fields that differ from their defaults, so a new field keeps old hashes."""
-        return codec.changed(self)
+        return codec.changed_fields(self)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step ``step`` (0-based). Closed form, so a fork needs no replay."""

@@ -244,7 +244,7 @@ def advance_many(
         Diverged: a loss is not finite; the first such run is named. Nothing of a broken state was
             handed to ``save``, of any run.
     """
-    closing.check()
+    closing.refuse_work()
     if not runs or len(runs) != len(states):
         raise BadParameter(f"advance_many: {len(runs)} runs and {len(states)} states.")
     if len({run.recipe for run in runs}) > 1:

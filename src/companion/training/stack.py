@@ -50,7 +50,7 @@ class Place:
         return part.view(*part.shape[:-1], *self.shape)
 
 
-def places(module: nn.Module, channels_last: bool) -> tuple[tuple[Place, ...], int]:
+def row_places(module: nn.Module, channels_last: bool) -> tuple[tuple[Place, ...], int]:
     """Where each trainable tensor lies in a row, in ``torch.optim``'s order, and P."""
     linear = {
         f"{prefix}.{name}" if prefix else name
@@ -95,7 +95,7 @@ class Stack:
         self.names = [k for k, v in module.state_dict().items() if isinstance(v, Tensor)]
         example = next(module.parameters())
         self.device, dtype = example.device, example.dtype
-        self.places, size = places(module, self.device.type == "cuda")
+        self.places, size = row_places(module, self.device.type == "cuda")
         # A BatchNorm with a fixed momentum never reads how many batches it saw: we count on the
         # host, and save a kernel a layer and step.
         self.counters = {
