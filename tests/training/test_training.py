@@ -16,7 +16,7 @@ from torch import Tensor
 
 from companion import data
 from companion.core.errors import BadParameter, CorruptEntry, Diverged
-from companion.core.runs import Store, canonical
+from companion.core.runs import Store, canonical_json
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
 from companion.data import Augmentation, Augmenter
@@ -271,7 +271,7 @@ def test_a_new_field_with_a_default_keeps_old_names() -> None:
     assert NextYear(**values).identity() == old.identity()
     assert NextYear(**values, clip=1.0).identity() == {**old.identity(), "clip": 1.0}
     a, b = (Run(r).identity("f", "cpu") for r in (NextYear(**values), old))
-    assert canonical(a) == canonical(b)
+    assert canonical_json(a) == canonical_json(b)
 
 
 def test_identity_is_pinned() -> None:
@@ -322,14 +322,14 @@ def test_everything_that_changes_the_bits_changes_the_identity() -> None:
             for s in ("continue", "restart")
         ),
     ]
-    names = {canonical(r.identity("f", "cpu")) for r in runs}
-    names |= {canonical(base.identity("g", "cpu")), canonical(base.identity("f", "cuda"))}
+    names = {canonical_json(r.identity("f", "cpu")) for r in runs}
+    names |= {canonical_json(base.identity("g", "cpu")), canonical_json(base.identity("f", "cuda"))}
     assert len(names) == len(runs) + 2
 
 
 def test_without_augmentation_its_label_does_not_count() -> None:
     a, b = Run(recipe(), augment=1), Run(recipe(), augment=2)
-    assert canonical(a.identity("f", "cpu")) == canonical(b.identity("f", "cpu"))
+    assert canonical_json(a.identity("f", "cpu")) == canonical_json(b.identity("f", "cpu"))
 
 
 # ---- schedules
@@ -1000,7 +1000,7 @@ def test_bf16_keeps_float32_weights() -> None:
     exact = advance(plain, start(plain), 40, DIGITS)
     assert not same(found.theta, exact.theta), "autocast did nothing"
     assert float((found.trace - exact.trace).abs().max()) < 0.1
-    assert canonical(run.identity("f", "cpu")) != canonical(plain.identity("f", "cpu"))
+    assert canonical_json(run.identity("f", "cpu")) != canonical_json(plain.identity("f", "cpu"))
 
 
 def test_optimisers_are_made_from_the_recipe() -> None:
