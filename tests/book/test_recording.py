@@ -561,7 +561,7 @@ shown.append(drawn)
 verdicts = [judge("C01", 1.0), judge("C02", missing())]
 others = [missing(), 1]
 """
-    namespace = {"shown": [], "missing": closing.check, "judge": claims.judge}
+    namespace = {"shown": [], "missing": closing.refuse_work, "judge": claims.judge}
     failed = []
     with closing.closed({"device": "cpu"}):
         partly.execute(

@@ -135,7 +135,7 @@ def test_paths_with_an_at_sign_keep_their_meaning(pets):
 
 def test_a_text_has_no_parts(tmp_path):
     for name in ("pydoc@split-a", "pydoc?vocab=600@random-50-0"):
-        for ask in (data.load, data.check):
+        for ask in (data.load, data.check_dataset):
             with pytest.raises(BadParameter, match="drawn by classes of images; a text has none"):
                 ask(name)
     path = tmp_path / "a@b.txt"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from companion.cli.console import print_table, say, size
-
-if TYPE_CHECKING:
-    from companion.data.registry import Report
 
 app = typer.Typer(no_args_is_help=True, help="Datasets: list, download, check.")
 
@@ -66,39 +63,27 @@ def say_what_it_holds(name: Name) -> None:
             say(text)
         raise typer.Exit(1)
     say(f"{report.label}" + (f" in {report.where}" if report.where else " (embedded)"))
-    _say_tokens(report) if report.text else _say_images(report)
+    facts = report.text
+    if facts:
+        say(f"tokenizer: {facts.tokenizer}, {facts.vocabulary:,} tokens in its vocabulary")
+    for split in ("train", "test"):
+        n, *shape = getattr(report, f"{split}_shape")
+        if facts:
+            of = getattr(facts, split)
+            say(
+                f"{split}: {n:,} windows of {shape[0]} tokens; {of.tokens:,} tokens, {of.bytes:,} "
+                f"bytes, {of.words:,} words; {of.bytes_per_token:.2f} bytes per token"
+            )
+        else:
+            counts = getattr(report, f"{split}_counts")
+            say(
+                f"{split}: {n:,} images of {'×'.join(map(str, shape))}, "
+                f"{min(counts):,} to {max(counts):,} in each of {len(counts)} classes"
+            )
+    if facts:
+        say(f"evaluated on {facts.evaluated_on}")
     for file in report.files:
         say(f"{file.path.name}: {size(file.size)}, checksum {file.checksum}")
     for text in report.notes:
         say(text)
     say(f"fingerprint {report.fingerprint}")
-
-
-def _say_images(report: Report) -> None:
-    for split, shape, counts in (
-        ("train", report.train_shape, report.train_counts),
-        ("test", report.test_shape, report.test_counts),
-    ):
-        assert shape is not None
-        n, *image = shape
-        say(
-            f"{split}: {n:,} images of {'×'.join(map(str, image))}, "
-            f"{min(counts):,} to {max(counts):,} in each of {len(counts)} classes"
-        )
-
-
-def _say_tokens(report: Report) -> None:
-    facts = report.text
-    assert facts is not None
-    say(f"tokenizer: {facts.tokenizer}, {facts.vocabulary:,} tokens in its vocabulary")
-    for split, shape, counts in (
-        ("train", report.train_shape, facts.train),
-        ("test", report.test_shape, facts.test),
-    ):
-        assert shape is not None
-        say(
-            f"{split}: {shape[0]:,} windows of {shape[1]} tokens; {counts.tokens:,} tokens, "
-            f"{counts.bytes:,} bytes, {counts.words:,} words; "
-            f"{counts.bytes_per_token:.2f} bytes per token"
-        )
-    say(f"evaluated on {facts.evaluated_on}")

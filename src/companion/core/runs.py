@@ -231,16 +231,15 @@ class Entry:
         """The problems of this entry, one line each; empty if every byte is as it was written."""
         problems = []
         try:
-            names = list(self.files())
+            for name in list(self.files()):
+                try:
+                    self._read(name)
+                except KeyError:
+                    pass  # taken out while we read
+                except CorruptEntry as e:
+                    problems.append(str(e))
         except CorruptEntry as e:
             return [str(e)]
-        for name in names:
-            try:
-                self._read(name)
-            except CorruptEntry as e:
-                problems.append(str(e))
-            except KeyError:
-                pass  # taken out while we read
         try:
             written = json.loads((self.path / "identity.json").read_bytes())
             if digest(written) != self.key:

@@ -8,7 +8,7 @@ behind any images a part of them (``parts.py``). Source: our chapter 1 ("The dat
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from uuid import uuid4
@@ -50,9 +50,9 @@ class DatasetEntry:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What ``companion data check`` found. If not present, only the first fields and ``how`` say
-    something; a checksum that is wrong is not reported but raised.
+class Report(DatasetEntry):
+    """What ``companion data check`` found. If not present, only ``missing`` and ``notes`` are added
+    to the entry; a checksum that is wrong is not reported but raised.
 
     Arguments:
         missing: names of the files that are not there.
@@ -64,11 +64,6 @@ class Report:
         text: how a text was tokenised; None for images.
     """
 
-    name: str
-    label: str
-    where: Path | None
-    present: bool
-    how: str
     missing: tuple[str, ...] = ()
     files: tuple[FileReport, ...] = ()
     fingerprint: str | None = None
@@ -161,17 +156,18 @@ def catalogue() -> list[DatasetEntry]:
     """All datasets that have a name, whether they are there, and how to get them. Reads no data."""
     root = data_root()
 
-    def entry(s: Source) -> DatasetEntry:
-        here = not s.files(root)[1]
-        return DatasetEntry(s.name, s.label, s.classes, s.shape, _where(s, root), here, s.how)
-
-    images = [entry(source) for source in SOURCES.values()]
-    texts = [entry(text.text_source(name)) for name in text.TEXTS]
+    images = [_entry(source, root) for source in SOURCES.values()]
+    texts = [_entry(text.text_source(name), root) for name in text.TEXTS]
     how = "class folders of pictures, or parquet in Hugging Face's image layout"
     images.append(DatasetEntry("images:PATH", "your pictures", None, None, None, False, how))
     how = "a text file, or a folder with train.txt and valid.txt (or parquet)"
     texts.append(DatasetEntry("text:PATH", "your text", None, None, None, False, how))
     return [*images, *texts]
+
+
+def _entry(s: Source, root: Path, present: bool | None = None) -> DatasetEntry:
+    here = not s.files(root)[1] if present is None else present
+    return DatasetEntry(s.name, s.label, s.classes, s.shape, _where(s, root), here, s.how)
 
 
 def download(name: str) -> Path:
@@ -263,22 +259,21 @@ def check_dataset(name: str) -> Report:
     """
     _, part, source = _asked(name)
     root = data_root()
-    where = _where(source, root)
     label = source.label if part is None else f"{source.label}, {part.label}"
+    entry = asdict(_entry(source, root, False)) | {"name": name, "label": label}
     try:
         missing = tuple(source.files(root)[1])
     except MissingData as error:
         if source.kind != "text":
             raise
-        missing = ("its files, or those of its tokeniser",)  # the note says which
-        return Report(name, label, where, False, source.how, missing, notes=(str(error),))
+        which = ("its files, or those of its tokeniser",)  # the note says which
+        return Report(**entry, missing=which, notes=(str(error),))
     if missing:
         hint = source.hint(root)
-        notes = (hint,) if hint else ()
-        return Report(name, label, where, False, source.how, missing, notes=notes)
+        return Report(**entry, missing=missing, notes=(hint,) if hint else ())
     raw = source.read(root)
-    name = name if part else source.name
-    found = Report(name, label, where, True, source.how, files=raw.files, notes=raw.notes)
+    entry |= {"present": True, "name": name if part else source.name}
+    found = Report(**entry, files=raw.files, notes=raw.notes)
     if isinstance(raw, RawText):
         train, test = (((len(s) - 1) // raw.window, raw.window) for s in (raw.train, raw.test))
         of, facts = raw.fingerprint, raw.facts

@@ -10,18 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from companion.models import options
 from companion.models.layers import LAYER_NORM_EPS, NormMaker, PadShortcut, norm_maker
-from companion.models.options import (
-    GROUPS,
-    INIT,
-    NetworkFamily,
-    Shape,
-    choice,
-    hidden,
-    norm,
-    whole_number,
-    widths,
-)
+from companion.models.options import NetworkFamily, Shape
 
 SHORTCUTS = ("conv", "conv3x3", "A")
 MAX_DEPTH = 1202  # He et al.'s deepest
@@ -219,8 +210,8 @@ def vgg(
     return nn.Sequential(net)
 
 
-def _resnet_6n2(in_shape: Shape, classes: int, *, norm: str, **options: Any) -> nn.Sequential:
-    return resnet(in_shape, classes, stages=3, bias=norm == "none", norm=norm, **options)
+def _resnet_6n2(in_shape: Shape, classes: int, *, norm: str, **others: Any) -> nn.Sequential:
+    return resnet(in_shape, classes, stages=3, bias=norm == "none", norm=norm, **others)
 
 
 def family_6n2(depth: int) -> NetworkFamily:
@@ -229,34 +220,39 @@ def family_6n2(depth: int) -> NetworkFamily:
     return NetworkFamily(
         f"CIFAR ResNet of He et al. 2016, depth {depth} = 6n+2 with n = {(depth - 2) // 6}",
         {
-            "width": whole_number(16, CHANNELS),
-            "norm": norm("batch"),
-            "groups": GROUPS,
-            "shortcut": choice("conv", doubling, SHORTCUTS),
-            "init": INIT,
+            "width": options.whole_number(16, CHANNELS),
+            "norm": options.norm("batch"),
+            "groups": options.GROUPS,
+            "shortcut": options.choice("conv", doubling, SHORTCUTS),
+            "init": options.INIT,
         },
         partial(_resnet_6n2, blocks=(depth - 2) // 6),
         smallest=4,
     )
 
 
-_NORM = norm("none", ("none", "batch", "layer"))
+_NORM = options.norm("none", ("none", "batch", "layer"))
 
 FAMILIES = {
     "mlp": NetworkFamily(
         "fully connected ReLU network; 512x3 is Git Re-Basin's",
-        {"widths": widths("512x3"), "norm": _NORM, "init": INIT},
+        {"widths": options.widths("512x3"), "norm": _NORM, "init": options.INIT},
         mlp,
     ),
     "lenet-300-100": NetworkFamily(
         "LeNet-300-100 of Frankle et al. 2020: fully connected, 300 then 100 units",
-        {"norm": _NORM, "init": INIT},
+        {"norm": _NORM, "init": options.INIT},
         partial(mlp, widths=(300, 100)),
     ),
     **{f"resnet{d}": family_6n2(d) for d in (8, 14, 20, 32, 44, 56, 110)},
     "resnet18": NetworkFamily(
         "ResNet-18 with a CIFAR stem, without norms unless asked (layer-wise LMC)",
-        {"width": whole_number(64, CHANNELS), "norm": norm("none"), "groups": GROUPS, "init": INIT},
+        {
+            "width": options.whole_number(64, CHANNELS),
+            "norm": options.norm("none"),
+            "groups": options.GROUPS,
+            "init": options.INIT,
+        },
         partial(resnet, stages=4, blocks=2, bias=False),
         smallest=8,
     ),
@@ -264,11 +260,13 @@ FAMILIES = {
         f"vgg{depth}": NetworkFamily(
             f"VGG-{depth} with one linear layer after global pooling",
             {
-                "width": whole_number(64, CHANNELS),
-                "norm": norm("batch"),
-                "groups": GROUPS,
-                "head": hidden("units of hidden fully connected layers before the classifier"),
-                "init": INIT,
+                "width": options.whole_number(64, CHANNELS),
+                "norm": options.norm("batch"),
+                "groups": options.GROUPS,
+                "head": options.hidden(
+                    "units of hidden fully connected layers before the classifier"
+                ),
+                "init": options.INIT,
             },
             partial(vgg, depth=depth),
             smallest=8,

@@ -191,7 +191,7 @@ def names() -> list[Listed]:
 def takes(spec: str) -> str | None:
     """What a network maps to logits: ``images`` or ``tokens``; None where only its author knows.
 
-    Raises: :class:`BadParameter` as :func:`canonical` does.
+    Raises as :func:`canonical`.
     """
     family = _parse(spec).family
     return family.takes if family else None
@@ -200,9 +200,8 @@ def takes(spec: str) -> str | None:
 def has_dropout(spec: str) -> bool:
     """Whether a network of ours draws random numbers while it trains. False for the user's own.
 
-    By its name, before it is built; of what is built, :func:`companion.models.first_dropout`.
-
-    Raises: :class:`BadParameter` as :func:`canonical` does.
+    By its name; of what is built, :func:`companion.models.first_dropout`. Raises as
+    :func:`canonical`.
     """
     parsed = _parse(spec)
     return parsed.family is not None and parsed.values.get("dropout", 0) > 0
@@ -211,9 +210,8 @@ def has_dropout(spec: str) -> bool:
 def may_have_batchnorm(spec: str) -> bool:
     """Whether a network may keep running statistics; True for the user's own, which is not built.
 
-    By its name; of what is built, :func:`companion.connectivity.has_batchnorm`.
-
-    Raises: :class:`BadParameter` as :func:`canonical` does.
+    By its name; of what is built, :func:`companion.connectivity.has_batchnorm`. Raises as
+    :func:`canonical`.
     """
     parsed = _parse(spec)
     return parsed.family is None or parsed.values.get("norm") == "batch"

@@ -124,10 +124,6 @@ class _Work:
             self.entry.write_tensors(weights_name, reached.tensors(full=False))
 
 
-_Groups = dict[tuple[int, int, int, int], list[_Work]]
-"""(step, length of the trace, last step, width so far) -> runs that can be trained together."""
-
-
 def _begin(job: Job, data: Dataset, where: torch.device, store: Store) -> _Work | None:
     """The work that ``job`` needs; None if all its states exist. Its entry must be locked."""
     entry = entry_of(job.run, data, where, store)
@@ -217,7 +213,8 @@ def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -
     if _on_gpu(where):
         engine = _engine(recipe, module, data, where, str(like.get("engine", "auto")))
     with contextlib.ExitStack() as locks:
-        groups: _Groups = {}
+        # (step, length of the trace, last step, width so far) -> runs to train together
+        groups: dict[tuple[int, int, int, int], list[_Work]] = {}
         for key in sorted(todo):  # in one order everywhere: nobody waits in a circle
             locks.enter_context(entry_of(todo[key].run, data, where, store).lock())
         for job in todo.values():

@@ -169,14 +169,11 @@ def most_replicas(recipe: Recipe, data: Dataset, device: torch.device) -> int:
 def reproducible(device: torch.device, on: bool = True, *, strict: bool = False) -> Iterator[None]:
     """Inside, the same work gives the same bits; with ``on=False``, cuDNN may time its kernels.
 
-    Turns on :func:`torch.use_deterministic_algorithms` and turns ``cudnn.benchmark`` off. cuBLAS
-    wants ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the environment before its first call of the
-    process; it is set here if nobody set it, and :func:`companion.data.resolve_device`, which comes
-    earlier, sets it too. Operations without a deterministic form are let
-    through: in our networks that is at most max-pooling's gradient, a sum of one term as our
-    windows do not overlap. Attention has deterministic kernels but uses them only when ``strict``:
-    then an operation without a deterministic form is an error. Whether the bits are the same is
-    what the null control checks (gate G1).
+    Turns on :func:`torch.use_deterministic_algorithms` and turns ``cudnn.benchmark`` off; cuBLAS
+    gets its workspace. Operations without a deterministic form are let through: in our networks
+    that is at most max-pooling's gradient, a sum of one term as our windows do not overlap.
+    Attention has deterministic kernels but uses them only when ``strict``: then an operation
+    without one is an error. Whether the bits are the same the null control checks (gate G1).
     """
     if device.type != "cuda":
         yield
