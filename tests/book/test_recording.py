@@ -38,7 +38,7 @@ from companion.core.errors import (
 from companion.core.pool import run_all
 from companion.core.runs import Store
 from companion.data import Split
-from companion.data.windows import save_windows
+from companion.data.text import save_windows
 from companion.experiments import aligned, budget, federated, merged, pairs
 from companion.experiments.layers import sweep_pairs
 from companion.report import claims, page, partly, provenance, recorded
@@ -301,9 +301,9 @@ def test_pieces_give_the_numbers_of_one_recording(root, tmp_path, monkeypatch):
         stops += 1
         assert not (root / "data/recorded/01_toy/whole-2.json").exists()
         carried = tmp_path / f"{stops}.tar"
-        archive.export(archive.chosen(Store()), carried)
+        archive.write_archive(archive.chosen_entries(Store()), carried)
         monkeypatch.setenv("COMPANION_RUNS", str(tmp_path / f"machine-{stops}"))
-        archive.import_(carried, Store())
+        archive.read_archive(carried, Store())
     assert stops >= 4
     assert content(path)["pieces"] == stops + 1
     assert {**stable(path), "name": "whole"} == whole
@@ -325,7 +325,7 @@ def test_the_engine_reaches_every_training(root, store, monkeypatch, as_if_cuda)
     runs = [e for e in store.entries() if e.identity["kind"] == "run"]
     trained = [e.read_json("made-by.json") for e in runs if "made-by.json" in e.files()]
     assert len(runs) == 10 and {t["engine"] for t in trained} == {"graphs"} and len(trained) == 10
-    assert engines.current() == "auto"
+    assert engines.asked_for() == "auto"
 
 
 def test_on_a_gpu_only_a_dry_run_probes(root, monkeypatch):
@@ -372,9 +372,9 @@ def test_the_command_stops_with_75_and_goes_on(root, monkeypatch):
 def test_measured_pairs_need_no_networks(root, tmp_path, monkeypatch):
     first = stable(recording.record(ready(root), say=str))
     small = tmp_path / "small.tar"
-    archive.export(archive.chosen(Store(), ["pair", "null", "recording"]), small)
+    archive.write_archive(archive.chosen_entries(Store(), ["pair", "null", "recording"]), small)
     monkeypatch.setenv("COMPANION_RUNS", str(tmp_path / "elsewhere"))
-    archive.import_(small, Store())
+    archive.read_archive(small, Store())
     assert stable(recording.record(ready(root), say=str)) == first
     assert not [e for e in Store().entries() if e.identity["kind"] == "run"]
 
@@ -441,12 +441,12 @@ def far(root, tmp_path, monkeypatch):
         with pytest.raises(recording.RecordingFailed):  # stopped at its last cell
             recording.record(ready(root), say=str)
     kinds = {"pair", "null", "recording"}
-    moved = archive.export(
+    moved = archive.write_archive(
         [e for e in Store().entries() if e.identity["kind"] in kinds], tmp_path / "far.tar"
     )
     assert moved.entries == 6
     monkeypatch.setenv("COMPANION_RUNS", str(tmp_path / "here"))
-    archive.import_(tmp_path / "far.tar", Store())
+    archive.read_archive(tmp_path / "far.tar", Store())
     return Store()
 
 
@@ -561,7 +561,7 @@ shown.append(drawn)
 verdicts = [judge("C01", 1.0), judge("C02", missing())]
 others = [missing(), 1]
 """
-    namespace = {"shown": [], "missing": closing.check, "judge": claims.judge}
+    namespace = {"shown": [], "missing": closing.refuse_work, "judge": claims.judge}
     failed = []
     with closing.closed({"device": "cpu"}):
         partly.execute(
@@ -673,16 +673,16 @@ def filled(store: Store) -> Store:
 
 
 def test_an_archive_comes_back_and_what_is_here_stays(filled, tmp_path):
-    moved = archive.export(archive.chosen(filled), tmp_path / "a.tar")
+    moved = archive.write_archive(archive.chosen_entries(filled), tmp_path / "a.tar")
     assert (moved.entries, moved.files) == (2, 2)
     other = Store(tmp_path / "other")
     other.entry({"kind": "pair", "x": 1}).write_json("pair.json", "mine")
-    got = archive.import_(tmp_path / "a.tar", other)
+    got = archive.read_archive(tmp_path / "a.tar", other)
     assert (got.entries, got.files, got.kept) == (2, 1, 1)
     assert other.entry({"kind": "pair", "x": 1}).read_json("pair.json") == "mine"
     assert [e.key for e in other.entries()] == [e.key for e in filled.entries()]
     assert not [line for e in other.entries() for line in e.verify()]
-    archive.export(archive.chosen(filled), tmp_path / "b.tar")
+    archive.write_archive(archive.chosen_entries(filled), tmp_path / "b.tar")
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
@@ -761,21 +761,21 @@ def twice(member, data):
     ],
 )
 def test_a_bad_archive_is_refused_whole(filled, tmp_path, change, why):
-    archive.export(archive.chosen(filled), tmp_path / "a.tar")
+    archive.write_archive(archive.chosen_entries(filled), tmp_path / "a.tar")
     bad = rewritten(tmp_path / "a.tar", tmp_path / "bad.tar", change)
     before = {p for p in tmp_path.rglob("*") if "other" not in p.parts}
     with pytest.raises(CorruptEntry, match=why):
-        archive.import_(bad, Store(tmp_path / "other"))
+        archive.read_archive(bad, Store(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
     assert {p for p in tmp_path.rglob("*") if "other" not in p.parts} == before
 
 
 @pytest.mark.parametrize("cut", [0, 100, 700, 3000])
 def test_a_cut_archive_is_refused(filled, tmp_path, cut):
-    archive.export(archive.chosen(filled), tmp_path / "a.tar")
+    archive.write_archive(archive.chosen_entries(filled), tmp_path / "a.tar")
     (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:cut])
     with pytest.raises(CorruptEntry, match="not a whole archive"):
-        archive.import_(tmp_path / "cut.tar", Store(tmp_path / "other"))
+        archive.read_archive(tmp_path / "cut.tar", Store(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from companion import data
-from companion.cli.runs import describe, is_current
+from companion.cli.runs import describe_entry, is_current
 from companion.connectivity import Barrier, Curve, Walker
 from companion.connectivity.gates import Gate
 from companion.core.errors import BadParameter
@@ -341,7 +341,7 @@ def test_the_store_says_what_its_entries_are(store: Store) -> None:
     align(pairs_of(RECIPE, 1), ["weights"], FEW, workers=1)
     runs = [independent(RECIPE, 0), independent(RECIPE, 1)]
     merge_runs([runs], FEW, workers=1)
-    said = {e.identity["kind"]: describe(e.identity) for e in store.entries()}
+    said = {e.identity["kind"]: describe_entry(e.identity) for e in store.entries()}
     assert "units matched by weights" in said["aligned"]
     assert said["merged"] == "2 networks merged into one"
     current = is_current(store)

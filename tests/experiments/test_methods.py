@@ -83,7 +83,7 @@ def test_a_default_has_one_value() -> None:
 def shown() -> str:
     """The help of ``companion rebasin``, of the methods that there are now."""
     app = typer.Typer()
-    app.command()(importlib.reload(command).command)
+    app.command()(importlib.reload(command).align_networks)
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
     return " ".join(result.stdout.replace("│", " ").split())
 

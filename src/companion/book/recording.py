@@ -417,7 +417,7 @@ def _run_cells(piece: _Piece) -> None:
     path = str(r.book.source(r.chapter))
     with contextlib.redirect_stdout(io.StringIO()):
         for cell in r.cells:
-            deadline.check()
+            deadline.stop_if_passed()
             sources.append(cell.source)
             _execute(cell.source, cell.line, path, namespace, piece)
             if "parameters" in cell.tags:

@@ -99,7 +99,9 @@ class Setting:
     @property
     def normed(self) -> str:
         """What BatchNorm does on a line, if the networks have it: the end of an enumeration."""
-        return f", BatchNorm {self.evaluation.bn}" if models.has_batchnorm(self.main.net) else ""
+        return (
+            f", BatchNorm {self.evaluation.bn}" if models.may_have_batchnorm(self.main.net) else ""
+        )
 
     @property
     def scale(self) -> str:
@@ -187,7 +189,7 @@ def setting(
         raise BadParameter("pairs: 1 or more; net: a name with {width} in it.")
     own |= {name: value for name, value in recipe.items() if value is not None}
     main = Recipe(net=net.replace("{width}", str(width)), data=dataset, **own)
-    bn = bn or ("reestimate" if models.has_batchnorm(main.net) else "interpolate")
+    bn = bn or ("reestimate" if models.may_have_batchnorm(main.net) else "interpolate")
     examples = train_examples or (500 if dataset == "digits" else 10_000)
     evaluation = Evaluation(points, bn, examples, test_examples)
     check_fit(main, images)
@@ -274,7 +276,7 @@ class Study(Setting):
 
     def needs(self, names: str) -> list[Need]:
         """Whether this run has what a claim needs, and what to say if not; names by spaces."""
-        mlp, normed = self.is_mlp, models.has_batchnorm(self.main.net)
+        mlp, normed = self.is_mlp, models.may_have_batchnorm(self.main.net)
         wide, resnet = mlp and self.width >= 512, self.net.startswith("resnet20")
         plain = not normed or self.evaluation.bn == "interpolate"
         ste = any(m.name == "ste" for m in self.methods)
@@ -737,7 +739,7 @@ def show_sweep(study: Study, by: Literal["width", "time"]) -> None:
     if by == "time":
         found, xlabel, total = study.by_step, "step of training, and its share", study.main.steps
         rows["weight matching, train"] = ("weights", {"split": "train"})
-    elif models.has_batchnorm(study.main.net) and study.evaluation.bn != "interpolate":
+    elif models.may_have_batchnorm(study.main.net) and study.evaluation.bn != "interpolate":
         rows["weight matching, statistics interpolated, test"] = ("weights", {"bn": "interpolate"})
     fig, axes = plots.grid(2)
     drawn = {}

@@ -22,7 +22,7 @@ from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta, check
+from companion.core.theta import Theta, check_theta
 from companion.data import Split
 from companion.rebasin.assignment import assign, assign_nested
 from companion.rebasin.matching import Matching
@@ -169,7 +169,7 @@ def activation_matching(
         attention = find(spec, first, own[1], a, probe)
         own[1].load_state_dict(dict(b), strict=False)
         for args in batches:
-            deadline.check()
+            deadline.stop_if_passed()
             with taken_apart(attention):
                 first.forward(args)
                 missed = first.missed()
@@ -265,7 +265,7 @@ def _batches(
 
 def _loaded(module: nn.Module, theta: Theta, name: str, sample: Tensor) -> nn.Module:
     """A copy of the network with other weights, in eval mode."""
-    check(module, theta, name)
+    check_theta(module, theta, name)
     own = private(module, sample)
     # Second names of tied tensors may be missing: they are the same memory.
     own.load_state_dict(dict(theta), strict=False)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from companion.core.errors import BadParameter
-from companion.core.theta import Theta, check
+from companion.core.theta import Theta, check_theta
 from companion.rebasin.derive import derive
 from companion.rebasin.proof import Subject, Unproven, difference
 from companion.rebasin.spec import Spec
@@ -99,7 +99,7 @@ class Folding:
             BadParameter: ``theta`` is no finite point of the original architecture.
             Unproven: the outputs differ.
         """
-        check(self.original, theta, "to fold")
+        check_theta(self.original, theta, "to fold")
         wide = _folded({k: v.double() for k, v in theta.items()}, self.original, self.parts)
         if check_outputs:
             same(self.original, theta, self.module, wide, self.spec.example)

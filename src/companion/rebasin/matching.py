@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from companion.core.errors import BadParameter
-from companion.core.theta import Theta, check
+from companion.core.theta import Theta, check_theta
 from companion.rebasin.proof import check_equal
 from companion.rebasin.spec import Permutations, Spec
 
@@ -82,7 +82,7 @@ class Matching:
         Raises:
             BadParameter: ``theta`` is no state dict of ``module``, or outputs differ.
         """
-        check(module, theta, "B")
+        check_theta(module, theta, "B")
         out = self.spec.permute(theta, self.perms)
         if check_outputs:
             check_equal(module, theta, out, self.spec)

@@ -266,7 +266,7 @@ class Copy:
         hooks = [attach(name) for name in names]
         try:
             for part in parts:
-                deadline.check()
+                deadline.stop_if_passed()
                 self.module(part)
         finally:
             for h in hooks:

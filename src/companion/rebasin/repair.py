@@ -23,7 +23,7 @@ from torch import nn
 
 from companion.core import codec
 from companion.core.errors import BadParameter, one_of
-from companion.core.theta import Theta, affine, check, layout
+from companion.core.theta import Theta, affine, check_theta, layout
 from companion.rebasin.moments import Copy, Layer, Moments, batches, correction, measure
 
 FORMS = ("forward", "closed")
@@ -113,8 +113,8 @@ def _checked(
         raise BadParameter(
             f"alpha: {alpha!r} must be a number from 0 (network A) to 1 (network B)."
         )
-    check(module, a, "A")
-    check(module, b, "B")
+    check_theta(module, a, "A")
+    check_theta(module, b, "B")
     return batches(inputs, batch)
 
 
@@ -225,7 +225,7 @@ def reset_batchnorm(
 
     Source: REPAIR, Section 4; Git Re-Basin, Appendix A.3.3; our chapter 2.
     """
-    check(module, theta, "to reset")
+    check_theta(module, theta, "to reset")
     parts = batches(inputs, batch)
     net = Copy(module, parts[0])
     if not net.norms:

@@ -22,7 +22,7 @@ from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta, check
+from companion.core.theta import Theta, check_theta
 from companion.data import Split
 from companion.rebasin.activations import Sums, activation_matching
 from companion.rebasin.assignment import assign, assign_nested, prices
@@ -121,8 +121,8 @@ class _Problem:
 
     def __init__(self, folding: Folding, a: Theta, b: Theta, heads: str):
         self.folding, self.heads = folding, heads
-        check(folding.module, a, "A")
-        check(folding.module, b, "B")
+        check_theta(folding.module, a, "A")
+        check_theta(folding.module, b, "B")
         self.objective = folding.spec.objective
         size_a, size_b = norms(folding.spec, a, "A"), norms(folding.spec, b, "B")
         self.bound = sum(size_a[t] * size_b[t] for t in self.objective)
@@ -216,7 +216,7 @@ class _Problem:
         perms, inner = self.match(q)
         history.append(self.value(self.moved(q, perms, inner)))
         for _ in range(max_iterations):
-            deadline.check()
+            deadline.stop_if_passed()
             new = self.turn(perms, inner)
             first = self.value(self.moved(new, perms, inner))
             more = self.match(new)
@@ -334,7 +334,7 @@ def _streams(folding: Folding, a: Theta, b: Theta, x: Tensor) -> Tensor:
             net.get_submodule(name).register_forward_hook(keep(where, name))
     sums = Sums(centred=False)
     for part in x.split(examples_a_pass(x)):
-        deadline.check()
+        deadline.stop_if_passed()
         for net in nets:
             net(part)
         for name in folding.parts.readers:

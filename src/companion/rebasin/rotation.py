@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from companion.core.errors import BadParameter
-from companion.core.theta import Theta, check
+from companion.core.theta import Theta, check_theta
 from companion.rebasin.folding import Folding, same
 from companion.rebasin.spec import Permutations, Spec, Use
 
@@ -92,7 +92,7 @@ class Rotation:
         Raises:
             BadParameter: ``theta`` is none of the folded architecture. Unproven: outputs differ.
         """
-        check(self.folding.module, theta, "B")
+        check_theta(self.folding.module, theta, "B")
         wide = transform(self.folding, theta, self.stream, self.perms, self.inner)
         if check_outputs:
             same(self.folding.module, theta, self.folding.module, wide, self.folding.spec.example)

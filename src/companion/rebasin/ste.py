@@ -28,7 +28,7 @@ from companion.core.errors import BadParameter
 from companion.core.losses import mean_loss
 from companion.core.numerics import exact_evaluation
 from companion.core.seeds import Key
-from companion.core.theta import Theta, affine, check, layout, without_aliases
+from companion.core.theta import Theta, affine, check_theta, layout, without_aliases
 from companion.data import Split
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec
@@ -161,8 +161,8 @@ def straight_through(
     """
     begin = time.perf_counter()
     _check_numbers(steps, batch, judge_every, lr, momentum)
-    check(module, a, "A")
-    check(module, b, "B")
+    check_theta(module, a, "A")
+    check_theta(module, b, "B")
     train, judges = _parts(train, held_out, batch, key)
     device = train.x.device
     a, b = ({n: x.detach().to(device) for n, x in theta.items()} for theta in (a, b))
@@ -181,7 +181,7 @@ def straight_through(
     stopped = None
     batches = _batches(train, batch, key)
     for step in range(steps + 1):
-        deadline.check()
+        deadline.stop_if_passed()
         if step:
             again = weight_matching(
                 spec,

@@ -54,7 +54,7 @@ def record(**extra: Any) -> dict[str, Any]:
     if clash := sorted(set(entry) & set(extra)):
         raise BadParameter(f"provenance.record: {', '.join(clash)} is filled in already.")
     # While a recording is closed: of where its numbers come from.
-    entry |= closing.origin()
+    entry |= closing.measured_on()
     return entry | {k: codec.to_json(v, k, null=True) for k, v in extra.items()}
 
 
