@@ -202,12 +202,12 @@ def merged(
     """
     from companion.connectivity import Walker, has_batchnorm
     from companion.rebasin import repair
-    from companion.rebasin.repair import merge
+    from companion.rebasin.repair import interpolated
 
     say()
     about: dict[str, Any] = {"alpha": alpha, "repair": form}
     if form == "none" or dataset is None or (form == "reset" and not has_batchnorm(module)):
-        theta: Theta = merge(module, a, aligned, alpha)
+        theta: Theta = interpolated(module, a, aligned, alpha)
         if form == "reset" and has_batchnorm(module):
             say("merged: BatchNorm has interpolated statistics; with --data they are estimated")
     else:

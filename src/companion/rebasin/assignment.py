@@ -46,12 +46,11 @@ def assign(gain: Tensor, price: Tensor | None = None) -> Tensor:
     if price is not None:
         gain = gain - price
     top = gain.argmax(1)
-    if _permutation(top):
+    if bool(top.bincount(minlength=len(top)).eq(1).all()):
         return top.cpu()
     if price is not None:
         gain -= gain.gather(1, top.unsqueeze(1))
-    columns = linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]
-    return torch.from_numpy(columns.astype("int64"))
+    return _solved(gain.cpu())
 
 
 def prices(gain: Tensor, p: Tensor, price: Tensor | None = None) -> Tensor:
@@ -122,25 +121,17 @@ def assign_nested(
         if not bool(torch.isfinite(gram).all()):
             raise BadParameter(f"assignment: the gains of {name!r} hold NaN or infinite values.")
         pairs = gram.reshape(units, side // units, units, side // units).transpose(1, 2).cpu()
-        inner[name] = _inner(pairs)
-        value += pairs.gather(3, inner[name].unsqueeze(3)).sum((2, 3))
+        best = pairs.argmax(3)
+        done = (best.sort(-1).values == torch.arange(pairs.shape[3])).all(-1)
+        for i, j in (~done).nonzero().tolist():
+            best[i, j] = _solved(pairs[i, j])
+        inner[name] = best
+        value += pairs.gather(3, best.unsqueeze(3)).sum((2, 3))
     p = assign(value)
     at = torch.arange(units)
     return p, {name: q[at, p] for name, q in inner.items()}, float(value[at, p].sum())
 
 
-def _inner(pairs: Tensor) -> Tensor:
-    """The best inner permutation of every pair of outer units, (units, units, s) from (…, s, s)."""
-    best = pairs.argmax(3)
-    done = (best.sort(-1).values == torch.arange(pairs.shape[3])).all(-1)
-    for i, j in (~done).nonzero().tolist():
-        columns = linear_sum_assignment(pairs[i, j].numpy(), maximize=True)[1]
-        best[i, j] = torch.from_numpy(columns.astype("int64"))
-    return best
-
-
-def _permutation(index: Tensor) -> bool:
-    """True if no number repeats."""
-    seen = torch.zeros(len(index), dtype=torch.bool, device=index.device)
-    seen[index] = True
-    return bool(seen.all())
+def _solved(gain: Tensor) -> Tensor:
+    columns = linear_sum_assignment(gain.numpy(), maximize=True)[1]
+    return torch.from_numpy(columns.astype("int64"))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 Block = tuple["Atom", ...]
 Axis = tuple[Block, ...]
@@ -23,25 +23,15 @@ Axis = tuple[Block, ...]
 
 @dataclass(eq=False)
 class Atom:
-    """Units of one kind.
-
-    Arguments:
-        size: how many.
-        pinned: why they stay in order, or None.
-        within: each unit of that atom has its own copy of these, which may be ordered on its own.
-        link: where the union went.
-        parts: what the atom was taken apart into, as an axis.
-        inner: True once another atom lies within this one.
-        family: with a pinned ``within``: one atom for each of its units.
-    """
+    """Units of one kind."""
 
     size: int
-    pinned: str | None = None
-    within: Atom | None = None
-    link: Atom | None = None
-    parts: Axis | None = None
-    inner: bool = False
-    family: list[Atom] | None = field(default=None)
+    pinned: str | None = None  # why they stay in order
+    within: Atom | None = None  # each unit of that atom has its own copy of these, with its order
+    link: Atom | None = None  # where the union went
+    parts: Axis | None = None  # what the atom was taken apart into
+    inner: bool = False  # another atom lies within this one
+    family: list[Atom] | None = None  # with a pinned ``within``: one atom for each of its units
 
 
 def length(block: Block) -> int:
@@ -76,10 +66,7 @@ class Axes:
 
     def normal(self, axis: Axis) -> Axis:
         """The axis in representatives, with everything that was taken apart in its parts."""
-        out: list[Block] = []
-        for block in axis:
-            out += self._normal(block)
-        return tuple(out)
+        return tuple(b for block in axis for b in self._normal(block))
 
     def _normal(self, block: Block) -> list[Block]:
         done: list[Atom] = []
@@ -114,10 +101,6 @@ class Axes:
         members, atom.family = atom.family, None
         for member in members or ():
             self.pin(((member,),), why)
-
-    def is_pinned(self, block: Block) -> bool:
-        """True if nothing in the (normal) block can move."""
-        return all(a.pinned is not None for a in block)
 
     # Taking apart
 
@@ -279,13 +262,14 @@ class Axes:
         out: list[Axis] = [() for _ in new]
         while wanted:
             taken, targets = [old.pop(0)], [wanted.pop(0)]
-            while (have := math.prod(s for _, s in taken)) != (
-                need := math.prod(s for _, s in targets)
-            ):
+            have, need = taken[0][1], targets[0][1]
+            while have != need:
                 if have < need:
                     taken.append(old.pop(0))
+                    have *= taken[-1][1]
                 else:
                     targets.append(wanted.pop(0))
+                    need *= targets[-1][1]
             merged = self.merge([axis for axis, _ in taken])
             parts = self.divide(merged, [s for _, s in targets])
             for (i, _), part in zip(targets, parts, strict=True):
@@ -297,12 +281,11 @@ class Axes:
         first, *others = [self.normal(a) for a in axes]
         rest: Block = ()
         for axis in others:
-            if len(axis) == 1:
-                rest += axis[0]
-            else:
+            if len(axis) > 1:
                 why = f"pieces are interleaved in {self.where}"
                 self.pin(axis, why)
-                rest += (Atom(total(axis), pinned=why),)
+                axis = self.fixed(total(axis), why)
+            rest += axis[0]
         return tuple((*block, *rest) for block in first)
 
     def divide(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
