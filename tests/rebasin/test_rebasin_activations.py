@@ -20,7 +20,7 @@ from companion.data import Split
 from companion.rebasin.activations import PAIR_STATISTICS, Look, Sums, activation_matching, looks
 from companion.rebasin.derive import derive
 from companion.rebasin.repair import repair
-from companion.rebasin.spec import Site, Spec, chain
+from companion.rebasin.spec import ActivationSite, Spec, chain
 from companion.rebasin.ste import straight_through
 
 
@@ -96,7 +96,9 @@ def small(seed: int = 1) -> tuple[nn.Module, Spec]:
     with Key("small", seed).seeded():
         module = Scribbler()
     spec = chain(6, 16, 3, names=["one", "two"])
-    return module, dataclasses.replace(spec, sites={"one": Site("", "relu", 0, -1, 0, ("one",))})
+    return module, dataclasses.replace(
+        spec, sites={"one": ActivationSite("", "relu", 0, -1, 0, ("one",))}
+    )
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -363,10 +365,10 @@ def test_bad_input() -> None:
     for statistic in PAIR_STATISTICS:
         late = torch.cat([x, torch.full((1, 6), torch.inf)])
         refused("activations of 'one' hold NaN", inputs=late, statistic=statistic)
-    site = Site("", "gelu", 0, -1, 0, ("one",))
+    site = ActivationSite("", "gelu", 0, -1, 0, ("one",))
     lost = dataclasses.replace(spec, sites={"one": site})
     refused("'one': operation 'gelu' number 0 of the network itself did not come by", spec=lost)
-    site = Site("", "relu", 0, -3, 0, ("one",))
+    site = ActivationSite("", "relu", 0, -3, 0, ("one",))
     refused("does not fit the spec", spec=dataclasses.replace(spec, sites={"one": site}))
 
 
@@ -417,7 +419,7 @@ def test_attention_taken_apart_on_another_device() -> None:
 def test_a_block_of_two_families_is_not_guessed() -> None:
     """Where two free groups share one block, neither can be matched alone there."""
     spec = chain(6, 4, 4, 3)
-    site = Site("", "relu", 0, -1, 0, ("0", "1"))
+    site = ActivationSite("", "relu", 0, -1, 0, ("0", "1"))
     assert looks(dataclasses.replace(spec, sites={"0": site, "1": site})) == ()
 
 

@@ -12,7 +12,7 @@ from companion.cli.barrier import summary
 from companion.cli.console import output, say, write_json
 from companion.cli.opening import opened
 from companion.core.errors import BadParameter, one_of
-from companion.experiments.methods import KINDS, Method, described, offered
+from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ def command(
     rotate a GPT network write networks of another form, and say under which name they load.
     """
     one_of("--method", method, offered())
-    kind = KINDS[method]
+    kind = METHOD_KINDS[method]
     one_of("--repair", repair, REPAIRS)
     if not 0 <= alpha <= 1:
         raise BadParameter(f"--alpha: {alpha:g} must lie between 0 (A) and 1 (the aligned B).")

@@ -28,7 +28,7 @@ from companion.core.theta import Theta, check
 from companion.data import Split
 from companion.rebasin.assignment import assign_nested
 from companion.rebasin.matching import Matching
-from companion.rebasin.spec import Site, Spec
+from companion.rebasin.spec import ActivationSite, Spec
 from companion.rebasin.trace import Tracer, private, taken_apart
 
 PAIR_STATISTICS = ("moment", "correlation")
@@ -253,7 +253,7 @@ class Look:
 
     outer: str  # the family it is for
     group: str  # whose units: the outer group, or an inner one (of all outer units, outer first)
-    site: Site
+    site: ActivationSite
     sizes: tuple[int, ...]  # of the factors of the site's block
     front: tuple[int, ...]  # those that make up the units; the others, and other axes, are samples
 

@@ -19,7 +19,7 @@ SWEEPS = 8
 """Sweeps of :func:`prices`. More make the next assignment faster still, but cost more than that."""
 
 
-def assign(gain: Tensor, price: Tensor | None = None) -> Tensor:
+def assign_units(gain: Tensor, price: Tensor | None = None) -> Tensor:
     """The permutation p that maximises ``sum_i gain[i, p[i]]``.
 
     Where every row has its maximum in another column, those maxima are the answer, as no sum can
@@ -58,7 +58,7 @@ def prices(gain: Tensor, p: Tensor, price: Tensor | None = None) -> Tensor:
 
     They are the dual of the assignment problem: at the right prices each row prefers the column it
     has. Found by Bellman-Ford sweeps over ``price[p[k]] >= price[p[i]] + gain[i, p[k]] -
-    gain[i, p[i]]``; ended early they are no worse for :func:`assign`, which is exact at any prices.
+    gain[i, p[i]]``; ended early they are no worse for :func:`assign_units`, exact at any prices.
 
     Arguments:
         gain: shape (n, n).
@@ -127,7 +127,7 @@ def assign_nested(
             best[i, j] = _solved(pairs[i, j])
         inner[name] = best
         value += pairs.gather(3, best.unsqueeze(3)).sum((2, 3))
-    p = assign(value)
+    p = assign_units(value)
     at = torch.arange(units)
     return p, {name: q[at, p] for name, q in inner.items()}, float(value[at, p].sum())
 

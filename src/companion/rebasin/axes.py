@@ -16,8 +16,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-Block = tuple["Atom", ...]
-Axis = tuple[Block, ...]
+AtomBlock = tuple["Atom", ...]
+AtomAxis = tuple[AtomBlock, ...]
 """Blocks one behind the other; an axis of one position is ``()``."""
 
 
@@ -29,17 +29,17 @@ class Atom:
     pinned: str | None = None  # why they stay in order
     within: Atom | None = None  # each unit of that atom has its own copy of these, with its order
     link: Atom | None = None  # where the union went
-    parts: Axis | None = None  # what the atom was taken apart into
+    parts: AtomAxis | None = None  # what the atom was taken apart into
     inner: bool = False  # another atom lies within this one
     family: list[Atom] | None = None  # with a pinned ``within``: one atom for each of its units
 
 
-def length(block: Block) -> int:
+def length(block: AtomBlock) -> int:
     """Positions of a block."""
     return math.prod(a.size for a in block)
 
 
-def total(axis: Axis) -> int:
+def total(axis: AtomAxis) -> int:
     """Positions of an axis."""
     return sum(map(length, axis)) if axis else 1
 
@@ -50,11 +50,11 @@ class Axes:
     def __init__(self) -> None:
         self.where = ""
 
-    def free(self, size: int) -> Axis:
+    def free(self, size: int) -> AtomAxis:
         """An axis of new units that may be reordered."""
         return ((Atom(size),),) if size > 1 else ()
 
-    def fixed(self, size: int, why: str) -> Axis:
+    def fixed(self, size: int, why: str) -> AtomAxis:
         """An axis whose positions stay in order."""
         return ((Atom(size, pinned=why),),) if size > 1 else ()
 
@@ -64,11 +64,11 @@ class Axes:
             atom = atom.link
         return atom
 
-    def normal(self, axis: Axis) -> Axis:
+    def normal(self, axis: AtomAxis) -> AtomAxis:
         """The axis in representatives, with everything that was taken apart in its parts."""
         return tuple(b for block in axis for b in self._normal(block))
 
-    def _normal(self, block: Block) -> list[Block]:
+    def _normal(self, block: AtomBlock) -> list[AtomBlock]:
         done: list[Atom] = []
         for i, atom in enumerate(block):
             root = self.find(atom)
@@ -85,12 +85,12 @@ class Axes:
             done.append(Atom(root.size, pinned=f"its units are cut apart in {self.where}"))
         return [tuple(done)]
 
-    def atoms(self, axis: Axis) -> Iterator[Atom]:
+    def atoms(self, axis: AtomAxis) -> Iterator[Atom]:
         """The representatives that the axis is made of."""
         for block in self.normal(axis):
             yield from block
 
-    def pin(self, axis: Axis, why: str) -> None:
+    def pin(self, axis: AtomAxis, why: str) -> None:
         """These positions stay in order."""
         for atom in list(self.atoms(axis)):
             self._pin_atom(atom, why)
@@ -104,7 +104,7 @@ class Axes:
 
     # Taking apart
 
-    def _product(self, atom: Atom, outer: int) -> Block:
+    def _product(self, atom: Atom, outer: int) -> AtomBlock:
         """``atom`` as ``outer`` times the rest, row-major; the rest lies within the outer part."""
         rest = atom.size // outer
         if atom.pinned is None and (within := atom.within) is not None:
@@ -140,7 +140,7 @@ class Axes:
         atom.parts = ((parts[0],), (parts[1],))
         return parts
 
-    def cut(self, axis: Axis, at: int) -> tuple[Axis, Axis]:
+    def cut(self, axis: AtomAxis, at: int) -> tuple[AtomAxis, AtomAxis]:
         """The axis before and from position ``at``."""
         blocks, start = self.normal(axis), 0
         for i, block in enumerate(blocks):
@@ -153,7 +153,7 @@ class Axes:
             start = end
         return blocks, ()
 
-    def _cut_block(self, block: Block, at: int) -> tuple[Block, Block]:
+    def _cut_block(self, block: AtomBlock, at: int) -> tuple[AtomBlock, AtomBlock]:
         inner = length(block[1:])
         if at % inner:
             self.pin((block,), f"its units are cut apart in {self.where}")
@@ -164,7 +164,7 @@ class Axes:
 
     # Making equal
 
-    def unify(self, x: Axis, y: Axis) -> None:
+    def unify(self, x: AtomAxis, y: AtomAxis) -> None:
         """Position i of both axes is the same unit, for every i."""
         left, right = list(self.normal(x)), list(self.normal(y))
         while left and right:
@@ -175,7 +175,7 @@ class Axes:
             self._unify_block(left.pop(0), right.pop(0))
             left, right = list(self.normal(tuple(left))), list(self.normal(tuple(right)))
 
-    def _unify_block(self, x: Block, y: Block) -> None:
+    def _unify_block(self, x: AtomBlock, y: AtomBlock) -> None:
         xs, ys = list(x), list(y)
         while xs and ys:
             a, b = self.find(xs[0]), self.find(ys[0])
@@ -246,7 +246,7 @@ class Axes:
         inner = self.find(atom).within
         return inner is not None and self.find(inner) is self.find(outer)
 
-    def close(self, axes: Sequence[Axis]) -> None:
+    def close(self, axes: Sequence[AtomAxis]) -> None:
         """Inner units whose outer ones are no longer in the tensor have one order for all."""
         present = {atom for axis in axes for atom in self.atoms(axis)}
         for atom in present:
@@ -255,11 +255,13 @@ class Axes:
 
     # Reshaping
 
-    def reshape(self, axes: Sequence[Axis], shape: Sequence[int], new: Sequence[int]) -> list[Axis]:
+    def reshape(
+        self, axes: Sequence[AtomAxis], shape: Sequence[int], new: Sequence[int]
+    ) -> list[AtomAxis]:
         """The axes of a tensor of ``shape`` after a view as ``new``, row-major."""
         old = [(axis, size) for axis, size in zip(axes, shape, strict=True) if size != 1]
         wanted = [(i, size) for i, size in enumerate(new) if size != 1]
-        out: list[Axis] = [() for _ in new]
+        out: list[AtomAxis] = [() for _ in new]
         while wanted:
             taken, targets = [old.pop(0)], [wanted.pop(0)]
             have, need = taken[0][1], targets[0][1]
@@ -276,10 +278,10 @@ class Axes:
                 out[i] = part
         return out
 
-    def merge(self, axes: Sequence[Axis]) -> Axis:
+    def merge(self, axes: Sequence[AtomAxis]) -> AtomAxis:
         """Several axes as one, row-major: the first one moves slowest."""
         first, *others = [self.normal(a) for a in axes]
-        rest: Block = ()
+        rest: AtomBlock = ()
         for axis in others:
             if len(axis) > 1:
                 why = f"pieces are interleaved in {self.where}"
@@ -288,7 +290,7 @@ class Axes:
             rest += axis[0]
         return tuple((*block, *rest) for block in first)
 
-    def divide(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    def divide(self, axis: AtomAxis, sizes: Sequence[int]) -> list[AtomAxis]:
         """One axis as several, row-major."""
         if len(sizes) == 1:
             return [axis]
@@ -296,7 +298,7 @@ class Axes:
         if len(axis) > 1:
             return self._stacked(axis, sizes)
         factors: list[Atom] = list(axis[0])
-        out: list[Axis] = []
+        out: list[AtomAxis] = []
         made: dict[Atom, Atom] = {}  # the rest of an atom taken apart here -> its outer part
         for size in sizes:
             block: list[Atom] = []
@@ -322,7 +324,7 @@ class Axes:
             out.append((tuple(block),))
         return out
 
-    def _stacked(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    def _stacked(self, axis: AtomAxis, sizes: Sequence[int]) -> list[AtomAxis]:
         """Equal pieces, one behind the other, seen as rows: row i has the units of piece i."""
         rows, width = sizes[0], math.prod(sizes[1:])
         alike = len(axis) == rows and all(len(b) == 1 and b[0].size == width for b in axis)
@@ -332,7 +334,7 @@ class Axes:
         inner = Atom(width, within=outer, family=[b[0] for b in axis])
         return [((outer,),), ((inner,),)]
 
-    def _give_up(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    def _give_up(self, axis: AtomAxis, sizes: Sequence[int]) -> list[AtomAxis]:
         why = f"its units are regrouped in {self.where}"
         self.pin(axis, why)
         return [self.fixed(s, why) for s in sizes]

@@ -23,7 +23,7 @@ from torch import nn
 from companion.core.errors import BadParameter, one_of
 from companion.core.theta import layout
 from companion.rebasin import proof, rules, spec
-from companion.rebasin.axes import Atom, Axis, Block, total
+from companion.rebasin.axes import Atom, AtomAxis, AtomBlock, total
 from companion.rebasin.trace import Tracer, taken_apart
 
 logger = logging.getLogger("companion")
@@ -100,12 +100,12 @@ def _watched(module: nn.Module, example: Any) -> tuple[proof.Subject, Watcher, l
 
 @dataclass(frozen=True)
 class Seen:
-    """The first output of one operation, named as in :class:`companion.rebasin.spec.Site`."""
+    """The first output of one operation, named as in a :class:`spec.ActivationSite`."""
 
     module: str
     op: str
     nth: int
-    axes: tuple[Axis, ...]
+    axes: tuple[AtomAxis, ...]
     data: bool  # it depends on the input, so it could be an activation site
 
 
@@ -117,7 +117,7 @@ class Watcher(Tracer):
         self.axes = rules.TensorAxes()
         self.log: list[Seen] = []
         self.low_precision = False
-        self.state: dict[str, list[Axis]] = {}  # tied entries share one list
+        self.state: dict[str, list[AtomAxis]] = {}  # tied entries share one list
         self.read: set[int] = set()  # ids of the lists that an operation has read
         self.notes: list[str] = []
         known, free = self.axes.known, self.axes.free
@@ -218,7 +218,7 @@ class _Reading:
             example=example,
         )
 
-    def _settle(self, used: Mapping[str, list[Axis]]) -> None:
+    def _settle(self, used: Mapping[str, list[AtomAxis]]) -> None:
         """An inner atom needs its outer one in the same block of every parameter."""
         again = True
         while again:
@@ -230,11 +230,11 @@ class _Reading:
                     self.axes.uniform(atom)
                     again = True
 
-    def _blocks(self, axis: Axis) -> list[Block]:
+    def _blocks(self, axis: AtomAxis) -> list[AtomBlock]:
         """Normal blocks, with what lies within pinned atoms written out piece by piece."""
         return [b for block in self.axes.normal(axis) for b in self._written_out(block)]
 
-    def _written_out(self, block: Block) -> list[Block]:
+    def _written_out(self, block: AtomBlock) -> list[AtomBlock]:
         find, lies = self.axes.find, self.axes.lies_within
         for k, atom in enumerate(block):
             inner = [a for a in block if a.pinned is None and lies(a, atom)]
@@ -250,7 +250,7 @@ class _Reading:
             return out
         return [block]
 
-    def _name(self, axis: Axis, module: str) -> None:
+    def _name(self, axis: AtomAxis, module: str) -> None:
         for block in self._blocks(axis):
             for atom in block:
                 if atom.pinned is not None or atom in self.names or atom.size == 1:
@@ -270,7 +270,7 @@ class _Reading:
         self.names[atom] = name
         self.groups[name] = spec.Group(name, atom.size, outer)
 
-    def _axis(self, axis: Axis) -> spec.Axis:
+    def _axis(self, axis: AtomAxis) -> spec.Axis:
         """In names and numbers; neighbours that stay are one stretch."""
         out: list[spec.Block] = []
         for block in self._blocks(axis) or [()]:
@@ -286,9 +286,9 @@ class _Reading:
             merged += [(sum(int(b[0]) for b in same),)] if fixed else same
         return tuple(merged)
 
-    def _sites(self, groups: Mapping[str, spec.Group]) -> dict[str, spec.Site]:
+    def _sites(self, groups: Mapping[str, spec.Group]) -> dict[str, spec.ActivationSite]:
         """For each group the last activation function on it, else the last operation at all."""
-        best: dict[str, tuple[bool, spec.Site]] = {}
+        best: dict[str, tuple[bool, spec.ActivationSite]] = {}
         for entry in self.watcher.log:
             if not entry.data:
                 continue
@@ -304,7 +304,7 @@ class _Reading:
                     # An inner group can be told apart only beside its outer one.
                     clear = groups[name].within in (None, *block)
                     if clear and (name not in best or preferred >= best[name][0]):
-                        site = spec.Site(entry.module, entry.op, entry.nth, *at)
+                        site = spec.ActivationSite(entry.module, entry.op, entry.nth, *at)
                         best[name] = (preferred, site)
         return {n: best[n][1] for n in groups if n in best}
 

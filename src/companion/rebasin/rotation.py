@@ -33,11 +33,11 @@ from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, check
 from companion.data import Split
 from companion.rebasin.activations import Sums, activation_matching
-from companion.rebasin.assignment import assign, assign_nested, prices
+from companion.rebasin.assignment import assign_nested, assign_units, prices
 from companion.rebasin.folding import Folding, check_same
 from companion.rebasin.matching import Found
 from companion.rebasin.spec import Permutations
-from companion.rebasin.weights import Family, Term, bound, dot, families_of, gains_of, sums_on
+from companion.rebasin.weights import FamilyTerms, Term, bound, dot, families_of, gains_of, sums_on
 
 HEADS = ("permuted", "rotated")
 """What may be done inside a head: its units are permuted; or queries and keys are turned by one
@@ -231,7 +231,7 @@ class _Problem:
                     "residual stream alone can be solved at once."
                 )
 
-    def turnable(self, family: Family) -> tuple[str, ...]:
+    def turnable(self, family: FamilyTerms) -> tuple[str, ...]:
         """The groups whose units may be turned: those inside of heads, if that was asked for.
 
         With a single head the spec has no heads, and its units are groups of their own.
@@ -282,7 +282,7 @@ class _Problem:
             else:
                 assert outer is not None
                 price = self.prices.get(name)
-                perms[name] = assign(outer, price)
+                perms[name] = assign_units(outer, price)
                 self.prices[name] = prices(outer, perms[name], price)
             perms |= {g: self.stay[g] for g in turnable}
         return perms, inner
@@ -347,7 +347,7 @@ def turned_heads(
     pairs = {name: _pairs(gram, heads) for name, gram in grams.items()}
     for table in pairs.values():
         gain += torch.linalg.svdvals(table).sum(-1)
-    p = assign(gain)
+    p = assign_units(gain)
     at = torch.arange(heads)
     return p, {name: polar(x[at, p]) for name, x in pairs.items()}
 

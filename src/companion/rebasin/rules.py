@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from companion.rebasin.axes import Atom, Axes, Axis
+from companion.rebasin.axes import Atom, AtomAxis, Axes
 
 SPATIAL = "positions of an image"
 FILTER = "positions of a kernel"
-ONE: Axis = ((Atom(1, pinned="one unit"),),)
+ONE: AtomAxis = ((Atom(1, pinned="one unit"),),)
 
 
 class TensorAxes(Axes):
@@ -29,18 +29,18 @@ class TensorAxes(Axes):
         super().__init__()
         self.known: Any = WeakIdKeyDictionary()
 
-    def of(self, tensor: Tensor) -> list[Axis]:
+    def of(self, tensor: Tensor) -> list[AtomAxis]:
         """The axes of a tensor; one made outside of any operation is a constant."""
         if tensor not in self.known:
             self.known[tensor] = self.fix(tensor.shape, "a constant")
-        found: list[Axis] = self.known[tensor]
+        found: list[AtomAxis] = self.known[tensor]
         return found
 
-    def fix(self, shape: Sequence[int], why: str) -> list[Axis]:
+    def fix(self, shape: Sequence[int], why: str) -> list[AtomAxis]:
         """New axes of ``shape`` whose positions stay."""
         return [self.fixed(n, why) for n in shape]
 
-    def pin_all(self, axes: Iterable[Axis], why: str) -> None:
+    def pin_all(self, axes: Iterable[AtomAxis], why: str) -> None:
         """The positions of these axes stay in order."""
         for axis in axes:
             self.pin(axis, why)
@@ -76,10 +76,10 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def broadcast(w: TensorAxes, tensors: Sequence[Tensor], shape: Sequence[int]) -> list[Axis]:
+def broadcast(w: TensorAxes, tensors: Sequence[Tensor], shape: Sequence[int]) -> list[AtomAxis]:
     """Element by element, aligned at the last axis: what lies at one place is one unit."""
-    out: list[Axis] = [() for _ in shape]
-    pairs: list[tuple[Axis, int]] = []
+    out: list[AtomAxis] = [() for _ in shape]
+    pairs: list[tuple[AtomAxis, int]] = []
     for tensor in tensors:
         for back, axis in enumerate(reversed(w.of(tensor)), 1):
             if tensor.shape[-back] != 1:
@@ -121,7 +121,7 @@ def transpose(w: TensorAxes, n: Named, out: Any) -> Out:
 @rule("repeat")
 def repeat(w: TensorAxes, n: Named, out: Any) -> Out:
     """Copies one behind the other: the copies, times the units."""
-    axes: list[Axis] = [()] * (out.ndim - n["self"].ndim) + list(w.of(n["self"]))
+    axes: list[AtomAxis] = [()] * (out.ndim - n["self"].ndim) + list(w.of(n["self"]))
     found = []
     for axis, times in zip(axes, n["repeats"], strict=True):
         copies = w.free(times)
@@ -134,7 +134,7 @@ def cat(w: TensorAxes, n: Named, out: Any) -> Out:
     """Along the axis one behind the other, along the others element by element."""
     tensors = [t for t in n["tensors"] if t.ndim == out.ndim]
     dim = n["dim"] % out.ndim
-    axes: list[Axis] = list(w.of(tensors[0]))
+    axes: list[AtomAxis] = list(w.of(tensors[0]))
     for tensor in tensors[1:]:
         for i, (mine, other) in enumerate(zip(axes, w.of(tensor), strict=True)):
             if i != dim:
@@ -153,7 +153,7 @@ def stack(w: TensorAxes, n: Named, out: Any) -> Out:
     return axes
 
 
-def _piece(w: TensorAxes, tensor: Tensor, dim: int, start: int, size: int) -> list[Axis]:
+def _piece(w: TensorAxes, tensor: Tensor, dim: int, start: int, size: int) -> list[AtomAxis]:
     axes = list(w.of(tensor))
     if size != tensor.shape[dim]:
         _, rest = w.cut(axes[dim], start)
@@ -184,7 +184,7 @@ def split(w: TensorAxes, n: Named, out: Any) -> Out:
     return found
 
 
-def _select(w: TensorAxes, x: Tensor, dim: int, i: int) -> list[Axis]:
+def _select(w: TensorAxes, x: Tensor, dim: int, i: int) -> list[AtomAxis]:
     axes = list(w.of(x))
     axis = w.normal(axes.pop(dim))
     i %= x.shape[dim]
@@ -232,7 +232,9 @@ def pad(w: TensorAxes, n: Named, out: Any) -> Out:
     return axes
 
 
-def _put_in_order(w: TensorAxes, x: Tensor, dims: Iterable[int], out: Any, why: str) -> list[Axis]:
+def _put_in_order(
+    w: TensorAxes, x: Tensor, dims: Iterable[int], out: Any, why: str
+) -> list[AtomAxis]:
     """Axes ``dims`` are seen in order, before and after."""
     axes = list(w.of(x))
     for dim in dims:
@@ -244,7 +246,7 @@ def _put_in_order(w: TensorAxes, x: Tensor, dims: Iterable[int], out: Any, why: 
 # Products
 
 
-def _product(w: TensorAxes, x: Tensor, y: Tensor) -> list[Axis]:
+def _product(w: TensorAxes, x: Tensor, y: Tensor) -> list[AtomAxis]:
     a, b = list(w.of(x)), list(w.of(y))
     batch = a[:1] if len(a) == 3 else []
     if batch:
@@ -257,7 +259,7 @@ def _product(w: TensorAxes, x: Tensor, y: Tensor) -> list[Axis]:
     return a[:-1] + (b[-1:] if len(b) > 1 else [])
 
 
-def _plus(w: TensorAxes, term: Tensor, axes: list[Axis]) -> list[Axis]:
+def _plus(w: TensorAxes, term: Tensor, axes: list[AtomAxis]) -> list[AtomAxis]:
     for back, axis in enumerate(reversed(w.of(term)), 1):
         if term.shape[-back] != 1:
             w.unify(axes[-back], axis)

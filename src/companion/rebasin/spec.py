@@ -69,7 +69,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Site:
+class ActivationSite:
     """An activation whose units are those of a group: where activation matching looks.
 
     Arguments:
@@ -113,7 +113,7 @@ class Spec:
     groups: Mapping[str, Group]
     axes: Mapping[str, tuple[Axis, ...]]
     objective: tuple[str, ...]
-    sites: Mapping[str, Site] = field(default_factory=dict)
+    sites: Mapping[str, ActivationSite] = field(default_factory=dict)
     held: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tolerance: float = 1e-8

@@ -35,7 +35,7 @@ from companion.rebasin.spec import Spec
 from companion.rebasin.trace import private
 from companion.rebasin.weights import objective, weight_matching
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+MeanLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> mean loss, a number with a gradient."""
 
 
@@ -59,7 +59,7 @@ def straight_through(
     judge_every: int = 10,
     key: Key = Key("ste"),  # noqa: B008 - an immutable value
     max_passes: int = 100,
-    score: Loss = mean_loss,
+    score: MeanLoss = mean_loss,
 ) -> Matching:
     """Algorithm 2: search the permutation with the lowest loss half-way between A and B.
 
@@ -181,7 +181,7 @@ class Midpoint:
         score: the loss.
     """
 
-    def __init__(self, module: nn.Module, a: Theta, inputs: Tensor, score: Loss):
+    def __init__(self, module: nn.Module, a: Theta, inputs: Tensor, score: MeanLoss):
         self.module = private(module, inputs)
         for m in self.module.modules():
             if isinstance(m, _BatchNorm):

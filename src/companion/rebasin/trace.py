@@ -3,7 +3,7 @@
 Below autograd every network, whatever Python it is written in, is a sequence of a few dozen
 operations on tensors (``aten``). :class:`Tracer` sees each of them with its real arguments, so
 nothing has to be symbolically traceable. The derivation of a spec and activation matching read
-networks through it; they name an operation by module, kind and count, see :class:`Site`.
+networks through it; they name an operation by module, kind and count.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
 from companion.core.theta import Theta
-from companion.rebasin.assignment import assign, assign_nested, prices
+from companion.rebasin.assignment import assign_nested, assign_units, prices
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec
 
@@ -167,7 +167,9 @@ def weight_matching(
     )
 
 
-def _one_pass(spec: Spec, a: Theta, b: Theta, plan: Sequence[Family], *, anchored: bool) -> Descent:
+def _one_pass(
+    spec: Spec, a: Theta, b: Theta, plan: Sequence[FamilyTerms], *, anchored: bool
+) -> Descent:
     """Every family once, forward, by the tensors whose other families have been visited.
 
     Of these, those that make its units; and, if ``anchored``, those that read them as well, but
@@ -258,7 +260,7 @@ class Descent:
         }
 
     def best(
-        self, family: Family, terms: Mapping[str, tuple[Term, ...]], tol: float
+        self, family: FamilyTerms, terms: Mapping[str, tuple[Term, ...]], tol: float
     ) -> tuple[dict[str, Tensor], float] | None:
         """The best step for one family, relative to where it is, and what ``terms`` gain by it.
 
@@ -277,7 +279,7 @@ class Descent:
                 tops.append((outer - price).amax(1).sum() + price.sum())
             if min(map(float, tops)) - here <= tol:
                 return None
-            p = assign(outer, price)
+            p = assign_units(outer, price)
             rise = float(outer[torch.arange(len(p)), p].sum()) - here
             if family.linear:
                 self.price[family.outer] = prices(outer, p, price)
@@ -292,7 +294,7 @@ class Descent:
         step = {g: inner.get(g, self.stay[g]) for g in family.inner}
         return {family.outer: p, **step}, value - here
 
-    def _gains(self, family: Family, terms: Sequence[Term]) -> Tensor | None:
+    def _gains(self, family: FamilyTerms, terms: Sequence[Term]) -> Tensor | None:
         """Gains of the outer units, from where :meth:`keep` has left them."""
         done, total = self.kept.pop(family.outer, (frozenset(), None))
         if total is not None:
@@ -303,7 +305,7 @@ class Descent:
         self.last = more if total is None else total
         return self.last
 
-    def keep(self, family: Family, terms: Sequence[Term], p: Tensor | None) -> None:
+    def keep(self, family: FamilyTerms, terms: Sequence[Term], p: Tensor | None) -> None:
         """Keep the gains just summed over ``terms``, for the units where step ``p`` leaves them.
 
         As long as no neighbour takes a step, and as far as there is room.
@@ -316,7 +318,7 @@ class Descent:
             total = total[:, p.to(total.device)]
         self.kept[family.outer] = (frozenset(terms), total)
 
-    def stepped(self, family: Family, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def stepped(self, family: FamilyTerms, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a step of one family moves, moved along the axes that hold it."""
         relative = {**self.stay, **step}
         out = {}
@@ -333,7 +335,9 @@ class Descent:
         """``<A, tensors>`` over the given entries, in float64."""
         return sum(dot(self.a[t], x) for t, x in tensors.items())
 
-    def take(self, family: Family, step: Mapping[str, Tensor], moved: dict[str, Tensor]) -> None:
+    def take(
+        self, family: FamilyTerms, step: Mapping[str, Tensor], moved: dict[str, Tensor]
+    ) -> None:
         """Make the step."""
         self.now.update(moved)
         for outer, (terms, total) in list(self.kept.items()):
@@ -347,7 +351,7 @@ class Descent:
         for g in family.inner:
             self.perms[g] = self.perms[g][p].gather(1, step[g])
 
-    def improve(self, family: Family, tol: float) -> float:
+    def improve(self, family: FamilyTerms, tol: float) -> float:
         """Solve one family; step if the objective rises by more than ``tol``. Returns the rise."""
         found = self.best(family, family.terms, tol)
         if found is None:
@@ -425,7 +429,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyTerms:
     """An outer group, its inner groups, and where in the objective they occur."""
 
     outer: str
@@ -453,7 +457,7 @@ class Family:
         return frozenset().union(*self.others.values())
 
 
-def families_of(spec: Spec) -> tuple[Family, ...]:
+def families_of(spec: Spec) -> tuple[FamilyTerms, ...]:
     """The families of ``spec`` in forward order, with all places where the objective sees them."""
     owner = {g: k for k, names in enumerate(spec.families) for g in names}
     movers = {
@@ -484,5 +488,5 @@ def families_of(spec: Spec) -> tuple[Family, ...]:
                 readers.add(t)
         mine = {g: tuple(found) for g, found in terms.items()}
         sets = (frozenset(twice), others, frozenset(readers))
-        out.append(Family(outer, tuple(inner), mine, *sets))
+        out.append(FamilyTerms(outer, tuple(inner), mine, *sets))
     return tuple(out)
