@@ -283,10 +283,10 @@ class Axes:
         first, *others = [self.normal(a) for a in axes]
         rest: AtomBlock = ()
         for axis in others:
-            if len(axis) > 1:
+            if len(axis) != 1:
                 why = f"pieces are interleaved in {self.where}"
                 self.pin(axis, why)
-                axis = self.fixed(total(axis), why)
+                axis = ((Atom(total(axis), pinned=why),),)
             rest += axis[0]
         return tuple((*block, *rest) for block in first)
 

@@ -115,19 +115,16 @@ def merge_many(
                 continue
             waiting.discard(i)
             now = {t: spec.permute_tensor(thetas[i][t], t, perms[i]) for t in spec.objective}
-            others = {
-                t: (total[t] - x.to(total[t].device).double()) / (count - 1) for t, x in now.items()
-            }
+            others = {t: (x - now[t].to(x.device).double()) / (count - 1) for t, x in total.items()}
             how: Any = {"start": perms[i], "max_passes": max_passes, "rtol": rtol}
             own = key.fold("match", passes, i)
             found = weight_matching(spec, others, thetas[i], key=own, **how)
             if all(torch.equal(p, perms[i][g]) for g, p in found.perms.items()):
                 continue
             perms[i] = dict(found.perms)
-            for t in spec.objective:
-                moved = spec.permute_tensor(thetas[i][t], t, perms[i])
-                total[t] += moved.to(total[t].device).double()
-                total[t] -= now[t].to(total[t].device).double()
+            for t, x in total.items():
+                x += spec.permute_tensor(thetas[i][t], t, perms[i]).to(x.device).double()
+                x -= now[t].to(x.device).double()
             waiting = set(range(count)) - {i}  # the mean of their others has changed
         passes += 1
         total = _total(spec, thetas, perms)  # anew, so that rounding does not add up over passes
@@ -166,11 +163,10 @@ def _total(
     spec: Spec, thetas: Sequence[Theta], perms: Sequence[Permutations]
 ) -> dict[str, torch.Tensor]:
     """The sum of all networks in the common frame, over the objective's entries, in float64."""
-    out = {}
-    for t in spec.objective:
-        out[t] = torch.zeros_like(thetas[0][t], dtype=torch.float64)
+    out = {t: torch.zeros_like(thetas[0][t], dtype=torch.float64) for t in spec.objective}
+    for t, total in out.items():
         for theta, own in zip(thetas, perms, strict=True):
-            out[t] += spec.permute_tensor(theta[t].detach(), t, own).to(out[t].device)
+            total += spec.permute_tensor(theta[t].detach(), t, own).to(total.device)
     return out
 
 

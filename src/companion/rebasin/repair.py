@@ -192,15 +192,15 @@ def repair(
         theta = net.reestimated(theta, parts)
     return Repaired(
         theta,
-        {n: c[0] for n, c in found.items()},
-        {n: c[1] for n, c in found.items()},
-        _shares(net.moments(merged, parts), targets),
-        _shares(net.moments(theta, parts), targets),
-        reset,
-        {n: why for n, why in skipped.items() if n not in reset},
-        form,
-        alpha,
-        sum(map(len, parts)),
+        scale={n: scale for n, (scale, _) in found.items()},
+        shift={n: shift for n, (_, shift) in found.items()},
+        before=_shares(net.moments(merged, parts), targets),
+        after=_shares(net.moments(theta, parts), targets),
+        reset=reset,
+        skipped={n: why for n, why in skipped.items() if n not in reset},
+        form=form,
+        alpha=alpha,
+        samples=sum(map(len, parts)),
     )
 
 

@@ -44,6 +44,11 @@ HEADS = ("permuted", "rotated")
 orthogonal matrix, and values by another."""
 
 
+Ended = tuple[Tensor, Permutations, Mapping[str, Tensor], list[float], bool]
+"""Where an alternation ended: the stream's Q, permutations, turns inside of heads, history, and
+whether it ended by itself."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rotation(Found):
     """What brings a folded network B close to a folded network A.
@@ -149,11 +154,10 @@ def rotation_matching(
     # The tensors that hold no heads and no units.
     free = [t for t in problem.stream if t.tensor not in folding.units.axes]
     q = problem.turn(problem.b, free) if start is None else check_rotation(start, folding.width)
-    best = problem.solve(q, max_iterations, rtol, clock)
-    if best.objective < problem.before:
-        eye = torch.eye(folding.width, dtype=torch.float64)
-        best = problem.solve(eye, max_iterations, rtol, clock)
-    return best
+    best = problem.solve(q, max_iterations, rtol)
+    if best[3][-1] < problem.before:
+        best = problem.solve(torch.eye(folding.width, dtype=torch.float64), max_iterations, rtol)
+    return problem.rotation("weights", clock, best)
 
 
 def activation_rotation(
@@ -202,7 +206,7 @@ def activation_rotation(
             at = torch.arange(heads_here)
             inner[g] = polar(_pairs(gram, heads_here)[at, at])
     history = [problem.value(problem.moved(q, perms, inner))]
-    return problem.rotation("activations", q, perms, inner, history, True, clock)
+    return problem.rotation("activations", clock, (q, perms, inner, history, True))
 
 
 class _Problem:
@@ -287,7 +291,7 @@ class _Problem:
             perms |= {g: self.stay[g] for g in turnable}
         return perms, inner
 
-    def solve(self, q: Tensor, max_iterations: int, rtol: float, clock: float) -> Rotation:
+    def solve(self, q: Tensor, max_iterations: int, rtol: float) -> Ended:
         """Both half-steps in turn from ``q``, until an iteration gains too little."""
         ended = False
         perms, inner = self.match(q)
@@ -303,33 +307,15 @@ class _Problem:
                 break
             q, (perms, inner) = new, more
             history += [first, second]
-        return self.rotation("weights", q, perms, inner, history, ended, clock)
+        return q, perms, inner, history, ended
 
-    def rotation(
-        self,
-        method: str,
-        stream: Tensor,
-        perms: Permutations,
-        inner: Mapping[str, Tensor],
-        history: Sequence[float],
-        converged: bool,
-        clock: float,
-    ) -> Rotation:
-        return Rotation(
-            self.folding,
-            stream.cpu(),
-            perms,
-            {g: r.cpu() for g, r in inner.items()},
-            method,
-            self.heads,
-            history[-1],
-            self.before,
-            self.bound,
-            tuple(history),
-            (len(history) - 1) // 2,
-            converged,
-            time.perf_counter() - clock,
-        )
+    def rotation(self, method: str, clock: float, ended: Ended) -> Rotation:
+        stream, perms, inner, history, converged = ended
+        turns = {g: r.cpu() for g, r in inner.items()}
+        numbers = (history[-1], self.before, self.bound, tuple(history), (len(history) - 1) // 2)
+        seconds = time.perf_counter() - clock
+        found = (self.folding, stream.cpu(), perms, turns, method, self.heads)
+        return Rotation(*found, *numbers, converged, seconds)
 
 
 def turned_heads(
