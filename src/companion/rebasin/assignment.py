@@ -33,9 +33,6 @@ def assign_units(gain: Tensor, price: Tensor | None = None) -> Tensor:
 
     Returns:
         int64, shape (n,), on the CPU.
-
-    Raises:
-        BadParameter: ``gain`` is not square, or not finite.
     """
     if gain.dim() != 2 or gain.shape[0] != gain.shape[1]:
         raise BadParameter(f"assignment: a square matrix expected, got {tuple(gain.shape)}.")
@@ -64,9 +61,6 @@ def prices(gain: Tensor, p: Tensor, price: Tensor | None = None) -> Tensor:
         gain: shape (n, n).
         p: its best assignment.
         price: to begin with, default 0.
-
-    Returns:
-        shape (n,), on the device of ``gain``.
     """
     p = p.to(gain.device)
     loss = gain[:, p]
@@ -98,9 +92,6 @@ def assign_nested(
     Returns:
         p, shape (units,); inner group -> q, shape (units, s), with q[i] an order of the inner units
         of outer unit p[i] of B; and the value reached. Index vectors are int64, on the CPU.
-
-    Raises:
-        BadParameter: a matrix has another shape, or is not finite.
     """
     value = torch.zeros(units, units, dtype=torch.float64)
     if outer is not None:

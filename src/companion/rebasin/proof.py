@@ -34,13 +34,9 @@ class Subject:
     """A private copy of a network, in float64 and eval mode, that can be run with other weights.
 
     Arguments:
-        module: the network; not changed.
         example: what its forward takes; floating-point tensors become float64.
         theta: weights to start from; None: the network's own.
-        shake: add noise to the weights and to the input; ``weights`` and ``inputs`` name which.
-
-    Raises:
-        BadParameter: the network has no weights to copy (the meta device, lazy layers).
+        shake: add noise: to the ``weights``, to the ``inputs``.
     """
 
     def __init__(

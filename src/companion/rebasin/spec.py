@@ -70,22 +70,13 @@ class Use:
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """An activation whose units are those of a group: where activation matching looks.
+    """An activation whose units are those of a group: where activation matching looks."""
 
-    Arguments:
-        module: path of the module that was running (``""``: the network itself).
-        op: name of the operation, such as ``"relu"``.
-        nth: how many of that name came before it in this module, in one forward pass.
-        dim: axis of the activation, counted from the end (negative).
-        start: the block's position.
-        block: the block there.
-    """
-
-    module: str
-    op: str
-    nth: int
-    dim: int
-    start: int
+    module: str  # path of the module that was running ("": the network itself)
+    op: str  # name of the operation, such as "relu"
+    nth: int  # how many of that name came before it in this module, in one forward pass
+    dim: int  # axis of the activation, counted from the end (negative)
+    start: int  # the block's position
     block: Block
 
 
