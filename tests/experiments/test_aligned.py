@@ -34,12 +34,12 @@ from companion.experiments.aligned import (
 )
 from companion.experiments.budget import count
 from companion.experiments.merged import merge_runs, read_logits, split_runs
-from companion.experiments.methods import KINDS, gradient, weights_of
+from companion.experiments.methods import METHOD_KINDS, gradient, weights_of
 from companion.experiments.pairs import Evaluation, Pair
 from companion.rebasin.repair import repair
 from companion.training import Recipe, Run, build, load_weights
 
-METHODS = [k.name for k in KINDS.values() if k.nets != "gpt"]
+METHODS = [k.name for k in METHOD_KINDS.values() if k.nets != "gpt"]
 RECIPE = Recipe(net="mlp:widths=16x2", data="digits", steps=150, batch=64, lr=0.1)
 FEW = Evaluation(points=5, train_examples=200)
 

@@ -21,7 +21,7 @@ from companion.cli.barrier import all_heights, draw, measured, summary
 from companion.cli.console import UNITS, mode_of, number, output, print_table, say
 from companion.cli.opening import Opened, opened
 from companion.core.errors import BadParameter, one_of
-from companion.experiments.methods import KINDS, Method, described, offered
+from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ def align_networks(
     rotate a GPT network write networks of another form, and say under which name they load.
     """
     one_of("--method", method, offered())
-    kind = KINDS[method]
+    kind = METHOD_KINDS[method]
     one_of("--repair", repair, REPAIRS)
     if not 0 <= alpha <= 1:
         raise BadParameter(f"--alpha: {alpha:g} must lie between 0 (A) and 1 (the aligned B).")
@@ -531,7 +531,6 @@ def _merged(
     """The network between A and the aligned B (``form`` of :data:`REPAIRS`), beside the two."""
     from companion.connectivity import Walker, has_batchnorm
     from companion.rebasin import repair
-    from companion.rebasin.repair import merge
 
     say()
     dataset, module, ends = pair.dataset, here.module, (here.a, here.b)
