@@ -222,7 +222,7 @@ def test_an_unknown_parameter_fails_before_anything_runs(copied):
     profile.write_text("slop: 0.25\n")
     done = toybook.run(copied, "execute", "--profile", "other")
     assert done.returncode == 1
-    assert "'slop' is not a parameter of the chapter. Did you mean 'slope'?" in done.stderr
+    assert "parameter: 'slop' is not known. Did you mean 'slope'?" in done.stderr
     assert "Its parameters: n, slope, ks." in done.stderr
 
 
@@ -287,7 +287,7 @@ def test_a_parameters_cell_holds_plain_assignments(cell, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("m: 1", "'m' is not a parameter"),
+        ("m: 1", "parameter: 'm' is not known"),
         ("lr: 1e-3", "YAML reads 1e-3 as text, not as a number. Write 1.0e-3 or 0.001."),
         ("ks: [1, 1e3]", "Write 1.0e+3 or 1000.0."),
         ("n: 1.5", "1.5 is of type float; the chapter's own value 3 is of type int"),

@@ -8,7 +8,6 @@ they are errors here, before the first cell runs.
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from typing import Any
 
 import yaml
 
+from companion.book.chapter import cells
 from companion.book.layout import Book
 from companion.core import plainyaml
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, one_of
 
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _COMPUTED = object()  # a default that is not a literal: nothing to compare a type with
@@ -33,6 +33,22 @@ class Parameter:
     optional: bool  # annotated with None
     start: int  # byte offsets of the value in the cell's source
     end: int
+
+
+def cell_of(book: Book, chapter: str) -> str:
+    """The source of the chapter's parameters cell.
+
+    Raises:
+        BadParameter: there is not exactly one cell tagged ``parameters``.
+    """
+    where = f"chapters/{chapter}.md"
+    found = cells(book.source(chapter).read_text(encoding="utf-8"), where)
+    tagged = [cell.source for cell in found if "parameters" in cell.tags]
+    if len(tagged) != 1:
+        raise BadParameter(
+            f"{where} has {len(tagged)} cells tagged `parameters`; it needs exactly one."
+        )
+    return tagged[0]
 
 
 def declared(source: str, where: str) -> dict[str, Parameter]:
@@ -130,13 +146,7 @@ def check(values: Mapping[str, Any], parameters: Mapping[str, Parameter], where:
         where: Who sets the values, for messages.
     """
     for name, value in values.items():
-        if name not in parameters:
-            close = difflib.get_close_matches(str(name), parameters, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise BadParameter(
-                f"{where}: {name!r} is not a parameter of the chapter.{hint} "
-                f"Its parameters: {', '.join(parameters)}."
-            )
+        one_of(f"{where}: parameter", name, parameters)
         _check(value, parameters[name], f"{where}: {name}")
 
 
@@ -192,7 +202,7 @@ def _no_text_floats(value: Any, where: str) -> None:
     """YAML 1.1 reads 1e-3 as text: it wants a point in the mantissa and a sign in the exponent."""
     if isinstance(value, str) and _FLOAT.fullmatch(value):
         plain = repr(float(value))
-        forms = [_yaml_float(value)] + ([] if "e" in plain else [plain])
+        forms = [plainyaml.number(value)] + ([] if "e" in plain else [plain])
         raise BadParameter(
             f"{where}: YAML reads {value} as text, not as a number. Write {' or '.join(forms)}."
         )
@@ -202,9 +212,3 @@ def _no_text_floats(value: Any, where: str) -> None:
     if isinstance(value, dict):
         for item in value.values():
             _no_text_floats(item, where)
-
-
-def _yaml_float(text: str) -> str:
-    mantissa, exponent = text.lower().split("e")
-    mantissa += "" if "." in mantissa else ".0"
-    return f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"

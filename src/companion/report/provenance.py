@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from companion.core import closing, codec
+from companion.core import closing, codec, plainyaml
 from companion.core.errors import BadParameter
 from companion.core.locations import checkout
 from companion.report import page
@@ -144,11 +144,7 @@ def _flow(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_flow(v) for v in value) + "]"
     text = json.dumps(value)
-    if isinstance(value, float) and "e" in text:
-        mantissa, exponent = text.split("e")
-        sign = "" if exponent.startswith("-") else "+"
-        return f"{mantissa}{'' if '.' in mantissa else '.0'}e{sign}{exponent.lstrip('+')}"
-    return text
+    return plainyaml.number(text) if isinstance(value, float) and "e" in text else text
 
 
 def _rows(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
