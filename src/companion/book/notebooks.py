@@ -18,14 +18,7 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 
 
 def build(book: Book, chapter: str) -> Path:
-    """Write ``build/notebooks/<chapter>.ipynb``, which plain papermill can run.
-
-    Arguments:
-        book: The book.
-        chapter: The chapter's name.
-
-    Returns:
-        The notebook's path.
+    """Write ``build/notebooks/<chapter>.ipynb``, which plain papermill can run; return its path.
 
     Raises:
         BadParameter: The chapter does not have exactly one cell tagged ``parameters``, or that cell
@@ -45,16 +38,10 @@ def build(book: Book, chapter: str) -> Path:
 
 
 def format_cells(book: Book, chapter: str) -> bool:
-    """Format the code cells of a chapter with ruff. Text and cell options stay byte for byte.
+    """Format the code cells of a chapter with ruff; return whether anything changed.
 
-    (``jupytext --pipe`` would write its version into every chapter's header.)
-
-    Arguments:
-        book: The book.
-        chapter: The chapter's name.
-
-    Returns:
-        Whether anything changed.
+    Text and cell options stay byte for byte. (``jupytext --pipe`` would write its version into
+    every chapter's header.)
 
     Raises:
         BookError: ruff cannot read the code; its message says where.
@@ -86,12 +73,7 @@ def format_cells(book: Book, chapter: str) -> bool:
 
 
 def execute(book: Book, profile: str, chapter: str) -> Path:
-    """Run a chapter's notebook with a profile's parameters.
-
-    Arguments:
-        book: The book.
-        profile: The profile's name.
-        chapter: The chapter's name; :func:`build` has to have run.
+    """Run a chapter's notebook, which :func:`build` made, with a profile's parameters.
 
     Returns:
         The executed notebook's path. It appears only if every cell ran.

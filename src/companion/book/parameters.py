@@ -52,11 +52,7 @@ def cell_of(book: Book, chapter: str) -> str:
 
 
 def declared(source: str, where: str) -> dict[str, Parameter]:
-    """Read the parameters cell.
-
-    Arguments:
-        source: The cell's text.
-        where: The chapter, for messages.
+    """Read the parameters cell; ``where`` names the chapter in messages.
 
     Raises:
         BadParameter: Something other than ``name = value``, a name twice, or a value that is
@@ -105,10 +101,7 @@ def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[
     """What a profile sets for a chapter; empty if it has no file for it.
 
     Arguments:
-        book: The book.
-        profile: The profile's name.
-        chapter: The chapter's name.
-        source: The text of its parameters cell.
+        source: the text of its parameters cell, see :func:`cell_of`.
 
     Raises:
         BadParameter: An unknown profile, a file that is not YAML or belongs to no chapter, an
@@ -141,9 +134,7 @@ def check(values: Mapping[str, Any], parameters: Mapping[str, Parameter], where:
     """Refuse values of unknown parameters, and values whose type cannot be meant.
 
     Arguments:
-        values: Name to value.
-        parameters: What :func:`declared` read.
-        where: Who sets the values, for messages.
+        where: who sets the values, for messages.
     """
     for name, value in values.items():
         one_of(f"{where}: parameter", name, parameters)
@@ -151,13 +142,7 @@ def check(values: Mapping[str, Any], parameters: Mapping[str, Parameter], where:
 
 
 def substituted(source: str, values: Mapping[str, Any], where: str) -> str:
-    """The parameters cell with other values in place of its defaults; comments stay.
-
-    Arguments:
-        source: The cell's text.
-        values: Name to value; every name has to be declared.
-        where: The chapter, for messages.
-    """
+    """The parameters cell with other values, by name, in place of its defaults; comments stay."""
     text = source.encode()
     parameters = declared(source, where)
     for parameter in sorted((parameters[name] for name in values), key=lambda p: -p.start):

@@ -226,8 +226,10 @@ class _Piece:
             self.say("no estimate while recording on a GPU; --dry-run makes one")
             return
         speed: Probe = partial(probe, evaluation=b.evaluation, device=b.device)
-        seconds = duration(sum(estimate(costs, speed, device=b.device, workers=b.workers)))
-        self.say(f"estimate: {seconds} on {b.device} to train and to walk along lines")
+        s = sum(estimate(costs, speed, device=b.device, workers=b.workers))
+        hours = f"{s / 60:.0f} min" if s < 5400 else f"{s / 3600:.1f} h"
+        time_needed = f"{s:.0f} s" if s < 90 else hours
+        self.say(f"estimate: {time_needed} on {b.device} to train and to walk along lines")
 
     def progress(self) -> str:
         """What the store has by now, in one sentence."""
@@ -334,7 +336,13 @@ def close(
             machines; the file is there already, from a recording that was not closed.
         RecordingFailed: nothing that a claim needs is measured.
     """
-    _check_unfinished(recording.target)
+    if (path := recording.target).exists():
+        known: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(path.read_bytes())
+        if not (isinstance(known, dict) and known.get("closed")):
+            said = f"{path} is there already, and was not closed. Give another --name."
+            raise BadParameter(f"--close: {said}")
     entry = Store().entry(recording.identity())
     own, machine = _origin(entry, recording)
     piece = _Piece(recording, entry, False, commit, say, sys.stdout)
@@ -342,16 +350,16 @@ def close(
         _run_cells(piece)
     missing = {kind: len(keys) for kind, keys in sorted(lacking.items())}
     if not found.all("claims") or not found.all("provenance"):
-        said = "\n".join(recording.problems)
-        raise RecordingFailed(f"--close: too much is missing ({missing}). Left out:\n{said}")
+        left_out = "\n".join(recording.problems)
+        raise RecordingFailed(f"--close: too much is missing ({missing}). Left out:\n{left_out}")
     document = _document(recording, found, commit, closed=True)
     counts = ", ".join(f"{number} × {kind}" for kind, number in missing.items())
     for claim in document["claims"]:
         if claim["verdict"] == claims.NOT_TESTABLE:
             claim["note"] = claim["note"] or closing.WHY
         elif missing:  # a mean over fewer pairs, a maximum over fewer points
-            said = f"closed before everything was measured, missing: {counts}"
-            claim["note"] = f"{claim['note']}; {said}" if claim["note"] else said
+            fewer = f"closed before everything was measured, missing: {counts}"
+            claim["note"] = f"{claim['note']}; {fewer}" if claim["note"] else fewer
     if all(claim["verdict"] == claims.NOT_TESTABLE for claim in document["claims"]):
         raise RecordingFailed(
             f"--close: nothing that a claim needs is measured (missing: {missing}). Import the "
@@ -361,20 +369,6 @@ def close(
     document |= {"closed": True, "missing": missing}
     say(f"closed; missing: {counts or 'nothing'}")
     return _write(recording.target, document)
-
-
-def _check_unfinished(path: Path) -> None:
-    """Refuse to replace a whole recording by one that is closed."""
-    try:
-        known = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError):
-        known = {}
-    if not (isinstance(known, dict) and known.get("closed")):
-        raise BadParameter(
-            f"--close: {path} is there already, and was not closed. Give another --name."
-        )
 
 
 def _origin(entry: Entry, recording: Recording) -> tuple[list[Entry], dict[str, Any]]:
@@ -530,10 +524,3 @@ def _write(path: Path, document: Mapping[str, Any]) -> Path:
             working.unlink()
         raise RecordingFailed(f"record: {path} cannot be written ({error.strerror}).") from error
     return path
-
-
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -53,12 +53,7 @@ class Shape:
 
 
 def shape(text: str, where: str) -> Shape:
-    """Count a chapter.
-
-    Arguments:
-        text: its source.
-        where: its name, for messages.
-    """
+    """Count a chapter's source; ``where`` is its name, for messages."""
     counted = [
         (sum(bool(line.strip()) for line in cell.source.splitlines()), not _HIDDEN & {*cell.tags})
         for cell in cells(text, where)
