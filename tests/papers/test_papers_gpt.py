@@ -58,7 +58,7 @@ def swept(whole: float, top: float = 0.01, valid: bool = True) -> Any:
         groups=dict.fromkeys(BLOCKS, ()),
         ends={"test": {"loss": (3.6, 3.64), "error": (70.0, 71.0)}},
         full_height=lambda *_: whole if valid else math.nan,
-        worst=lambda kind, _: dict(list(each.items())[: 4 if kind == "window" else 5]),
+        worst=lambda kind="single", _="": dict(list(each.items())[: 4 if kind == "window" else 5]),
         heights=lambda _: {name: {"a": v, "b": v} for name, v in each.items()},
         select=lambda _: [row],
     )

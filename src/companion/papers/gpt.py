@@ -475,17 +475,12 @@ def valid(results: Sequence[LayerBarriers]) -> list[LayerBarriers]:
 
 def heights(results: Sequence[LayerBarriers]) -> list[float]:
     """The whole network's test loss barrier, of each valid pair."""
-    return [one.full_height("test") for one in valid(results)]
-
-
-def worst(one: LayerBarriers) -> dict[str, float]:
-    """Group -> the larger of the barriers with either host."""
-    return one.worst("single", "test")
+    return [one.full_height() for one in valid(results)]
 
 
 def largest(one: LayerBarriers) -> tuple[str, float, float]:
     """The group with the largest barrier, that barrier, and it over the whole network's."""
-    value, label = max((v, k) for k, v in worst(one).items())
+    value, label = max((v, k) for k, v in one.worst().items())
     full = one.full_height()
     return label, value, value / full if full > 0 else math.inf
 
@@ -501,7 +496,7 @@ def floor(one: LayerBarriers) -> float:
 
 def of_group(results: Sequence[LayerBarriers], label: str) -> Interval | None:
     """One group's barrier, mean over valid pairs; None without any, or without such a group."""
-    return over_pairs(worst(one)[label] for one in valid(results) if label in worst(one))
+    return over_pairs(one.worst()[label] for one in valid(results) if label in one.worst())
 
 
 def fork_barriers(study: Study, split: str = "test") -> dict[int, Interval]:
@@ -585,7 +580,7 @@ def maps(study: Study) -> dict[str, dict[str, list[float]]]:
         found = [study.along[step][kind] for step in study.looks]
         out = {"whole network": [float(np.mean(heights(r) or [np.nan])) for r in found]}
         for label in study.blocks:
-            each = [[worst(one)[label] for one in valid(r)] for r in found]
+            each = [[one.worst()[label] for one in valid(r)] for r in found]
             out[study.short(label)] = [float(np.mean(v or [np.nan])) for v in each]
         return out
 
@@ -644,8 +639,8 @@ def _untrained(study: Study) -> list[float]:
 def b13(study: Study) -> Statistic:
     """The largest module's barrier over the whole network's, different initialisations."""
     apart, start = valid(study.modules["different"]), _untrained(study)
-    tops = [value / one.full_height() for one in apart for value in worst(one).values()]
-    untied = [max(v for k, v in worst(o).items() if k not in (EMBEDDING, OUTPUT)) for o in apart]
+    tops = [value / one.full_height() for one in apart for value in one.worst().values()]
+    untied = [max(v for k, v in o.worst().items() if k not in (EMBEDDING, OUTPUT)) for o in apart]
     compared = "a pair has no barrier of the whole network to compare with"
     each = [(study.short(largest(o)[0]), largest(o)[1], o.full_height()) for o in apart]
     return statistic(
@@ -901,7 +896,7 @@ def show_parts(study: Study) -> None:
         ax.set_title(PAIRS[kind])
         if not (good := valid(results)):
             continue
-        named = [{study.short(k): v for k, v in worst(one).items()} for one in good]
+        named = [{study.short(k): v for k, v in one.worst().items()} for one in good]
         drawn[kind] = plots.dots(ax, named, heights(good), xlabel="test loss barrier (nats)")
         least = [floor(one) for one in good]
         drawn[kind] |= {"defaults": [one.heights("single") for one in good], "floors": least}
@@ -1065,7 +1060,7 @@ def values(study: Study) -> Values:
         abs(value - floor(one))
         for results in study.parts.values()
         for one in valid(results)
-        for value in worst(one).values()
+        for value in one.worst().values()
     ]
     first = next(label for label in study.blocks if label.startswith("transformer.h."))
     same, different = study.groups["same"], study.groups["different"]
