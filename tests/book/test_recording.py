@@ -124,8 +124,14 @@ if records:
     fig, drawn = plots.panels(
         {"this page": (steps, {"mlp": means})} | recorded.curves(records, "instability")
     )
-    figures.publish(fig, "recorded", caption=records[0].title, alt="Panels.", data=drawn)
+    figures.publish(fig, "recorded", data=drawn)
 ```
+
+:::{caption} recorded
+:optional:
+:alt: Panels.
+Recorded before.
+:::
 
 ```{code-cell} python
 def c01(found): return Statistic(found.interval(0))

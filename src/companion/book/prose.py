@@ -166,10 +166,6 @@ def give(
         what = f"the {'table' if 'rows' in entry else 'figure'} {entry.get('name')!r}"
         own = {**values, **entry.pop("values", {})}
         given = known.get(entry.get("name", ""))
-        if "caption" in entry:
-            if given:
-                raise BookError(f"{given.where}: {what} has a caption in its cell too.")
-            continue
         if given is None:
             raise BookError(
                 f"{at('')}: {what} has no caption. Write a block :::{{caption}} {entry['name']} "

@@ -627,8 +627,9 @@ def _matching(study: Study, some: Sequence[str], others: Sequence[str], detail: 
 
 def _nats(study: Study, *ways: str) -> str:
     found = left(study)
-    each = (f"{found[w].value:.2f}" if w in found else NONE for w in ways)
-    return ", ".join(f"{WAYS[w]}{':' * (v == NONE)} {v}" for w, v in zip(ways, each, strict=True))
+    return ", ".join(
+        f"{WAYS[w]} {found[w].value:.2f}" if w in found else f"{WAYS[w]}: {NONE}" for w in ways
+    )
 
 
 def _untrained(study: Study) -> list[float]:
