@@ -223,7 +223,7 @@ def test_an_unknown_parameter_fails_before_anything_runs(copied):
     done = toybook.run(copied, "execute", "--profile", "other")
     assert done.returncode == 1
     assert "parameter: 'slop' is not known. Did you mean 'slope'?" in done.stderr
-    assert "Its parameters: n, slope, ks." in done.stderr
+    assert "Allowed: n, slope, ks." in done.stderr
 
 
 def test_an_unknown_profile_lists_the_known_ones(copied):
