@@ -13,8 +13,7 @@ from papermilled import build, check_budget, check_golden, entries, run
 from companion import data
 from companion.core.runs import Store
 from companion.experiments.aligned import pairs_of
-from companion.experiments.featured import Scope, survey
-from companion.experiments.featured_stats import after_first
+from companion.experiments.featured import Scope, after_first, survey
 from companion.experiments.methods import Method
 from companion.papers import llfc
 from companion.training import Recipe

@@ -438,8 +438,8 @@ def test_the_design_of_digits() -> None:
     assert [made.forks[r] for r in (made.main, *made.trees)] == [62, 50, 50]
     (everything,), (short,) = made.plans(), made.plans(sweeps=False)
     # 3 networks' copies, 2 networks' and 2 widths' independent pairs, these matched twice
-    assert len(short.tasks) == 3 * (3 + 2 + 2 * 3) and set(short.tasks) < set(everything.tasks)
-    assert len(everything.tasks) == len(short.tasks) + 3 * (3 + 4)  # one width, four fork steps
+    assert len(short) == 3 * (3 + 2 + 2 * 3) and set(short) < set(everything)
+    assert len(everything) == len(short) + 3 * (3 + 4)  # one width, four fork steps
 
 
 def test_the_page_says_of_the_mnist_record_what_is_in_it() -> None:

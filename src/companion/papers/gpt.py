@@ -38,7 +38,14 @@ from companion.data.text import save_windows, tokenizer
 from companion.experiments import instability
 from companion.experiments.aligned import Aligned, align, interval, lines_of, placed
 from companion.experiments.budget import Plan
-from companion.experiments.instability import THRESHOLDS, Instability, analyse, copy, plan, trunk
+from companion.experiments.instability import (
+    THRESHOLDS,
+    Instability,
+    analyse,
+    copy,
+    plan_forks,
+    trunk,
+)
 from companion.experiments.layers import LayerSweep, sweep_pairs
 from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Features, features
@@ -153,11 +160,12 @@ class Study:
         alone, *finer = self._sweeps.values()
         ends = (*self.twins(), *self.strangers())
         lines = lines_of(self.strangers(), list(WAYS), self.evaluation)
+        shape: Any = {"inits": self.inits, "copies": 2, "optimizer": "restore"}
         return [
-            plan(self.recipe, self.ks, inits=self.inits, copies=2, optimizer="restore"),
-            Plan(tasks=tuple(LayerSweep(pair, alone) for pair in self._looked)),
-            Plan(tasks=tuple(LayerSweep(pair, sweep) for sweep in finer for pair in ends)),
-            Plan(tasks=(*lines, *lines_of(self.twins(), TURNED, self.evaluation))),
+            plan_forks(self.recipe, self.ks, self.evaluation, **shape),
+            [LayerSweep(pair, alone) for pair in self._looked],
+            [LayerSweep(pair, sweep) for sweep in finer for pair in ends],
+            [*lines, *lines_of(self.twins(), TURNED, self.evaluation)],
         ]
 
     @property
@@ -443,7 +451,7 @@ def design(
     places = sorted({*([round(last * s) for s in shares] if looks is None else looks), last})
     if not all(0 <= step <= last for step in places):
         raise BadParameter(f"looks: {places} must be steps from 0 to T = {last}.")
-    instability.check(recipe, grid, inits=inits, copies=2, device=device)
+    instability.check_design(recipe, grid, inits=inits, copies=2, device=device)
     module = build(copy(recipe, 0, 0, 1), text, torch.device(device))
     blocks = tuple(layerwise.layer_groups(module, "block", text.test.x[:2]))
     if neighbours > len(blocks):

@@ -30,20 +30,24 @@ from companion.core.theta import snapshot
 from companion.data import Dataset
 from companion.experiments.aligned import Method, pairs_of
 from companion.experiments.budget import Plan
-from companion.experiments.featured import Featured, Lemma, Scope, looks_of, mean_gap, survey
-from companion.experiments.featured_stats import (
-    CONNECTED,
+from companion.experiments.featured import (
     STATISTICS,
+    Featured,
+    Lemma,
+    Scope,
     Separation,
     after_first,
     averaged,
     comparable,
+    looks_of,
+    mean_gap,
     over_pairs,
+    rank_correlation,
     ratios,
     separation,
-    trend,
+    survey,
 )
-from companion.experiments.instability import copy
+from companion.experiments.instability import THRESHOLD, copy
 from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Spectrum, Theorem, exact, feature_spectra, sites, theorem1
 from companion.features import weight_spectra as spectra_of_weights
@@ -175,7 +179,7 @@ class Study:
             rest = (*self._others().values(), *self._forked().values())
             lines = replace(self.scope, parts=())
             tasks += looks_of([item for items in rest for item in items], lines)
-        return [Plan(tasks=tuple(tasks))]
+        return [tasks]
 
     @property
     def evaluation(self) -> Evaluation:
@@ -439,7 +443,7 @@ def design(
 
 def wall(found: Featured) -> bool:
     """Whether the pair's error barrier is above chapter 1's 2 points."""
-    return found.height() > CONNECTED
+    return found.height() > THRESHOLD
 
 
 def height(found: Featured) -> float:
@@ -796,7 +800,7 @@ def a12(study: Study) -> Statistic:
 
 def along_the_fork(study: Study) -> Interval | None:
     """Rank correlation of barrier and features over fork steps, mean over pairs."""
-    return trend(study.along, lambda k, f: f.height(), lambda k, f: mean_gap(f))
+    return rank_correlation(study.along, lambda k, f: f.height(), lambda k, f: mean_gap(f))
 
 
 def a13(study: Study) -> Statistic:
@@ -813,7 +817,7 @@ def along_the_width(study: Study) -> list[Interval | None]:
     """Rank correlation with width after weight matching, of the barrier and of the median R."""
     wide, least = study.by_width[WEIGHTS], min(4, len(study.widths))
     return [
-        trend(wide, lambda w, f: w, value, least=least)
+        rank_correlation(wide, lambda w, f: w, value, least=least)
         for value in (lambda w, f: f.height(), lambda w, f: ratios(f).median)
     ]
 
@@ -896,7 +900,7 @@ def basics(study: Study) -> Values:
         "pixels": " × ".join(map(str, study.images.in_shape[1:])),
         "network": called(study.main.net),
         "fork": study.fork,
-        "connected": CONNECTED,
+        "connected": THRESHOLD,
     }
 
 
@@ -1216,7 +1220,7 @@ def show_fork(study: Study) -> None:
     drawn["gap"] = plots.against_k(
         axes[1], series[1], ylabel="E[1 − cos½], mean over layers", **how
     )
-    plots.dashed(axes[0], CONNECTED, text=f"{CONNECTED:g} points: connected")
+    plots.dashed(axes[0], THRESHOLD, text=f"{THRESHOLD:g} points: connected")
     if any(series[1].values()):  # some pair is valid
         axes[1].set_yscale("log")
     plots.legend(fig, columns=2)

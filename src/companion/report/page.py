@@ -133,7 +133,7 @@ class Planned(Protocol):
     """An experiment that knows what it will train and measure, and where."""
 
     def plans(self) -> Sequence[Plan]:
-        """What :func:`companion.experiments.instability.plan` and its like return."""
+        """What :func:`companion.experiments.instability.plan_forks` and its like return."""
 
     @property
     def evaluation(self) -> Evaluation:
