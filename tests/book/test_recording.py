@@ -76,6 +76,7 @@ import matplotlib.pyplot as plt
 from companion import data
 from companion.experiments import instability
 from companion.report import claims, figures, page, plots, provenance, recorded, tables
+from companion.report.claims import Statistic
 from companion.experiments.instability import analyse
 from companion.experiments.pairs import Evaluation
 from companion.training import Recipe
@@ -123,12 +124,20 @@ if records:
     fig, drawn = plots.panels(
         {"this page": (steps, {"mlp": means})} | recorded.curves(records, "instability")
     )
-    figures.publish(fig, "recorded", caption=records[0].title, alt="Panels.", data=drawn)
+    figures.publish(fig, "recorded", data=drawn)
 ```
 
+:::{caption} recorded
+:optional:
+:alt: Panels.
+Recorded before.
+:::
+
 ```{code-cell} python
+def c01(found): return Statistic(found.interval(0))
+def c02(found): return Statistic(None)
 claims.show(
-    [claims.judge("C01", means[0]), claims.judge("C02", None)],
+    claims.verdicts({"C01": c01, "C02": c02}, found),
     scale=f"digits, {recipe.net}",
     recorded=records,
 )
@@ -411,9 +420,13 @@ for _old, _new in (  # device as a parameter, weights and the onset in a caption
         "start = load_weights(instability.trunk(recipe, 0), 0, device=device)\n"
         "onset = found.onset()\nfig, ax = plt.subplots()\n",
     ),
-    ('{"first": means[0].value}', '{"onset": str(onset), "tensors": len(start)}'),
+    (', values={"first": means[0].value})', ")\npage.fill(onset=str(onset), tensors=len(start))"),
     ("at k = 0: {{first:.3f}}.", "has its onset at {{onset}}; {{tensors}} tensors."),
-    ('"C02", None)]', '"C02", onset is None), claims.judge("C03", 0.5)]'),
+    (
+        "return Statistic(None)\n",
+        "return Statistic(found.onset() is None)\ndef c03(found): return Statistic(0.5)\n",
+    ),
+    ('"C02": c02}', '"C02": c02, "C03": c03}'),
     ('{recipe.net}",', "{recipe.net}, {provenance.record()['gpu']['name']}\","),
 ):
     assert FAR.count(_old) == 1, _old
@@ -481,7 +494,7 @@ def test_a_stopped_recording_is_closed_on_another_machine(root, far, monkeypatch
     curve = found["figures"]["instability"]["data"]["mlp, test"]
     assert curve["k"] == [0, 3] and curve["pairs"] == [2, 2]
     # Of weights nothing is made: the caption that counts their tensors is lost, and no number is.
-    assert found["figures"]["instability"]["caption"] == partly.TEXT
+    assert found["figures"]["instability"]["caption"] == recording.LOST
     assert found["figures"]["instability"]["alt"] == "Barriers of the perceptron <8>."
     (problem,) = found["problems"]
     assert "a checkpoint: not measured before the recording was closed" in problem
@@ -534,7 +547,7 @@ def test_what_cannot_be_closed(root, far, store, monkeypatch):
     with pytest.raises(recording.RecordingFailed, match=r"nothing that a claim needs.*'pair': 4"):
         # C03 stands for no measurement in this toy: leave it out.
         path = root / "chapters" / "01_toy.md"
-        path.write_text(path.read_text().replace(', claims.judge("C03", 0.5)', ""))
+        path.write_text(path.read_text().replace(', "C03": c03', ""))
         recording.close(ready(root), say=str)
     lose(far, "recording")
     with pytest.raises(BadParameter, match="where 01_toy was recorded; it does not say"):
@@ -558,20 +571,17 @@ for name in ("a", "b"):
 shown.append(name)
 drawn = 2
 shown.append(drawn)
-verdicts = [judge("C01", 1.0), judge("C02", missing())]
 others = [missing(), 1]
 """
-    namespace = {"shown": [], "missing": closing.refuse_work, "judge": claims.judge}
+    namespace = {"shown": [], "missing": closing.refuse_work}
     failed = []
     with closing.closed({"device": "cpu"}):
         partly.execute(
-            *(ast.parse(source), "x.py", namespace, partly.Left()),
+            *(ast.parse(source), "x.py", namespace, set()),
             lambda statement, error: failed.append((statement.lineno, type(error))),
         )
     assert namespace["shown"] == ["a", 2] and "name" not in namespace
-    assert failed == [(line, NotMeasured) for line in (3, 5, 11, 12)]
-    assert [v.note for v in namespace["verdicts"]] == ["", closing.WHY]
-    assert "others" not in namespace and "_companion_saved" not in namespace
+    assert failed == [(line, NotMeasured) for line in (3, 5, 11)] and "others" not in namespace
 
 
 @pytest.mark.parametrize("error", [MissingData("x"), BadParameter("x"), OutOfTime("x")])
@@ -580,7 +590,7 @@ def test_what_has_nothing_to_do_with_missing_numbers_ends_it(error):
         raise error
 
     with pytest.raises(type(error)):
-        partly.execute(ast.parse("fail()"), "x.py", {"fail": fail}, partly.Left(), print)
+        partly.execute(ast.parse("fail()"), "x.py", {"fail": fail}, set(), print)
 
 
 @pytest.mark.parametrize(

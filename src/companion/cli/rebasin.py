@@ -531,12 +531,13 @@ def _merged(
     """The network between A and the aligned B (``form`` of :data:`REPAIRS`), beside the two."""
     from companion.connectivity import Walker, has_batchnorm
     from companion.rebasin import repair
+    from companion.rebasin.repair import interpolated
 
     say()
     dataset, module, ends = pair.dataset, here.module, (here.a, here.b)
     about: dict[str, Any] = {"alpha": alpha, "repair": form}
     if form == "none" or dataset is None or (form == "reset" and not has_batchnorm(module)):
-        theta: Theta = merge(module, *ends, alpha)
+        theta: Theta = interpolated(module, *ends, alpha)
         if form == "reset" and has_batchnorm(module):
             say("merged: BatchNorm has interpolated statistics; with --data they are estimated")
     else:
