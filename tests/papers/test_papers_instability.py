@@ -20,7 +20,7 @@ from companion.core.runs import Store
 from companion.experiments.instability import Instability, Sample
 from companion.experiments.pairs import PairResult
 from companion.papers import instability as paper
-from companion.report import claims, recorded
+from companion.report import claims, page, recorded
 from companion.training import Recipe
 
 KS = (0, 50, 100, 200)  # of 1,000 steps
@@ -112,6 +112,14 @@ VGG: dict[str, Any] = {"net": "vgg16", "dataset": "cifar10"}
 LATE = {0: 70.0, 50: 30.0, 100: 20.0, 200: 0.2}
 OWN = {"C13": RESNET, "C14": VGG, "C17": RESNET}  # claims about other networks than the default's
 SHOWN = ("C24", "C28")  # not judged
+
+
+def caption(draw: Callable[[paper.Study], None], study: paper.Study) -> Mapping[str, Any]:
+    """What a figure hands to its caption."""
+    with page.captured() as found:
+        draw(study)
+    (figure,) = found.all("figure")
+    return figure["values"]
 
 
 def verdict(id: str, study: paper.Study) -> claims.Verdict:
@@ -209,7 +217,7 @@ def test_the_line_is_named_after_the_headline_of_batchnorm(design: paper.Study) 
 
 
 def test_a_claim_about_grey_images_is_not_judged_by_a_record_on_others() -> None:
-    records = {record.name: record for record in paper.records()}
+    records = {record.name: record for record in recorded.load(paper.CHAPTER)}
     for name, record in records.items():
         word = record.verdicts["C01"].verdict
         grey = record.data["parameters"]["dataset"] in claims.registry()["C01"].data
@@ -219,8 +227,9 @@ def test_a_claim_about_grey_images_is_not_judged_by_a_record_on_others() -> None
 
 def test_captions_say_what_was_measured(design: paper.Study) -> None:
     study = world(design)
-    assert str(paper.line_values(study)["middles"]).startswith("72.0 for k = 0, 3.0 for k = 50")
-    said = paper.values(study)
+    middles = caption(paper.show_line, study)["middles"]
+    assert middles.startswith("72.0 for k = 0, 3.0 for k = 50")
+    said = study.words() | paper.values(study)
     assert said["network"] == "six-layer perceptron" and said["calm"] == "LeNet-300-100"
     assert said["wall_first"] == "70.0" and said["wall_slow"] == "1.0"
     assert str(said["onset_sentence"]).startswith("From k = 50 on (5 % of training)")
@@ -235,10 +244,10 @@ def test_captions_say_what_was_measured(design: paper.Study) -> None:
 
 def test_records_keep_the_names_they_were_written_with(design: paper.Study) -> None:
     """Old records name networks by their recipe; on the page they have names for people."""
-    found = recorded.curves(paper.records(), "instability")
+    found = recorded.curves(recorded.load(paper.CHAPTER), "instability")
     labels = {label for _, curves in found.values() for label in curves}
     assert {"six-layer perceptron, test", "ResNet-20, test", "LeNet-300-100, test"} <= labels
-    said = paper.record_values(paper.records())
+    said = paper.record_values(recorded.load(paper.CHAPTER))
     assert str(said["gpu_noisy"]).startswith("66.7 points at k = 0")
     assert said["gpu_reestimate"] == "31.6"
     assert paper.record_values([])["gpu_noisy"] == "not recorded"
@@ -252,7 +261,7 @@ def test_a_closed_recording_still_has_its_captions(design: paper.Study) -> None:
     samples = (replace(first, result=hole), *study.forks.samples[1:])
     study.__dict__["forks"] = replace(study.forks, samples=samples)
     with closing.closed({"device": "cpu"}):
-        assert "not measured" in str(paper.instability_values(study)["onset_sentence"])
+        assert "not measured" in caption(paper.show_instability, study)["onset_sentence"]
         assert verdict("C03", study).note == closing.WHY
         assert verdict("C08", study).verdict == "reproduced"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,8 @@ from companion.core.errors import BadParameter
 from companion.experiments.layers import LayerSweep
 from companion.layerwise import LayerBarriers, Row
 from companion.papers import federated, layerwise
-from companion.report import claims
+from companion.report import claims, page
+from companion.report.words import MISSING
 
 SHARED: dict[str, Any] = {
     "dataset": "digits",
@@ -197,8 +197,8 @@ def clients(**given: Sequence[float]) -> federated.Study:
 
 
 def apart(*found: LayerBarriers) -> federated.Study:
-    """Pairs of clients that never average."""
-    study = clients()
+    """Pairs of clients that never average, in two splits."""
+    study: federated.Study = replace(designed(federated), pairs=len(found) // 2)
     vars(study)["between"] = list(found)
     return study
 
@@ -219,6 +219,13 @@ EVERY = [
 ]
 
 
+def filled(draw: Callable[[Any], None], study: Any) -> dict[str, Any]:
+    """What a figure or a table hands to the prose around it."""
+    with page.captured() as found:
+        draw(study)
+    return {name: value for values in found.all("values") for name, value in values.items()}
+
+
 def verdict(module: Any, id: str, study: Any) -> claims.Verdict:
     """The verdict of one claim by its rule in data/claims.yaml."""
     (found,) = claims.verdicts({id: module.CLAIMS[id]}, study)
@@ -234,11 +241,11 @@ def test_a_claim_is_reproduced_by_some_results_and_not_by_others(
 
 
 def test_every_claim_of_both_pages_has_its_function_and_its_case() -> None:
-    for module, cases, page in (
+    for module, cases, chapter in (
         (layerwise, CASES, "04_layerwise"),
         (federated, FEDERATED, "04b_federated"),
     ):
-        known = {c.id: c for c in claims.registry().values() if c.chapter == page}
+        known = {c.id: c for c in claims.registry().values() if c.chapter == chapter}
         judged = {id for id, c in known.items() if c.test["op"] != "report"}
         assert list(module.CLAIMS) == sorted(known) and set(cases) == judged
 
@@ -254,7 +261,7 @@ def test_what_is_only_reported() -> None:
     found = verdict(layerwise, "B16", study)
     # The mean of the pairs' ratios, not the ratio of the means (15), and the page says the same.
     assert (found.verdict, found.value) == ("reported", pytest.approx(55 / 3))
-    assert layerwise.noise_values(study)["noise_times"] == "18.3"
+    assert filled(layerwise.show_noise, study)["noise_times"] == "18.3"
 
 
 def test_what_lacks_its_premise_is_not_judged() -> None:
@@ -300,7 +307,7 @@ def test_pairs_that_failed_a_gate_count_nowhere() -> None:
     vars(study)["ends"] = {recipe: [pair(valid=False)] for recipe in study.recipes}
     with pytest.raises(BadParameter, match="no pair of resnet18"):
         verdict(layerwise, "B01", study)
-    assert layerwise.layers_values(study)["plain_whole"] == layerwise.NONE
+    assert filled(layerwise.show_layers, study)["plain_whole"] == MISSING
 
 
 def test_the_worst_layer_is_each_pairs_own_everywhere_on_the_page() -> None:
@@ -309,7 +316,7 @@ def test_the_worst_layer_is_each_pairs_own_everywhere_on_the_page() -> None:
     study = study_with()
     vars(study)["ends"] = {**study.ends, study.residual: found}
     vars(study)["along"] = {**study.along, study.residual.steps: found}
-    values = layerwise.layers_values(study) | layerwise.time_values(study)
+    values = filled(layerwise.show_layers, study) | filled(layerwise.show_time, study)
     assert values["residual_layer"] == values["top_end"] == "0.20"
     assert values["residual_share"] == values["share_end"] == "20 %"
     assert (values["heaviest"], values["heaviest_end"]) == ("layer1", "0.07")
@@ -317,36 +324,35 @@ def test_the_worst_layer_is_each_pairs_own_everywhere_on_the_page() -> None:
 
 def test_sentences_follow_the_results() -> None:
     low, high = residual(), residual(layer=0.5)
-    assert "In none of these" in str(layerwise.layers_values(low)["answer"])
-    assert "true of some networks" in str(layerwise.layers_values(high)["answer"])
-    front = layerwise.groups_values(residual(windows=(0.5, 0.1, 0.1)))
+    assert "In none of these" in str(filled(layerwise.show_layers, low)["answer"])
+    assert "true of some networks" in str(filled(layerwise.show_layers, high)["answer"])
+    front = filled(layerwise.show_groups, residual(windows=(0.5, 0.1, 0.1)))
     assert (
         "1 of 3: in the first third" in str(front["where"]) and front["window_peak"] == "window 0"
     )
-    assert "2 of 3: in the middle" in str(layerwise.groups_values(low)["where"])
-    back = layerwise.groups_values(residual(windows=(0.1, 0.1, 0.5)))
+    assert "2 of 3: in the middle" in str(filled(layerwise.show_groups, low)["where"])
+    back = filled(layerwise.show_groups, residual(windows=(0.1, 0.1, 0.5)))
     assert "3 of 3: in the last third" in str(back["where"])
-    assert "left out" in str(layerwise.groups_values(study_with({"together": False}))["where"])
+    assert "left out" in str(
+        filled(layerwise.show_groups, study_with({"together": False}))["where"]
+    )
     shrinks = study_with()
     steps = {s: [pair(1.0, 0.3 if s < 480 else 0.1)] * 3 for s in shrinks.along}
     vars(shrinks)["along"] = steps
-    assert "lose their barriers" in str(layerwise.time_values(shrinks)["story"])
-    assert layerwise.time_values(shrinks)["middle"] == 480
-    assert "does not shrink" in str(layerwise.time_values(low)["story"])
+    assert "lose their barriers" in str(filled(layerwise.show_time, shrinks)["story"])
+    assert filled(layerwise.show_time, shrinks)["middle"] == 480
+    assert "does not shrink" in str(filled(layerwise.show_time, low)["story"])
     leave = clients(pathological_deep=BETTER, pathological_none=(96.0, 96.0, 96.0))
-    assert "leaving the clients alone" in str(federated.averages_values(leave)["lesson"])
-    choose = federated.averages_values(clients(pathological_deep=BETTER))
+    assert "leaving the clients alone" in str(filled(federated.show_averages, leave)["lesson"])
+    choose = filled(federated.show_averages, clients(pathological_deep=BETTER))
     assert "more than averaging none" in str(choose["lesson"])
     assert (choose["best"], choose["best_gain"]) == ("the last third", "+3.0")
-    assert "No choice" in str(federated.averages_values(clients())["lesson"])
-    assert "1 of 2 pairs" in str(federated.apart_values(apart(pair(), pair(-1.0)))["below"])
-    assert federated.apart_values(apart())["two_whole"] == layerwise.NONE
+    assert "No choice" in str(filled(federated.show_averages, clients())["lesson"])
+    assert "1 of 2 pairs" in str(filled(federated.show_apart, apart(pair(), pair(-1.0)))["below"])
+    assert filled(federated.show_apart, apart())["two_whole"] == MISSING
 
 
-def test_numbers_in_words() -> None:
-    assert layerwise.said(-0.001) == "0.00" and layerwise.said(-0.5) == "−0.50"
-    assert layerwise.said(0.138, "{:.0%}") == "14 %" and layerwise.said(math.inf) == "∞"
-    assert layerwise.said(None) == "not measured" and layerwise.said(math.nan) == "no valid value"
+def test_networks_without_norms_need_not_say_so() -> None:
     assert layerwise.called("vgg11:norm=none,width=8") == "VGG-11 (width 8)"
     assert layerwise.called("vgg11:norm=none") == "VGG-11"
 

@@ -8,7 +8,7 @@ Source: Adilova et al. 2024, Section 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from companion import data
 from companion.core.errors import BadParameter
 from companion.core.pool import one_thread
-from companion.core.stats import Interval
+from companion.core.stats import Interval, over_pairs
 from companion.data import Dataset
 from companion.experiments import federated
 from companion.experiments.budget import Plan
@@ -27,22 +27,19 @@ from companion.experiments.instability import copy
 from companion.experiments.pairs import Evaluation
 from companion.layerwise import LayerBarriers, Sweep, layer_groups, sweep
 from companion.papers.layerwise import (
-    NONE,
     SMALL,
-    Values,
     called,
     fitting,
     harmless,
     largest,
     mean,
-    over,
     residual,
-    said,
     top,
     worst_layers,
 )
 from companion.report import figures, page, plots, provenance, tables
 from companion.report.claims import Statistic, statistic
+from companion.report.words import MISSING, Values, said
 from companion.training import Recipe, build, check_fit
 
 GROUPS = {
@@ -106,7 +103,7 @@ class Study:
             "client_steps": self.local.steps,
             "every": self.every,
             "clients": self.clients,
-            "seeds": f"{self.seeds} seed" + "s" * (self.seeds != 1),
+            "seeds": f"{self.seeds} seed{'s' * (self.seeds != 1)}",
             "classes": self.splits["pathological"].partition(":")[2],
             "two_network": called(self.apart.net),
             "two_steps": self.apart.steps,
@@ -138,16 +135,23 @@ class Study:
             averaged=self.groups[group],
         )
 
-    def plans(self) -> list[Plan]:
-        """All federations of the page, for its budget."""
-        wanted = [*self.wanted.values(), *self.strangers]
-        return [[FederatedRun(rule, seed) for rule, seed in wanted]]
-
     @property
     def wanted(self) -> dict[tuple[str, str, int], tuple[Federation, int]]:
         """Split, group and seed -> the federation, and its seed."""
         keys = [(k, g, n) for k in self.splits for g in self.groups for n in range(self.seeds)]
         return {(kind, group, n): (self.federation(kind, group), n) for kind, group, n in keys}
+
+    @property
+    def strangers(self) -> list[tuple[Federation, int]]:
+        """Two clients that never average, and the seed."""
+        two: dict[str, Any] = {"recipe": self.apart, "clients": 2, "every": self.apart.steps}
+        rules = [Federation(split=split, averaged=(), **two) for split in APART]
+        return [(rule, seed) for rule in rules for seed in range(self.pairs)]
+
+    def plans(self) -> list[Plan]:
+        """All federations of the page, for its budget."""
+        wanted = [*self.wanted.values(), *self.strangers]
+        return [[FederatedRun(rule, seed) for rule, seed in wanted]]
 
     @cached_property
     def accuracy(self) -> Mapping[tuple[str, str, int], float]:
@@ -158,24 +162,6 @@ class Study:
         )
         return {key: one.accuracy() for key, one in zip(wanted, found, strict=True)}
 
-    @property
-    def strangers(self) -> list[tuple[Federation, int]]:
-        """Two clients that never average, and the seed."""
-        return [
-            (
-                Federation(
-                    recipe=self.apart,
-                    clients=2,
-                    split=split,
-                    every=self.apart.steps,
-                    averaged=(),
-                ),
-                seed,
-            )
-            for split in APART
-            for seed in range(self.pairs)
-        ]
-
     @cached_property
     def between(self) -> list[LayerBarriers]:
         """The barriers between such two clients, on the images of both."""
@@ -184,16 +170,12 @@ class Study:
             return []
         parted = federated.measure_federations(wanted, device=self.device, workers=self.workers)
         network = build(copy(self.apart, 0, 0, 1), self.images, torch.device(self.device))
+        train, test = self.train_examples, self.test_examples
         union = {
-            "train": self.images.train.head(self.train_examples),
-            "test": self.images.test.head(self.test_examples or len(self.images.test)),
+            "train": self.images.train.head(train),
+            "test": self.images.test.head(test or len(self.images.test)),
         }
-        asked = Sweep(
-            kinds=("single",),
-            points=1,
-            train_examples=self.train_examples,
-            test_examples=self.test_examples,
-        )
+        asked = Sweep(kinds=("single",), points=1, train_examples=train, test_examples=test)
         found = []
         with one_thread():  # as every measurement of the pool: small sums are slower on several
             for outcome in parted:
@@ -215,14 +197,13 @@ class Study:
 
     def reached(self, kind: str, group: str) -> Interval | None:
         """Accuracy of the clients, over seeds."""
-        return over([self.accuracy[kind, group, seed] for seed in range(self.seeds)])
+        return over_pairs(self.accuracy[kind, group, seed] for seed in range(self.seeds))
 
     def gain(self, kind: str, group: str) -> Interval:
         """Accuracy against averaging everything, paired by seed, in points."""
-        each = [
+        found = over_pairs(
             self.accuracy[kind, group, n] - self.accuracy[kind, "all", n] for n in range(self.seeds)
-        ]
-        found = over(each)
+        )
         assert found is not None  # an accuracy is finite
         return found
 
@@ -262,9 +243,7 @@ def design(
     for name, value, least in (("seeds", seeds, 1), ("pairs", pairs, 0)):
         if value < least:
             raise BadParameter(f"{name}: {value} must be {least} or more.")
-    main = residual(
-        images, device=where, net=net, steps=steps, lr=lr, batch=batch, precision=precision
-    )
+    main = residual(images, where, steps, precision, net=net, lr=lr, batch=batch)
     local = Recipe(
         net=client_net,
         data=dataset,
@@ -275,6 +254,7 @@ def design(
         precision=precision,
     )
     every = max(1, next(n for n in range(min(20, client_steps), 0, -1) if client_steps % n == 0))
+    quarter, warmup = max(2, main.steps // 4), min(main.warmup, main.steps // 8)
     study = Study(
         images=images,
         local=local,
@@ -285,9 +265,7 @@ def design(
             "mild": "dirichlet:12",
             "pathological": f"classes:{max(-(-images.classes // clients), 2)}",
         },
-        apart=replace(
-            main, steps=max(2, main.steps // 4), warmup=min(main.warmup, main.steps // 8)
-        ),
+        apart=replace(main, steps=quarter, warmup=warmup),
         pairs=pairs,
         train_examples=train_examples,
         test_examples=test_examples,
@@ -343,80 +321,70 @@ CLAIMS: dict[str, Callable[[Study], Statistic]] = {f.__name__.upper(): f for f i
 # ---- figures, and the numbers of their captions and of the prose around them
 
 
-def averages_values(study: Study) -> Values:
-    """Accuracies of both splits, and what helps the clients of the pathological one."""
-    out: Values = {}
-    for kind in study.splits:
-        of = {GROUPS[g]: said(study.reached(kind, g), "{:.1f}") for g in GROUPS}
-        out[f"{kind}_all"], out[f"{kind}_none"] = of[GROUPS["all"]], of[GROUPS["none"]]
-        out[f"{kind}_each"] = ", ".join(f"{name} {value}" for name, value in of.items())
-    partial, nothing = (study.gain("pathological", g) for g in (study.best, "none"))
-    mild = max(study.gain("mild", group).value for group in PARTIAL)
-    out |= {
-        "best": GROUPS[study.best],
-        "best_gain": said(partial, "{:+.1f}"),
-        "none_gain": said(nothing, "{:+.1f}"),
-        "mild_gain": said(mild, "{:+.1f}"),
-    }
-    if partial.low > 0 and nothing.value >= partial.value - 1:
-        out["lesson"] = (
-            "The gain is not in choosing layers, it is in leaving the clients alone: with few "
-            "classes a client's task is easy without the others."
-        )
-    elif partial.low > 0:
-        out["lesson"] = "Averaging some layers helps more than averaging none does."
-    else:
-        out["lesson"] = "No choice of layers is clearly better than averaging all of them."
-    return out
-
-
 def show_averages(study: Study) -> None:
     """Accuracy by which layers are averaged, for both splits on one axis."""
-    page.fill(**averages_values(study))
+    reached = {kind: {g: study.reached(kind, g) for g in GROUPS} for kind in study.splits}
+    for kind, rows in reached.items():
+        words = {GROUPS[group]: said(row, "{:.1f}") for group, row in rows.items()}
+        page.fill(
+            **{
+                f"{kind}_all": words[GROUPS["all"]],
+                f"{kind}_none": words[GROUPS["none"]],
+                f"{kind}_each": ", ".join(f"{name} {value}" for name, value in words.items()),
+            }
+        )
+    partial, nothing = (study.gain("pathological", g) for g in (study.best, "none"))
+    lesson = "No choice of layers is clearly better than averaging all of them."
+    if partial.low > 0 and nothing.value >= partial.value - 1:
+        lesson = "The gain is not in choosing layers, it is in leaving the clients alone: with few "
+        lesson += "classes a client's task is easy without the others."
+    elif partial.low > 0:
+        lesson = "Averaging some layers helps more than averaging none does."
+    page.fill(
+        best=GROUPS[study.best],
+        best_gain=said(partial, "{:+.1f}"),
+        none_gain=said(nothing, "{:+.1f}"),
+        mild_gain=said(max(study.gain("mild", group).value for group in PARTIAL), "{:+.1f}"),
+        lesson=lesson,
+    )
     fig, axes = plots.grid(2, height=3.4, sharex=True, sharey=True)
     drawn = {}
-    for ax, kind in zip(axes, study.splits, strict=True):
-        reached = {group: study.reached(kind, group) for group in GROUPS}
-        rows = {group: row for group, row in reached.items() if row is not None}
-        plots.conditions(
-            ax,
-            {GROUPS[group]: row for group, row in rows.items()},
-            threshold=None,
-            xlabel="mean accuracy of the clients (%)",
-            from_zero=False,
-        )
+    label = "mean accuracy of the clients (%)"
+    for ax, (kind, found) in zip(axes, reached.items(), strict=True):
+        good = {group: row for group, row in found.items() if row is not None}
+        named = {GROUPS[group]: row for group, row in good.items()}
+        plots.conditions(ax, named, threshold=None, xlabel=label, from_zero=False)
         ax.set_title(kind)
         drawn[kind] = {
             group: {"mean": row.value, "low": row.low, "high": row.high, "seeds": row.n}
-            for group, row in rows.items()
+            for group, row in good.items()
         }
     figures.publish(fig, "federated", data=drawn)
 
 
-def apart_values(study: Study) -> Values:
-    """How good two clients that never average are, and what their average is worth."""
-    if not study.between:
-        nothing: Values = {"below": "They were left out of this run."}
-        return nothing | dict.fromkeys(("two_errors", "two_whole", "two_layer"), NONE)
-    whole = [one.full_height("train") for one in study.between]
-    errors = [e for one in study.between for e in one.ends["test"]["error"]]
-    below = sum(v < 0 for v in whole)
-    told = f"In {below} of {len(whole)} pairs the barrier is negative: the average is better on "
-    told += "the images of both than the two are on average."
-    return {
-        "two_errors": f"{said(min(errors), '{:.1f}')} to {said(max(errors), '{:.1f}')}",
-        "two_whole": f"{said(min(whole))} to {said(max(whole))}",
-        "two_layer": said(mean([top(one) for one in study.between])),
-        "below": told if below else "The barrier is positive in all of them.",
-    }
-
-
 def show_apart(study: Study) -> None:
     """The barriers between two clients that never average, pair by pair."""
-    page.fill(**apart_values(study))
     if not study.between:
+        none = dict.fromkeys(("two_errors", "two_whole", "two_layer"), MISSING)
+        page.fill(below="They were left out of this run.", **none)
         return
-    rows: list[Sequence[Any]] = [
+    whole = [one.full_height("train") for one in study.between]
+    errors = [one.ends["test"]["error"] for one in study.between]
+    below = sum(v < 0 for v in whole)
+    told = "The barrier is positive in all of them."
+    if below:
+        told = (
+            f"In {below} of {len(whole)} pairs the barrier is negative: the average is better on "
+        )
+        told += "the images of both than the two are on average."
+    page.fill(
+        two_errors=f"{said(min(map(min, errors)), '{:.1f}')} to "
+        f"{said(max(map(max, errors)), '{:.1f}')}",
+        two_whole=f"{said(min(whole))} to {said(max(whole))}",
+        two_layer=said(mean([top(one) for one in study.between])),
+        below=told,
+    )
+    rows = [
         (
             APART[rule.split],
             seed,

@@ -12,12 +12,11 @@ Explained in our chapter 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from companion import data
@@ -47,6 +46,7 @@ from companion.models import title
 from companion.report import claims, figures, plots, provenance, recorded, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
+from companion.report.words import Values, listed, said
 from companion.training import Recipe, build, load_weights
 
 CHAPTER = "01_instability"
@@ -124,6 +124,10 @@ class Study:
         """The sources of noise that are tried alone."""
         return ("order", "augment") if self.controls and self.noisy.augment != "none" else ()
 
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"evaluation": self.evaluation, "device": self.device, "workers": self.workers}
+
     # What is trained and measured
 
     @cached_property
@@ -169,6 +173,13 @@ class Study:
         alone = {n: self._analyse(self.noisy, [self.first], noise=n) for n in self.noises}
         return {"both": self.forks, **alone}
 
+    def _analyse(
+        self, recipe: Recipe, ks: Sequence[int], *, controls: bool = False, **how: Any
+    ) -> Instability:
+        """Algorithm 1; its controls, the gates of the whole experiment, run once."""
+        how |= {"inits": self.inits, "copies": self.copies, "max_error": self.max_error}
+        return analyse(recipe, ks, controls=controls, **self._where, **how)
+
     def plans(self) -> list[Plan]:
         """All of the above, for :func:`companion.report.page.budget`."""
         how = self.evaluation
@@ -187,43 +198,24 @@ class Study:
             *(plan_forks(self.noisy, [self.first], how, noise=n, **few) for n in self.noises),
         ]
 
-    def _analyse(
-        self, recipe: Recipe, ks: Sequence[int], *, controls: bool = False, **how: Any
-    ) -> Instability:
-        return analyse(
-            recipe,
-            ks,
-            inits=self.inits,
-            copies=self.copies,
-            max_error=self.max_error,
-            controls=controls,  # the gates of the whole experiment: once
-            **self._where,
-            **how,
-        )
-
-    @property
-    def _where(self) -> dict[str, Any]:
-        return {
-            "evaluation": self.evaluation,
-            "device": self.device,
-            "workers": self.workers,
-        }
-
     # What the page says of it
 
     @property
     def network(self) -> str:
         """The noisy network, for people."""
-        return self._name(self.noisy)
+        return self._names[0]
 
     @property
     def calm(self) -> str:
         """The gentle network, for people."""
-        return self._name(self.gentle)
+        return self._names[1]
 
-    def _name(self, recipe: Recipe) -> str:
-        nets = {self.noisy.net, self.gentle.net}
-        return title(recipe.net) if len({title(n) for n in nets}) == len(nets) else recipe.net
+    @property
+    def _names(self) -> tuple[str, str]:
+        """Both; where two would have one name, their recipes' names."""
+        nets = self.noisy.net, self.gentle.net
+        noisy, gentle = map(title, nets)
+        return nets if noisy == gentle and nets[0] != nets[1] else (noisy, gentle)
 
     @property
     def scale(self) -> str:
@@ -233,6 +225,18 @@ class Study:
             f"{self.images.label}, {self.network} and {self.calm}, T = {self.steps}, "
             f"{self.inits} inits × {self.copies} copies, {hardware}"
         )
+
+    def words(self) -> Values:
+        """What captions and prose say of the whole page."""
+        return {
+            "network": self.network,
+            "calm": self.calm,
+            "data": self.images.label,
+            "T": self.steps,
+            "first": self.first,
+            "last": self.last,
+            "inits": self.inits,
+        }
 
     def record(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The provenance of the page."""
@@ -284,40 +288,17 @@ def design(
     images = data.load(dataset, device)
     convolutional = device != "cpu" if unstable is None else unstable.startswith(("resnet", "vgg"))
     if images.in_shape[0] == 3 and convolutional:
-        noisy = Recipe(
-            net="resnet20",
-            data=dataset,
-            steps=12_000,
-            batch=128,
-            lr=0.1,
-            schedule="step",
-            milestones=(32 / 63, 48 / 63),
-            weight_decay=1e-4,
-            augment="flip+crop4",
-        )
+        shape: dict[str, Any] = {"net": "resnet20", "steps": 12_000, "batch": 128, "lr": 0.1}
+        shape |= {"milestones": (32 / 63, 48 / 63), "weight_decay": 1e-4, "augment": "flip+crop4"}
     else:
-        noisy = Recipe(
-            net="mlp:widths=100x5",
-            data=dataset,
-            steps=2000,
-            batch=60,
-            lr=0.08 if dataset == "digits" else 0.05,
-            schedule="step",
-            milestones=(0.6, 0.85),
-            augment="crop1" if dataset == "digits" else "none",
-        )
-    gentle = Recipe(
-        net="lenet-300-100",
-        data=dataset,
-        optimizer="adam",
-        lr=1.2e-3,
-        batch=60,
-        steps=noisy.steps,
-        augment=noisy.augment,
-    )
-    shared = {"steps": steps, "batch": batch, "precision": precision}
-    noisy = _with(noisy, net=unstable, lr=lr, **shared)
-    gentle = _with(gentle, net=stable, **shared)
+        shape = {"net": "mlp:widths=100x5", "steps": 2000, "batch": 60, "milestones": (0.6, 0.85)}
+        tiny = dataset == "digits"
+        shape |= {"lr": 0.08, "augment": "crop1"} if tiny else {"lr": 0.05, "augment": "none"}
+    given = {"steps": steps, "batch": batch, "precision": precision}
+    noisy = _with(Recipe(data=dataset, schedule="step", **shape), net=unstable, lr=lr, **given)
+    calm: dict[str, Any] = {"net": "lenet-300-100", "optimizer": "adam", "lr": 1.2e-3, "batch": 60}
+    calm |= {"steps": shape["steps"], "augment": shape["augment"]}
+    gentle = _with(Recipe(data=dataset, **calm), net=stable, **given)
     shares = (0, 1 / 80, 1 / 40, 1 / 20, 1 / 10)
     ks = sorted({round(noisy.steps * share) for share in shares}) if ks is None else ks
     if len(set(ks)) < 2:
@@ -350,14 +331,14 @@ def _with(recipe: Recipe, **changed: Any) -> Recipe:
 # Statistics that claims and figures share
 
 
-def barriers(found: Instability, split: str = "test") -> dict[int, Interval]:
+def barriers(found: Instability, split: str = "test", bn: str | None = None) -> dict[int, Interval]:
     """Fork step -> the error barrier, mean over pairs; without the steps that have no valid pair.
 
     Arguments:
         split: test or train.
+        bn: BatchNorm's statistics; None: those of the headline.
     """
-    values = {k: found.interval(k, split) for k in found.ks}
-    return {k: v for k, v in values.items() if v is not None}
+    return {k: v for k in found.ks if (v := found.interval(k, split, bn=bn))}
 
 
 def valid_pairs(study: Study, k: int) -> list[Sample]:
@@ -365,30 +346,45 @@ def valid_pairs(study: Study, k: int) -> list[Sample]:
     return [s for s in study.forks.at(k) if s.result.barrier.valid]
 
 
+def _measured(study: Study, *ks: int) -> list[Sample]:
+    """The valid pairs of the steps at which all pairs were measured."""
+    return [s for k in ks if study.forks.measured(k) for s in valid_pairs(study, k)]
+
+
+def _at_onset(study: Study) -> list[Sample]:
+    onset = study.forks.onset()
+    return valid_pairs(study, study.last if onset is None else onset)
+
+
+def _over(pairs: Sequence[Sample], value: Callable[[Sample], float]) -> Interval | None:
+    """Mean and interval over pairs, clustered by init; None without a pair."""
+    values, inits = [value(s) for s in pairs], [s.init for s in pairs]
+    return stats.clustered(values, inits) if pairs else None
+
+
 def distances(study: Study, name: str) -> dict[int, Interval]:
     """Fork step -> one distance in weight space (:class:`PairResult`), mean over pairs."""
-    groups = {k: valid_pairs(study, k) for k in study.ks}
-    return {
-        k: _over(group, lambda s: s.result.distances[name]) for k, group in groups.items() if group
-    }
+    found = {k: _over(valid_pairs(study, k), lambda s: s.result.distances[name]) for k in study.ks}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _height(pairs: Iterable[tuple[int, PairResult]]) -> Interval | None:
+    """Mean barrier of (init, pair); None without a valid pair, or before all are measured."""
+    pairs = list(pairs)
+    good = [(i, r.barrier.height()) for i, r in pairs if r.barrier.valid]
+    if not good or not all(r.measured for _, r in pairs):
+        return None
+    return stats.clustered([v for _, v in good], [i for i, _ in good])
 
 
 def trail(study: Study, k: int) -> dict[int, Interval]:
     """Training step -> the test error barrier, at that step, of copies that part at k."""
-    out = {}
-    for step, results in study.along[k].items():
-        good = [(i, r.barrier.height()) for i, r in results if r.barrier.valid]
-        if good and all(r.measured for _, r in results):
-            out[step] = stats.clustered([v for _, v in good], [i for i, _ in good])
-    return out
+    return {step: v for step, pairs in study.along[k].items() if (v := _height(pairs))}
 
 
 def unrelated(study: Study) -> Interval | None:
     """The test error barrier between different initialisations; None without a valid pair."""
-    heights = [r.barrier.height() for r in study.strangers if r.barrier.valid]
-    if not heights or not all(r.measured for r in study.strangers):
-        return None
-    return stats.clustered(heights, range(len(heights)))
+    return _height(enumerate(study.strangers))
 
 
 def slowed(study: Study) -> Interval | None:
@@ -404,72 +400,44 @@ def both_ways(study: Study) -> dict[int, tuple[Interval, Interval]]:
     return {k: (a, b) for k, (a, b) in pairs.items() if a and b}
 
 
+def _disagreement(study: Study) -> list[str]:
+    """The fork steps at which the two ways fall on different sides of 2 points, with numbers."""
+    return [
+        f"k = {k}: {a.value:.2f} against {b.value:.2f} points"
+        for k, (a, b) in both_ways(study).items()
+        if (a.value < THRESHOLD) != (b.value < THRESHOLD)
+    ]
+
+
 def separation(study: Study) -> float:
     """How often an unstable pair is farther apart than a stable one (AUC); NaN without both."""
-    pairs = _all_valid(study)
-    return stats.auc(
-        [s.result.distances["ab"] for s in pairs],
-        [s.result.barrier.height() >= THRESHOLD for s in pairs],
-    )
-
-
-def _all_valid(study: Study) -> list[Sample]:
-    found = study.forks
-    return [s for s in found.samples if s.result.barrier.valid and found.measured(s.k)]
-
-
-def _over(pairs: Sequence[Sample], value: Callable[[Sample], float]) -> Interval:
-    """Mean and interval over pairs, clustered by init."""
-    return stats.clustered([value(s) for s in pairs], [s.init for s in pairs])
-
-
-def _standing(study: Study) -> list[Sample]:
-    """The valid pairs at the first fork step, if all of them were measured."""
-    return valid_pairs(study, study.first) if study.forks.measured(study.first) else []
-
-
-def _at_onset(study: Study) -> list[Sample]:
-    onset = study.forks.onset()
-    return valid_pairs(study, study.last if onset is None else onset)
+    pairs = [s.result for s in _measured(study, *study.ks)]
+    unstable = [pair.barrier.height() >= THRESHOLD for pair in pairs]
+    return stats.auc([pair.distances["ab"] for pair in pairs], unstable)
 
 
 # Claims: what each needs to be testable, and its statistic
 
-
-def _at_init(study: Study) -> Need:
-    return study.first == 0, "the grid has no k = 0"
-
-
-def _inits(study: Study) -> Need:
-    return study.inits >= 2, "one init decides nothing"
-
-
-def _ran_controls(study: Study) -> Need:
-    return study.controls, "the controls were left out of this run"
+_NEEDS: dict[str, tuple[Callable[[Study], bool], str]] = {
+    "init": (lambda s: s.first == 0, "the grid has no k = 0"),
+    "inits": (lambda s: s.inits >= 2, "one init decides nothing"),
+    "controls": (lambda s: s.controls, "the controls were left out of this run"),
+    "stable": (lambda s: s.forks.onset() is not None, "it did not become stable on this grid"),
+    "unstable": (lambda s: s.forks.onset() != s.first, "it was stable from the smallest k on"),
+    "cifar": (lambda s: s.noisy.data in ("cifar10", "cifar10-jpeg"), "the claim is about CIFAR-10"),
+}
 
 
-def _becomes_stable(study: Study) -> Need:
-    return study.forks.onset() is not None, "it did not become stable on this grid"
-
-
-def _was_unstable(study: Study) -> Need:
-    onset = study.forks.onset()
-    return onset is None or onset > study.first, "it was stable from the smallest k on"
-
-
-def _on_cifar(study: Study) -> Need:
-    return study.noisy.data in ("cifar10", "cifar10-jpeg"), "the claim is about CIFAR-10"
+def _needs(study: Study, *names: str) -> list[Need]:
+    return [(met(study), why) for met, why in (_NEEDS[name] for name in names)]
 
 
 def _trained_to_the_end(study: Study) -> Need:
     """Shares of a training, and what it ends with, mean something where it came to its end."""
-    pairs = _standing(study)
-    error = float(np.mean([s.result.barrier.curve.ends("train") for s in pairs])) if pairs else 100
-    return (
-        error <= gates.UNLEARNED,
-        f"training was cut short: the networks end with {error:.0f} % error on their own training "
-        "images",
-    )
+    ends = [s.result.barrier.curve.ends("train") for s in _measured(study, study.first)]
+    error = float(np.mean(ends)) if ends else 100
+    told = f"the networks end with {error:.0f} % error on their own training images"
+    return error <= gates.UNLEARNED, f"training was cut short: {told}"
 
 
 def c01(study: Study) -> Statistic:
@@ -479,8 +447,7 @@ def c01(study: Study) -> Statistic:
     claim = claims.registry()["C01"]
     return statistic(
         max(there, key=lambda v: v.value, default=None),
-        _at_init(study),
-        _inits(study),
+        *_needs(study, "init", "inits"),
         (bool(there), f"no valid pair of {study.calm}"),
         (claim.takes(study.noisy.data), claim.about),
     )
@@ -490,27 +457,20 @@ def c02(study: Study) -> Statistic:
     """The noisy network's test barrier at k = 0, the smallest of the inits' means."""
     values = study.forks.values(study.first)
     means = [float(np.mean([v for i, v in values if i == init])) for init in {i for i, _ in values}]
-    return statistic(
-        min(means, default=None),
-        _at_init(study),
-        _inits(study),
-        n=len(means),
-        detail="smallest init",
-    )
+    needs = _needs(study, "init", "inits")
+    return statistic(min(means, default=None), *needs, n=len(means), detail="smallest init")
 
 
 def c03(study: Study) -> Statistic:
     """The share of training from which on the mean barrier stays below 2 points."""
     onset = study.forks.onset()
+    early = any(0 < k / study.steps <= 0.05 for k in study.ks)
     return statistic(
         float("inf") if onset is None else onset / study.steps,
-        (bool(_all_valid(study)), "no valid pair"),
+        (bool(_measured(study, *study.ks)), "no valid pair"),
         _trained_to_the_end(study),
-        (
-            any(0 < k / study.steps <= 0.05 for k in study.ks),
-            "the grid has no k up to 5 % of training",
-        ),
-        _was_unstable(study),
+        (early, "the grid has no k up to 5 % of training"),
+        *_needs(study, "unstable"),
         n=len(study.forks.at(study.first)),
         detail="never on this grid" if onset is None else f"k = {onset} of {study.steps}",
     )
@@ -519,11 +479,9 @@ def c03(study: Study) -> Statistic:
 def c04(study: Study) -> Statistic:
     """Spearman's rank correlation of k and the mean test barrier."""
     means = barriers(study.forks)
-    return statistic(
-        stats.spearman(list(means), [v.value for v in means.values()]),
-        (len(means) >= 4, "a rank correlation needs four k or more"),
-        n=len(means),
-    )
+    found = stats.spearman(list(means), [v.value for v in means.values()])
+    enough = len(means) >= 4, "a rank correlation needs four k or more"
+    return statistic(found, enough, n=len(means))
 
 
 def c05(study: Study) -> Statistic:
@@ -531,39 +489,17 @@ def c05(study: Study) -> Statistic:
     low, standard = slowed(study), study.forks.interval(study.first)
     return statistic(
         low.value / standard.value if low and standard and standard.value else None,
-        _at_init(study),
-        _ran_controls(study),
+        *_needs(study, "init", "controls"),
         n=len(study.forks.at(study.first)),
         detail=f"{low.value:.2f} against {standard.value:.2f} points" if low and standard else "",
     )
 
 
-def _agree(study: Study) -> dict[int, bool]:
-    """Fork step -> whether the two ways of training fall on the same side of 2 points."""
-    return {
-        k: (a.value < THRESHOLD) == (b.value < THRESHOLD) for k, (a, b) in both_ways(study).items()
-    }
-
-
-def _disagreement(study: Study) -> str:
-    """Where they do not, with the numbers; empty if they agree everywhere."""
-    pairs = both_ways(study)
-    return ", ".join(
-        f"k = {k}: {pairs[k][0].value:.2f} against {pairs[k][1].value:.2f} points"
-        for k, same in _agree(study).items()
-        if not same
-    )
-
-
 def c06(study: Study) -> Statistic:
     """The share of the k at which both ways of training give one verdict."""
-    agree = _agree(study)
-    return statistic(
-        float(np.mean(list(agree.values()))) if agree else None,
-        _ran_controls(study),
-        n=len(agree),
-        detail=_disagreement(study),
-    )
+    count, apart = len(both_ways(study)), _disagreement(study)
+    share = (count - len(apart)) / count if count else None
+    return statistic(share, *_needs(study, "controls"), n=count, detail=", ".join(apart))
 
 
 def c07(study: Study) -> Statistic:
@@ -573,8 +509,7 @@ def c07(study: Study) -> Statistic:
         d = pair.result.distances
         return 2 * d["ab"] / (d["a_init"] + d["b_init"])
 
-    pairs = _at_onset(study)
-    return statistic(_over(pairs, ratio) if pairs else None, _becomes_stable(study), _inits(study))
+    return statistic(_over(_at_onset(study), ratio), *_needs(study, "stable", "inits"))
 
 
 def c08(study: Study) -> Statistic:
@@ -584,20 +519,18 @@ def c08(study: Study) -> Statistic:
 
 def _near_guessing(study: Study, family: str, name: str) -> Statistic:
     """The highest test error on the line between copies that part at k = 0, mean over pairs."""
-    pairs = _standing(study)
+    pairs = _measured(study, study.first)
 
-    def top(mode: str) -> Interval:
+    def top(mode: str) -> Interval | None:
         return _over(pairs, lambda s: max(s.result.barrier.curves[mode].values["test"]["error"]))
 
-    modes = [mode for mode in study.forks.modes if mode in MODES] if pairs else []
+    tops = {MODES[mode]: top(mode) for mode in study.forks.modes if mode in MODES}
     return statistic(
-        top(study.forks.headline) if pairs else None,
-        _at_init(study),
-        _inits(study),
-        _on_cifar(study),
+        top(study.forks.headline),
+        *_needs(study, "init", "inits", "cifar"),
         (study.noisy.net.startswith(family), f"the claim is about {name}"),
         detail=f"{study.network}, T = {study.steps}"
-        + "".join(f"; statistics {MODES[mode]} {top(mode).value:.0f} %" for mode in modes),
+        + "".join(f"; statistics {mode} {v.value:.0f} %" for mode, v in tops.items() if v),
     )
 
 
@@ -615,11 +548,11 @@ def c17(study: Study) -> Statistic:
     """The mean absolute difference of train and test barrier over the fork steps."""
     test, train = barriers(study.forks), barriers(study.forks, "train")
     gaps = [abs(v.value - train[k].value) for k, v in test.items()]
-    net = study.noisy.net
+    convolutional = any(name in study.noisy.net for name in ("resnet", "vgg"))
     return statistic(
         float(np.mean(gaps)) if gaps else None,
-        _on_cifar(study),
-        ("resnet" in net or "vgg" in net, "the claim is about convolutional networks"),
+        *_needs(study, "cifar"),
+        (convolutional, "the claim is about convolutional networks"),
         n=len(gaps),
     )
 
@@ -627,12 +560,10 @@ def c17(study: Study) -> Statistic:
 def c23(study: Study) -> Statistic:
     """The largest mean barrier, over training steps, of copies that part at the last k."""
     end, way = study.forks.interval(study.last), trail(study, study.last)
+    connected = end is not None and end.value < THRESHOLD
     return statistic(
         max((v.value for v in way.values()), default=None),
-        (
-            end is not None and end.value < THRESHOLD,
-            f"copies that part at k = {study.last} do not end connected",
-        ),
+        (connected, f"copies that part at k = {study.last} do not end connected"),
         n=study.inits,
         detail=f"k = {study.last}, {len(way)} steps",
     )
@@ -640,7 +571,7 @@ def c23(study: Study) -> Statistic:
 
 def c24(study: Study) -> Statistic:
     """Area under the ROC curve of distance as a predictor of instability."""
-    return statistic(separation(study), n=len(_all_valid(study)))
+    return statistic(separation(study), n=len(_measured(study, *study.ks)))
 
 
 def c27(study: Study) -> Statistic:
@@ -650,77 +581,57 @@ def c27(study: Study) -> Statistic:
         end = float(np.mean(pair.result.barrier.curve.ends()))
         return pair.result.start["test"].error / max(end, 1e-9)
 
-    pairs = _at_onset(study)
     return statistic(
-        _over(pairs, ratio) if pairs else None,
-        _becomes_stable(study),
-        _was_unstable(study),
+        _over(_at_onset(study), ratio),
+        *_needs(study, "stable", "unstable"),
         _trained_to_the_end(study),
-        _inits(study),
+        *_needs(study, "inits"),
     )
 
 
 def c28(study: Study) -> Statistic:
     """The smallest of the barriers at k = 0 under order, augmentation, and both."""
     found = {name: f.interval(study.first) for name, f in study.by_noise.items()}
-    there = {name: v for name, v in found.items() if v is not None}
+    there = {name: v.value for name, v in found.items() if v is not None}
     return statistic(
-        min(v.value for v in there.values()) if len(there) == 3 else None,
-        _at_init(study),
-        _ran_controls(study),
+        min(there.values()) if len(there) == 3 else None,
+        *_needs(study, "init", "controls"),
         n=len(study.forks.at(study.first)),
-        detail=", ".join(f"{name} {v.value:.1f}" for name, v in there.items()),
+        detail=", ".join(f"{name} {v:.1f}" for name, v in there.items()),
     )
 
 
-CLAIMS: dict[str, Callable[[Study], Statistic]] = {
-    "C01": c01,
-    "C02": c02,
-    "C03": c03,
-    "C04": c04,
-    "C05": c05,
-    "C06": c06,
-    "C07": c07,
-    "C08": c08,
-    "C13": c13,
-    "C14": c14,
-    "C17": c17,
-    "C23": c23,
-    "C24": c24,
-    "C27": c27,
-    "C28": c28,
-}
+_ALL = (c01, c02, c03, c04, c05, c06, c07, c08, c13, c14, c17, c23, c24, c27, c28)
+CLAIMS: dict[str, Callable[[Study], Statistic]] = {f.__name__.upper(): f for f in _ALL}
 """Claim id -> its statistic, in the order of the table."""
 
 
-# Figures, and the values of their captions
+# Figures and tables, and the values of their captions
 
-Values = dict[str, float | str]
+_points = partial(said, form="{:.1f}", missing="no valid pair")
 
 
 def _share(step: int, study: Study) -> str:
     return f"{100 * step / study.steps:.3g} % of training"
 
 
-def _points(value: Interval | None) -> str:
-    return "no valid pair" if value is None else f"{value.value:.1f}"
-
-
 def _series(points: Mapping[int, Interval]) -> str:
     """For an alternative text: ``21.8 at k = 0, 1.5 at k = 100``."""
-    return ", ".join(f"{v.value:.1f} at k = {k}" for k, v in points.items()) or "no valid pair"
+    return ", ".join(f"{_points(v)} at k = {k}" for k, v in points.items()) or "no valid pair"
 
 
-def _of(study: Study) -> Values:
-    """What nearly every caption says."""
-    return {
-        "network": study.network,
-        "calm": study.calm,
-        "data": study.images.label,
-        "T": study.steps,
-        "first": study.first,
-        "last": study.last,
-    }
+def _show_against_k(
+    study: Study,
+    name: str,
+    curves: Mapping[str, Mapping[int, Interval]],
+    *,
+    height: float,
+    values: Values,
+    **look: Any,
+) -> None:
+    fig, (ax,) = plots.grid(1, height=height, width=7.4)
+    drawn = plots.against_k(ax, curves, steps=study.steps, **look)
+    figures.publish(fig, name, data=drawn, values=values)
 
 
 def planes(study: Study) -> dict[int, Plane]:
@@ -735,23 +646,17 @@ def planes(study: Study) -> dict[int, Plane]:
     return {k: plane(module, start, end(k, 1), end(k, 2), test) for k in (study.first, study.last)}
 
 
-def plane_values(study: Study) -> Values:
-    """What the caption of ``plane`` says: the highest error on the segment drawn."""
-
-    def peak(k: int) -> float:
-        return max(study.forks.at(k)[0].result.barrier.curve.values["test"]["error"])
-
-    return _of(study) | {"peak_first": peak(study.first), "peak_last": peak(study.last)}
-
-
 def show_plane(study: Study) -> None:
     """Test error on the plane through W_0 and two copies, for the first and the last fork step."""
     found = planes(study)
     fig, axes = plots.grid(2, height=4.2)
     drawn = plots.planes(axes, {str(k): one for k, one in found.items()})
-    for ax, k in zip(axes, found, strict=True):
+    peaks: Values = {}
+    for ax, k, name in zip(axes, found, ("peak_first", "peak_last"), strict=True):
         ax.set_title(f"copies part at k = {k}")
-    figures.publish(fig, "plane", data=drawn, values=plane_values(study))
+        line = study.forks.at(k)[0].result.barrier.curve  # the segment drawn
+        peaks[name] = max(line.values["test"]["error"])
+    figures.publish(fig, "plane", data=drawn, values=peaks)
 
 
 def _curves(study: Study) -> dict[int, list[Curve]]:
@@ -760,83 +665,49 @@ def _curves(study: Study) -> dict[int, list[Curve]]:
     return {k: curves for k, curves in found.items() if curves}
 
 
-def line_values(study: Study) -> Values:
-    """What the caption of ``line`` says: the mean error half-way for each fork step."""
-
-    def middle(curves: list[Curve]) -> float:
-        errors = [c.values["test"]["error"] for c in curves]
-        return float(np.mean([e[len(e) // 2] for e in errors]))
-
-    return _of(study) | {
-        "pairs": len(study.forks.at(study.first)),
-        "middles": ", ".join(f"{middle(cs):.1f} for k = {k}" for k, cs in _curves(study).items()),
-    }
-
-
 def show_line(study: Study) -> None:
     """Test error and loss on the line between two copies, a curve for each fork step."""
-    groups = {f"k = {k} ({k / study.steps:.1%})": cs for k, cs in _curves(study).items()}
+    found = _curves(study)
+    groups = {f"k = {k} ({k / study.steps:.1%})": curves for k, curves in found.items()}
     fig, axes = plots.grid(2, width=8.4)
     drawn = {
         metric: plots.lines(ax, groups, metric=metric)
         for ax, metric in zip(axes, ("error", "loss"), strict=True)
     }
     plots.legend(fig, len(groups))
-    figures.publish(fig, "line", data=drawn, values=line_values(study))
-
-
-def instability_values(study: Study) -> Values:
-    """What the caption of ``instability`` says."""
-    return _of(study) | {
-        "inits": study.inits,
-        "pairs_each": study.copies * (study.copies - 1) // 2,
-        "onset_sentence": onset_sentence(study),
-        "noisy_points": _series(barriers(study.forks)),
-        "calm_points": _series(barriers(study.gentle_forks)),
-    }
+    errors = {k: [c.values["test"]["error"] for c in curves] for k, curves in found.items()}
+    middles = {k: np.mean([e[len(e) // 2] for e in each]) for k, each in errors.items()}
+    values: Values = {"pairs": len(study.forks.at(study.first))}
+    values["middles"] = ", ".join(f"{v:.1f} for k = {k}" for k, v in middles.items())
+    figures.publish(fig, "line", data=drawn, values=values)
 
 
 def show_instability(study: Study) -> None:
     """The test error barrier against the fork step, for both networks."""
-    fig, ax = plt.subplots(figsize=(7.4, 4.2))
-    both = {study.network: study.forks, study.calm: study.gentle_forks}
-    curves = {f"{name}, test": barriers(found) for name, found in both.items()}
-    drawn = plots.against_k(ax, curves, steps=study.steps)
-    figures.publish(fig, "instability", data=drawn, values=instability_values(study))
+    noisy, calm = barriers(study.forks), barriers(study.gentle_forks)
+    curves = {f"{study.network}, test": noisy, f"{study.calm}, test": calm}
+    values: Values = {
+        "pairs_each": study.copies * (study.copies - 1) // 2,
+        "onset_sentence": onset_sentence(study),
+        "noisy_points": _series(noisy),
+        "calm_points": _series(calm),
+    }
+    _show_against_k(study, "instability", curves, height=4.2, values=values)
 
 
-def _conditions(study: Study) -> dict[str, Interval]:
-    """What is changed, in words -> the barrier at the first fork step."""
+def show_controls(study: Study) -> None:
+    """The barrier at the first fork step with less noise, and with another start."""
     null = study.forks.samples[0].result.barrier.gate("G1").value
-    rows = {
+    found = {
         "same noise twice": None if null is None else Interval(null, 0.0, 0.0, 1, 1),
         "a tenth of the learning rate": slowed(study),
         f"the network itself, k = {study.first}": study.forks.interval(study.first),
         "other initialisations": unrelated(study),
     }
-    return {name: v for name, v in rows.items() if v is not None}
-
-
-def controls_values(study: Study) -> Values:
-    """What the caption of ``controls`` says."""
-    rows = "; ".join(f"{name} {v.value:.1f} points" for name, v in _conditions(study).items())
-    return _of(study) | {"rows": rows}
-
-
-def show_controls(study: Study) -> None:
-    """The barrier at the first fork step with less noise, and with another start."""
-    fig, ax = plt.subplots(figsize=(7.4, 2.8))
-    drawn = plots.conditions(ax, _conditions(study))
-    figures.publish(fig, "controls", data=drawn, values=controls_values(study))
-
-
-def restart_values(study: Study) -> Values:
-    """What the caption of ``restart`` says."""
-    pairs = both_ways(study)
-    return _of(study) | {
-        "left_points": _series({k: a for k, (a, _) in pairs.items()}),
-        "all_points": _series({k: b for k, (_, b) in pairs.items()}),
-    }
+    rows = {name: v for name, v in found.items() if v is not None}
+    fig, (ax,) = plots.grid(1, height=2.8, width=7.4)
+    drawn = plots.conditions(ax, rows)
+    figures.publish(fig, "controls", data=drawn, values={"rows": listed(rows, "{:.1f} points")})
 
 
 def show_restart(study: Study) -> None:
@@ -845,160 +716,90 @@ def show_restart(study: Study) -> None:
         return
     left = {k: v for k, v in barriers(study.forks).items() if k > 0}
     curves = {"T − k steps left": left, "all T steps again": barriers(study.restarted)}
-    fig, ax = plt.subplots(figsize=(7.4, 3.8))
-    drawn = plots.against_k(ax, curves, steps=study.steps)
-    figures.publish(fig, "restart", data=drawn, values=restart_values(study))
-
-
-def distance_values(study: Study) -> Values:
-    """What the caption of ``distance`` says."""
-    apart, from_init = distances(study, "ab"), distances(study, "a_init")
-    return _of(study) | {
-        "apart_last": _points(apart.get(study.last)),
-        "travelled_last": _points(from_init.get(study.last)),
-        "apart_points": _series(apart),
+    pairs = both_ways(study)
+    values: Values = {
+        name: _series({k: ways[number] for k, ways in pairs.items()})
+        for number, name in enumerate(("left_points", "all_points"))
     }
+    _show_against_k(study, "restart", curves, height=3.8, values=values)
 
 
 def show_distance(study: Study) -> None:
     """Distances in weight space against the fork step."""
-    fig, ax = plt.subplots(figsize=(7.4, 4.0))
     names = {
         "between the copies, |A − B|": "ab",
         "from init to copy, |A − W₀|": "a_init",
         "from fork to copy, |A − Wₖ|": "a_start",
         "from init to fork, |Wₖ − W₀|": "start_init",
     }
-    drawn = plots.against_k(
-        ax,
-        {label: distances(study, name) for label, name in names.items()},
-        steps=study.steps,
-        threshold=None,
-        ylabel="Euclidean distance of the weights",
-    )
-    figures.publish(fig, "distance", data=drawn, values=distance_values(study))
+    curves = {label: distances(study, name) for label, name in names.items()}
+    values = _lengths(study) | {"apart_points": _series(distances(study, "ab"))}
+    look: dict[str, Any] = {"threshold": None, "ylabel": "Euclidean distance of the weights"}
+    _show_against_k(study, "distance", curves, height=4.0, values=values, **look)
 
 
-def through_values(study: Study) -> Values:
-    """What the caption of ``through`` says."""
-    trails = "; ".join(
-        f"parted at {k}: "
-        + ", ".join(f"{v.value:.1f} points at step {step}" for step, v in trail(study, k).items())
-        for k in study.along
-    )
-    return _of(study) | {"inits": study.inits, "trails": trails}
+def _lengths(study: Study) -> Values:
+    """How far copies that part at the last step are apart, and from where they began."""
+    names = {"apart_last": "ab", "travelled_last": "a_init"}
+    return {word: _points(distances(study, name).get(study.last)) for word, name in names.items()}
 
 
 def show_through(study: Study) -> None:
     """The barrier between two copies against the step of training at which they are compared."""
-    fig, ax = plt.subplots(figsize=(7.4, 3.8))
-    trails = {f"copies part at k = {k}": trail(study, k) for k in study.along}
-    drawn = plots.against_k(
-        ax,
-        trails,
-        steps=study.steps,
-        axis="linear",
-        xlabel="step of training at which the copies are compared, and its share",
+    trails = {k: trail(study, k) for k in study.along}
+    told = "; ".join(
+        f"parted at {k}: "
+        + ", ".join(f"{_points(v)} points at step {step}" for step, v in found.items())
+        for k, found in trails.items()
     )
-    figures.publish(fig, "through", data=drawn, values=through_values(study))
-
-
-def records() -> list[Record]:
-    """What was recorded of this chapter on other machines."""
-    return recorded.load(CHAPTER)
-
-
-def recorded_values(found: Sequence[Record], figure: str) -> Values:
-    """What the caption of a figure of records says: each curve's first and last barrier."""
-    drawn = [r for r in found if figure in r.data["figures"]]
-    return {
-        "ends": "; ".join(f"{r.name}: {recorded.extremes(r, figure)}" for r in drawn),
-        "titles": " ".join(f"{r.title}." for r in drawn),
-    }
-
-
-def show_recorded(found: Sequence[Record], figure: str, name: str) -> None:
-    """A figure of this chapter from every record that has it, a panel each; else nothing.
-
-    Arguments:
-        figure: what is drawn, as the record calls it.
-        name: of the new figure.
-    """
-    if curves := recorded.curves(found, figure):
-        fig, drawn = plots.panels(curves)
-        figures.publish(fig, name, data=drawn, values=recorded_values(found, figure))
+    curves = {f"copies part at k = {k}": found for k, found in trails.items()}
+    xlabel = "step of training at which the copies are compared, and its share"
+    look: dict[str, Any] = {"axis": "linear", "xlabel": xlabel}
+    _show_against_k(study, "through", curves, height=3.8, values={"trails": told}, **look)
 
 
 def by_mode(study: Study) -> dict[str, dict[int, Interval]]:
     """BatchNorm's statistics -> fork step -> barrier; empty for a network without BatchNorm."""
-    found = study.forks
-    return {
-        f"statistics {MODES[mode]}, test": {
-            k: v for k in study.ks if (v := found.interval(k, bn=mode))
-        }
-        for mode in found.modes
-        if mode in MODES
-    }
-
-
-def batchnorm_values(study: Study) -> Values:
-    """What the caption of ``batchnorm`` says."""
-    curves = by_mode(study)
-    return _of(study) | {"modes": "; ".join(f"{m} {_series(v)}" for m, v in curves.items())}
+    modes = [mode for mode in study.forks.modes if mode in MODES]
+    return {f"statistics {MODES[mode]}, test": barriers(study.forks, bn=mode) for mode in modes}
 
 
 def show_batchnorm(study: Study) -> None:
     """The barrier under three kinds of BatchNorm statistics; nothing without BatchNorm."""
     if curves := by_mode(study):
-        fig, ax = plt.subplots(figsize=(7.4, 4.0))
-        drawn = plots.against_k(ax, curves, steps=study.steps)
-        figures.publish(fig, "batchnorm", data=drawn, values=batchnorm_values(study))
-
-
-# Tables
+        told = "; ".join(f"{mode} {_series(points)}" for mode, points in curves.items())
+        _show_against_k(study, "batchnorm", curves, height=4.0, values={"modes": told})
 
 
 def show_gates(study: Study) -> None:
     """The gates of the first pair, by their words, and how many pairs failed one."""
     both = (study.forks, study.gentle_forks)
     outcome = {True: "passed", False: "FAILED", None: "does not apply"}
-    first = study.forks.samples[0]
     rows = [
         (gate.name.partition(" ")[2], outcome[gate.passed], gate.detail)
-        for gate in first.result.barrier.gates
+        for gate in study.forks.samples[0].result.barrier.gates
     ]
     values: Values = {
         "count": sum(len(found.samples) for found in both),
         "failed": sum(len(found.invalid()) for found in both),
     }
-    tables.show(["check", "outcome", "what it saw"], rows, name="gates", values=_of(study) | values)
+    tables.show(["check", "outcome", "what it saw"], rows, name="gates", values=values)
 
 
 def show_barriers(study: Study) -> None:
     """Every barrier, by both definitions, on train and test data, and its verdict."""
-
-    def row(name: str, found: Instability, k: int) -> list[Any]:
-        intervals = [
-            found.interval(k),
-            found.interval(k, "train"),
-            found.interval(k, "test", "error", "linear"),
-            found.interval(k, "test", "loss"),
-        ]
-        shown = [v or "no valid pair" for v in intervals]
-        return [name, f"{k} ({k / study.steps:.1%})", *shown, found.verdict(k)]
-
-    columns = [
-        "network",
-        "k",
-        "test barrier (points)",
-        "train barrier (points)",
-        "test, above the line of the ends (points)",
-        "test loss barrier (nats)",
-        "verdict",
-    ]
-    both = {study.network: study.forks, study.calm: study.gentle_forks}
-    rows = [row(name, found, k) for name, found in both.items() for k in found.ks]
-    tables.show(columns, rows, name="barriers", values=_of(study))
+    columns: dict[str, tuple[str, ...]] = {
+        "test barrier (points)": (),
+        "train barrier (points)": ("train",),
+        "test, above the line of the ends (points)": ("test", "error", "linear"),
+        "test loss barrier (nats)": ("test", "loss"),
+    }
+    rows = []
+    for name, found in ((study.network, study.forks), (study.calm, study.gentle_forks)):
+        for k in found.ks:
+            shown = [found.interval(k, *how) or "no valid pair" for how in columns.values()]
+            rows.append([name, f"{k} ({k / study.steps:.1%})", *shown, found.verdict(k)])
+    tables.show(["network", "k", *columns, "verdict"], rows, name="barriers")
 
 
 # Sentences that depend on the outcome, and numbers of the prose
@@ -1018,32 +819,26 @@ def onset_sentence(study: Study) -> str:
 
 def restart_sentence(study: Study) -> str:
     """How the two ways of training compare (Fig. 4)."""
-    pairs, disagree = both_ways(study), _disagreement(study)
+    pairs, disagree = both_ways(study), ", ".join(_disagreement(study))
     if not pairs:
         return "This run left it out."
-    apart = [k for k, (a, b) in pairs.items() if a.high < b.low or b.high < a.low]
+    apart = [str(k) for k, (a, b) in pairs.items() if a.high < b.low or b.high < a.low]
+    overlap = f"do not overlap at k = {', '.join(apart)}" if apart else "overlap at every k"
     widest = max(abs(a.value - b.value) for a, b in pairs.values())
-    overlap = (
-        f"do not overlap at k = {', '.join(map(str, apart))}" if apart else "overlap at every k"
-    )
-    by_chance = (
-        f". They fall on different sides of {THRESHOLD:g} points at {disagree}"
-        + ("; a mean that lies on that line does so by chance" if not apart else "")
-        if disagree
-        else ""
-    )
-    return (
-        f"The intervals of the two ways {overlap}, and their means differ by {widest:.2f} points "
-        f"at most{by_chance}."
-    )
+    told = f"The intervals of the two ways {overlap}, and their means differ by {widest:.2f} points"
+    told += " at most"
+    if disagree:
+        told += f". They fall on different sides of {THRESHOLD:g} points at {disagree}"
+        told += "" if apart else "; a mean that lies on that line does so by chance"
+    return f"{told}."
 
 
 def noise_sentence(study: Study) -> str:
     """The barrier at the first fork step under each source of noise."""
-    said = {NOISES[name]: found.interval(study.first) for name, found in study.by_noise.items()}
-    if len(said) == 1:
+    found = {NOISES[name]: one.interval(study.first) for name, one in study.by_noise.items()}
+    if len(found) == 1:
         return "This run has one source of noise, so there is nothing to take apart."
-    points = "; ".join(f"{name} {v or 'no valid pair'}" for name, v in said.items())
+    points = "; ".join(f"{name} {v or 'no valid pair'}" for name, v in found.items())
     return f"In points, for copies that part at k = {study.first}: {points}."
 
 
@@ -1059,24 +854,24 @@ def values(study: Study) -> Values:
     """The numbers and sentences of the chapter's prose."""
     found, images = study.forks, study.images
     ends = [e for pairs in _curves(study).values() for c in pairs for e in c.ends()]
-    looked = trail(study, study.first)
-    return _of(study) | {
+    walls = {
+        "first": found.interval(study.first),
+        "last": found.interval(study.last),
+        "calm": study.gentle_forks.interval(study.first),
+        "slow": slowed(study),
+        "strangers": unrelated(study),
+        "trail": trail(study, study.first).get(study.steps),
+    }
+    return {
         "train_images": f"{len(images.train):,}",
         "test_images": f"{len(images.test):,}",
         "pixels": " × ".join(map(str, images.in_shape[1:])),
         "classes": images.classes,
         "one_image": 100 / len(images.test),
         "last_share": _share(study.last, study),
-        "wall_first": _points(found.interval(study.first)),
-        "wall_last": _points(found.interval(study.last)),
-        "wall_calm": _points(study.gentle_forks.interval(study.first)),
-        "wall_slow": _points(slowed(study)),
-        "wall_strangers": _points(unrelated(study)),
-        "wall_trail": _points(looked.get(study.steps)),
+        **{f"wall_{name}": _points(wall) for name, wall in walls.items()},
+        **_lengths(study),
         "end_error": f"{np.mean(ends):.1f}" if ends else "no valid pair",
-        "apart_first": _points(distances(study, "ab").get(study.first)),
-        "apart_last": _points(distances(study, "ab").get(study.last)),
-        "travelled_last": _points(distances(study, "a_init").get(study.last)),
         "onset_sentence": onset_sentence(study),
         "restart_sentence": restart_sentence(study),
         "noise_sentence": noise_sentence(study),
@@ -1091,20 +886,18 @@ RECORDS = {"mnist": "cpu-mnist", "small": "cpu-cifar10", "gpu": "gpu-cifar10-jpe
 
 def record_values(found: Sequence[Record]) -> Values:
     """What the prose says of the records by name, or that they have no such number."""
-    by_name = {record.name: record for record in found}
     out: Values = {}
     for short, name in RECORDS.items():
-        here = [by_name[name]] if name in by_name else []
-        runs = recorded.curves(here, "instability").values()
-        ends = [
-            f"{p[min(p)].value:.1f} points at k = {min(p)}, {p[max(p)].value:.1f} at k = {max(p)}"
-            for _, curves in runs
-            for p in curves.values()
-        ]
-        noisy, calm, *_ = [*ends, "not recorded", "not recorded"]
-        out |= {f"{short}_noisy": noisy, f"{short}_calm": calm}
-        by_mode = recorded.curves(here, "batchnorm").values()
+        walls, modes = (
+            next((curves for _, curves in runs.values()), {})
+            for runs in (
+                recorded.curves([r for r in found if r.name == name], figure)
+                for figure in ("instability", "batchnorm")
+            )
+        )
+        ends = [*map(recorded.ends, walls.values()), "not recorded", "not recorded"]
+        out |= {f"{short}_noisy": ends[0], f"{short}_calm": ends[1]}
         for mode, words in MODES.items():
-            points = next((c[f"statistics {words}, test"] for _, c in by_mode), None)
+            points = modes.get(f"statistics {words}, test")
             out[f"{short}_{mode}"] = _points(points[min(points)]) if points else "not recorded"
     return out

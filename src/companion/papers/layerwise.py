@@ -1,9 +1,7 @@
 """Layer-wise linear mode connectivity (Adilova et al. 2024): chapter 4's runs, claims and figures.
 
 :func:`design` turns the chapter's parameters into a :class:`Study`, whose experiments run when they
-are first looked at. Each claim of ``data/claims.yaml`` is one function of a study (:data:`CLAIMS`);
-``show_*`` draws a figure, ``*_values`` are the numbers of its caption and of the prose around it.
-:mod:`companion.papers.federated` does the same for the page on federated learning.
+are first looked at. :mod:`companion.papers.federated` has the page on federated learning.
 
 Wherever one number stands for "the largest layer" of several pairs, it is the mean over pairs of
 each pair's largest; the largest of the layers' means is smaller, for it is not always the same one.
@@ -16,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +22,9 @@ from numpy.typing import NDArray
 
 from companion import data, models
 from companion.connectivity import Walker, gates
-from companion.core import stats
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
-from companion.core.stats import Interval
+from companion.core.stats import Interval, over_pairs
 from companion.core.theta import flatten, layout
 from companion.data import Dataset
 from companion.experiments import subspaces
@@ -36,16 +33,17 @@ from companion.experiments.instability import copy
 from companion.experiments.layers import LayerSweep, sweep_pairs
 from companion.experiments.pairs import Evaluation, Pair
 from companion.layerwise import LayerBarriers, Sweep, layer_groups
-from companion.report import claims, figures, page, plots, provenance, tables
+from companion.report import figures, page, plots, provenance, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
+from companion.report.words import MISSING, Values, listed, said
 from companion.training import Recipe, build, check_fit
 
-Values: TypeAlias = dict[str, float | str]
+CHAPTER = "04_layerwise"
+
 SMALL = 0.1
 """Nats: a pair whose whole network has no higher barrier than this has none to compare with."""
 
-NONE = "not measured"
 DIRECTIONS = {
     "inside": "inside ({0} dimensions)",
     "outside": "outside, its null space",
@@ -58,15 +56,12 @@ DIRECTIONS = {
 
 # ---- linear networks
 
+Matrix = NDArray[np.float64]
+
 
 def losses(
-    first: Sequence[NDArray[np.float64]],
-    second: Sequence[NDArray[np.float64]],
-    moving: set[int],
-    alphas: Sequence[float] | NDArray[np.float64],
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-) -> NDArray[np.float64]:
+    first: Sequence[Matrix], second: Sequence[Matrix], moving: set[int], x: Matrix, y: Matrix
+) -> Matrix:
     """Squared loss of a deep linear network while some of its layers go from first to second.
 
     Arguments:
@@ -75,10 +70,10 @@ def losses(
         x, y: inputs and targets, shape (N, d).
 
     Returns:
-        the loss at each alpha.
+        the loss at 21 points of the segment.
     """
     out = []
-    for alpha in alphas:
+    for alpha in np.linspace(0, 1, 21):
         f = x
         for i, (w, v) in enumerate(zip(first, second, strict=True)):
             f = f @ ((1 - alpha) * w + alpha * v if i in moving else w)
@@ -94,15 +89,15 @@ def second_differences(networks: int = 20, layers: int = 4) -> tuple[list[float]
 
     Source: Adilova et al. 2024, Theorem 4.1.
     """
-    rng, alphas = np.random.default_rng(0), np.linspace(0, 1, 21)
-    single, joint = [], []
+    rng = np.random.default_rng(0)
+    single: list[float] = []
+    joint: list[float] = []
     for _ in range(networks):
         x, y = rng.normal(size=(50, 4)), rng.normal(size=(50, 4))
         first, second = ([rng.normal(size=(4, 4)) / 2 for _ in range(layers)] for _ in "AB")
-        for i in range(layers):
-            single.append(float(np.diff(losses(first, second, {i}, alphas, x, y), 2).min()))
-        every = losses(first, second, set(range(layers)), alphas, x, y)
-        joint.append(float(np.diff(every, 2).min()))
+        for moving in (*({i} for i in range(layers)), set(range(layers))):
+            least = float(np.diff(losses(first, second, moving, x, y), 2).min())
+            (single if len(moving) == 1 else joint).append(least)
     return single, joint
 
 
@@ -131,22 +126,13 @@ def minimal() -> dict[str, tuple[float, float]]:
 # ---- what is trained
 
 
-def residual(
-    images: Dataset,
-    *,
-    device: str,
-    net: str | None,
-    steps: int | None,
-    lr: float | None,
-    batch: int | None,
-    precision: str,
-) -> Recipe:
-    """The recipe of the residual network.
+def residual(images: Dataset, device: str, steps: int | None, precision: str, **own: Any) -> Recipe:
+    """The recipe of the residual network; ``own`` are fields of its own, None: the dataset's.
 
     The paper's ResNet-18 without norms for colour images on a GPU, a narrow one elsewhere. A ResNet
     with BatchNorm is trained as in chapter 1: both chapters then speak of the same networks.
     """
-    found = _changed(_standard(images, device), steps, precision, net=net, lr=lr, batch=batch)
+    found = _changed(_standard(images, device), steps, precision, **own)
     if found.net.startswith("resnet") and models.may_have_batchnorm(found.net):
         found = replace(found, schedule="step", milestones=(32 / 63, 48 / 63), warmup=0)
         found = replace(found, weight_decay=1e-4)
@@ -263,6 +249,21 @@ class Study:
         steps = f"T = {self.residual.steps}"
         return f"{self.images.label}, {nets}, {steps}, {self.inits} pairs, {hardware}"
 
+    def words(self) -> Values:
+        """What captions and prose say of the whole page."""
+        return {
+            "data": self.images.label,
+            "residual": called(self.residual.net),
+            "plain": called(self.convolutional.net),
+            "perceptron": called(self.perceptron.net),
+            "little": called(self.little.net),
+            "T": self.residual.steps,
+            "pairs": f"{self.inits} pair{'s' * (self.inits != 1)}",
+            "window": self.sets.window,
+            "draws": self.sets.draws,
+            "allowed": f"{self.max_error:g}",
+        }
+
     def provenance(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What a reader needs to repeat the page's run."""
         return provenance.record(
@@ -286,38 +287,34 @@ class Study:
     def along(self) -> Mapping[int, list[LayerBarriers]]:
         """Step -> the pairs of the residual network there; half-trained ones pass gate G0."""
         points = [p for step in self.places for p in pairs_of(self.residual, self.inits, step)]
-        swept = iter(sweep_pairs(points, fitting(self.residual, self.alone), **self._where))
+        found = iter(self._swept(self.residual, points, self.alone))
         return {
-            s: [next(swept).judged(max_error=100.0) for _ in range(self.inits)] for s in self.places
+            s: [next(found).judged(max_error=100.0) for _ in range(self.inits)] for s in self.places
         }
 
     @cached_property
     def ends(self) -> Mapping[Recipe, list[LayerBarriers]]:
         """The pairs of all three networks at the end of training."""
+        allowed = {"max_error": self.max_error}
         return {
-            recipe: sweep_pairs(
-                pairs_of(recipe, self.inits),
-                fitting(recipe, self.sets),
-                max_error=self.max_error,
-                **self._where,
-            )
-            for recipe in self.recipes
+            r: self._swept(r, pairs_of(r, self.inits), self.sets, **allowed) for r in self.recipes
         }
 
     @cached_property
     def regimes(self) -> Mapping[Recipe, list[LayerBarriers]]:
         """Other widths, and a gentle training: single layers alone."""
-        asked = [(q, self.max_error) for q in self.gentle]
-        asked += [(v, max(self.max_error, 30.0)) for v in self.variants]
+        allowed = dict.fromkeys(self.gentle, self.max_error)
+        allowed |= dict.fromkeys(self.variants, max(self.max_error, 30.0))
         return {
-            recipe: sweep_pairs(
-                pairs_of(recipe, self.few),
-                fitting(recipe, self.alone),
-                max_error=allowed,
-                **self._where,
-            )
-            for recipe, allowed in asked
+            recipe: self._swept(recipe, pairs_of(recipe, self.few), self.alone, max_error=most)
+            for recipe, most in allowed.items()
         }
+
+    def _swept(
+        self, recipe: Recipe, pairs: Sequence[Pair], sets: Sweep, **limit: Any
+    ) -> list[LayerBarriers]:
+        where: dict[str, Any] = {"device": self.device, "workers": self.workers}
+        return sweep_pairs(pairs, fitting(recipe, sets), **where, **limit)
 
     @cached_property
     def linear(self) -> tuple[list[float], list[float]]:
@@ -358,20 +355,11 @@ class Study:
             inside, outside = subspaces.noise(basis, 20, length, Key("chapter 4", "noise", init))
             in_views, _ = subspaces.noise(views, 20, length, Key("chapter 4", "views", init))
             ranks.append((len(basis), len(views)))
-            for kind, directions in (
-                ("inside", inside),
-                ("outside", outside),
-                ("inside, views", in_views),
-                ("towards B", towards[None]),
-                ("away from B", -towards[None]),
-            ):
+            moved = (inside, outside, in_views, towards[None], -towards[None])
+            for kind, directions in zip(DIRECTIONS, moved, strict=True):
                 rises = subspaces.rises(walker, a, directions, names)["test"]
                 kinds[kind].append(float(np.mean(rises)))
         return kinds, ranks
-
-    @property
-    def _where(self) -> dict[str, Any]:
-        return {"device": self.device, "workers": self.workers}
 
     # ---- what the results say
 
@@ -437,18 +425,12 @@ def design(
     """
     where = str(data.resolve_device(device))
     images = data.load(dataset, where)
-    for name, value, least in (
-        ("inits", inits, 1),
-        ("looks", looks, 2),
-        ("draws", draws, 1),
-        ("window", window, 1),
-    ):
+    counts = {"inits": (inits, 1), "looks": (looks, 2), "draws": (draws, 1), "window": (window, 1)}
+    for name, (value, least) in counts.items():
         if value < least:
             raise BadParameter(f"{name}: {value} must be {least} or more.")
     size, start = wide(images, where), _standard(images, where)
-    main = residual(
-        images, device=where, net=net, steps=steps, lr=lr, batch=batch, precision=precision
-    )
+    main = residual(images, where, steps, precision, net=net, lr=lr, batch=batch)
     longer = start.steps if size else 1200  # the plain network learns more slowly
     small = "vgg11:norm=none" if size else "vgg11:norm=none,width=8"
     convolutional = _changed(
@@ -537,10 +519,9 @@ def harmless(one: LayerBarriers) -> float:
     return float(np.mean([v <= 0.2 and v <= 0.1 * full for v in worst(one).values()]))
 
 
-def over(values: Sequence[float]) -> Interval | None:
-    """Mean and interval over independent pairs; None without any finite number."""
-    values = [v for v in values if np.isfinite(v)]
-    return stats.clustered(values, range(len(values))) if values else None
+def mean(values: Sequence[float]) -> float | None:
+    """Of several numbers; None without any."""
+    return float(np.mean(values)) if len(values) else None
 
 
 def barriers(results: Sequence[LayerBarriers], split: str = "train") -> list[float]:
@@ -559,10 +540,15 @@ def cumulative(one: LayerBarriers, kind: str) -> list[float]:
     return list(one.worst(kind, "train").values())
 
 
+def _four(one: LayerBarriers) -> float:
+    """The costliest of the first or last one to four layers."""
+    return max(max(cumulative(one, kind)[:4]) for kind in ("shallow", "deep"))
+
+
 def ratio(study: Study, kind: str) -> Interval | None:
     """The rise of the loss in one kind of direction over that outside of the training space."""
     kinds, _ = study.noise
-    return over([i / o for i, o in zip(kinds[kind], kinds["outside"], strict=True) if o > 0])
+    return over_pairs(i / o for i, o in zip(kinds[kind], kinds["outside"], strict=True) if o > 0)
 
 
 def specials(study: Study, recipe: Recipe) -> list[float]:
@@ -579,8 +565,8 @@ def specials(study: Study, recipe: Recipe) -> list[float]:
 def trained(results: Sequence[LayerBarriers]) -> Need:
     """Whether networks were trained to their end: early on layers have barriers that go."""
     wrong = np.mean([e for one in results for e in one.ends["train"]["error"]] or [100.0])
-    said = f"training was cut short: {wrong:.0f} % error on training images"
-    return bool(wrong <= gates.UNLEARNED), said
+    why = f"training was cut short: {wrong:.0f} % error on training images"
+    return bool(wrong <= gates.UNLEARNED), why
 
 
 def walled(results: Sequence[LayerBarriers]) -> Need:
@@ -633,11 +619,9 @@ def b03(study: Study) -> Statistic:
     deep = study.deep
     whole = np.mean([one.full_height("test", "error") for one in deep])
     layer = np.mean([top(one, "test", "error") for one in deep])
-    return statistic(
-        over([largest(one, "test", "error") for one in deep]),
-        *(trained(deep), walled(deep), _two(deep)),
-        detail=f"whole network {whole:.1f} points, largest layer {layer:.1f}",
-    )
+    detail = f"whole network {whole:.1f} points, largest layer {layer:.1f}"
+    value = over_pairs(largest(one, "test", "error") for one in deep)
+    return statistic(value, trained(deep), walled(deep), _two(deep), detail=detail)
 
 
 def b04(study: Study) -> Statistic:
@@ -658,7 +642,7 @@ def b05(study: Study) -> Statistic:
     """The largest window in the middle, over the larger of the first and the last window."""
     deep = study.deep
     heights = [list(one.worst("window", "train").values()) for one in deep]
-    value = over([max(w[1:-1]) / max(w[0], w[-1], 1e-9) for w in heights if len(w) > 2])
+    value = over_pairs([max(w[1:-1]) / max(w[0], w[-1], 1e-9) for w in heights if len(w) > 2])
     inner = not study.together or len(study.windows) > 2, "no window lies in the middle"
     return statistic(value, _grouped(study), walled(deep), _two(deep), inner)
 
@@ -666,18 +650,15 @@ def b05(study: Study) -> Statistic:
 def b06(study: Study) -> Statistic:
     """The costliest of the first or last one to four layers, over the whole network."""
     deep = study.deep
-    ends = ("shallow", "deep") if study.together else ()
-    costliest = [[max(cumulative(one, kind)[:4]) for kind in ends] for one in deep]
-    value = over(
-        [max(c) / one.full_height("train") for c, one in zip(costliest, deep, strict=True) if c]
-    )
+    found = deep if study.together else []
+    value = over_pairs(_four(one) / one.full_height("train") for one in found)
     return statistic(value, _grouped(study), walled(deep), _two(deep))
 
 
 def b07(study: Study) -> Statistic:
     """The whole network's barrier over the sum of its layers'."""
     deep = study.deep
-    value = over([one.additivity("train").ratio for one in deep])
+    value = over_pairs([one.additivity("train").ratio for one in deep])
     return statistic(value, trained(deep), walled(deep), _two(deep))
 
 
@@ -698,12 +679,9 @@ def b10(study: Study) -> Statistic:
     if not study.together:
         return statistic(None, _grouped(study), _two(study.deep))
     each = {recipe.net: specials(study, recipe) for recipe in study.recipes}
-    said = "; ".join(f"{net} {np.mean(v):.0%}" for net, v in each.items() if v)
-    return statistic(
-        over(each[study.residual.net]),
-        _two(study.deep),
-        detail=f"{study.sets.draws} draws; {said}",
-    )
+    told = "; ".join(f"{net} {np.mean(v):.0%}" for net, v in each.items() if v)
+    value = over_pairs(each[study.residual.net])
+    return statistic(value, _two(study.deep), detail=f"{study.sets.draws} draws; {told}")
 
 
 def b11(study: Study) -> Statistic:
@@ -736,11 +714,8 @@ def b12(study: Study) -> Statistic:
 def b16(study: Study) -> Statistic:
     """The rise of the test loss inside the space that training used, over that outside of it."""
     views = ratio(study, "inside, views")
-    return statistic(
-        ratio(study, "inside"),
-        _two(study.deep),
-        detail=f"span of the views: {views.value:.1f} times" if views else "",
-    )
+    detail = f"span of the views: {views.value:.1f} times" if views else ""
+    return statistic(ratio(study, "inside"), _two(study.deep), detail=detail)
 
 
 CLAIMS: dict[str, Callable[[Study], Statistic]] = {
@@ -756,54 +731,15 @@ def called(net: str) -> str:
     return re.sub(r" \(norm none\)|, norm none|norm none, ", "", models.title(net))
 
 
-def said(value: float | Interval | None, form: str = "{:.2f}") -> str:
-    """A number in words: with a minus sign, and none before a zero."""
-    number = value.value if isinstance(value, Interval) else value
-    if number is None or not math.isfinite(number):
-        return NONE if number is None else "no valid value" if math.isnan(number) else "∞"
-    text = form.format(number)
-    if set(text) <= set("-0.%"):
-        text = text.lstrip("-")
-    return text.replace("-", "−").replace("%", " %")
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """Of several numbers; None without any."""
-    return float(np.mean(values)) if len(values) else None
-
-
-def words(study: Study) -> Values:
-    """What captions and prose say of the whole page."""
-    return {
-        "data": study.images.label,
-        "residual": called(study.residual.net),
-        "plain": called(study.convolutional.net),
-        "perceptron": called(study.perceptron.net),
-        "little": called(study.little.net),
-        "T": study.residual.steps,
-        "pairs": f"{study.inits} pair" + "s" * (study.inits != 1),
-        "window": study.sets.window,
-        "draws": study.sets.draws,
-        "allowed": f"{study.max_error:g}",
-    }
-
-
-def toy_values(study: Study) -> Values:
-    """The middles of the minimal example."""
-    whole, one, two = (
-        study.example[n][0] for n in ("whole network", "layer 1 of A", "layer 2 of A")
-    )
-    return {"toy_whole": f"{whole:.3f}", "toy_one": f"{one:.2f}", "toy_two": f"{two:.3f}"}
-
-
 def show_toy(study: Study) -> None:
     """The landscape of the minimal example, and three segments in it."""
-    page.fill(**toy_values(study))
+    whole, one, two, *_ = (found for found, _ in study.example.values())
+    page.fill(toy_whole=f"{whole:.3f}", toy_one=f"{one:.2f}", toy_two=f"{two:.3f}")
     (a1, b1), (a2, b2) = A, B
     line = np.linspace(0.2, 2.6, 121)
     grid_a, grid_b = np.meshgrid(line, line)
     loss = toy(grid_a, grid_b)
-    fig, (ax,) = plots.grid(1, columns=1, height=5.0)
+    fig, (ax,) = plots.grid(1, height=5.0)
     levels = [0, 0.02, 0.1, 0.3, 0.7, 1.5, 3, 6, 12, 36]
     filled = ax.contourf(grid_a, grid_b, np.sqrt(loss), levels=np.sqrt(levels), cmap=plots.MAP)
     ax.plot(line, 1 / line, color="white", linewidth=1, linestyle="--")
@@ -829,35 +765,28 @@ def show_toy(study: Study) -> None:
     figures.publish(fig, "toy", data=drawn)
 
 
-_SHORT = ("residual", "plain", "perceptron")
-
-
-def layers_values(study: Study) -> Values:
-    """Whole network and worst layer of the three networks at the end, and what follows."""
-    out: Values = {}
-    shares = {}
-    for short, recipe in zip(_SHORT, study.recipes, strict=True):
-        good = study.good(recipe)
-        share = over([largest(one) for one in good])
-        out[f"{short}_whole"] = said(mean(barriers(good)))
-        out[f"{short}_layer"] = said(mean([top(one) for one in good]))
-        out[f"{short}_share"] = said(share, "{:.0%}")
-        out[f"{short}_which"] = worst_layers(good) or "none"
-        if share is not None:
-            shares[called(recipe.net)] = share.value
-    low = [name for name, share in shares.items() if share <= 0.2]
-    if low and len(low) < len(shares):
-        out["answer"] = "“No layer has a barrier” is true of some networks, not of all."
-    elif low:
-        out["answer"] = "In none of these networks is there a layer that makes the wall."
-    else:
-        out["answer"] = "In each of these networks some layer alone has a good part of the wall."
-    return out
-
-
 def show_layers(study: Study) -> None:
     """Single layers of the three networks against the whole."""
-    page.fill(**layers_values(study))
+    shares = []
+    for short, recipe in zip(("residual", "plain", "perceptron"), study.recipes, strict=True):
+        good = study.good(recipe)
+        share = over_pairs(map(largest, good))
+        shares += [] if share is None else [share.value]
+        numbers = {
+            "whole": said(mean(barriers(good))),
+            "layer": said(mean([top(one) for one in good])),
+            "share": said(share, "{:.0%}"),
+            "which": worst_layers(good) or "none",
+        }
+        page.fill(**{f"{short}_{name}": text for name, text in numbers.items()})
+    low = sum(share <= 0.2 for share in shares)
+    if low and low < len(shares):
+        answer = "“No layer has a barrier” is true of some networks, not of all."
+    elif low:
+        answer = "In none of these networks is there a layer that makes the wall."
+    else:
+        answer = "In each of these networks some layer alone has a good part of the wall."
+    page.fill(answer=answer)
     fig, axes = plots.grid(3, columns=3, height=4.8, width=11.4)
     drawn = {}
     for ax, recipe in zip(axes, study.recipes, strict=True):
@@ -868,39 +797,34 @@ def show_layers(study: Study) -> None:
     figures.publish(fig, "layers", data=drawn)
 
 
-def groups_values(study: Study) -> Values:
-    """What the first layers, the last ones, and neighbours cost together."""
-    deep = study.deep
-    sums = [one.additivity("train") for one in deep]
-    out: Values = {"sum_layers": said(mean([a.total for a in sums]))}
-    for name, recipe in zip(("whole", *_SHORT[1:]), study.recipes, strict=True):
-        each = [one.additivity("train").ratio for one in study.good(recipe)]
-        out[f"{name}_times"] = said(over(each), "{:.1f}")
-    names = ("window_first", "window_last", "window_peak", "window_most", "four")
-    if not study.together:
-        nothing = "Groups of layers were left out of this run."
-        return out | dict.fromkeys(names, NONE) | {"where": nothing}
-    found = study.windows
-    means = [float(np.mean(v)) for v in found.values()]
-    at = int(np.argmax(means))
-    peak, last = list(found)[at], len(means) - 1
-    share = at / max(last, 1)
-    nearer = "in the middle" if 1 / 3 <= share <= 2 / 3 else "in the last third of them"
-    nearer = "in the first third of them" if share < 1 / 3 else nearer
-    where = f"Counted from the input, the costliest is window {at + 1} of {last + 1}: {nearer}."
-    four = [max(max(cumulative(o, k)[:4]) for k in ("shallow", "deep")) for o in deep]
-    numbers = (means[0], means[-1], means[at], float(np.mean(four)))
-    first, end, most, few = map(said, numbers)
-    shown = dict(zip(names, (first, end, peak, most, few), strict=True))
-    return out | shown | {"where": where}
-
-
 def show_groups(study: Study) -> None:
     """The first k and the last k layers together, and windows of neighbours."""
-    page.fill(**groups_values(study))
-    if not study.together:
-        return
     deep = study.deep
+    sums = [one.additivity("train").total for one in deep]
+    page.fill(sum_layers=said(mean(sums)))
+    for name, recipe in zip(("whole", "plain", "perceptron"), study.recipes, strict=True):
+        times = over_pairs(one.additivity("train").ratio for one in study.good(recipe))
+        page.fill(**{f"{name}_times": said(times, "{:.1f}")})
+    if not study.together:
+        names = ("window_first", "window_last", "window_peak", "window_most", "four")
+        nothing = "Groups of layers were left out of this run."
+        page.fill(**dict.fromkeys(names, MISSING), where=nothing)
+        return
+    windows = study.windows
+    means = [float(np.mean(v)) for v in windows.values()]
+    at, last = int(np.argmax(means)), len(means) - 1
+    share = at / max(last, 1)
+    nearer = "middle" if 1 / 3 <= share <= 2 / 3 else "last third of them"
+    nearer = "first third of them" if share < 1 / 3 else nearer
+    page.fill(
+        window_first=said(means[0]),
+        window_last=said(means[-1]),
+        window_peak=list(windows)[at],
+        window_most=said(means[at]),
+        four=said(mean([_four(one) for one in deep])),
+        where=f"Counted from the input, the costliest is window {at + 1} of {last + 1}: in the "
+        f"{nearer}.",
+    )
     counts = list(range(1, len(deep[0].groups) + 1))
     fig, axes = plots.grid(2, height=4.0, sharey=True)
     drawn = {
@@ -912,11 +836,9 @@ def show_groups(study: Study) -> None:
         ylabel="train loss barrier (nats)",
         title="more and more layers",
     )
-    windows = study.windows
-    places = list(range(1, len(windows) + 1))
-    each = np.transpose(list(windows.values()))
+    each = np.transpose(list(windows.values())).tolist()
     label = f"{study.sets.window} neighbours"
-    drawn["windows"] = plots.band(axes[1], places, each.tolist(), label, 2)
+    drawn["windows"] = plots.band(axes[1], list(range(1, len(windows) + 1)), each, label, 2)
     drawn["windows"]["layers"] = list(windows)
     title = f"always {study.sets.window} layers"
     axes[1].set(xlabel="first layer of the window", title=title)
@@ -934,72 +856,67 @@ def show_sums(study: Study) -> None:
     for recipe in study.recipes:
         sums = [one.additivity("train") for one in study.good(recipe)]
         numbers = ([a.full for a in sums], [a.total for a in sums], [a.ratio for a in sums])
-        rows.append((called(recipe.net), *(over(v) or "—" for v in numbers)))
+        rows.append((called(recipe.net), *(over_pairs(v) or "—" for v in numbers)))
     columns = ("network", "whole network (nats)", "sum over the layers (nats)", "whole / sum")
     tables.show(columns, rows, name="sums")
+
+
+WHOLE = "whole network"
 
 
 def maps(study: Study) -> dict[str, dict[str, list[float]]]:
     """Split -> whole network, and every layer -> its barrier at each step, mean over pairs."""
     out = {}
     for split in ("train", "test"):
-        each = {s: [worst(one, split) for one in study.along[s]] for s in study.places}
-        whole = [float(np.mean(barriers(study.along[s], split))) for s in study.places]
-        out[split] = {"whole network": whole} | {
-            label: [float(np.mean([one[label] for one in found])) for found in each.values()]
-            for label in study.deep[0].groups
+        each = [[worst(one, split) for one in study.along[s]] for s in study.places]
+        out[split] = {
+            WHOLE: [float(np.mean(barriers(study.along[s], split))) for s in study.places]
         }
+        for label in study.deep[0].groups:
+            out[split][label] = [float(np.mean([one[label] for one in found])) for found in each]
     return out
-
-
-def time_values(study: Study) -> Values:
-    """The worst layer's share of the wall half-way and at the end, and the largest cells."""
-    last = study.residual.steps
-    first, middle, end = (study.shares(s) for s in (study.places[1], study.middle, last))
-    cells = maps(study)["train"]
-    column = {name: row[-1] for name, row in cells.items() if name != "whole network"}
-    heaviest = max(column, key=lambda name: column[name])
-    if end < first:
-        story = "Layers lose their barriers while the network gains its own: how long one trains "
-        story += "is part of the answer."
-    else:
-        story = "The layers' share of the wall does not shrink in this training."
-    return {
-        "first": study.places[1],
-        "middle": study.middle,
-        "share_first": said(first, "{:.0%}"),
-        "share_middle": said(middle, "{:.0%}"),
-        "share_end": said(end, "{:.0%}"),
-        "whole_start": said(cells["whole network"][0]),
-        "whole_end": said(cells["whole network"][-1]),
-        "top_end": said(mean([top(one) for one in study.along[last]])),
-        "heaviest": heaviest,
-        "heaviest_end": said(column[heaviest]),
-        "story": story,
-    }
 
 
 def show_time(study: Study) -> None:
     """Whole network and layers along training, as lines."""
-    page.fill(**time_values(study))
+    last, found = study.residual.steps, maps(study)
+    looks = {"first": study.places[1], "middle": study.middle, "end": last}
+    shares = {name: study.shares(step) for name, step in looks.items()}
+    column = {name: row[-1] for name, row in found["train"].items() if name != WHOLE}
+    heaviest = max(column, key=lambda name: column[name])
+    story = "The layers' share of the wall does not shrink in this training."
+    if shares["end"] < shares["first"]:
+        story = "Layers lose their barriers while the network gains its own: how long one trains "
+        story += "is part of the answer."
+    page.fill(
+        first=looks["first"],
+        middle=looks["middle"],
+        **{f"share_{name}": said(share, "{:.0%}") for name, share in shares.items()},
+        whole_start=said(found["train"][WHOLE][0]),
+        whole_end=said(found["train"][WHOLE][-1]),
+        top_end=said(mean([top(one) for one in study.along[last]])),
+        heaviest=heaviest,
+        heaviest_end=said(column[heaviest]),
+        story=story,
+    )
     fig, axes = plots.grid(2, height=3.8, sharey=True)
     drawn: dict[str, Any] = {}
-    for ax, (split, rows) in zip(axes, maps(study).items(), strict=True):
+    for ax, (split, rows) in zip(axes, found.items(), strict=True):
         for number, (name, row) in enumerate(rows.items()):
-            if name != "whole network":
+            if name != WHOLE:
                 label = "one layer, mean over pairs" if number == 1 else None
                 ax.plot(study.places, row, color="#999999", linewidth=0.9, label=label)
         along = [study.along[s] for s in study.places]
-        whole = [barriers(found, split) for found in along]
-        tops = [[top(one, split) for one in found] for found in along]
+        both = {
+            WHOLE: [barriers(pairs, split) for pairs in along],
+            "worst layer of each pair": [[top(one, split) for one in pairs] for pairs in along],
+        }
         drawn[split] = {
             label: plots.band(ax, study.places, np.transpose(values).tolist(), label, number)
-            for number, (label, values) in enumerate(
-                (("whole network", whole), ("worst layer of each pair", tops))
-            )
+            for number, (label, values) in enumerate(both.items())
         }
         ax.axhline(0, color="#555555", linewidth=0.6)
-        ax.set(title=f"{split} images", xlabel=f"training step (of {study.residual.steps})")
+        ax.set(title=f"{split} images", xlabel=f"training step (of {last})")
     axes[0].set_ylabel("loss barrier (nats)")
     plots.legend(fig, columns=3)
     figures.publish(fig, "layerwise-time", data=drawn)
@@ -1008,8 +925,7 @@ def show_time(study: Study) -> None:
 def show_heatmap(study: Study) -> None:
     """The same on training images, with a number for each layer and step."""
     found = maps(study)
-    rows = len(found["train"])
-    fig, axes = plots.grid(1, columns=1, height=0.8 + 0.31 * rows)
+    fig, axes = plots.grid(1, height=0.8 + 0.31 * len(found["train"]))
     plots.heat(axes, {"train": found["train"]}, study.places, label="train loss barrier (nats)")
     axes[0].set_xlabel(f"training step (of {study.residual.steps})")
     data = {"T": study.residual.steps, "steps": study.places, **found}
@@ -1017,7 +933,7 @@ def show_heatmap(study: Study) -> None:
 
 
 def settings(study: Study) -> dict[str, list[LayerBarriers]]:
-    """Network and training, in words -> its pairs: what the question why is asked of."""
+    """Network and training, in words -> its valid pairs: what the question why is asked of."""
     main, last = called(study.residual.net), study.residual.steps
     steps = [s for s in dict.fromkeys((study.places[1], study.middle, last)) if s in study.along]
     out = {f"{main}, step {s} of {last}": study.along[s] for s in steps}
@@ -1029,134 +945,89 @@ def settings(study: Study) -> dict[str, list[LayerBarriers]]:
     for recipe in study.variants:
         normed = ", BatchNorm re-estimated" if models.may_have_batchnorm(recipe.net) else ""
         out[f"{called(recipe.net)}, T = {recipe.steps}{normed}"] = study.regimes[recipe]
-    return out
-
-
-def regimes_values(study: Study) -> Values:
-    """Each setting's share, for the alternative text; and the gentle training's share and wall."""
-    rows = [
-        f"{name}: {said(over([largest(o) for o in found if o.valid]), '{:.0%}')}"
-        for name, found in settings(study).items()
-    ]
-    gentle = [one for r in study.gentle for one in study.regimes[r] if one.valid]
-    return {
-        "regimes": "; ".join(rows),
-        "gentle_share": said(over([largest(one) for one in gentle]), "{:.0%}"),
-        "gentle_whole": said(mean(barriers(gentle))),
-    }
+    return {name: [one for one in found if one.valid] for name, found in out.items()}
 
 
 def show_regimes(study: Study) -> None:
     """The largest layer's share of the wall in every setting, and a table of the rest."""
-    page.fill(**regimes_values(study))
-    shares = {
-        name: share
-        for name, found in settings(study).items()
-        if (share := over([100 * largest(one) for one in found if one.valid])) is not None
-    }
-    fig, axes = plots.grid(1, columns=1, height=0.9 + 0.42 * len(shares), width=9.4)
+    shares = {name: over_pairs(100 * largest(o) for o in s) for name, s in settings(study).items()}
+    gentle = [one for r in study.gentle for one in study.regimes[r] if one.valid]
+    page.fill(
+        regimes=listed({f"{name}:": share for name, share in shares.items()}, "{:.0f}%"),
+        gentle_share=said(over_pairs(map(largest, gentle)), "{:.0%}"),
+        gentle_whole=said(mean(barriers(gentle))),
+    )
+    rows = {name: share for name, share in shares.items() if share is not None}
+    fig, axes = plots.grid(1, height=0.9 + 0.42 * len(rows), width=9.4)
     label = "worst layer's barrier, % of the whole network's"
-    drawn = plots.conditions(axes[0], shares, threshold=10, xlabel=label, form="{:.0f}")
+    drawn = plots.conditions(axes[0], rows, threshold=10, xlabel=label, form="{:.0f}")
     figures.publish(fig, "layerwise-regimes", data=drawn)
 
 
 def show_settings(study: Study) -> None:
     """Errors and barriers behind the shares."""
     rows = []
-    for name, found in settings(study).items():
-        good = [one for one in found if one.valid]
+    for name, good in settings(study).items():
         errors = [e for one in good for e in one.ends["test"]["error"]]
-        numbers = [over(barriers(good)), over([top(one) for one in good])]
+        numbers = [over_pairs(barriers(good)), over_pairs(map(top, good))]
         shown = [said(mean(errors), "{:.1f}"), *numbers, worst_layers(good)]
         rows.append([name, len(good), *(shown if good else ["no valid pair"] * 4)])
-    columns = [
-        "network",
-        "pairs",
-        "test error (%)",
-        "whole network (nats)",
-        "worst layer (nats)",
-        "which, by pair",
-    ]
-    tables.show(columns, rows, name="settings")
-
-
-def directions_values(study: Study) -> Values:
-    """How many layers mind the step towards the other network more, and the whole network."""
-    out: Values = {"full_towards": NONE, "full_random": NONE, "counted": NONE}
-    if not study.together:
-        return out
-    each = {called(r.net): mean(specials(study, r)) for r in study.recipes}
-    out["counted"] = "; ".join(f"{name}: {said(v, '{:.0%}')}" for name, v in each.items())
-    rises = [r for one in study.deep for r in one.rises("full", "train")]
-    out["full_towards"] = said(mean([r.averaging for r in rises]))
-    out["full_random"] = said(mean([r.mean for r in rises]))
-    return out
+    columns = ["network", "pairs", "test error (%)", "whole network (nats)"]
+    tables.show([*columns, "worst layer (nats)", "which, by pair"], rows, name="settings")
 
 
 def show_directions(study: Study) -> None:
     """The rise of the loss towards the other network and in random directions, layer by layer."""
-    page.fill(**directions_values(study))
-    shown = [recipe for recipe in study.recipes if study.good(recipe)]
     if not study.together:
+        page.fill(**dict.fromkeys(("full_towards", "full_random", "counted"), MISSING))
         return
+    whole = [r for one in study.deep for r in one.rises("full", "train")]
+    each = {f"{called(r.net)}:": mean(specials(study, r)) for r in study.recipes}
+    page.fill(
+        counted=listed(each, "{:.0%}"),
+        full_towards=said(mean([r.averaging for r in whole])),
+        full_random=said(mean([r.mean for r in whole])),
+    )
+    shown = [recipe for recipe in study.recipes if study.good(recipe)]
     fig, axes = plots.grid(len(shown), columns=3, height=4.6, width=11.4)
     drawn = {}
     for ax, recipe in zip(axes, shown, strict=True):
-        good = study.good(recipe)
-        rises = [r for one in good for r in one.rises("single", "train")]
-        values = {
-            label: (
-                float(np.mean([r.averaging for r in rises if r.label == label])),
-                float(np.mean([r.mean for r in rises if r.label == label])),
-            )
-            for label in good[0].groups
-        }
-        rows = [-i for i in range(len(values))]
-        towards, random = zip(*values.values(), strict=True)
+        rises = [r for one in study.good(recipe) for r in one.rises("single", "train")]
+        layers = study.good(recipe)[0].groups
+        towards = [float(np.mean([r.averaging for r in rises if r.label == n])) for n in layers]
+        random = [float(np.mean([r.mean for r in rises if r.label == n])) for n in layers]
+        rows = [-i for i in range(len(layers))]
         ax.plot(towards, rows, "o", label="towards the other network", markersize=5)
         ax.plot(random, rows, "^", label="random direction", markersize=5)
-        ax.set_yticks(rows, list(values))
+        ax.set_yticks(rows, list(layers))
         ax.tick_params(axis="y", labelsize=8)
         ax.set_xscale("symlog", linthresh=0.01)
-        ax.set_xlim(right=2.5 * max(max(v) for v in values.values()))
+        ax.set_xlim(right=2.5 * max(towards + random))
         ax.set_title(called(recipe.net), fontsize=10)
         ax.set_xlabel("rise of the train loss (nats)\nlinear below 0.01")
-        drawn[recipe.net] = {layer: list(v) for layer, v in values.items()}
+        drawn[recipe.net] = dict(zip(layers, zip(towards, random, strict=True), strict=True))
     plots.legend(fig, columns=2)
     figures.publish(fig, "directions", data=drawn)
 
 
-def noise_values(study: Study) -> Values:
-    """What noise inside and outside of the space that training used does."""
-    kinds, ranks = study.noise
-    times = ratio(study, "inside")
-    inside, outside = (float(np.mean(kinds[k])) for k in ("inside", "outside"))
-    rises = "; ".join(f"{name} {said(v)} nats" for name, v in _rises(study).items())
-    if inside > outside:
-        told = "Noise in the space that training used hurts more than noise outside of it."
-    else:
-        told = "Noise outside of the space that training used hurts more than noise in it."
-    return {
-        "noise": rises,
-        "noise_times": said(times, "{:.1f}"),
-        "noise_told": told,
-        "rank": ranks[0][0],
-        "rank_views": ranks[0][1],
-    }
-
-
-def _rises(study: Study) -> dict[str, Interval]:
-    kinds, ranks = study.noise
-    found = {DIRECTIONS[kind].format(*ranks[0]): over(v) for kind, v in kinds.items()}
-    return {name: v for name, v in found.items() if v is not None}
-
-
 def show_noise(study: Study) -> None:
     """Five kinds of direction, all steps of one length."""
-    page.fill(**noise_values(study))
-    fig, axes = plots.grid(1, columns=1, height=3.2)
+    kinds, (ranks, *_) = study.noise
+    found = {DIRECTIONS[kind].format(*ranks): over_pairs(v) for kind, v in kinds.items()}
+    rises = {name: v for name, v in found.items() if v is not None}
+    told = "Noise outside of the space that training used hurts more than noise in it."
+    if np.mean(kinds["inside"]) > np.mean(kinds["outside"]):
+        told = "Noise in the space that training used hurts more than noise outside of it."
+    page.fill(
+        noise=listed(rises, "{:.2f} nats"),
+        noise_times=said(ratio(study, "inside"), "{:.1f}"),
+        noise_told=told,
+        rank=ranks[0],
+        rank_views=ranks[1],
+    )
+    fig, axes = plots.grid(1, height=3.2)
     label = "rise of the test loss (nats)"
-    drawn = plots.conditions(axes[0], _rises(study), threshold=None, xlabel=label, form="{:.2f}")
+    drawn = plots.conditions(axes[0], rises, threshold=None, xlabel=label, form="{:.2f}")
     figures.publish(fig, "subspaces", data=drawn)
 
 
@@ -1167,28 +1038,15 @@ def show_recorded(records: Sequence[Record]) -> None:
         return
     drawn = {r.name: r.data["figures"]["heatmap"]["data"] for r in kept}
     fig, axes = plots.grid(len(kept), width=6.4 * min(len(kept), 2), height=7.4)
-    plots.heat(
-        axes,
-        {name: one["train"] for name, one in drawn.items()},
-        {name: one["steps"] for name, one in drawn.items()},
-        label="train loss barrier (nats)",
-    )
+    trained_on = {name: one["train"] for name, one in drawn.items()}
+    steps = {name: one["steps"] for name, one in drawn.items()}
+    plots.heat(axes, trained_on, steps, label="train loss barrier (nats)")
     for ax, record in zip(axes, kept, strict=True):
         where = f"{record.data['hardware']}, {record.data['date']}"
         ax.set_title(f"{record.name}: {record.dataset}\n{where}", fontsize=9)
         ax.set_xlabel("training step")
-    ends = [f"{name}: {said(one['train']['whole network'][-1])}" for name, one in drawn.items()]
     values = {
         "recorded": " ".join(f"{record.title}." for record in kept),
-        "recorded_ends": "; ".join(ends),
+        "recorded_ends": listed({f"{n}:": rows[WHOLE][-1] for n, rows in trained_on.items()}),
     }
     figures.publish(fig, "layerwise-recorded", data=drawn, values=values)
-
-
-def closing_values(verdicts: Sequence[claims.Verdict]) -> Values:
-    """What this run could not test."""
-    untested = [v for v in verdicts if v.verdict == claims.NOT_TESTABLE]
-    return {
-        "untested": "; ".join(f"{v.claim.id} ({v.note or 'not measured'})" for v in untested)
-        or "nothing"
-    }

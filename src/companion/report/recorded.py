@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from companion.core import codec
 from companion.core.errors import BadParameter, CorruptData
 from companion.core.locations import book_root
-from companion.report import claims, page
+from companion.report import claims, figures, page, plots
 
 if TYPE_CHECKING:
     from companion.core.stats import Interval
@@ -216,12 +216,37 @@ def _for_people(label: str) -> str:
         return label
 
 
+def ends(points: Mapping[int, Interval], axis: str = "k") -> str:
+    """The first and the last value of a curve: ``21.8 points at k = 0, 1.5 at k = 100``."""
+    first, last = min(points), max(points)
+    a, b = points[first].value, points[last].value
+    return f"{a:.1f} points at {axis} = {first}, {b:.1f} at {axis} = {last}"
+
+
 def extremes(record: Record, figure: str, axis: str = "k") -> str:
     """For an alt text: the first and the last value of each curve of a figure."""
-    words = []
-    for _, series in curves([record], figure).values():
-        for label, points in series.items():
-            first, last = min(points), max(points)
-            a, b = points[first].value, points[last].value
-            words.append(f"{label} {a:.1f} points at {axis} = {first}, {b:.1f} at {axis} = {last}")
+    found = [series for _, series in curves([record], figure).values()]
+    words = [
+        f"{label} {ends(points, axis)}" for series in found for label, points in series.items()
+    ]
     return ", ".join(words) or "no curve"
+
+
+def show(records: Sequence[Record], figure: str, name: str, **look: Any) -> None:
+    """A figure against k from every record that has it, a panel each; nothing without one.
+
+    Its caption may say ``{{titles}}``, of the records, and ``{{ends}}``, of their curves.
+
+    Arguments:
+        figure: what is drawn, as the records call it.
+        name: of the new figure.
+        look: for :func:`companion.report.plots.panels`.
+    """
+    if runs := curves(records, figure):
+        fig, drawn = plots.panels(runs, **look)
+        held = [r for r in records if figure in r.data["figures"]]
+        values = {
+            "ends": "; ".join(f"{r.name}: {extremes(r, figure)}" for r in held),
+            "titles": " ".join(f"{r.title}." for r in held),
+        }
+        figures.publish(fig, name, data=drawn, values=values)
