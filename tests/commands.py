@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from click.testing import Result
 from safetensors.torch import save_file
 from torch import Tensor
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from companion import data
 from companion.cli import app

@@ -145,6 +145,7 @@ def test_mnist_has_a_stable_and_an_unstable_network(store: Store) -> None:
     found = analyse(
         Recipe(data="mnist", lr=0.05, **PERCEPTRON),
         [0, 100],
+        inits=2,
         copies=2,
         evaluation=FEW,
         max_error=5.0,
@@ -155,6 +156,7 @@ def test_mnist_has_a_stable_and_an_unstable_network(store: Store) -> None:
     calm = analyse(
         Recipe(data="mnist", **LENET),
         [0],
+        inits=2,
         copies=2,
         evaluation=FEW,
         max_error=5.0,

@@ -667,6 +667,7 @@ def test_help_imports_nothing_heavy():
     assert "instability" in done.stdout
 
 
+@pytest.mark.slow
 def test_no_command_imports_the_tools_of_the_book(nets, tmp_path):
     book = ["IPython", "ipykernel", "jupyter_book", "jupyter_core", "jupytext", "nbformat"]
     book += ["papermill", "sphinx", "docutils", "transformers", "companion.book"]

@@ -299,6 +299,7 @@ def test_no_paragraph_of_pydocs_test_text_is_in_its_training_text():
     assert text.tokenizer("pydoc").decode(data.load("pydoc").train.stream) == train
 
 
+@pytest.mark.slow
 def test_pydoc_is_the_same_in_another_process_and_on_one_core(tmp_path):
     code = "from companion import data; d = data.load('pydoc'); "
     code += "from companion.data.text import windows_digest as w; print(d.fingerprint, w(d.test))"
@@ -699,7 +700,7 @@ def fake_datasets(monkeypatch, answer) -> list[tuple[str, str]]:
         return {s.replace("valid", "validation"): Rows(body) for s, body in answer.items()}
 
     module = ModuleType("datasets")
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]  # a made-up module
     monkeypatch.setitem(sys.modules, "datasets", module)
     return calls
 

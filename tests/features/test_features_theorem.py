@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 from reread import reread
 from torch import nn
 from torch.nn import functional as F
+from toynets import Examples
 
 from companion import data
 from companion.core.errors import BadParameter
@@ -65,25 +64,14 @@ def test_any_widths_and_any_data(
 
 
 def _run(built: Built, theta: object) -> torch.Tensor:
-    return torch.func.functional_call(built.module, dict(theta), (built.x,))  # type: ignore[call-overload, no-any-return]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Inputs and targets of any type."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
+    return torch.func.functional_call(built.module, dict(theta), (built.x,))  # type: ignore[call-overload]  # theta is typed as an object
 
 
 def test_the_instrument_finds_llfc_exact_too() -> None:
     """Features streamed through the package's one pass, against the same networks."""
     for commuting in (True, False):
         built = exact(WIDTHS, commuting=commuting)
-        split = Data(built.x, torch.zeros(len(built.x), dtype=torch.int64))
+        split = Examples(built.x, torch.zeros(len(built.x), dtype=torch.int64))
         found = features(built.module, built.a, built.b, split, alphas=(0.3, 0.5), batch=100)
         plain = theorem1(built, (0.3, 0.5))
         assert [x.name for x in found.layers if x.kind == "linear"] == [
@@ -152,7 +140,7 @@ def test_the_check_agrees_with_the_theorem_on_how_much_is_missing() -> None:
 
 
 def _hidden(theta: object) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in dict(theta).items() if not k.startswith("head")}  # type: ignore[call-overload]
+    return {k: v for k, v in dict(theta).items() if not k.startswith("head")}  # type: ignore[call-overload]  # theta is typed as an object
 
 
 def test_json_and_messages() -> None:
@@ -161,7 +149,7 @@ def test_json_and_messages() -> None:
     assert reread(found) == found
     for widths in ((3, 2), (3, 1, 2), (0, 4, 2), (3, 4.0, 2)):
         with pytest.raises(BadParameter, match="widths"):
-            exact(widths)  # type: ignore[arg-type]
+            exact(widths)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(BadParameter, match=r"moving: 1\.0"):
         exact(WIDTHS, moving=1.0)
     with pytest.raises(BadParameter, match=r"are \(N, 20\)"):

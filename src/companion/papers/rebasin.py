@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet50
 
 from companion import data, models
 from companion.connectivity import Plane, plane
@@ -440,6 +439,8 @@ class Study(Setting):
     @cached_property
     def tied(self) -> tuple[float, int]:
         """ResNet-50 by its own spec: exponent of the count, and the number of permutations."""
+        from torchvision.models import resnet50  # here: it imports for 1.5 s
+
         spec = derive(resnet50(), torch.zeros(2, 3, 32, 32))
         return spec.log10_count(), len(spec.groups)
 
