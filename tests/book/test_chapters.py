@@ -15,7 +15,14 @@ from companion.core.errors import CompanionError
 from companion.core.runs import Store
 
 CHAPTERS = Book(ROOT).chapters()
-IMAGES = [name for name in CHAPTERS if name not in ("05_gpt", "06_errata")]
+IMAGES = [
+    name
+    for name in CHAPTERS
+    if all(
+        part in Book(ROOT).source(name).read_text(encoding="utf-8")
+        for part in ('dataset: str = "digits"', ".design(")
+    )
+]
 MISTYPED: dict[str, Any] = {"datset": "mnist"}
 ABSENT: dict[str, Any] = {"dataset": "cifar100"}
 

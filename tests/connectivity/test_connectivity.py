@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reread import reread
 from torch import Tensor, nn
-from toynets import Autoencoder
 
 from companion import data, models
 from companion.connectivity import (
@@ -117,7 +116,7 @@ def exact_loss(alpha: float) -> float:
 
 
 def toy(n: int = 7, **options: Any) -> Walker:
-    split = Split(torch.zeros(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))
+    split = Split(torch.zeros(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))  # type: ignore[arg-type]
     return Walker(Point(A), {"test": split}, score=quadratic, **options)
 
 
@@ -481,9 +480,23 @@ def test_the_module_that_is_passed_in_is_not_touched(bn: str, training: bool) ->
 # ---- tied weights
 
 
-def tied(seed: int) -> Autoencoder:
+class Tied(nn.Module):
+    """An autoencoder with one matrix both ways, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(64, 64, bias=False)
+        self.decode = nn.Linear(64, 64, bias=False)
+        self.decode.weight = self.encode.weight
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.decode(F.relu(self.encode(x.flatten(1)))))
+
+
+def tied(seed: int) -> Tied:
     with Key("tied", seed).seeded():
-        return Autoencoder()
+        return Tied()
 
 
 def test_tied_weights_move_as_one() -> None:
@@ -624,7 +637,7 @@ def test_options_that_do_not_exist_are_refused() -> None:
         segment(module, a, b, SPLITS, groups=["layer3"])
     with pytest.raises(BadParameter, match=r"points: 10"):
         barrier(module, a, b, SPLITS, points=10)
-    for empty in ({}, {"test": Split(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))}):
+    for empty in ({}, {"test": Split(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))}):  # type: ignore[arg-type]
         with pytest.raises(BadParameter, match="no data to evaluate on"):
             Walker(module, empty)
     with pytest.raises(BadParameter, match=r"all three modes.*needs bn_data=, or a split"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reread import reread
 from torch import Tensor, nn
-from toynets import Examples, InPlace
 
 from companion import data, models
 from companion.core import codec
@@ -40,13 +40,56 @@ ALPHAS = (0.25, 0.5, 0.75)
 Theta = dict[str, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Inputs and targets of any kind: tokens, float64."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+class Functional(nn.Module):
+    """A ReLU in place, functional ones, a sum in place, and no module at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(64, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.relu = nn.ReLU(inplace=True)
+        self.inner = nn.ModuleList([Inner(), Inner()])
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.stem(x.flatten(1))))
+        for block in self.inner:
+            x = block(x)
+        return F.log_softmax(self.head(x), 1)
+
+
+class Inner(nn.Module):
+    """A residual block with functional ReLUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(12, 12)
+        self.two = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(F.relu(self.one(x)))
+        y += x
+        return y.relu_()
+
+
 def built(spec: str, seed: int) -> nn.Module:
     return models.build(spec, DIGITS.in_shape, DIGITS.classes, Key("test", "features", seed))
 
 
 def functional(seed: int) -> nn.Module:
     with Key("test", "functional", seed).seeded():
-        return InPlace()
+        return Functional()
 
 
 def gpt(seed: int) -> nn.Module:
@@ -604,7 +647,7 @@ def test_positions_need_sites_that_have_them():
             self.head = nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.embed(x).mean(1))
+            return self.head(self.embed(x).mean(1))  # type: ignore[no-any-return]
 
     module = Pooled()
     a = snapshot(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reread import reread
 from torch import Tensor, nn
-from toynets import Convolutional, Examples, Tokens, some_tokens
 
 from companion import data, models
 from companion.core.errors import BadParameter
@@ -29,18 +29,63 @@ ALPHAS = (0.25, 0.5, 0.9)
 Theta = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Data:
+    """Inputs and targets of any shape and type."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+class Functional(nn.Module):
+    """No ReLU module: functional ones, in place and not, and a layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, stride=2, padding=1, padding_mode="circular")
+        self.grouped = nn.Conv2d(6, 6, 3, padding=1, groups=3, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.twice = nn.Linear(6 * 16, 6 * 16)
+        self.head = nn.Linear(6 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x), inplace=True)
+        x = torch.relu(self.norm(self.grouped(x))).flatten(1)
+        for _ in range(2):
+            x = self.twice(x).relu()
+        return self.head(x)
+
+
+class Tokens(nn.Module):
+    """(N, L) integers to logits (N, L, K)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.up, self.relu, self.head = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.up(self.embed(x))))
+
+
 NETS: dict[str, Any] = {
     "mlp": lambda: models.build("mlp:widths=12x2", DIGITS.in_shape, 10),
     "batch norm": lambda: models.build("resnet8:norm=batch,width=4", DIGITS.in_shape, 10),
     "group norm": lambda: models.build("resnet8:norm=group,width=4", DIGITS.in_shape, 10),
     "vgg": lambda: models.build("vgg11:width=4", DIGITS.in_shape, 10),
-    "functional": Convolutional,
+    "functional": Functional,
     "tokens": Tokens,
 }
 
 
 def split_of(name: str) -> Any:
-    return some_tokens() if name == "tokens" else TEST
+    if name != "tokens":
+        return TEST
+    draw = Key("test", "tokens").generator()
+    return Data(*(torch.randint(11, (20, 5), generator=draw) for _ in range(2)))
 
 
 def pair(name: str) -> tuple[nn.Module, Theta, Theta]:
@@ -160,8 +205,8 @@ def test_commutativity_is_what_four_products_give(name: str) -> None:
 def test_networks_built_for_the_theorem_meet_both_conditions() -> None:
     """And broken ones are as far off as plain algebra on their features says."""
     for kw in ({}, {"additive": False}, {"commuting": False}):
-        built = exact((20, 48, 32, 5), samples=70, **kw)  # type: ignore[arg-type]  # options by name
-        split = Examples(built.x, torch.zeros(len(built.x), dtype=torch.int64))
+        built = exact((20, 48, 32, 5), samples=70, **kw)  # type: ignore[arg-type]
+        split = Data(built.x, torch.zeros(len(built.x), dtype=torch.int64))
         one = weak_additivity(built.module, built.a, built.b, split, alphas=ALPHAS, batch=32)
         two = commutativity(built.module, built.a, built.b, split, batch=32)
         plain = theorem1(built, ALPHAS)
@@ -221,7 +266,7 @@ def test_properties(seed: int, alpha: float, batch: int, scale: float) -> None:
     with Key("test", seed).seeded():
         nets = [models.build("mlp:widths=6x2", DIGITS.in_shape, 10).double() for _ in range(2)]
     a, b = map(snapshot, nets)
-    split = Examples(TEST.x[:30].double(), TEST.y[:30])
+    split = Data(TEST.x[:30].double(), TEST.y[:30])
     one = weak_additivity(nets[0], a, b, split, alphas=(alpha,), batch=batch)
     two = weak_additivity(nets[0], b, a, split, alphas=(1 - alpha,), batch=30)
     for x, y in zip(one.layers, two.layers, strict=True):
@@ -265,7 +310,7 @@ def test_messages() -> None:
     with pytest.raises(BadParameter, match="network B"):
         weak_additivity(module, a, {**b, "head.bias": b["head.bias"] * math.nan}, TEST)
     with pytest.raises(BadParameter, match="no data"):
-        weak_additivity(module, a, b, Examples(TEST.x[:0], TEST.y[:0]))
+        weak_additivity(module, a, b, Data(TEST.x[:0], TEST.y[:0]))
     found = commutativity(module, a, b, TEST, layers=["layer2"])
     assert [x.name for x in found.layers] == ["layer2.linear"]
     found = commutativity(module, a, b, TEST, layers=["*.linear"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reread import reread
 from torch import Tensor, nn
-from toynets import CalledTwice, Examples, Tokens, some_tokens
 
 from companion import data, models
 from companion.connectivity import Walker
@@ -27,18 +27,59 @@ TEST = DIGITS.test.head(70)
 Theta = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Data:
+    """Inputs and targets of any shape and type."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+class Own(nn.Module):
+    """In-place and functional ReLUs, a module called twice, an output that is no module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice, self.head = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x.flatten(1)))
+        for _ in range(2):
+            x = F.relu(self.twice(x), inplace=True) + x
+        return 2 * self.head(x)
+
+
+class Tokens(nn.Module):
+    """(N, L) integers to logits (N, L, K)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.up, self.relu, self.head = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.up(self.embed(x))))
+
+
 NETS: dict[str, Any] = {
     "mlp": lambda: models.build("mlp:widths=12x2", DIGITS.in_shape, 10),
     "batch norm": lambda: models.build("resnet8:norm=batch,width=2", DIGITS.in_shape, 10),
     "group norm": lambda: models.build("resnet8:norm=group,width=4", DIGITS.in_shape, 10),
     "vgg": lambda: models.build("vgg11:width=2", DIGITS.in_shape, 10),
-    "own": CalledTwice,
+    "own": Own,
     "tokens": Tokens,
 }
 
 
 def split_of(name: str) -> Any:
-    return some_tokens() if name == "tokens" else TEST
+    if name != "tokens":
+        return TEST
+    draw = Key("test", "tokens").generator()
+    return Data(*(torch.randint(11, (20, 5), generator=draw) for _ in range(2)))
 
 
 def pair(name: str) -> tuple[nn.Module, Theta, Theta]:
@@ -207,15 +248,15 @@ def test_asking_for_less_and_messages() -> None:
     with pytest.raises(BadParameter, match="network A"):
         stitch(module, {**a, "head.bias": a["head.bias"] * math.nan}, b, TEST)
     with pytest.raises(BadParameter, match="no data"):
-        stitch(module, a, b, Examples(TEST.x[:0], TEST.y[:0]))
+        stitch(module, a, b, Data(TEST.x[:0], TEST.y[:0]))
     with pytest.raises(BadParameter, match=r"targets \(70, 1\) do not fit"):
-        stitch(module, a, b, Examples(TEST.x, TEST.y[:, None]))
+        stitch(module, a, b, Data(TEST.x, TEST.y[:, None]))
 
 
 def test_double_precision_keeps_its_ends_too() -> None:
     module, a, b = pair("mlp")
     a, b = ({k: v.double() for k, v in t.items()} for t in (a, b))
-    assert stitch(module.double(), a, b, Examples(TEST.x.double(), TEST.y)).closed
+    assert stitch(module.double(), a, b, Data(TEST.x.double(), TEST.y)).closed
 
 
 def test_a_broken_end_is_seen() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,6 @@ from hypothesis import strategies as st
 from reread import reread
 from torch import nn
 from torch.nn import functional as F
-from toynets import Examples
 
 from companion import data
 from companion.core.errors import BadParameter
@@ -64,14 +65,25 @@ def test_any_widths_and_any_data(
 
 
 def _run(built: Built, theta: object) -> torch.Tensor:
-    return torch.func.functional_call(built.module, dict(theta), (built.x,))  # type: ignore[call-overload]  # theta is typed as an object
+    return torch.func.functional_call(built.module, dict(theta), (built.x,))  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and targets of any type."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
 
 
 def test_the_instrument_finds_llfc_exact_too() -> None:
     """Features streamed through the package's one pass, against the same networks."""
     for commuting in (True, False):
         built = exact(WIDTHS, commuting=commuting)
-        split = Examples(built.x, torch.zeros(len(built.x), dtype=torch.int64))
+        split = Data(built.x, torch.zeros(len(built.x), dtype=torch.int64))
         found = features(built.module, built.a, built.b, split, alphas=(0.3, 0.5), batch=100)
         plain = theorem1(built, (0.3, 0.5))
         assert [x.name for x in found.layers if x.kind == "linear"] == [
@@ -140,7 +152,7 @@ def test_the_check_agrees_with_the_theorem_on_how_much_is_missing() -> None:
 
 
 def _hidden(theta: object) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in dict(theta).items() if not k.startswith("head")}  # type: ignore[call-overload]  # theta is typed as an object
+    return {k: v for k, v in dict(theta).items() if not k.startswith("head")}  # type: ignore[call-overload]
 
 
 def test_json_and_messages() -> None:
@@ -149,7 +161,7 @@ def test_json_and_messages() -> None:
     assert reread(found) == found
     for widths in ((3, 2), (3, 1, 2), (0, 4, 2), (3, 4.0, 2)):
         with pytest.raises(BadParameter, match="widths"):
-            exact(widths)  # type: ignore[arg-type]  # wrong on purpose
+            exact(widths)  # type: ignore[arg-type]
     with pytest.raises(BadParameter, match=r"moving: 1\.0"):
         exact(WIDTHS, moving=1.0)
     with pytest.raises(BadParameter, match=r"are \(N, 20\)"):

@@ -143,7 +143,7 @@ def study(**changed: Any) -> Study:
             ``wide`` take a function of the place on the grid that returns them.
     """
     made = Study(
-        images=SimpleNamespace(label="made up", test=range(500)),  # type: ignore[arg-type]  # made up
+        images=SimpleNamespace(label="made up", test=range(500)),  # type: ignore[arg-type]
         main=MAIN,
         template="mlp:widths={width}x3",
         width=64,

@@ -67,7 +67,7 @@ def _family(spec: str, name: str) -> Family:
     one_of(
         f"model {spec!r}", name, [*FAMILIES, "resnet<6n+2>", "your own as package.module:factory"]
     )
-    raise AssertionError("unreachable: one_of raises")  # pragma: no cover - for mypy
+    raise AssertionError("unreachable: one_of raises")  # pragma: no cover
 
 
 def _items(spec: str, query: str) -> dict[str, str]:

@@ -137,8 +137,8 @@ class Watcher(Tracer):
         if found is None:
             return None
         if isinstance(out, torch.Tensor):
-            return [found]  # type: ignore[list-item]  # a stand-in for a tensor
-        return found  # type: ignore[return-value]  # likewise
+            return [found]  # type: ignore[list-item]
+        return found  # type: ignore[return-value]
 
 
 def derive(module: nn.Module, example: Any, *, unread: str = "refuse") -> Spec:

@@ -171,7 +171,7 @@ def taken_apart(attention: bool) -> Iterator[None]:
     try:
         if attention:
             # And recurrent layers, which oneDNN runs as one operation in float32.
-            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # torch makes it a property of its module
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         else:
