@@ -41,7 +41,7 @@ HALVES = pairs.Pair(_run(0, "digits@split-a"), _run(1, "digits@split-b"))
 FEDERATION = federated.Federation(recipe=PLAIN, clients=2, every=2, averaged=("head",))
 
 ASKED: dict[str, Callable[[Store], Any]] = {
-    "pair": lambda store: pairs.measure([COPIES], FEW, store=store, workers=1),
+    "pair": lambda store: pairs.measure_pairs([COPIES], FEW, store=store, workers=1),
     "null": lambda store: pairs.check_null(COPIES.a, FEW, store=store),
     "aligned": lambda store: align(
         *([STRANGERS], ["weights"], FEW), extras=("temperature", "repair"), store=store, workers=1
@@ -59,7 +59,9 @@ ASKED: dict[str, Callable[[Store], Any]] = {
         store=store,
         workers=1,
     ),
-    "federated": lambda store: federated.measure([(FEDERATION, 0)], store=store, workers=1),
+    "federated": lambda store: federated.measure_federations(
+        [(FEDERATION, 0)], store=store, workers=1
+    ),
 }
 """Kind of a measurement -> asks for one of it."""
 

@@ -20,10 +20,9 @@ from papermilled import (
 from companion import data
 from companion.core.runs import Store
 from companion.experiments.aligned import pairs_of
-from companion.experiments.featured import Scope, survey
-from companion.experiments.featured_stats import after_first
+from companion.experiments.featured import Scope, after_first, survey
 from companion.experiments.methods import Method
-from companion.papers import llfc
+from companion.papers import conditions, llfc
 from companion.training import Recipe
 
 CHAPTER, SECOND = "03_llfc", "03b_conditions"
@@ -92,7 +91,7 @@ def test_both_pages_run_under_plain_papermill_and_train_once(
         "llfc-commutativity",
     ]
     by_id = judged(second)
-    assert list(by_id) == list(llfc.CONDITIONS)
+    assert list(by_id) == list(conditions.CLAIMS)
     assert by_id["A08"]["verdict"] == "reproduced"  # the theorem, on built networks
 
 

@@ -88,8 +88,8 @@ common = {
     "device": "cpu",
     "workers": 1,
 }
-plans = [instability.plan(recipe, ks, **whole)]
-page.budget(SimpleNamespace(**common), plans)
+plans = [instability.plan_forks(recipe, ks, common["evaluation"], **whole)]
+page.budget(SimpleNamespace(**common, plans=lambda: plans))
 print("not on the page of a recording")
 ```
 
@@ -582,7 +582,7 @@ def test_what_has_nothing_to_do_with_missing_numbers_ends_it(error):
         lambda: aligned.align(aligned.pairs_of(TOY, 1)),
         lambda: sweep_pairs(aligned.pairs_of(TOY, 1)),
         lambda: merged.merge_runs([[Run(TOY), Run(TOY, init=1)]]),
-        lambda: federated.measure([(federated.Federation(recipe=TOY, every=10), 0)]),
+        lambda: federated.measure_federations([(federated.Federation(recipe=TOY, every=10), 0)]),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])

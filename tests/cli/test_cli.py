@@ -466,7 +466,7 @@ def test_a_run_that_diverges_ends_with_code_1():
 def small_store(store) -> Store:
     """A store with two runs and the pair between them."""
     one, two = (Run(Recipe(net=NET, data="digits", steps=3, batch=60), order=o) for o in (1, 2))
-    pairs.measure([pairs.Pair(one, two)], Evaluation(3), max_error=100, workers=1)
+    pairs.measure_pairs([pairs.Pair(one, two)], Evaluation(3), max_error=100, workers=1)
     return store
 
 

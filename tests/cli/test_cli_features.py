@@ -12,11 +12,11 @@ from companion import data, models
 from companion.cli.features import small
 from companion.core import codec
 from companion.features import (
+    MODES,
     Additivity,
     Commutativity,
     Features,
     Stitching,
-    both_modes,
     commutativity,
     features,
     stitch,
@@ -63,9 +63,8 @@ def test_both_batchnorm_modes_are_reported(nets, thetas, tmp_path):
     result = run("features", nets["bn_a"], nets["bn_b"], *words)
     digits = data.load("digits")
     module = models.build(BATCHNORM, digits.in_shape, digits.classes)
-    want = both_modes(
-        module, thetas["bn_a"], thetas["bn_b"], digits.test.head(60), bn_data=digits.train
-    )
+    ends, test = (thetas["bn_a"], thetas["bn_b"]), digits.test.head(60)
+    want = {m: features(module, *ends, test, bn=m, bn_data=digits.train) for m in MODES}
     written = json.loads(out.read_text())["features"]
     assert {mode: codec.from_json(Features, one) for mode, one in written.items()} == want
     for mode in ("interpolate", "reestimate"):

@@ -293,7 +293,8 @@ def test_batchnorm_modes_must_all_be_there() -> None:
 
 def test_a_barrier_asks_all_gates() -> None:
     control = Gate("G1 null control", True, "equal")
-    found = barrier(net(0), theta(1), theta(2), SPLITS, points=3, max_error=100, controls=[control])
+    found = barrier(net(0), theta(1), theta(2), SPLITS, points=3, max_error=100)
+    found = found.recorded([control])
     assert [g.name[:3].strip() for g in found.gates] == ["G0", "G0b", "G2", "G5", "G1"]
     assert found.valid and found.gates[-1] is control
     spoiled = found.recorded([Gate("G3 noise independence", False, "1 collision")])

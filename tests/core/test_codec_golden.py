@@ -27,12 +27,12 @@ from companion.features import (
     Spectrum,
     Stitching,
 )
-from companion.features.condition_values import LayerCommutativity, ReluAdditivity
+from companion.features.conditions import LayerCommutativity, ReluAdditivity
+from companion.features.measure import LayerFeatures, Stat
 from companion.features.spectra import SubspaceAngles
 from companion.features.stitching import Stitched
 from companion.features.theorem import LayerCheck, Theorem
-from companion.features.values import LayerFeatures, Stat
-from companion.layerwise.values import LayerBarriers, Row, Sweep
+from companion.layerwise import LayerBarriers, Row, Sweep
 from companion.rebasin.spec import chain
 from companion.report import claims
 from companion.training import Recipe

@@ -25,18 +25,19 @@ from companion.experiments.aligned import (
     failures,
     independent,
     interval,
+    lines_of,
     match,
     pairs_of,
     permuted,
     spec_of,
     trend,
 )
-from companion.experiments.budget import Plan, count
+from companion.experiments.budget import count
 from companion.experiments.merged import merge_runs, read_logits, split_runs
 from companion.experiments.methods import KINDS, gradient, weights_of
 from companion.experiments.pairs import Evaluation, Pair
 from companion.rebasin.repair import repair
-from companion.training import Job, Recipe, Run, build, load_weights
+from companion.training import Recipe, Run, build, load_weights
 
 METHODS = [k.name for k in KINDS.values() if k.nets != "gpt"]
 RECIPE = Recipe(net="mlp:widths=16x2", data="digits", steps=150, batch=64, lr=0.1)
@@ -328,12 +329,11 @@ def test_naive_has_no_permutation(store: Store) -> None:
 def test_a_plan_counts_the_runs_of_what_is_matched(store: Store) -> None:
     """The budget of a chapter that matches before it measures is not empty, and shrinks."""
     pairs = pairs_of(RECIPE, 2)
-    jobs = tuple(Job(r, weights=(p.at,)) for p in pairs for r in (p.a, p.b))
-    plans = [Plan(jobs=jobs)]
-    (before,) = count(plans, FEW, store=store, device="cpu")
+    plans = [lines_of(pairs, ["weights"], FEW)]
+    (before,) = count(plans, store=store, device="cpu")
     assert (before.whole.runs, before.whole.steps, before.missing.runs) == (4, 600, 4)
     load_weights(pairs[0].a, store=store)
-    (after,) = count(plans, FEW, store=store, device="cpu")
+    (after,) = count(plans, store=store, device="cpu")
     assert (after.missing.runs, after.missing.steps) == (3, 450)
 
 

@@ -16,24 +16,22 @@ from companion.core.runs import Store
 from companion.experiments import featured
 from companion.experiments.aligned import pairs_of
 from companion.experiments.featured import (
+    STATISTICS,
     Featured,
     FeaturesOfPair,
     Lemma,
     Scope,
-    examine,
-    mean_gap,
-    mixed,
-    survey,
-)
-from companion.experiments.featured_stats import (
-    STATISTICS,
     after_first,
     averaged,
     comparable,
+    examine,
+    mean_gap,
+    mixed,
     over_pairs,
+    rank_correlation,
     ratios,
     separation,
-    trend,
+    survey,
 )
 from companion.experiments.instability import copy
 from companion.experiments.methods import Method
@@ -180,9 +178,9 @@ def test_statistics_count_valid_pairs_and_leave_out_the_first_layer(
     planted = separation(both, lambda f: {k: f.height() for k in f.gaps()})
     assert (planted.pooled, planted.worst, planted.output) == (1, 1, 1)
     grid = {1: found["naive"], 2: found["weights"], 3: found["naive"], 4: found["weights"]}
-    rising = trend(grid, lambda k, f: k, lambda k, f: 2.0 * k)
+    rising = rank_correlation(grid, lambda k, f: k, lambda k, f: 2.0 * k)
     assert rising is not None and (rising.value, rising.n) == (1, 2)
-    assert trend({1: found["naive"]}, lambda k, f: k, lambda k, f: k) is None
+    assert rank_correlation({1: found["naive"]}, lambda k, f: k, lambda k, f: k) is None
 
 
 def test_a_mode_that_was_not_measured_is_refused(found: dict[str, list[Featured]]) -> None:

@@ -19,7 +19,7 @@ from companion.experiments.federated import (
     average,
     client_data,
     federate,
-    measure,
+    measure_federations,
     networks,
     shares,
     thirds,
@@ -107,9 +107,9 @@ def test_full_averaging_ends_in_one_network_and_partial_in_several() -> None:
 def test_an_outcome_is_stored_once_and_read_back(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (first,) = measure([(SMALL, 0)], workers=1)
+    (first,) = measure_federations([(SMALL, 0)], workers=1)
     monkeypatch.setattr("companion.experiments.federated.federate", None)  # nothing trains again
-    (again,) = measure([(SMALL, 0)], workers=1)
+    (again,) = measure_federations([(SMALL, 0)], workers=1)
     assert again == first and len(first.history) == SMALL.rounds == 3
     assert sum(first.sizes) == len(data.load("digits").train)
     assert 0 <= first.accuracy() <= 100
@@ -118,7 +118,9 @@ def test_an_outcome_is_stored_once_and_read_back(
 
 
 def test_the_store_tells_federations_apart(store: Store) -> None:
-    (a, b, c) = measure([(SMALL, 0), (SMALL, 1), (replace(SMALL, averaged=()), 0)], workers=1)
+    (a, b, c) = measure_federations(
+        [(SMALL, 0), (SMALL, 1), (replace(SMALL, averaged=()), 0)], workers=1
+    )
     assert len({a.entry.key, b.entry.key, c.entry.key}) == 3
 
 

@@ -28,7 +28,7 @@ from companion.experiments.instability import (
     Sample,
     analyse,
     copy,
-    independent,
+    independent_inits,
     through_training,
     trunk,
 )
@@ -38,7 +38,7 @@ from companion.experiments.pairs import (
     PairResult,
     check_noise,
     check_null,
-    measure,
+    measure_pairs,
 )
 from companion.training import Recipe, Run, build, engine, entry_of, load_weights
 
@@ -312,7 +312,7 @@ def test_the_null_control_of_a_fork_needs_no_parent_in_the_store(store: Store) -
 
 def test_pairs_of_the_same_run_are_a_null_control(store: Store) -> None:
     run = trunk(replace(RECIPE, steps=20), 0)
-    (result,) = measure([Pair(run, run)], FEW, store=store, max_error=99, workers=1)
+    (result,) = measure_pairs([Pair(run, run)], FEW, store=store, max_error=99, workers=1)
     assert result.barrier.valid and result.barrier.height() == 0 == result.distances["ab"]
     assert result.barrier.gate("G0b").passed is None
 
@@ -370,9 +370,9 @@ def test_a_dead_pair_among_good_ones(found: Instability, shared_store: Store) ->
     good = [Pair(copy(RECIPE, i, 0, 1), copy(RECIPE, i, 0, 2)) for i in range(2)]
     dead = Pair(copy(DEAD, 0, 0, 1), copy(DEAD, 0, 0, 2))
     half = Pair(copy(RECIPE, 0, 0, 1), copy(DEAD, 0, 0, 1))
-    results = measure([*good, dead, half], FEW, store=shared_store, workers=1)
+    results = measure_pairs([*good, dead, half], FEW, store=shared_store, workers=1)
     assert [r.barrier.valid for r in results] == [True, True, False, False]
-    most = measure([good[0], dead, half], FEW, store=shared_store, workers=1)
+    most = measure_pairs([good[0], dead, half], FEW, store=shared_store, workers=1)
     assert [r.barrier.valid for r in most] == [True, False, False], "nor if most are dead"
 
 
@@ -380,9 +380,9 @@ def test_the_reference_of_gate_g0(found: Instability, shared_store: Store) -> No
     pair = Pair(copy(RECIPE, 0, 0, 1), copy(RECIPE, 0, 0, 2))
 
     def valid(**bounds: Any) -> bool:
-        return measure([pair], FEW, store=shared_store, workers=1, **bounds)[0].barrier.valid
+        return measure_pairs([pair], FEW, store=shared_store, workers=1, **bounds)[0].barrier.valid
 
-    (result,) = measure([pair], FEW, store=shared_store, workers=1)
+    (result,) = measure_pairs([pair], FEW, store=shared_store, workers=1)
     worst = max(result.barrier.errors)
     assert 0 < worst < 45
     assert valid(reference_error=worst / 1.49) and not valid(reference_error=worst / 1.51)
@@ -393,7 +393,7 @@ def test_the_reference_of_gate_g0(found: Instability, shared_store: Store) -> No
 
 
 def test_independent_inits(found: Instability, shared_store: Store) -> None:
-    results = independent(RECIPE, inits=3, max_error=60, store=shared_store, **OPTIONS)
+    results = independent_inits(RECIPE, inits=3, max_error=60, store=shared_store, **OPTIONS)
     assert len(results) == 3
     for (i, j), result in zip(itertools.combinations(range(3), 2), results, strict=True):
         a, b = (load_weights(copy(RECIPE, n, 0, 1), store=shared_store) for n in (i, j))

@@ -18,11 +18,12 @@ from companion.core.errors import NotMeasured
 from companion.core.runs import Entry, Store
 from companion.experiments import measurement
 from companion.experiments.aligned import MatchedLine
-from companion.experiments.budget import Plan, count
+from companion.experiments.budget import count
 from companion.experiments.federated import FederatedRun
 from companion.experiments.measurement import kinds
 from companion.experiments.merged import Merge
 from companion.experiments.methods import Method
+from companion.experiments.pairs import NullControl, PairBarrier
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_entries.json").read_bytes())
 every_kind = pytest.mark.parametrize("kind", ASKED)
@@ -134,10 +135,11 @@ def test_equal_tasks_are_measured_once(store: Store, monkeypatch: pytest.MonkeyP
 
 def test_a_budget_counts_measurements_and_what_they_train(store: Store) -> None:
     line = MatchedLine(STRANGERS, Method("weights"), FEW, ("temperature", "repair"))
-    plans = [Plan((COPIES,), again=(COPIES.a,)), Plan(tasks=(line, FederatedRun(FEDERATION, 0)))]
+    forks = [PairBarrier(COPIES, FEW), NullControl(COPIES.a, FEW)]
+    plans = [forks, [line, FederatedRun(FEDERATION, 0)]]
 
     def budget() -> list[Any]:
-        return count(plans, FEW, store=store, device="cpu")
+        return count(plans, store=store, device="cpu")
 
     copies, plain = budget()
     # A trunk to step 2, two copies of 2 steps, and one of them again.

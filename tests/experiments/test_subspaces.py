@@ -33,13 +33,14 @@ def test_noise_has_the_length_asked_for_and_stays_where_it_belongs() -> None:
     g = torch.Generator().manual_seed(1)
     basis = subspaces.span(list(torch.randn(3, 20, dtype=torch.float64, generator=g)))
     found = subspaces.noise(basis, 5, 2.5, Key("test"))
-    for rows in (found.inside, found.outside):
+    inside, outside = found
+    assert len(basis) == 3
+    for rows in found:
         torch.testing.assert_close(rows.norm(dim=1), torch.full((5,), 2.5, dtype=torch.float64))
-    torch.testing.assert_close(subspaces.project(found.inside, basis), found.inside)
-    assert float(subspaces.project(found.outside, basis).abs().max()) < 1e-12
-    assert found.rank == 3
+    torch.testing.assert_close(subspaces.project(inside, basis), inside)
+    assert float(subspaces.project(outside, basis).abs().max()) < 1e-12
     again = subspaces.noise(basis, 5, 2.5, Key("test"))
-    assert torch.equal(found.inside, again.inside)
+    assert torch.equal(inside, again[0])
     with pytest.raises(BadParameter, match="nothing is outside"):
         subspaces.noise(torch.eye(4, dtype=torch.float64), 1, 1.0, Key("test"))
 

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import toypairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reread import reread
 from torch import Tensor, nn
+from toypairs import DIGITS, Examples, Theta, pair_of
 
-from companion import data, models
+from companion import models
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
-from companion.features.condition_values import LayerCommutativity
-from companion.features.conditions import commutativity, measurable, weak_additivity
+from companion.features.conditions import (
+    LayerCommutativity,
+    commutativity,
+    measurable,
+    weak_additivity,
+)
 from companion.features.measure import features
 from companion.features.theorem import exact, theorem1
 
-DIGITS = data.load("digits")
 TEST = DIGITS.test.head(60)
 ALPHAS = (0.25, 0.5, 0.9)
-Theta = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Inputs and targets of any shape and type."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
 
 
 class Functional(nn.Module):
@@ -59,45 +51,15 @@ class Functional(nn.Module):
         return self.head(x)
 
 
-class Tokens(nn.Module):
-    """(N, L) integers to logits (N, L, K)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.up, self.relu, self.head = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 11)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.relu(self.up(self.embed(x))))
-
-
-NETS: dict[str, Any] = {
-    "mlp": lambda: models.build("mlp:widths=12x2", DIGITS.in_shape, 10),
-    "batch norm": lambda: models.build("resnet8:norm=batch,width=4", DIGITS.in_shape, 10),
-    "group norm": lambda: models.build("resnet8:norm=group,width=4", DIGITS.in_shape, 10),
-    "vgg": lambda: models.build("vgg11:width=4", DIGITS.in_shape, 10),
-    "functional": Functional,
-    "tokens": Tokens,
-}
+NETS: dict[str, Any] = {**toypairs.NETS, "functional": Functional}
 
 
 def split_of(name: str) -> Any:
-    if name != "tokens":
-        return TEST
-    draw = Key("test", "tokens").generator()
-    return Data(*(torch.randint(11, (20, 5), generator=draw) for _ in range(2)))
+    return toypairs.split_of(name, 60)
 
 
 def pair(name: str) -> tuple[nn.Module, Theta, Theta]:
-    """Two networks that differ in every entry."""
-    ends = []
-    for number in range(2):
-        with Key("test", "conditions", number).seeded():
-            module = NETS[name]().train()
-            if name != "tokens":
-                module(DIGITS.train.head(50).x * (1 + number))
-        ends.append(snapshot(module))
-    return NETS[name](), ends[0], ends[1]
+    return pair_of(NETS[name], "conditions")
 
 
 def distance(u: Tensor, v: Tensor) -> float:
@@ -206,7 +168,7 @@ def test_networks_built_for_the_theorem_meet_both_conditions() -> None:
     """And broken ones are as far off as plain algebra on their features says."""
     for kw in ({}, {"additive": False}, {"commuting": False}):
         built = exact((20, 48, 32, 5), samples=70, **kw)  # type: ignore[arg-type]
-        split = Data(built.x, torch.zeros(len(built.x), dtype=torch.int64))
+        split = Examples(built.x, torch.zeros(len(built.x), dtype=torch.int64))
         one = weak_additivity(built.module, built.a, built.b, split, alphas=ALPHAS, batch=32)
         two = commutativity(built.module, built.a, built.b, split, batch=32)
         plain = theorem1(built, ALPHAS)
@@ -266,7 +228,7 @@ def test_properties(seed: int, alpha: float, batch: int, scale: float) -> None:
     with Key("test", seed).seeded():
         nets = [models.build("mlp:widths=6x2", DIGITS.in_shape, 10).double() for _ in range(2)]
     a, b = map(snapshot, nets)
-    split = Data(TEST.x[:30].double(), TEST.y[:30])
+    split = Examples(TEST.x[:30].double(), TEST.y[:30])
     one = weak_additivity(nets[0], a, b, split, alphas=(alpha,), batch=batch)
     two = weak_additivity(nets[0], b, a, split, alphas=(1 - alpha,), batch=30)
     for x, y in zip(one.layers, two.layers, strict=True):
@@ -310,7 +272,7 @@ def test_messages() -> None:
     with pytest.raises(BadParameter, match="network B"):
         weak_additivity(module, a, {**b, "head.bias": b["head.bias"] * math.nan}, TEST)
     with pytest.raises(BadParameter, match="no data"):
-        weak_additivity(module, a, b, Data(TEST.x[:0], TEST.y[:0]))
+        weak_additivity(module, a, b, Examples(TEST.x[:0], TEST.y[:0]))
     found = commutativity(module, a, b, TEST, layers=["layer2"])
     assert [x.name for x in found.layers] == ["layer2.linear"]
     found = commutativity(module, a, b, TEST, layers=["*.linear"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,31 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reread import reread
 from torch import Tensor, nn
+from toypairs import DIGITS, Examples
 
-from companion import data, models
+from companion import models
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
-from companion.features.spectra import (
-    Spectrum,
-    feature_spectra,
-    principal_angles,
-    weight_spectra,
-)
+from companion.features.spectra import Spectrum, feature_spectra, principal_angles, weight_spectra
 
-DIGITS = data.load("digits")
 TEST = DIGITS.test.head(60)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Inputs and targets of any shape and type."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
 
 
 def built(spec: str, label: int = 0) -> nn.Module:
@@ -101,7 +84,7 @@ def test_a_planted_rank_is_found(rank: int, batch: int, seed: int, centred: bool
     low = low @ torch.randn(rank, 12, generator=draw, dtype=torch.float64)
     module = nn.Sequential(nn.Linear(12, 12)).double()
     theta = {"0.weight": low, "0.bias": 100 * torch.ones(12, dtype=torch.float64)}
-    split = Data(x, torch.zeros(40, dtype=torch.int64))
+    split = Examples(x, torch.zeros(40, dtype=torch.int64))
     (found,) = feature_spectra(module, theta, split, centred=centred, batch=batch)
     wanted = rank if centred else rank + 1  # the mean is a direction of its own
     assert found.profile[wanted - 1] > 1e-6
@@ -113,14 +96,14 @@ def test_a_planted_rank_is_found(rank: int, batch: int, seed: int, centred: bool
 def test_token_sequences_have_their_channels_last() -> None:
     module = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 7))
     draw = Key("test", "tokens").generator()
-    split = Data(*(torch.randint(7, (20, 4), generator=draw) for _ in range(2)))
+    split = Examples(*(torch.randint(7, (20, 4), generator=draw) for _ in range(2)))
     found = feature_spectra(module, snapshot(module), split)
     assert [(x.rows, x.columns) for x in found] == [(80, 6), (80, 6), (80, 7)]
     other = feature_spectra(module, snapshot(module), split, channels=1)
     assert [(x.rows, x.columns) for x in other] == [(120, 4), (120, 4), (140, 4)]
     conv = nn.Sequential(nn.Conv1d(3, 5, 2), nn.BatchNorm1d(5))
     (one, two) = feature_spectra(
-        conv, snapshot(conv), Data(torch.randn(9, 3, 8, generator=draw), torch.zeros(9))
+        conv, snapshot(conv), Examples(torch.randn(9, 3, 8, generator=draw), torch.zeros(9))
     )
     assert (one.rows, one.columns) == (two.rows, two.columns) == (63, 5)
 
@@ -193,4 +176,4 @@ def test_angles_of_a_whole_space_and_messages() -> None:
     with pytest.raises(BadParameter, match="no weight"):
         weight_spectra(nn.BatchNorm1d(3), snapshot(nn.BatchNorm1d(3)))
     with pytest.raises(BadParameter, match="no data"):
-        feature_spectra(module, a, Data(TEST.x[:0], TEST.y[:0]))
+        feature_spectra(module, a, Examples(TEST.x[:0], TEST.y[:0]))

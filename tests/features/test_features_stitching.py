@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import toypairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reread import reread
 from torch import Tensor, nn
+from toypairs import DIGITS, Examples, Theta, pair_of
 
-from companion import data, models
 from companion.connectivity import Walker
 from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
-from companion.core.theta import snapshot
 from companion.features.stitching import INPUT, Stitching, stitch
 
-DIGITS = data.load("digits")
 TEST = DIGITS.test.head(70)
-Theta = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Inputs and targets of any shape and type."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
 
 
 class Own(nn.Module):
@@ -53,45 +39,15 @@ class Own(nn.Module):
         return 2 * self.head(x)
 
 
-class Tokens(nn.Module):
-    """(N, L) integers to logits (N, L, K)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.up, self.relu, self.head = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 11)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.relu(self.up(self.embed(x))))
-
-
-NETS: dict[str, Any] = {
-    "mlp": lambda: models.build("mlp:widths=12x2", DIGITS.in_shape, 10),
-    "batch norm": lambda: models.build("resnet8:norm=batch,width=2", DIGITS.in_shape, 10),
-    "group norm": lambda: models.build("resnet8:norm=group,width=4", DIGITS.in_shape, 10),
-    "vgg": lambda: models.build("vgg11:width=2", DIGITS.in_shape, 10),
-    "own": Own,
-    "tokens": Tokens,
-}
+NETS: dict[str, Any] = {**toypairs.NETS, "own": Own}
 
 
 def split_of(name: str) -> Any:
-    if name != "tokens":
-        return TEST
-    draw = Key("test", "tokens").generator()
-    return Data(*(torch.randint(11, (20, 5), generator=draw) for _ in range(2)))
+    return toypairs.split_of(name, 70)
 
 
 def pair(name: str) -> tuple[nn.Module, Theta, Theta]:
-    """Two networks that differ in every entry."""
-    ends = []
-    for number in range(2):
-        with Key("test", "stitching", number).seeded():
-            module = NETS[name]().train()
-            if name != "tokens":
-                module(DIGITS.train.head(50).x * (1 + number))
-        ends.append(snapshot(module))
-    return NETS[name](), ends[0], ends[1]
+    return pair_of(NETS[name], "stitching")
 
 
 def loaded(name: str, theta: Theta) -> Any:
@@ -248,15 +204,15 @@ def test_asking_for_less_and_messages() -> None:
     with pytest.raises(BadParameter, match="network A"):
         stitch(module, {**a, "head.bias": a["head.bias"] * math.nan}, b, TEST)
     with pytest.raises(BadParameter, match="no data"):
-        stitch(module, a, b, Data(TEST.x[:0], TEST.y[:0]))
+        stitch(module, a, b, Examples(TEST.x[:0], TEST.y[:0]))
     with pytest.raises(BadParameter, match=r"targets \(70, 1\) do not fit"):
-        stitch(module, a, b, Data(TEST.x, TEST.y[:, None]))
+        stitch(module, a, b, Examples(TEST.x, TEST.y[:, None]))
 
 
 def test_double_precision_keeps_its_ends_too() -> None:
     module, a, b = pair("mlp")
     a, b = ({k: v.double() for k, v in t.items()} for t in (a, b))
-    assert stitch(module.double(), a, b, Data(TEST.x.double(), TEST.y)).closed
+    assert stitch(module.double(), a, b, Examples(TEST.x.double(), TEST.y)).closed
 
 
 def test_a_broken_end_is_seen() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +9,8 @@ from hypothesis import strategies as st
 from reread import reread
 from torch import nn
 from torch.nn import functional as F
+from toypairs import DIGITS, Examples
 
-from companion import data
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import affine
@@ -20,7 +18,7 @@ from companion.features.measure import features
 from companion.features.theorem import Built, exact, theorem1
 
 WIDTHS = (20, 64, 48, 10)
-DIGITS = data.load("digits").train.head(200).x.flatten(1)
+FLAT = DIGITS.train.head(200).x.flatten(1)
 
 
 def test_claim_a8_both_conditions_give_llfc_with_c_one() -> None:
@@ -68,22 +66,11 @@ def _run(built: Built, theta: object) -> torch.Tensor:
     return torch.func.functional_call(built.module, dict(theta), (built.x,))  # type: ignore[call-overload, no-any-return]
 
 
-@dataclass(frozen=True)
-class Data:
-    """Inputs and targets of any type."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-
 def test_the_instrument_finds_llfc_exact_too() -> None:
     """Features streamed through the package's one pass, against the same networks."""
     for commuting in (True, False):
         built = exact(WIDTHS, commuting=commuting)
-        split = Data(built.x, torch.zeros(len(built.x), dtype=torch.int64))
+        split = Examples(built.x, torch.zeros(len(built.x), dtype=torch.int64))
         found = features(built.module, built.a, built.b, split, alphas=(0.3, 0.5), batch=100)
         plain = theorem1(built, (0.3, 0.5))
         assert [x.name for x in found.layers if x.kind == "linear"] == [
@@ -105,14 +92,14 @@ def test_the_instrument_finds_llfc_exact_too() -> None:
 
 
 def test_given_data_of_real_images() -> None:
-    built = exact((64, 96, 96, 96, 10), DIGITS)
+    built = exact((64, 96, 96, 96, 10), FLAT)
     found = theorem1(built)
     assert found.gap < 1e-10 and found.c < 1e-10
-    assert found.samples == len(DIGITS)
-    assert torch.equal(built.x, DIGITS.double())
-    other = theorem1(exact((64, 96, 96, 96, 10), DIGITS, key=Key("another")))
+    assert found.samples == len(FLAT)
+    assert torch.equal(built.x, FLAT.double())
+    other = theorem1(exact((64, 96, 96, 96, 10), FLAT, key=Key("another")))
     assert other.gap < 1e-10 and other.layers != found.layers
-    assert theorem1(exact((64, 96, 96, 96, 10), DIGITS)) == found
+    assert theorem1(exact((64, 96, 96, 96, 10), FLAT)) == found
 
 
 @pytest.mark.parametrize(("additive", "commuting"), [(False, True), (True, False)])

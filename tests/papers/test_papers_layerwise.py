@@ -14,8 +14,7 @@ from companion.connectivity import Barrier, Curve
 from companion.connectivity.gates import Gate
 from companion.core.errors import BadParameter
 from companion.experiments.layers import LayerSweep
-from companion.layerwise import LayerBarriers
-from companion.layerwise.values import Row
+from companion.layerwise import LayerBarriers, Row
 from companion.papers import federated, layerwise
 from companion.report import claims
 
@@ -390,7 +389,7 @@ def test_the_runs_are_those_of_before() -> None:
     assert study.perceptron.identity() == perceptron.identity()
     assert (study.convolutional.steps, study.convolutional.warmup) == (1200, 80)
     assert study.places == (0, 160, 320, 480, 640, 800)
-    first = study.plans()[0].tasks[0]
+    first = study.plans()[0][0]
     assert isinstance(first, LayerSweep) and first.pair.step == 0
     two = designed(federated).apart
     assert (two.net, two.steps, two.warmup) == (study.residual.net, 200, 80)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from companion.book import prose
 from companion.connectivity import Measure
 from companion.core import closing
 from companion.core.errors import BadParameter, MissingData
 from companion.core.runs import Store
 from companion.core.theta import snapshot
 from companion.experiments.aligned import Method, pairs_of
-from companion.experiments.featured import Featured, Scope
+from companion.experiments.featured import Featured
 from companion.features import (
     Additivity,
     Commutativity,
@@ -30,11 +32,12 @@ from companion.features import (
     Stitched,
     Stitching,
 )
-from companion.papers import llfc
+from companion.papers import conditions, llfc
 from companion.papers.llfc import ACTIVATIONS, COPIES, INDEPENDENT, WEIGHTS, Study
-from companion.report import claims, page, recorded
+from companion.report import claims, page, recorded, words
 from companion.training import Recipe, build
 
+ROOT = Path(__file__).parents[2]
 MAIN = Recipe(net="mlp:widths=64x3", data="digits", steps=500, batch=48, lr=0.1)
 TREE = Recipe(net="resnet8:width=8", data="digits", steps=400, batch=48, lr=0.1)
 LAYERS = ("layer1.linear", "layer1.relu", "layer2.linear", "layer2.relu", "head")
@@ -142,22 +145,8 @@ def study(**changed: Any) -> Study:
         changed: numbers of :func:`pair` for ``copies``, ``independent``, ``matched``; ``along`` and
             ``wide`` take a function of the place on the grid that returns them.
     """
-    made = Study(
-        images=SimpleNamespace(label="made up", test=range(500)),  # type: ignore[arg-type]
-        main=MAIN,
-        template="mlp:widths={width}x3",
-        width=64,
-        widths=(8, 16, 64),
-        trees=(TREE,),
-        fork=1 / 8,
-        ks=(0, 3, 12, 50, 200),
-        pairs=3,
-        scope=Scope(points=3),
-        train_examples=100,
-        max_error=15.0,
-        device="cpu",
-        workers=1,
-    )
+    small = {"width": 64, "widths": [8, 16], "spawned": [TREE.net], "points": 3, "workers": 1}
+    made = llfc.design(**{**PARAMETERS, **small})
     copies, independent = (
         group(**{**base, **changed.get(name, {})})
         for name, base in (("copies", {}), ("independent", FAR))
@@ -176,7 +165,7 @@ def study(**changed: Any) -> Study:
         target[net, INDEPENDENT] = independent
         for c in (WEIGHTS, ACTIVATIONS):
             target[net, c] = group(**{**wide(i), **changed.get("matched", {})})
-    for net in made.started:
+    for net in (recipe.net for recipe in made.forks):
         found[net, COPIES], found[net, INDEPENDENT] = copies, independent
     steps = {k: group(**along(i)) for i, k in enumerate(made.ks)}
     vars(made).update(found=found, narrower=narrower, along=steps)
@@ -198,7 +187,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "A13": {"along": lambda i: {"height": 40 / 10**i, "gap": 0.1 * 2**i}},
     "A14": {"wide": lambda i: {"height": 1.0 + 0.2 * i, "gap": 0.02 / 2**i}},
 }
-EVERY = {**llfc.CLAIMS, **llfc.CONDITIONS}
+EVERY = {**llfc.CLAIMS, **conditions.CLAIMS}
 
 
 def judged(id: str, of: Study) -> claims.Verdict:
@@ -221,13 +210,15 @@ def test_the_theorem_fails_where_features_are_not_connected(
 ) -> None:
     layers = [SimpleNamespace(baseline=1.0)]
 
-    def made(conditions: float) -> Callable[[], dict[str, Any]]:
-        one = SimpleNamespace(conditions=conditions, gap=1e-3, c=0.0, layers=layers)
-        return lambda: dict.fromkeys(llfc.BUILT, one)
+    def made(distance: float) -> Callable[[], dict[str, Any]]:
+        one = SimpleNamespace(conditions=distance, gap=1e-3, c=0.0, layers=layers)
+        return lambda: dict.fromkeys(conditions.BUILT, one)
 
-    monkeypatch.setattr(llfc, "prove", made(0.0))
+    monkeypatch.setattr(conditions, "prove", made(0.0))
     assert judged("A08", study()).verdict == "not reproduced"
-    monkeypatch.setattr(llfc, "prove", made(0.1))  # they miss a condition: nothing to conclude
+    monkeypatch.setattr(
+        conditions, "prove", made(0.1)
+    )  # they miss a condition: nothing to conclude
     assert judged("A08", study()).verdict == claims.NOT_TESTABLE
 
 
@@ -278,9 +269,9 @@ def test_the_matrix_of_the_low_rank_figure_is_chosen_by_name(
 
 
 def test_low_rank_is_said_of_what_is_measured() -> None:
-    made = llfc.rank_values(_with_spectra())
+    _, made = shown(llfc.show_rank, _with_spectra())
     assert made["of_weights"] == "layer 3" and made["wide_weights_full"] == 64
-    assert str(made["weights_low"]).startswith("not of low rank: 98% of the dimensions")
+    assert made["weights_low"].startswith("not of low rank: 98 % of the dimensions")
 
 
 def _with_spectra() -> Study:
@@ -301,6 +292,14 @@ def _with_spectra() -> Study:
     return made
 
 
+def shown(show: Callable[[Study], None], of: Study) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figure, and the values that its function fills the page with."""
+    with page.captured() as kept:
+        show(of)
+    values = {name: value for one in kept.all("values") for name, value in one.items()}
+    return next(iter(kept.all("figure")), {}), values
+
+
 FIGURES = {
     "llfc-stitching": llfc.show_stitching,
     "llfc-arrows": llfc.show_arrows,
@@ -311,18 +310,19 @@ FIGURES = {
     "llfc-fork": llfc.show_fork,
     "llfc-width": llfc.show_width,
     "llfc-rank": llfc.show_rank,
-    "llfc-additivity": llfc.show_additivity,
-    "llfc-commutativity": llfc.show_commutativity,
+    "llfc-additivity": conditions.show_additivity,
+    "llfc-commutativity": conditions.show_commutativity,
 }
+
+
+SHOWN = (*FIGURES.values(), conditions.show_factors, conditions.show_separation)
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_every_figure_is_drawn_with_the_numbers_of_its_caption(name: str) -> None:
-    with page.captured() as kept:
-        FIGURES[name](_with_spectra())
-    (figure,) = kept.all("figure")
-    assert figure["name"] == name and figure["data"] and figure["values"]
-    assert "nan" not in [str(v) for v in figure["values"].values()]
+    figure, values = shown(FIGURES[name], _with_spectra())
+    assert figure["name"] == name and figure["data"]
+    assert "nan" not in map(str, [*values.values(), *figure.get("values", {}).values()])
 
 
 def test_what_failed_its_gates_leaves_gaps_and_no_error() -> None:
@@ -331,27 +331,51 @@ def test_what_failed_its_gates_leaves_gaps_and_no_error() -> None:
         along=lambda i: {"valid": False},
     )
     spectra = FIGURES["llfc-rank"]
-    for show in (*FIGURES.values(), llfc.show_factors, llfc.show_separation):
+    for show in SHOWN:
         if show is not spectra:
             show(gone)  # drawn, not captured: an empty axis has to be drawn, too
-    with page.captured() as kept:
-        llfc.show_additivity(gone)
-    (figure,) = kept.all("figure")
+    figure, _ = shown(conditions.show_additivity, gone)
     assert figure["data"][llfc.called(TREE.net)] == {"layers": []}
 
 
 def test_captions_say_the_numbers_of_the_pairs() -> None:
     made = study()
-    assert llfc.low_anyway(made) == (0.0, 9)  # R of 0.8 everywhere
-    assert llfc.layers_values(made)["independent_wall"] == 70.0
-    assert llfc.lemma_values(made)["bound"] == 4.0
-    assert llfc.lemma_values(made)["violations"] == 0
-    found = llfc.findings(made, claims.verdicts(llfc.CLAIMS, made))
-    assert found["papers_height"] == 0.4 and found["one_image"] == 0.2
-    assert found["untested"] == "all of this page's claims could be tested"
+    _, ratios = shown(llfc.show_ratios, made)
+    assert ratios == {"low_anyway": 0.0, "apart": 9}  # R of 0.8 everywhere
+    _, lemma = shown(llfc.show_lemma, made)
+    assert lemma["bound"] == 4.0 and lemma["violations"] == 0
+    _, fork = shown(llfc.show_fork, made)
+    assert fork["papers_height"] == 0.4 and fork["last_barrier"] == 0.004
+    found = llfc.findings(made)
+    assert found["independent_wall"] == 70.0
     assert "layer 2, ReLU: 1.0 points" in str(found["worst_places"])
-    assert llfc.factors(made)[WEIGHTS]["Dist_com"] == pytest.approx(0.01 / 0.8)
-    assert llfc.separation_values(made)["ratio_output"] == 1.0
+    assert made.words()["one_image"] == 100 / 360
+    left = conditions.remaining(made, made.main.net, WEIGHTS, "com")
+    assert list(left.values()) == pytest.approx([0.01 / 0.8] * 2)
+    _, separated = shown(conditions.show_separation, made)
+    assert separated["ratio_output"] == 1.0
+
+
+PAGES: dict[str, tuple[dict[str, Any], set[Callable[[Study], None]]]] = {
+    "03b_conditions": (
+        conditions.CLAIMS,
+        {f for f in SHOWN if f.__module__ == conditions.__name__},
+    ),
+    "03_llfc": (llfc.CLAIMS, {f for f in SHOWN if f.__module__ == llfc.__name__}),
+}
+
+
+@pytest.mark.parametrize("chapter", PAGES)
+def test_every_place_in_the_text_is_filled_once(chapter: str) -> None:
+    judge, functions = PAGES[chapter]
+    made = _with_spectra()
+    filled = [made.words(), words.judged(claims.verdicts(judge, made))]
+    filled += [shown(function, made)[1] for function in functions]
+    if chapter == "03_llfc":
+        filled += [llfc.findings(made), shown(lambda _: llfc.show_records([]), made)[1]]
+    text = (ROOT / "chapters" / f"{chapter}.md").read_text(encoding="utf-8")
+    asked = set(re.findall(r"{{(\w+)", text)) - {"told", "titles", "samples"}  # a figure's own
+    assert asked <= set(prose.merged(filled, chapter))
 
 
 def test_networks_have_names_for_people() -> None:
@@ -359,11 +383,10 @@ def test_networks_have_names_for_people() -> None:
         assert llfc.called(net) == "512-wide four-layer perceptron"
     assert llfc.called("resnet8:width=8") == "ResNet-8 (width 8)"
     assert llfc.called("ResNet-8 (width 8)") == "ResNet-8 (width 8)"
-    assert llfc.titled("vgg16 · spawned") == "VGG-16\ncopies"
 
 
 @pytest.mark.parametrize(
-    ("layer", "words"),
+    ("layer", "said"),
     [
         ("layer2.relu", "layer 2, ReLU"),
         ("layer3.linear", "layer 3"),
@@ -372,14 +395,15 @@ def test_networks_have_names_for_people() -> None:
         ("stage1.0.conv2", "block 1, convolution 2"),
         ("stage3.1.relu1", "block 3.2, ReLU 1"),
         ("stage2.0.shortcut.norm", "block 2, shortcut normalisation"),
+        ("layer1.0.downsample.0", "layer 1, downsample.0"),
     ],
 )
-def test_layers_have_names_for_people(layer: str, words: str) -> None:
-    assert llfc.place(layer) == words and llfc.place(words) == words
+def test_layers_have_names_for_people(layer: str, said: str) -> None:
+    assert llfc.place(layer) == said and llfc.place(said) == said
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "named"),
     [
         ({"fork": 1.0}, ["fork", "share"]),
         ({"pairs": 0}, ["pairs"]),
@@ -387,10 +411,10 @@ def test_layers_have_names_for_people(layer: str, words: str) -> None:
         ({"ks": [400]}, ["ks", "400", "T = 400"]),
     ],
 )
-def test_a_design_that_cannot_be_is_refused(changed: dict[str, Any], words: list[str]) -> None:
+def test_a_design_that_cannot_be_is_refused(changed: dict[str, Any], named: list[str]) -> None:
     with pytest.raises(BadParameter) as caught:
         llfc.design(**{**PARAMETERS, **changed})
-    for word in words:
+    for word in named:
         assert word in str(caught.value)
 
 
@@ -436,10 +460,10 @@ def test_the_design_of_digits() -> None:
     assert made.widths == (32, 128, 512) and made.both == (128, 512)
     assert made.ks == (0, 3, 12, 50, 200) and made.swept.net == "vgg11:width=8"
     assert [made.forks[r] for r in (made.main, *made.trees)] == [62, 50, 50]
-    (everything,), (short,) = made.plans(), made.plans(sweeps=False)
+    (everything,), (short,) = made.plans(), conditions.design(**PARAMETERS).plans()
     # 3 networks' copies, 2 networks' and 2 widths' independent pairs, these matched twice
-    assert len(short.tasks) == 3 * (3 + 2 + 2 * 3) and set(short.tasks) < set(everything.tasks)
-    assert len(everything.tasks) == len(short.tasks) + 3 * (3 + 4)  # one width, four fork steps
+    assert len(short) == 3 * (3 + 2 + 2 * 3) and set(short) < set(everything)
+    assert len(everything) == len(short) + 3 * (3 + 4)  # one width, four fork steps
 
 
 def test_the_page_says_of_the_mnist_record_what_is_in_it() -> None:
@@ -454,6 +478,8 @@ def test_the_page_says_of_the_mnist_record_what_is_in_it() -> None:
     with page.captured() as kept:
         llfc.show_records(list(records.values()))
     layers, fork = kept.all("figure")
+    (values,) = kept.all("values")
+    assert "gpu-mnist" in values["recorded_widths"] and "gpu-mnist" in values["recorded_forks"]
     assert set(layers["data"]) == set(records) and len(layers["data"]["gpu-mnist"]) == 3
     labels = {label for one in fork["data"].values() for label in one}
     assert "four-layer perceptron (init torch), test" in labels

@@ -385,7 +385,7 @@ def test_bad_parameters_are_refused(
 def test_the_page_on_merging_trains_runs_of_chapter_2() -> None:
     """Networks of all the data are those of the main experiment: nothing is trained twice."""
     main, other = rebasin.design(**PAGE), merging.design(**MERGING)
-    trained = {job.run for plan in main.plans() for task in plan.tasks for job in task.jobs()}
+    trained = {job.run for plan in main.plans() for task in plan for job in task.jobs()}
     assert set(other.full) <= trained
     assert {r.recipe.net for r in other.groups["same data"]} == {"mlp:widths=128x3"}
     assert set(other.groups["same data"]) <= trained  # width 128 is in the sweep
@@ -404,7 +404,7 @@ def test_a_budget_holds_what_the_page_measures(store: Store) -> None:
     ):
         for name in names:
             getattr(study, name)
-    tasks = [task for study in (main, other) for plan in study.plans() for task in plan.tasks]
+    tasks = [task for study in (main, other) for plan in study.plans() for task in plan]
     planned = {task.entry(store, "cpu").key for task in tasks}
     there = {e.key for e in store.entries() if e.identity["kind"] in {t.KIND for t in tasks}}
     assert planned == there

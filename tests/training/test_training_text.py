@@ -20,7 +20,7 @@ from companion.core.runs import Store
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
 from companion.data import Augmentation, Augmenter, Dataset, Split
-from companion.experiments.instability import analyse, check
+from companion.experiments.instability import analyse, check_design
 from companion.experiments.pairs import check_noise
 from companion.models import parameter_count
 from companion.training import (
@@ -291,9 +291,11 @@ def test_dropout_of_ones_own_network_follows_a_label_of_its_identity(
 
 def test_noise_of_a_network_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "load", lambda *_: TEXT)
-    assert check(recipe(net=NET + ",dropout=0.1", augment="none"), [1], noise="augment") == (1,)
+    assert check_design(recipe(net=NET + ",dropout=0.1", augment="none"), [1], noise="augment") == (
+        1,
+    )
     with pytest.raises(BadParameter, match=r"augment.*shift.*dropout"):
-        check(recipe(augment="none"), [1], noise="augment")
+        check_design(recipe(augment="none"), [1], noise="augment")
     for net, augment in ((NET, "shift"), (NET + ",dropout=0.1", "none")):
         runs = [Run(recipe(net=net, augment=augment, steps=6), augment=i) for i in (1, 2)]
         gate = check_noise(runs)

@@ -210,7 +210,7 @@ class _Piece:
     def costs(self) -> list[Cost]:
         assert self.budget is not None
         b = self.budget
-        return count(b.plans, b.evaluation, device=b.device)
+        return count(b.plans, device=b.device)
 
     def announce(self) -> None:
         assert self.budget is not None

@@ -15,7 +15,7 @@ from companion.core.errors import BadParameter, one_of
 if TYPE_CHECKING:
     from companion.connectivity.gates import Gate
     from companion.features import Features
-    from companion.features.condition_values import Additivity, Commutativity
+    from companion.features.conditions import Additivity, Commutativity
     from companion.features.stitching import Stitching
 
 EXAMPLE = (

@@ -119,7 +119,7 @@ def command(
     from companion import data as datasets
     from companion.core.runs import Store
     from companion.experiments.budget import count
-    from companion.experiments.instability import analyse, plan, threshold_of
+    from companion.experiments.instability import analyse, plan_forks, threshold_of
     from companion.training import check_fit, recipe_from
 
     grid = numbers("--ks", ks, int)
@@ -157,8 +157,8 @@ def command(
     store = Store()
     # What is out of range is refused by analyse(), in its own words.
     if grid and all(0 <= k < recipe.steps for k in grid):
-        design = plan(
-            *(recipe, grid),
+        design = plan_forks(
+            *(recipe, grid, how),
             inits=inits,
             copies=copies,
             noise=noise,
@@ -166,7 +166,7 @@ def command(
             schedule=again,
             controls=False,
         )
-        for cost in count([design], how, store=store, device=where):
+        for cost in count([design], store=store, device=where):
             runs, left = cost.whole.runs, cost.missing
             say(
                 f"{runs} runs: {runs - left.runs} in the store {store.root}, "

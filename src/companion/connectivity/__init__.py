@@ -4,11 +4,12 @@ Works on any ``nn.Module``, two state dicts of it and any data. Source: Frankle 
 Section 2; used in every chapter, explained in chapter 1.
 """
 
-from companion.connectivity.barrier import Barrier, barrier
-from companion.connectivity.paths import (
+from companion.connectivity.barrier import (
     DEFINITIONS,
+    Barrier,
     Curve,
     Plane,
+    barrier,
     grid,
     plane,
     segment,

@@ -108,8 +108,6 @@ def of_ends(
     errors: Sequence[float],
     classes: int,
     held_out: Split,
-    *,
-    reference: float | None = None,
     max_error: float | None = None,
     same_noise: bool = False,
 ) -> tuple[Gate, Gate]:
@@ -117,11 +115,10 @@ def of_ends(
 
     Arguments:
         names: of the parameters.
-        errors: of A and B on ``held_out``; the others: as
-            :func:`quality` and :func:`distinct` take them.
+        errors: of A and B on ``held_out``.
+        classes, max_error, same_noise: as :func:`quality` and :func:`distinct` take them.
     """
-    guess = guessing(held_out)
-    trained = quality(errors, classes, reference=reference, max_error=max_error, guess=guess)
+    trained = quality(errors, classes, max_error=max_error, guess=guessing(held_out))
     return trained, distinct(a, b, names, same_noise=same_noise)
 
 

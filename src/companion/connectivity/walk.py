@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion.connectivity.batches import default_batch
 from companion.core import deadline
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, whole
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, affine, check, layout, without_aliases
 from companion.data import Split, head_of
@@ -65,10 +65,7 @@ def check_bn_examples(value: int | None) -> None:
     Raises:
         BadParameter: not None, and not a whole number of 2 or more.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
-        raise BadParameter(
-            f"bn_examples: {value!r} must be a whole number of 2 or more, or null for all."
-        )
+    whole("bn_examples", value, 2, "null for all")
 
 
 def has_batchnorm(module: nn.Module) -> bool:

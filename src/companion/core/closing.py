@@ -5,10 +5,10 @@
     lacking             # {"pair": {keys of entries that are not there}, ...}
 
 Inside, whoever is about to train or to measure meets :class:`companion.core.errors.NotMeasured`
-instead; :func:`companion.experiments.pairs.measure` gives results that are not valid for the pairs
-that are missing. The names of devices stand for where the measuring was done, as the keys of the
-run store hold them, and
-no such device has to be here: data stay on the CPU. Source: our data/recorded/README.md.
+instead; :func:`companion.experiments.pairs.measure_pairs` gives results that are not valid for the
+pairs that are missing. The names of devices stand for where the measuring was done, as the keys of
+the run store hold them, and no such device has to be here: data stay on the CPU. Source: our
+data/recorded/README.md.
 """
 
 from __future__ import annotations

@@ -54,3 +54,17 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(value), choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise BadParameter(f"{name}: {value!r} is not known.{hint} Allowed: {', '.join(choices)}.")
+
+
+def whole(name: str, value: int | None, least: int, none: str | None = None) -> int | None:
+    """``value`` if it is a whole number of ``least`` or more; else :class:`BadParameter`.
+
+    Arguments:
+        none: what the message calls None where that is allowed, too.
+    """
+    if value is None and none:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        other = f", or {none}" if none else ""
+        raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more{other}.")
+    return value

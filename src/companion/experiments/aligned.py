@@ -235,8 +235,8 @@ def align(
         extras: of :data:`EXTRAS`, measured with every method.
         on: dataset to measure on, such as ``digits`` for pairs trained on parts of it; default:
             the one A was trained on.
-        reference_error, max_error: of gate G0, as :func:`companion.experiments.pairs.measure` takes
-            them.
+        reference_error, max_error: of gate G0, as in
+            :func:`companion.experiments.pairs.measure_pairs`.
 
     Returns:
         method name -> one :class:`Aligned` a pair, in the pairs' order.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -21,35 +21,14 @@ from companion.core.pool import one_thread, resolve_workers
 from companion.core.runs import Entry, Store
 from companion.core.theta import snapshot
 from companion.experiments.measurement import Measurement
-from companion.experiments.pairs import Evaluation, NullControl, Pair, PairBarrier
+from companion.experiments.pairs import Evaluation
 from companion.training import Job, Recipe, Run, State, advance, build, entry_of, merge
 
 _PROBE_S = 0.5  # seconds of the last call of a recipe, at least
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one analysis trains and measures.
-
-    Arguments:
-        pairs: those whose barriers are measured, as the budget's evaluation says.
-        again: runs whose null control (gate G1) is measured.
-        tasks: whatever else is measured: matched lines, sweeps of layers, federations, ….
-        jobs: what is trained for nothing that is stored. Counted as missing while its states are.
-    """
-
-    pairs: tuple[Pair, ...] = ()
-    again: tuple[Run, ...] = ()
-    jobs: tuple[Job, ...] = ()
-    tasks: tuple[Measurement, ...] = ()
-
-    def measurements(self, evaluation: Evaluation) -> list[Measurement]:
-        """Everything that is measured."""
-        return [
-            *(PairBarrier(pair, evaluation) for pair in self.pairs),
-            *(NullControl(run, evaluation) for run in self.again),
-            *self.tasks,
-        ]
+Plan: TypeAlias = Sequence[Measurement]
+"""What one analysis measures; what has to be trained for it follows."""
 
 
 @dataclass(frozen=True)
@@ -98,26 +77,21 @@ class Speed:
 Probe: TypeAlias = Callable[[Recipe], Speed]
 
 
-def count(
-    plans: Sequence[Plan], evaluation: Evaluation, *, store: Store | None = None, device: str
-) -> list[Cost]:
+def count(plans: Sequence[Plan], *, store: Store | None = None, device: str) -> list[Cost]:
     """Runs, steps and measurements of all plans together; what two plans share counts once.
 
     Returns:
         one :class:`Cost` a recipe, in the order of the plans.
     """
     store, where = store or Store(), str(datasets.resolve_device(device))
-    tasks = [task for plan in plans for task in plan.measurements(evaluation)]
     # Two ways to ask for one measurement (step T, or the end) are one entry.
-    entries = {(entry := task.entry(store, where)).key: (task, entry) for task in tasks}
-    unknown = {k for k, (task, entry) in entries.items() if task.FILE not in _files(entry)}
-    jobs = [job for plan in plans for job in plan.jobs]
-    found: list[tuple[Recipe, Count, Count]] = []
-    needed = {
-        job.run: job
-        for job in _with_parents([*jobs, *(j for k in unknown for j in entries[k][0].jobs())])
+    entries = {
+        (entry := task.entry(store, where)).key: (task, entry) for plan in plans for task in plan
     }
-    for job in _with_parents([*jobs, *(j for task, _ in entries.values() for j in task.jobs())]):
+    unknown = {k for k, (task, entry) in entries.items() if task.FILE not in _files(entry)}
+    found: list[tuple[Recipe, Count, Count]] = []
+    needed = {job.run: job for job in _all_jobs(entries[k][0] for k in unknown)}
+    for job in _all_jobs(task for task, _ in entries.values()):
         stop = max((*job.weights, *job.states), default=job.run.first_step)
         if steps := stop - job.run.first_step:  # an init is built, not trained
             left = _steps_left(needed[job.run], store, where) if job.run in needed else 0
@@ -133,9 +107,9 @@ def count(
     return list(costs.values())
 
 
-def _with_parents(jobs: Sequence[Job]) -> list[Job]:
-    """One job a run, the trunks included that copies leave."""
-    every = wave = list(jobs)
+def _all_jobs(tasks: Iterable[Measurement]) -> list[Job]:
+    """What has to be trained for them: one job a run, the trunks included that copies leave."""
+    every = wave = [job for task in tasks for job in task.jobs()]
     while wave := [parent for job in wave if (parent := job.parents())]:
         every = every + wave
     return merge(every)

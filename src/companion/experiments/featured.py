@@ -1,4 +1,4 @@
-"""Features of stored networks: pairs as they are, or matched first; measured once, stored.
+"""Features of stored networks, measured once and stored; and what they say of connectivity.
 
 What :mod:`companion.experiments.aligned` is for lines, this is for features: runs are trained if
 they are missing, B is brought to A by a :class:`Method`, the line between them passes the gates of
@@ -7,15 +7,18 @@ every other line, and the instruments of :mod:`companion.features` look at both 
     found = examine([(pair, None), (pair, Method("weights"))], Scope(), device="cpu")
     found[1].barrier.height(), found[1].gaps(), found[1].lemma().violations
 
-Explained in our chapter 3; Zhou et al. 2023.
+The statistics leave out the first linear map: its output is linear in the weights, so it is
+linearly connected for any two networks. Explained in our chapter 3; Zhou et al. 2023.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, Unpack
 
+import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -34,16 +37,20 @@ from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
 from companion.core.runs import Store
+from companion.core.stats import Interval, auc, clustered, spearman
 from companion.core.theta import Theta
 from companion.data import Dataset, Split
-from companion.experiments.featured_values import MODES, Featured, Lemma, mean_gap
-from companion.experiments.measurement import Json, Measurement, ends, run
+from companion.experiments.aligned import clusters
+from companion.experiments.instability import THRESHOLD
+from companion.experiments.measurement import Json, Measurement, Where, ends, run
 from companion.experiments.methods import Method, match, weights_of
 from companion.experiments.pairs import Pair, averaging, jobs_of, normal_error
 from companion.features import (
+    MODES,
     Additivity,
     Commutativity,
     Features,
+    LayerFeatures,
     Spectrum,
     Stitching,
     commutativity,
@@ -58,20 +65,6 @@ from companion.training import Job, build
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
-
-__all__ = [
-    "MODES",
-    "PARTS",
-    "Featured",
-    "FeaturesOfPair",
-    "Lemma",
-    "Scope",
-    "examine",
-    "looks_of",
-    "mean_gap",
-    "mixed",
-    "survey",
-]
 
 PARTS = ("additivity", "commutativity", "stitching", "spectra")
 """What may be measured besides the features: the two conditions of Theorem 1, the stitching test,
@@ -130,6 +123,144 @@ class Scope:
 
 
 @dataclass(frozen=True)
+class Lemma:
+    """Lemma 1 on one pair: errors along alpha, in percent, and the bound.
+
+    Arguments:
+        alphas: the line's grid, shape (points,).
+        mixture: error of the mixed logits (1 - alpha) f(A) + alpha f(B): Lemma 1's own object.
+        path: error of the network with interpolated weights, which it bounds if LLFC holds.
+        bound: Err_A + Err_B.
+        examples: images behind each error, so that errors can be compared as counts.
+    """
+
+    alphas: tuple[float, ...]
+    mixture: tuple[float, ...]
+    path: tuple[float, ...]
+    bound: float
+    examples: int
+
+    def _excess(self, errors: Sequence[float]) -> list[int]:
+        """Images above the bound, a whole number at each alpha."""
+        limit = round(self.bound * self.examples / 100)
+        return [round(e * self.examples / 100) - limit for e in errors]
+
+    @property
+    def violations(self) -> int:
+        """At how many alphas the mixed logits are wrong more often than the bound: it must be 0."""
+        return sum(e > 0 for e in self._excess(self.mixture))
+
+    @property
+    def excess(self) -> float:
+        """How far the interpolated network's error rises above the bound at most, in points."""
+        return 100 * max(self._excess(self.path)) / self.examples
+
+
+@dataclass(frozen=True)
+class Featured:
+    """What was measured of a pair under one way of bringing B to A.
+
+    Arguments:
+        pair, method: which.
+        barrier: of the test error and loss on the line from A to B (or pi(B)), with its gates.
+        features: BatchNorm mode -> the features; one entry ``none`` without BatchNorm.
+        mixture: error (%) of the mixed logits on the line's grid.
+        examples: images behind it.
+        additivity, commutativity, stitching: if they were asked for.
+        spectra: ``a`` and ``b`` -> singular values of weights and features, if asked for.
+    """
+
+    pair: Pair
+    method: Method
+    barrier: Barrier
+    features: Mapping[str, Features] = field(repr=False)
+    mixture: tuple[float, ...] = field(repr=False)
+    examples: int
+    additivity: Additivity | None = field(default=None, repr=False)
+    commutativity: Commutativity | None = field(default=None, repr=False)
+    stitching: Stitching | None = field(default=None, repr=False)
+    spectra: Mapping[str, tuple[Spectrum, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def valid(self) -> bool:
+        """True if no gate failed."""
+        return self.barrier.valid
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The BatchNorm modes, headline first."""
+        return tuple(self.features)
+
+    def look(self, bn: str | None = None) -> Features:
+        """The features under a BatchNorm mode; None: the headline's. A network without BatchNorm
+        has one answer to every mode.
+
+        Raises:
+            BadParameter: a mode that was not measured.
+        """
+        if self.modes == ("none",) and bn in MODES:
+            return self.features["none"]
+        return self.features[one_of("bn", bn or self.modes[0], self.modes)]
+
+    def layers(self, bn: str | None = None) -> tuple[LayerFeatures, ...]:
+        """The sites, each feature once: a residual block puts out what its last ReLU does."""
+        out: dict[tuple[object, ...], LayerFeatures] = {}
+        for x in self.look(bn).layers:
+            out.setdefault((x.size, x.baseline, *x.gap.values(), *x.c.values()), x)
+        return tuple(out.values())
+
+    def height(self, bn: str | None = None) -> float:
+        """The test error barrier above the straight line between the errors of the ends (points);
+        NaN if a gate failed. The paper defines no barrier; this is chapter 1's.
+
+        Raises:
+            BadParameter: a BatchNorm mode that was not measured.
+        """
+        mode = self.look(bn).bn if bn is not None else None
+        return self.barrier.height("test", "error", "linear", bn=mode)
+
+    def gaps(self, alpha: float = 0.5, bn: str | None = None) -> dict[str, float]:
+        """Layer -> E[1 - cos_alpha]."""
+        return {x.name: x.gap[alpha].mean for x in self.layers(bn)}
+
+    def baselines(self, bn: str | None = None) -> dict[str, float]:
+        """Layer -> E[1 - cos(A, B)]."""
+        return {x.name: x.baseline.mean for x in self.layers(bn)}
+
+    def ratios(self, alpha: float = 0.5, bn: str | None = None) -> dict[str, float]:
+        """Layer -> E[1 - cos_alpha] / E[1 - cos(A, B)]."""
+        return {x.name: x.ratio(alpha) for x in self.layers(bn)}
+
+    def coefficients(self, alpha: float = 0.5, bn: str | None = None) -> dict[str, float]:
+        """Layer -> median over samples of the paper's coefficient c, which is the ratio of lengths
+        below times the cosine."""
+        return {x.name: x.c[alpha].median for x in self.layers(bn)}
+
+    def lengths(self, alpha: float = 0.5, bn: str | None = None) -> dict[str, float]:
+        """Layer -> |F_int| / |F_alpha|, from the medians of c and its twin, whose quotient is the
+        square of it; NaN where either is 0."""
+        pairs = {x.name: (x.c[alpha].median, x.twin[alpha].median) for x in self.layers(bn)}
+        return {
+            n: math.sqrt(c / twin) if c * twin > 0 else math.nan for n, (c, twin) in pairs.items()
+        }
+
+    def lemma(self) -> Lemma:
+        """Lemma 1 along the line. BatchNorm's statistics are interpolated, so that both ends are A
+        and B themselves; with statistics estimated again they would be other networks."""
+        curves = self.barrier.curves
+        curve = curves["interpolate"] if "interpolate" in curves else curves["none"]
+        path = tuple(curve.values["test"]["error"])
+        bound = self.mixture[0] + self.mixture[-1]
+        return Lemma(tuple(curve.alphas), self.mixture, path, bound, self.examples)
+
+
+def mean_gap(found: Featured, alpha: float = 0.5, bn: str | None = None) -> float:
+    """E[1 - cos_alpha], averaged over layers after the first; NaN if a gate failed."""
+    values = [v for v in list(found.gaps(alpha, bn).values())[1:] if not math.isnan(v)]
+    return sum(values) / len(values) if values and found.valid else math.nan
+
+
+@dataclass(frozen=True)
 class FeaturesOfPair(Measurement):
     """The features of A, of what a method makes of B, and between them."""
 
@@ -163,20 +294,10 @@ class FeaturesOfPair(Measurement):
         moved = dict(b) if naive else match(self.method, module, a, b, data).apply(module, b)
         split = scope.split(data)
         modes = scope.bn if has_batchnorm(module) else scope.bn[:1]
-        line = barrier(
-            module,
-            a,
-            moved,
-            {"test": split},
-            points=scope.points,
-            bn=modes[0],
-            bn_data=data.train,
-            bn_examples=scope.bn_examples,
-            classes=data.classes,
-            same_noise=pair.a == pair.b or _equal_inits(pair, a, b),
-        )
-        where: dict[str, Any] = {"layers": scope.layers, "batch": scope.batch}
         average: dict[str, Any] = {"bn_data": data.train, "bn_examples": scope.bn_examples}
+        how = {"classes": data.classes, "same_noise": pair.equal_on_purpose(a, b), **average}
+        line = barrier(module, a, moved, {"test": split}, points=scope.points, bn=modes[0], **how)
+        where: dict[str, Any] = {"layers": scope.layers, "batch": scope.batch}
         seen = [
             features(module, a, moved, split, alphas=scope.alphas, bn=m, **average, **where)
             for m in modes
@@ -205,11 +326,6 @@ class FeaturesOfPair(Measurement):
                 for name, theta in (("a", a), ("b", b))
             }
         return out
-
-
-def _equal_inits(pair: Pair, a: Theta, b: Theta) -> bool:
-    """Two networks of one init at step 0 are equal on purpose."""
-    return pair.at == 0 and all(torch.equal(v, b[n]) for n, v in a.items())
 
 
 @exact_evaluation()
@@ -252,10 +368,7 @@ def examine(
     *,
     reference_error: float | None = None,
     max_error: float | None = None,
-    store: Store | None = None,
-    device: str = "cpu",
-    workers: int = 0,
-    label: str = "features",
+    **where: Unpack[Where],
 ) -> list[Featured]:
     """Train what is missing, bring B to A, and measure the features of every pair.
 
@@ -275,14 +388,31 @@ def examine(
     Source: Zhou et al. 2023, Figures 2 to 7 and Tables 2 and 3; our chapter 3.
     """
     tasks = looks_of(pairs, scope)
-    values = run(tasks, store=store, device=device, workers=workers, label=label)
+    values = run(tasks, label="features", **where)
     lines = [codec.from_json(Barrier, value["barrier"]) for value in values]
     out = []
     for task, value, line in zip(tasks, values, lines, strict=True):
         recipe = task.pair.a.recipe
         alike = [x for t, x in zip(tasks, lines, strict=True) if t.pair.a.recipe == recipe]
         normal = normal_error(alike) if reference_error is None else reference_error
-        out.append(_read(task, value, line.judged(reference_error=normal, max_error=max_error)))
+
+        def part(name: str, kind: type[T], value: Json = value) -> T | None:
+            return codec.from_json(kind, value[name]) if name in value else None
+
+        out.append(
+            Featured(
+                task.pair,
+                task.method,
+                line.judged(reference_error=normal, max_error=max_error),
+                codec.from_json(dict[str, Features], value["features"]),
+                codec.from_json(tuple[float, ...], value["mixture"]),
+                value["examples"],
+                part("additivity", Additivity),
+                part("commutativity", Commutativity),
+                part("stitching", Stitching),
+                part("spectra", dict[str, tuple[Spectrum, ...]]) or {},
+            )
+        )
     return out
 
 
@@ -304,19 +434,153 @@ def survey(
     return {label: [next(found) for _ in items] for label, items in groups.items()}
 
 
-def _read(task: FeaturesOfPair, raw: Mapping[str, Any], line: Barrier) -> Featured:
-    def part(name: str, kind: type[T]) -> T | None:
-        return codec.from_json(kind, raw[name]) if name in raw else None
+# --- statistics over pairs: those whose gates failed count nowhere
 
-    return Featured(
-        task.pair,
-        task.method,
-        line,
-        codec.from_json(dict[str, Features], raw["features"]),
-        codec.from_json(tuple[float, ...], raw["mixture"]),
-        raw["examples"],
-        part("additivity", Additivity),
-        part("commutativity", Commutativity),
-        part("stitching", Stitching),
-        part("spectra", dict[str, tuple[Spectrum, ...]]) or {},
+
+def after_first(values: Mapping[str, float]) -> dict[str, float]:
+    """Layer -> value, without the first site that was measured."""
+    return dict(list(values.items())[1:])
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """R = E[1 - cos_alpha] / E[1 - cos(A, B)] over the layers of one pair (claim A02).
+
+    Arguments:
+        median: over the layers, the largest over the alphas.
+        low: share of the layers with R of at most a half at every alpha.
+    """
+
+    median: float
+    low: float
+
+    @property
+    def holds(self) -> bool:
+        """Claim A02's rule, fixed before the runs: a median of 0.25, 90 % of layers below 0.5."""
+        return self.median <= 0.25 and self.low >= 0.9
+
+
+def ratios(found: Featured, bn: str | None = None) -> Ratios:
+    """:class:`Ratios` of a pair. Layers without a ratio (parallel features) are left out."""
+    seen = found.look(bn)
+    rows = np.asarray([[x.ratio(t) for t in seen.alphas] for x in found.layers(bn)[1:]])
+    rows = rows.reshape(-1, len(seen.alphas))
+    rows = rows[np.isfinite(rows).all(1)]
+    if not len(rows):
+        return Ratios(math.nan, math.nan)
+    return Ratios(float(np.median(rows, 0).max()), float((rows <= 0.5).all(1).mean()))
+
+
+def over_pairs(found: Sequence[Featured], value: Callable[[Featured], float]) -> Interval | None:
+    """Mean and interval of ``value`` over the valid pairs; None without one."""
+    good = [f for f in found if f.valid and math.isfinite(value(f))]
+    if not good:
+        return None
+    return clustered([value(f) for f in good], clusters([f.pair for f in good]))
+
+
+def averaged(
+    found: Sequence[Featured], value: Callable[[Featured], Mapping[str, float]]
+) -> dict[str, float]:
+    """Layer -> mean of ``value`` over the valid pairs, of one network."""
+    good = [value(f) for f in found if f.valid]
+    return {n: float(np.mean([g[n] for g in good])) for n in good[0]} if good else {}
+
+
+def rank_correlation(
+    found: Mapping[int, Sequence[Featured]],
+    x: Callable[[int, Featured], float],
+    y: Callable[[int, Featured], float],
+    least: int = 4,
+) -> Interval | None:
+    """Spearman's rank correlation of two numbers along a grid: each pair's own, and its interval.
+
+    Arguments:
+        found: number of the grid (fork step, width) -> pairs, the same in the same order.
+        x, y: of (number, pair).
+        least: fewest numbers at which a pair has to be valid to count.
+    """
+    values, pairs = [], []
+    for column in zip(*found.values(), strict=True):
+        good = [(k, f) for k, f in zip(found, column, strict=True) if f.valid]
+        if len(good) < least:
+            continue
+        rank = spearman([x(k, f) for k, f in good], [y(k, f) for k, f in good])
+        values.append(0.0 if math.isnan(rank) else rank)
+        pairs.append(good[0][1].pair)
+    return clustered(values, clusters(pairs)) if values else None
+
+
+def _lengths(f: Featured) -> dict[str, float]:
+    """How far a feature's length is from that of the interpolated feature, as a |log|."""
+    return {n: abs(math.log(v)) for n, v in f.lengths().items()}
+
+
+def _additivity(f: Featured) -> dict[str, float]:
+    return {x.name: x.distance[0.5].median for x in f.additivity.layers} if f.additivity else {}
+
+
+def _commutativity(f: Featured, relative: bool = False) -> dict[str, float]:
+    layers = f.commutativity.layers if f.commutativity else ()
+    return {x.name: x.ratio if relative else x.com for x in layers}
+
+
+STATISTICS: Mapping[str, Callable[[Featured], Mapping[str, float]]] = {
+    "E[1 − cos½]": lambda f: f.gaps(),
+    "E[1 − cos(A, B)]": lambda f: f.baselines(),
+    "R, their ratio": lambda f: f.ratios(),
+    "|log of the lengths’ ratio|": _lengths,
+    "Dist_σ": _additivity,
+    "Dist_com": _commutativity,
+    "Dist_com / min(Dist_W, Dist_H)": lambda f: _commutativity(f, relative=True),
+}
+"""Numbers of one layer of one pair that may tell connected pairs from others."""
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well one number tells unconnected pairs from connected ones: areas under ROC curves.
+
+    1 separates perfectly, 1/2 is chance, and below 1/2 the connected ones have the larger number.
+
+    Arguments:
+        pooled: hidden layers of all pairs thrown together: one threshold for all layers.
+        worst: the smallest area of a single hidden layer: a threshold for each layer.
+        output: of the last layer alone; NaN for a number that it does not have.
+        pairs: unconnected, connected, of those that this number was measured of.
+    """
+
+    pooled: float
+    worst: float
+    output: float
+    pairs: tuple[int, int]
+
+
+def comparable(found: Sequence[Featured]) -> list[Featured]:
+    """The valid pairs of which every one of :data:`STATISTICS` was measured, so that areas under
+    ROC curves are about the same pairs."""
+    return [f for f in found if f.valid and all(value(f) for value in STATISTICS.values())]
+
+
+def separation(
+    found: Sequence[Featured], statistic: Callable[[Featured], Mapping[str, float]]
+) -> Separation:
+    """Areas under the ROC curve of a statistic, over the valid pairs of networks of one depth."""
+    good = [f for f in found if f.valid and statistic(f)]
+    labels = [f.height() > THRESHOLD for f in good]
+    end = list(good[0].gaps())[-1] if good else ""
+    by_layer: dict[str, list[tuple[float, bool]]] = {}
+    for f, label in zip(good, labels, strict=True):
+        first = next(iter(f.gaps()))
+        for name, value in statistic(f).items():
+            if name != first and not math.isnan(value):
+                by_layer.setdefault(name, []).append((value, label))
+    areas = {n: auc(*zip(*v, strict=True)) for n, v in by_layer.items()}
+    pooled = [item for n, v in by_layer.items() if n != end for item in v]
+    hidden = [a for n, a in areas.items() if n != end and not math.isnan(a)]
+    return Separation(
+        auc(*zip(*pooled, strict=True)) if pooled else math.nan,
+        min(hidden, default=math.nan),
+        areas.get(end, math.nan),
+        (sum(labels), len(labels) - sum(labels)),
     )

@@ -4,7 +4,7 @@ Every ``every`` steps the named layer groups are averaged over the clients, weig
 numbers of images; all other layers, and the optimisers' momenta, stay with their client. ::
 
     rule = Federation(recipe=recipe, clients=5, split="classes:2", every=20, averaged=("head",))
-    (found,) = measure([(rule, 0)])
+    (found,) = measure_federations([(rule, 0)])
     found.accuracy()                       # mean over clients, percent, right after the averaging
 
 A client's test images have the same mix of classes as its training images, as in the split that
@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from companion import data as datasets
 from companion.connectivity import Measure, Walker
 from companion.core import deadline
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, whole
 from companion.core.runs import Entry, Store
 from companion.core.seeds import Key
 from companion.core.theta import Layout, affine, layout, snapshot, with_aliases
 from companion.data import Dataset, Split
-from companion.experiments.measurement import Json, Measurement, run
+from companion.experiments.measurement import Json, Measurement, Where, run
 from companion.training import Job, Recipe, Run, State, advance, build, check_fit
 
 _ATTEMPTS = 1000  # draws of a random split until every client has a batch
@@ -63,9 +63,7 @@ class Federation:
         if self.averaged is not None:
             object.__setattr__(self, "averaged", tuple(self.averaged))
         for name, least in (("clients", 2), ("every", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more.")
+            whole(name, getattr(self, name), least)
         if self.recipe.steps % self.every:
             raise BadParameter(
                 f"every: {self.every} local steps do not divide the {self.recipe.steps} steps of "
@@ -75,13 +73,13 @@ class Federation:
 
     @property
     def rounds(self) -> int:
-        """How often is averaged."""
+        """Number of averaging rounds."""
         return self.recipe.steps // self.every
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a federation.
+    """The result of a federated run.
 
     Arguments:
         history: round -> client -> loss and error on its own test images, right after averaging.
@@ -347,36 +345,31 @@ class FederatedRun(Measurement):
         return found
 
 
-def measure(
-    wanted: Sequence[tuple[Federation, int]],
-    *,
-    store: Store | None = None,
-    device: str = "cpu",
-    workers: int = 0,
-    label: str = "federated",
+def measure_federations(
+    wanted: Sequence[tuple[Federation, int]], **where: Unpack[Where]
 ) -> list[Outcome]:
     """Train what the run store lacks; return every outcome, in the order of ``wanted``.
 
     Arguments:
         wanted: (federation, seed) pairs.
-        store, device, workers: see :mod:`companion.training`.
 
     Raises:
         as :func:`federate`.
     """
-    store, where = store or Store(), str(datasets.resolve_device(device))
+    store, device = where.get("store") or Store(), where.get("device", "cpu")
+    device = str(datasets.resolve_device(device))
     for federation, seed in wanted:  # refuse what cannot be, before anything trains
-        data = datasets.load(federation.recipe.data, where)
+        data = datasets.load(federation.recipe.data, device)
         check_fit(federation.recipe, data)
         client_data(federation, data, seed)
     tasks = [FederatedRun(federation, seed) for federation, seed in wanted]
-    raw = run(tasks, store=store, device=where, workers=workers, label=label)
+    raw = run(tasks, label="federated", **where)
     return [
         Outcome(
             tuple(tuple(Measure(float(a), float(b)) for a, b in row) for row in r["history"]),
             tuple(r["sizes"]),
             tuple(r["test_sizes"]),
-            task.entry(store, where),
+            task.entry(store, device),
         )
         for task, r in zip(tasks, raw, strict=True)
     ]

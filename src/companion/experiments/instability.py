@@ -16,23 +16,26 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from companion import data as datasets
 from companion.connectivity import Barrier
 from companion.connectivity.gates import Gate
 from companion.core import closing
-from companion.core.errors import BadParameter, NotMeasured, one_of
+from companion.core.errors import BadParameter, NotMeasured, one_of, whole
 from companion.core.runs import Store
 from companion.core.stats import Interval, clustered
 from companion.experiments.budget import Plan
+from companion.experiments.measurement import Where
 from companion.experiments.pairs import (
     Evaluation,
+    NullControl,
     Pair,
+    PairBarrier,
     PairResult,
     check_noise,
     check_null,
-    measure,
+    measure_pairs,
 )
 from companion.models import has_dropout
 from companion.training import Fork, Recipe, Run, check_fit
@@ -128,7 +131,6 @@ class Instability:
         """
         if not self.measured(k):
             return []
-        metric = metric or self.metric
         pairs = [
             (s.init, s.result.barrier.height(split, metric, definition, bn=bn)) for s in self.at(k)
         ]
@@ -171,11 +173,7 @@ class Instability:
         return [s for s in self.samples if not s.result.barrier.valid]
 
     def verdict(
-        self,
-        k: int,
-        split: str = "test",
-        threshold: float | None = None,
-        metric: str | None = None,
+        self, k: int, split: str = "test", threshold: float | None = None, metric: str | None = None
     ) -> str:
         """``stable`` if the whole interval is below the threshold, ``unstable`` if it is not below
         anywhere, ``undetermined`` if it straddles it or rests on one init only, whose interval has
@@ -213,7 +211,7 @@ class Instability:
         return None
 
 
-def check(
+def check_design(
     recipe: Recipe,
     ks: Sequence[int],
     *,
@@ -237,9 +235,8 @@ def check(
             raise BadParameter(
                 f"ks: {k!r} must be a step from 0 to {recipe.steps - 1} (T = {recipe.steps})."
             )
-    for name, value, least in (("inits", inits, 1), ("copies", copies, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more.")
+    whole("inits", inits, 1)
+    whole("copies", copies, 2)
     one_of("noise", noise, NOISE)
     if noise == "augment" and recipe.augment == "none" and not has_dropout(recipe.net):
         raise BadParameter(
@@ -250,75 +247,66 @@ def check(
     return grid
 
 
-def _copies(
-    recipe: Recipe,
-    grid: Sequence[int],
-    inits: int,
-    copies: int,
-    noise: str = "both",
-    optimizer: Literal["reset", "restore"] = "reset",
-    schedule: Literal["continue", "restart"] = "continue",
-) -> dict[tuple[int, int, tuple[int, int]], Pair]:
-    """(init, k, numbers of the copies) -> the pair: what :func:`analyse` trains and measures."""
+class Copies(TypedDict, total=False):
+    """How copies of W_k are made; defaults and meaning as those of :func:`analyse`."""
 
-    def one(init: int, k: int, number: int) -> Run:
-        return copy(recipe, init, k, number, noise=noise, optimizer=optimizer, schedule=schedule)
+    inits: int
+    copies: int
+    noise: str
+    optimizer: Literal["reset", "restore"]
+    schedule: Literal["continue", "restart"]
 
-    return {
-        (init, k, (p, q)): Pair(one(init, k, p), one(init, k, q), start=(trunk(recipe, init), k))
-        for k in grid
-        for init in range(inits)
-        for p, q in itertools.combinations(range(1, copies + 1), 2)
-    }
+
+def _pairs(
+    recipe: Recipe, k: int, step: int | None = None, inits: int = 3, copies: int = 3, **how: Any
+) -> list[tuple[int, tuple[int, int], Pair]]:
+    """Init, numbers of the copies, and the pair at ``step``, of all pairs of copies of W_k."""
+    out = []
+    for init in range(inits):
+        made = {n: copy(recipe, init, k, n, **how) for n in range(1, copies + 1)}
+        out += [
+            (init, (p, q), Pair(made[p], made[q], step, start=(trunk(recipe, init), k)))
+            for p, q in itertools.combinations(made, 2)
+        ]
+    return out
 
 
 def _strangers(recipe: Recipe, inits: int) -> list[Pair]:
-    return [
-        Pair(copy(recipe, i, 0, 1), copy(recipe, j, 0, 1))
-        for i, j in itertools.combinations(range(inits), 2)
-    ]
+    firsts = [copy(recipe, init, 0, 1) for init in range(inits)]
+    return [Pair(a, b) for a, b in itertools.combinations(firsts, 2)]
 
 
-def _along(
-    recipe: Recipe, k: int, steps: Sequence[int], inits: int, copies: int
-) -> dict[tuple[int, int, tuple[int, int]], Pair]:
-    return {
-        (step, i, (p, q)): Pair(
-            copy(recipe, i, k, p), copy(recipe, i, k, q), step=step, start=(trunk(recipe, i), k)
-        )
-        for step in steps
-        for i in range(inits)
-        for p, q in itertools.combinations(range(1, copies + 1), 2)
-    }
-
-
-def plan(
+def plan_forks(
     recipe: Recipe,
     ks: Sequence[int],
+    evaluation: Evaluation,
     *,
-    inits: int = 3,
-    copies: int = 3,
-    noise: str = "both",
-    optimizer: Literal["reset", "restore"] = "reset",
-    schedule: Literal["continue", "restart"] = "continue",
     controls: bool = True,
+    **how: Unpack[Copies],
 ) -> Plan:
     """What :func:`analyse` would train and measure with the same arguments, for a budget."""
-    design = _copies(recipe, sorted(set(ks)), inits, copies, noise, optimizer, schedule)
-    pairs = tuple(design.values())
-    return Plan(pairs, again=tuple(pair.a for pair in pairs[:1] if controls))
+    pairs = [pair for k in sorted(set(ks)) for *_, pair in _pairs(recipe, k, **how)]
+    again = [NullControl(pair.a, evaluation) for pair in pairs[:1] if controls]
+    return [*(PairBarrier(pair, evaluation) for pair in pairs), *again]
 
 
-def plan_independent(recipe: Recipe, *, inits: int = 3) -> Plan:
-    """The same for :func:`independent`."""
-    return Plan(tuple(_strangers(recipe, inits)))
+def plan_independent(recipe: Recipe, evaluation: Evaluation, *, inits: int = 3) -> Plan:
+    """The same for :func:`independent_inits`."""
+    return [PairBarrier(pair, evaluation) for pair in _strangers(recipe, inits)]
 
 
 def plan_through_training(
-    recipe: Recipe, k: int, steps: Sequence[int], *, inits: int = 3, copies: int = 2
+    recipe: Recipe,
+    k: int,
+    steps: Sequence[int],
+    evaluation: Evaluation,
+    *,
+    inits: int = 3,
+    copies: int = 2,
 ) -> Plan:
     """The same for :func:`through_training`."""
-    return Plan(tuple(_along(recipe, k, steps, inits, copies).values()))
+    found = (one for step in steps for one in _pairs(recipe, k, step, inits, copies))
+    return [PairBarrier(pair, evaluation) for *_, pair in found]
 
 
 def analyse(
@@ -336,7 +324,6 @@ def analyse(
     store: Store | None = None,
     device: str = "cpu",
     workers: int = 0,
-    label: str = "instability",
 ) -> Instability:
     """Instability of W_k for every k (Algorithm 1), on ``inits`` × all pairs of ``copies``.
 
@@ -361,18 +348,12 @@ def analyse(
     Returns:
         an :class:`Instability`; pairs that fail a gate are in it, and count nowhere.
     """
-    grid = check(recipe, ks, inits=inits, copies=copies, noise=noise, device=device)
-    design = _copies(recipe, grid, inits, copies, noise, optimizer, schedule)
-    where, pairs = list(design), list(design.values())
-    results = measure(
-        pairs,
-        evaluation,
-        max_error=max_error,
-        store=store,
-        device=device,
-        workers=workers,
-        label=label,
-    )
+    grid = check_design(recipe, ks, inits=inits, copies=copies, noise=noise, device=device)
+    how: dict[str, Any] = {"noise": noise, "optimizer": optimizer, "schedule": schedule}
+    design = [(k, *one) for k in grid for one in _pairs(recipe, k, None, inits, copies, **how)]
+    where: Where = {"store": store, "device": device, "workers": workers}
+    pairs = [pair for *_, pair in design]
+    results = measure_pairs(pairs, evaluation, max_error=max_error, label="instability", **where)
     if controls:
         runs = [r for pair in pairs for r in (pair.a, pair.b)]
         checks: list[Gate] = [
@@ -380,30 +361,21 @@ def analyse(
             check_noise(runs, device=device),
         ]
         results = [PairResult(r.barrier.recorded(checks), r.distances, r.start) for r in results]
-    samples = [Sample(i, k, c, r) for (i, k, c), r in zip(where, results, strict=True)]
+    samples = [Sample(i, k, c, r) for (k, i, c, _), r in zip(design, results, strict=True)]
     return Instability(recipe, grid, tuple(samples))
 
 
-def independent(
+def independent_inits(
     recipe: Recipe,
     *,
     inits: int = 3,
     evaluation: Evaluation | None = None,
     max_error: float | None = None,
-    store: Store | None = None,
-    device: str = "cpu",
-    workers: int = 0,
+    **where: Unpack[Where],
 ) -> list[PairResult]:
     """Control: barriers between copies of different inits, every pair of ``inits`` (claim C08)."""
-    return measure(
-        _strangers(recipe, inits),
-        evaluation,
-        max_error=max_error,
-        store=store,
-        device=device,
-        workers=workers,
-        label="independent inits",
-    )
+    pairs, label = _strangers(recipe, inits), "independent inits"
+    return measure_pairs(pairs, evaluation, max_error=max_error, label=label, **where)
 
 
 def through_training(
@@ -414,9 +386,7 @@ def through_training(
     inits: int = 3,
     copies: int = 2,
     evaluation: Evaluation | None = None,
-    store: Store | None = None,
-    device: str = "cpu",
-    workers: int = 0,
+    **where: Unpack[Where],
 ) -> dict[int, list[tuple[int, PairResult]]]:
     """Barriers between copies of W_k along their training, not only at T (App. C).
 
@@ -433,19 +403,18 @@ def through_training(
             raise BadParameter(
                 f"steps: {step} must lie above k = {k} and at most at T = {recipe.steps}."
             )
-    design = _along(recipe, k, steps, inits, copies)
-    text = datasets.load(recipe.data, str(datasets.resolve_device(device))).kind == "text"
-    results = measure(
-        list(design.values()),
+    design = [(step, *one) for step in steps for one in _pairs(recipe, k, step, inits, copies)]
+    device = str(datasets.resolve_device(where.get("device", "cpu")))
+    text = datasets.load(recipe.data, device).kind == "text"
+    results = measure_pairs(
+        [pair for *_, pair in design],
         evaluation,
         reference_error=100.0 if text else None,  # of text: no bound but guessing
         max_error=None if text else 50.0,
-        store=store,
-        device=device,
-        workers=workers,
         label="through training",
+        **where,
     )
     out: dict[int, list[tuple[int, PairResult]]] = {s: [] for s in steps}
-    for (step, init, _), result in zip(design, results, strict=True):
+    for (step, init, *_), result in zip(design, results, strict=True):
         out[step].append((init, result))
     return out

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from companion import data as datasets
 from companion.core import codec
 from companion.core.runs import Store
-from companion.experiments.measurement import Json, Measurement, ends, run
+from companion.experiments.measurement import Json, Measurement, Where, ends, run
 from companion.experiments.pairs import Evaluation, Pair, averaging, jobs_of, normal_error
-from companion.layerwise.sweep import sweep
-from companion.layerwise.values import LayerBarriers, Sweep
+from companion.layerwise.sweep import LayerBarriers, Sweep, sweep
 from companion.training import Job, build, load_weights
 
 
@@ -43,19 +42,18 @@ class LayerSweep(Measurement):
         pair, settings = self.pair, self.settings
         data = datasets.load(pair.a.recipe.data, device)
         a, b = (load_weights(run, pair.at, store=store, device=device) for run in (pair.a, pair.b))
-        shared_init = pair.at == 0 and all(torch.equal(v, b[n]) for n, v in a.items())
-        images = Evaluation(
+        parts = Evaluation(
             train_examples=settings.train_examples, test_examples=settings.test_examples
         )
         return sweep(
             build(pair.a, data, torch.device(device)),
             a,
             b,
-            images.splits(data),
+            parts.splits(data),
             settings,
             bn_data=data.train,
             classes=data.classes,
-            same_noise=pair.a == pair.b or shared_init,
+            same_noise=pair.equal_on_purpose(a, b),
         )
 
 
@@ -65,17 +63,13 @@ def sweep_pairs(
     *,
     reference_error: float | None = None,
     max_error: float | None = None,
-    store: Store | None = None,
-    device: str = "cpu",
-    workers: int = 0,
-    label: str = "layers",
+    **where: Unpack[Where],
 ) -> list[LayerBarriers]:
     """Train what is missing, then sweep the layers of every pair, in that order.
 
-    The twin of :func:`companion.experiments.pairs.measure`, with the same rule for gate G0. Two
-    networks at
-    step 0 that start from one init are equal on purpose: gate G0b does not apply to them. They have
-    not trained either, so ask ``judged(max_error=100)`` of such a result for its zeros.
+    The twin of :func:`companion.experiments.pairs.measure_pairs`, with the same rule for gate G0.
+    Two networks at step 0 that start from one init have not trained, so ask
+    ``judged(max_error=100)`` of such a result for its zeros.
 
     Arguments:
         pairs: what to compare; ``step`` is the checkpoint.
@@ -88,7 +82,7 @@ def sweep_pairs(
     """
     settings = settings or Sweep()
     tasks = [LayerSweep(pair, settings) for pair in pairs]
-    raw = run(tasks, store=store, device=device, workers=workers, label=label)
+    raw = run(tasks, label="layers", **where)
     found = [codec.from_json(LayerBarriers, value) for value in raw]
     if reference_error is None:
         reference_error = normal_error([f.full for f in found])

@@ -17,7 +17,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypedDict
 
 import torch
 
@@ -32,6 +32,15 @@ from companion.training import Job, Recipe, Run, train
 log = logging.getLogger("companion")
 
 Json: TypeAlias = dict[str, Any]
+
+
+class Where(TypedDict, total=False):
+    """Keywords of everything that measures; defaults and meaning as those of :func:`run`."""
+
+    store: Store | None
+    device: str
+    workers: int
+
 
 EVALUATION = 1
 """Semantics of :class:`companion.experiments.pairs.Evaluation`, whose identity is part of some
@@ -128,7 +137,7 @@ def ends(identity: Mapping[str, Any]) -> str:
     return f"{identity['a'][:12]} × {identity['b'][:12]} at step {identity['step']}"
 
 
-def read(entry: Entry, name: str) -> Json | None:
+def stored_value(entry: Entry, name: str) -> Json | None:
     """A stored value; None without one. One that is corrupt is logged and its entry discarded."""
     try:
         return dict(entry.read_json(name)) if name in entry else None
@@ -141,7 +150,7 @@ def read(entry: Entry, name: str) -> Json | None:
 def stored(tasks: Sequence[Measurement], store: Store, device: str) -> list[Json | None]:
     """What the store has; None for the rest, which is noted while a recording is closed."""
     entries = [task.entry(store, device) for task in tasks]
-    values = [read(entry, task.FILE) for task, entry in zip(tasks, entries, strict=True)]
+    values = [stored_value(entry, task.FILE) for task, entry in zip(tasks, entries, strict=True)]
     closing.lacks([entry for entry, value in zip(entries, values, strict=True) if value is None])
     return values
 
@@ -184,7 +193,7 @@ def _make(item: tuple[Measurement, Store, str]) -> Json:
     task, store, device = item
     entry = task.entry(store, device)
     with entry.lock():
-        if (value := read(entry, task.FILE)) is None:
+        if (value := stored_value(entry, task.FILE)) is None:
             value = codec.to_json(task.measure(store, device))
             entry.write_json(task.file_of(value), value)
         return dict(value)

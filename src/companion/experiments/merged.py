@@ -8,9 +8,9 @@ merge into, and the controls. Explained in our chapter 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -25,13 +25,8 @@ from companion.core.numerics import exact_evaluation
 from companion.core.runs import Store
 from companion.core.theta import Theta, affine, layout, with_aliases, without_aliases
 from companion.data import Dataset, Split, head_of, text
-from companion.experiments.measurement import Json, Measurement, key_of, run
-from companion.experiments.methods import (
-    Method,
-    match,
-    spec_of,
-    weights_of,
-)
+from companion.experiments.measurement import Json, Measurement, Where, key_of, run
+from companion.experiments.methods import Method, match, spec_of, weights_of
 from companion.experiments.pairs import Evaluation, Pair
 from companion.rebasin import calibration
 from companion.rebasin.calibration import ensemble_logprobs, prior_shift
@@ -45,7 +40,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Reading:
-    """What one predictor is worth on one split.
+    """Loss, error and calibration of one predictor on one split.
 
     Arguments:
         loss: mean cross-entropy, nats.
@@ -114,6 +109,21 @@ def _mean(
     return reset_batchnorm(module, theta, head_of(data.train.x, evaluation.bn_examples))
 
 
+def _readings(
+    module: nn.Module,
+    networks: Mapping[str, Theta],
+    splits: Mapping[str, Split],
+    combine: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> Readings:
+    """Readings of networks, and of what ``combine`` makes of their logits."""
+    found: Readings = {}
+    for name, split in splits.items():
+        logits = {n: logits_of(module, t, split.x) for n, t in networks.items()}
+        for n, z in {**logits, **combine(logits)}.items():
+            found.setdefault(n, {})[name] = read_logits(z, split.y)
+    return found
+
+
 @dataclass(frozen=True)
 class Merge(Measurement):
     """Readings of one merge of many; the arguments are :func:`merge_runs`'."""
@@ -154,14 +164,12 @@ class Merge(Measurement):
             n: _mean(module, these, data, self.evaluation)
             for n, these in (("mean", thetas), ("merged", moved))
         }
-        found: dict[str, dict[str, Reading]] = {}
-        for name, split in self.evaluation.splits(data).items():
-            logits = {n: logits_of(module, t, split.x) for n, t in networks.items()}
-            logits["ensemble"] = ensemble_logprobs(
-                [logits[f"input {i}"] for i in range(len(thetas))]
-            )
-            for n, z in logits.items():
-                found.setdefault(n, {})[name] = read_logits(z, split.y)
+
+        def combine(logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            inputs = [logits[f"input {i}"] for i in range(len(thetas))]
+            return {"ensemble": ensemble_logprobs(inputs)}
+
+        found = _readings(module, networks, self.evaluation.splits(data), combine)
         return {"readings": found, "passes": merged.passes}
 
 
@@ -170,9 +178,7 @@ def merge_runs(
     evaluation: Evaluation | None = None,
     *,
     on: str | None = None,
-    store: Store | None = None,
-    device: str = "cpu",
-    workers: int = 0,
+    **where: Unpack[Where],
 ) -> list[Readings]:
     """Train what is missing, merge every group of runs (Algorithm 3), and read the outcomes.
 
@@ -189,7 +195,7 @@ def merge_runs(
     if any(len(g) < 2 for g in groups):
         raise BadParameter("merge_runs: a group needs two runs or more.")
     tasks = [Merge(tuple(g), evaluation or Evaluation(), on) for g in groups]
-    raw = run(tasks, store=store, device=device, workers=workers, label="merging many")
+    raw = run(tasks, label="merging many", **where)
     return [codec.from_json(Readings, r["readings"]) for r in raw]
 
 
@@ -240,25 +246,20 @@ class Halves(Measurement):
             n: prior(datasets.load(r.recipe.data, device).train)
             for n, r in zip("AB", self.runs[:2], strict=True)
         }
-        found: dict[str, dict[str, Reading]] = {}
-        for name, split in self.evaluation.splits(data).items():
-            logits = {n: logits_of(module, t, split.x) for n, t in networks.items()}
-            for n, p in own.items():
-                logits[f"{n} corrected"] = prior_shift(logits[n], p, prior(data.train))
-            logits["ensemble"] = ensemble_logprobs([logits["A"], logits["B"]])
-            for n, z in logits.items():
-                found.setdefault(n, {})[name] = read_logits(z, split.y)
-        return {"readings": found}
+
+        def combine(logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            whole = prior(data.train)
+            mended = {f"{n} corrected": prior_shift(logits[n], p, whole) for n, p in own.items()}
+            return {**mended, "ensemble": ensemble_logprobs([logits["A"], logits["B"]])}
+
+        return {"readings": _readings(module, networks, self.evaluation.splits(data), combine)}
 
 
 def split_runs(
     pairs: Sequence[Pair],
     full: Sequence[Run],
     evaluation: Evaluation | None = None,
-    *,
-    store: Store | None = None,
-    device: str = "cpu",
-    workers: int = 0,
+    **where: Unpack[Where],
 ) -> list[Readings]:
     """Train what is missing, and read networks of biased halves, merged ones, and controls.
 
@@ -279,5 +280,5 @@ def split_runs(
     if any(text.is_text(run.recipe.data) for run in full):
         raise BadParameter("split_runs: parts are of labelled images; a text has no parts.")
     tasks = [Halves(p, f, evaluation or Evaluation()) for p, f in zip(pairs, full, strict=True)]
-    raw = run(tasks, store=store, device=device, workers=workers, label="split data")
+    raw = run(tasks, label="split data", **where)
     return [codec.from_json(Readings, r["readings"]) for r in raw]

@@ -2,7 +2,7 @@
 
 The bridge between training and connectivity. Every experiment that trains pairs and asks for the
 barrier between them (forks, independent inits, checkpoints along training) goes through
-:func:`measure`.
+:func:`measure_pairs`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -30,13 +30,13 @@ from companion.connectivity import (
 )
 from companion.connectivity.gates import Gate, guessing, noise_independence, null_control
 from companion.core import closing, codec
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import one_of, whole
 from companion.core.runs import Entry, Store
-from companion.core.theta import cosine_distance, distance, layout
+from companion.core.theta import Theta, cosine_distance, distance, layout
 from companion.data import Augmentation, Dataset, Split
 from companion.data.augmentation import draw
 from companion.experiments import measurement
-from companion.experiments.measurement import EVALUATION, Json, Measurement, ends, key_of
+from companion.experiments.measurement import EVALUATION, Json, Measurement, Where, ends, key_of
 from companion.models import has_dropout
 from companion.training import (
     Job,
@@ -74,11 +74,7 @@ class Evaluation:
         one_of("bn", self.bn, BN_MODES)
         check_bn_examples(self.bn_examples)
         for name in ("train_examples", "test_examples"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise BadParameter(
-                    f"{name}: {value!r} must be a whole number of 1 or more, or null."
-                )
+            whole(name, getattr(self, name), 1, "null")
 
     def splits(self, data: Dataset) -> dict[str, Split]:
         """The un-augmented train split and the test split, or the asked parts of them."""
@@ -137,6 +133,11 @@ class Pair:
     b: Run
     step: int | None = None
     start: tuple[Run, int] | None = None
+
+    def equal_on_purpose(self, a: Theta, b: Theta) -> bool:
+        """One run twice, or two networks of one init at step 0: gate G0b does not apply."""
+        equal = self.at == 0 and all(torch.equal(v, b[n]) for n, v in a.items())
+        return self.a == self.b or equal
 
     @property
     def at(self) -> int:
@@ -273,16 +274,14 @@ class PairBarrier(Measurement):
         return {"barrier": found, "distances": distances, "start": start}
 
 
-def measure(
+def measure_pairs(
     pairs: Sequence[Pair],
     evaluation: Evaluation | None = None,
     *,
     reference_error: float | None = None,
     max_error: float | None = None,
-    store: Store | None = None,
-    device: str = "cpu",
-    workers: int = 0,
     label: str = "barriers",
+    **where: Unpack[Where],
 ) -> list[PairResult]:
     """Train what is missing, then measure every pair, in that order.
 
@@ -296,21 +295,21 @@ def measure(
     Raises:
         as :func:`companion.training.train`.
     """
-    store, evaluation = store or Store(), evaluation or Evaluation()
-    where = str(datasets.resolve_device(device))
+    evaluation = evaluation or Evaluation()
+    device = str(datasets.resolve_device(where.get("device", "cpu")))
     tasks = [PairBarrier(pair, evaluation) for pair in pairs]
     raw: Sequence[Json | None]
     if closing.active():
-        raw = measurement.stored(tasks, store, where)
+        raw = measurement.stored(tasks, where.get("store") or Store(), device)
     else:
-        raw = measurement.run(tasks, store=store, device=where, workers=workers, label=label)
+        raw = measurement.run(tasks, label=label, **where)
     known = [None if r is None else codec.from_json(Barrier, r["barrier"]) for r in raw]
     if reference_error is None:
         reference_error = normal_error([f for f in known if f])
     out = []
     for pair, r, found in zip(pairs, raw, known, strict=True):
         if r is None or found is None:
-            out.append(_missing(pair, evaluation, where))
+            out.append(_missing(pair, evaluation, device))
             continue
         judged = found.judged(reference_error=reference_error, max_error=max_error)
         start = codec.from_json(dict[str, Measure], r["start"])
@@ -386,7 +385,7 @@ def check_null(
         (value,) = measurement.run([task], store=store, device=where, label="null control")
         return codec.from_json(Gate, value)
     entry = task.entry(store, where)
-    known = measurement.read(entry, task.FILE) or measurement.read(entry, _FAILED)
+    known = measurement.stored_value(entry, task.FILE) or measurement.stored_value(entry, _FAILED)
     if known is None:
         closing.lacks([entry])
         return Gate("G1 null control", None, closing.WHY)

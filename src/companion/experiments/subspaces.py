@@ -14,7 +14,6 @@ a hundred snapshots has two dimensions. Source: Adilova et al. 2024, Section 5.2
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -75,25 +74,15 @@ def project(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return vectors @ basis.T @ basis
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Directions of equal length.
-
-    Arguments:
-        inside: in the span, shape (draws, P).
-        outside: in its null space, likewise.
-        rank: dimensions of the span.
-    """
-
-    inside: torch.Tensor
-    outside: torch.Tensor
-    rank: int
-
-
-def noise(basis: torch.Tensor, draws: int, length: float, key: Key) -> Noise:
-    """Gaussian directions inside and outside a span, each scaled to ``length``.
+def noise(
+    basis: torch.Tensor, draws: int, length: float, key: Key
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian directions inside a span and in its null space, each scaled to ``length``.
 
     A Gaussian vector's projection on a subspace is Gaussian there, so both are isotropic.
+
+    Returns:
+        the two, of shape (draws, P).
 
     Raises:
         BadParameter: the span is the whole space, so nothing is outside.
@@ -111,7 +100,7 @@ def noise(basis: torch.Tensor, draws: int, length: float, key: Key) -> Noise:
         unit: torch.Tensor = rows / rows.norm(dim=1, keepdim=True)
         return length * unit
 
-    return Noise(scaled(inside), scaled(outside), rank)
+    return scaled(inside), scaled(outside)
 
 
 def shifted(theta: Theta, direction: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -4,20 +4,21 @@
     found.layer("layer2.relu").gap[0.5].mean      # E[1 - cos] at the middle
     found.layer("layer2.relu").ratio(0.5)         # relative to E[1 - cos(A, B)]
 
-``taps.py`` where features come from · ``measure.py`` the one streamed pass · ``values.py`` what it
-brings back · ``conditions.py`` weak additivity and commutativity · ``theorem.py`` networks that
-meet both exactly · ``stitching.py`` one network's beginning, the other's end · ``spectra.py`` rank.
+``taps.py`` where features come from · ``measure.py`` the one streamed pass · ``conditions.py`` weak
+additivity and commutativity · ``theorem.py`` networks that meet both exactly · ``stitching.py`` one
+network's beginning, the other's end · ``spectra.py`` rank.
 Source: Zhou et al. 2023 (layerwise linear feature connectivity); our chapter 3.
 """
 
-from companion.features.condition_values import (
+from companion.features.conditions import (
     Additivity,
     Commutativity,
     LayerCommutativity,
     ReluAdditivity,
+    commutativity,
+    weak_additivity,
 )
-from companion.features.conditions import commutativity, weak_additivity
-from companion.features.measure import MODES, PER, both_modes, features
+from companion.features.measure import MODES, PER, Features, LayerFeatures, Stat, features
 from companion.features.spectra import (
     Spectrum,
     SubspaceAngles,
@@ -37,7 +38,6 @@ from companion.features.taps import (
     sites,
 )
 from companion.features.theorem import Built, LayerCheck, Theorem, exact, theorem1
-from companion.features.values import Features, LayerFeatures, Stat
 
 __all__ = [
     "DEFAULT_KINDS",
@@ -63,7 +63,6 @@ __all__ = [
     "SubspaceAngles",
     "Taps",
     "Theorem",
-    "both_modes",
     "commutativity",
     "exact",
     "feature_spectra",

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +24,94 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from companion.core.errors import BadParameter
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta
-from companion.features.condition_values import (
-    Additivity,
-    Commutativity,
-    LayerCommutativity,
-    ReluAdditivity,
-)
-from companion.features.passes import (
+from companion.features.measure import Stat
+from companion.features.taps import (
+    KINDS,
+    Examples,
+    Layered,
+    Site,
     batches,
     checked,
+    no_output,
     own_statistics,
     rates,
-    rows_at_a_time,
-    squares,
+    sites,
     tapped,
 )
-from companion.features.taps import KINDS, Examples, Site, sites
-from companion.features.values import Stat
+
+
+@dataclass(frozen=True)
+class ReluAdditivity:
+    """One ReLU, on what A and B feed it: X and Y.
+
+    Arguments:
+        name: of the site.
+        size: units (times positions) of one sample.
+        distance: alpha -> Dist_sigma of each sample: of ``relu((1 - alpha) X + alpha Y)`` and
+            ``(1 - alpha) relu(X) + alpha relu(Y)``. Undefined where one of the two is all zeros.
+        whole: alpha -> the same with the features of all samples as one vector.
+        opposite: percent of all X and Y, unit by unit, that are one above and one below zero. Weak
+            additivity for every alpha is the same as: none.
+    """
+
+    name: str
+    size: int
+    distance: Mapping[float, Stat]
+    whole: Mapping[float, float]
+    opposite: float
+
+
+@dataclass(frozen=True)
+class Additivity(Layered[ReluAdditivity]):
+    """Weak additivity of every ReLU, in the order they compute.
+
+    Arguments:
+        alphas: weight of B.
+        n: samples.
+        bn: ``own``: BatchNorm with each network's own running statistics; ``none`` without any.
+    """
+
+    layers: tuple[ReluAdditivity, ...]
+    alphas: tuple[float, ...]
+    n: int
+    bn: str
+
+
+@dataclass(frozen=True)
+class LayerCommutativity:
+    """One linear or convolutional layer.
+
+    Arguments:
+        name, kind: of the site.
+        com: Dist_com, of ``W_A H_A + W_B H_B`` and ``W_A H_B + W_B H_A``, where H are the layer's
+            inputs in either network, over all samples, as one vector.
+        weights, inputs: Dist_W and Dist_H, of the weights and of the inputs. All without biases.
+    """
+
+    name: str
+    kind: str
+    com: float
+    weights: float
+    inputs: float
+
+    @property
+    def ratio(self) -> float:
+        """Dist_com over the smaller of Dist_W and Dist_H (claim A07).
+
+        NaN where that is 0 or undefined: the inputs of a first layer are the same in both networks,
+        so it commutes whatever its weights, and says nothing.
+        """
+        least = min(self.weights, self.inputs)
+        return self.com / least if least > 0 and not math.isnan(self.com) else math.nan
+
+
+@dataclass(frozen=True)
+class Commutativity(Layered[LayerCommutativity]):
+    """Commutativity of every linear and convolutional layer; ``n`` and ``bn`` as there."""
+
+    layers: tuple[LayerCommutativity, ...]
+    n: int
+    bn: str
 
 
 def weak_additivity(
@@ -70,7 +142,7 @@ def weak_additivity(
         BadParameter: networks that do not fit, no data, no ReLU, an alpha that is outside
             [0, 1] or given twice.
 
-    Source: Zhou et al. 2023, Definition 3, Figures 5 and 6 (claim A6); our chapter 3.
+    Source: Zhou et al. 2023, Definition 3, Figures 5 and 6 (claim A06); our chapter 3.
     """
     checked(module, {"A": a, "B": b}, split)
     alphas = rates(alphas)
@@ -82,30 +154,22 @@ def weak_additivity(
     with one, two, torch.inference_mode():
         for x, _ in batches(module, split, batch, found):
             for taps in (one, two):
-                taps.run(x, _look)
+                taps.run(x, no_output)
             for site in found:
                 pair = [t.inputs.pop(site.name).flatten(1) for t in (one, two)]
                 size[site.name] = pair[0].shape[1]
-                at_once = rows_at_a_time(size[site.name])
+                at_once = max(1, (1 << 22) // max(size[site.name], 1))  # 32 MB of float64
                 for u, v in zip(*(p.split(at_once) for p in pair), strict=True):
                     sums, count = _relu_sums(u.double(), v.double(), alphas)
                     rows[site.name].append(sums.cpu())
                     opposite[site.name] += count
     out = []
     for site in found:
-        # (samples, alphas, 3): |u - v|^2, |u|^2, |v|^2
-        all_rows = torch.cat(rows[site.name])
-        each, whole = _over(all_rows), _over(all_rows.sum(0))
+        every = torch.cat(rows[site.name])  # (samples, alphas, 3): |u - v|^2, |u|^2, |v|^2
+        distance = {v: Stat.of(d) for v, d in zip(alphas, _over(every).T, strict=True)}
+        whole = dict(zip(alphas, _over(every.sum(0)).tolist(), strict=True))
         share = 100 * opposite[site.name] / (len(split) * size[site.name])
-        out.append(
-            ReluAdditivity(
-                site.name,
-                size[site.name],
-                {v: Stat.of(each[:, i]) for i, v in enumerate(alphas)},
-                {v: float(whole[i]) for i, v in enumerate(alphas)},
-                share,
-            )
-        )
+        out.append(ReluAdditivity(site.name, size[site.name], distance, whole, share))
     return Additivity(tuple(out), alphas, len(split), own_statistics(module))
 
 
@@ -140,7 +204,7 @@ def commutativity(
     Raises:
         BadParameter: networks that do not fit, no data, no such layer.
 
-    Source: Zhou et al. 2023, Section 5, Figures 7 and 16 to 19, equation 9 (claims A7, A12); our
+    Source: Zhou et al. 2023, Section 5, Figures 7 and 16 to 19, equation 9 (claims A07, A12); our
     chapter 3.
     """
     checked(module, {"A": a, "B": b}, split)
@@ -153,17 +217,17 @@ def commutativity(
         mixed = {n: _sum_and_difference(*(_weight(m) for m in pairs[n])) for n in pairs}
         for x, _ in batches(module, split, batch, found):
             for taps in (one, two):
-                taps.run(x, _look)
+                taps.run(x, no_output)
             for name, (layer, _) in pairs.items():
                 h_a, h_b = (t.inputs.pop(name) for t in (one, two))
                 both, apart = _sum_and_difference(h_a, h_b)
                 p, q = _apply(layer, both, mixed[name][0]), _apply(layer, apart, mixed[name][1])
                 more = (q, (p + q) / 2, (p - q) / 2, apart, h_a, h_b)
-                sums[name] = [s + squares(t) for s, t in zip(sums[name], more, strict=True)]
+                sums[name] = [s + _squares(t) for s, t in zip(sums[name], more, strict=True)]
     out = []
     for site in found:
         w_a, w_b = (_weight(m).double() for m in pairs[site.name])
-        weights = torch.tensor([squares(w) for w in (w_a - w_b, w_a, w_b)])
+        weights = torch.tensor([_squares(w) for w in (w_a - w_b, w_a, w_b)])
         total = torch.tensor(sums[site.name], dtype=torch.float64).view(2, 3)
         com, inputs = _over(total).tolist()
         out.append(
@@ -184,22 +248,33 @@ def measurable(
     Returns:
         the two lists; either may be empty, as the first is of a network with GELUs.
     """
-    both = (_relus(module, split), _linears(module, split))
     relus, linears = (
-        tuple(s.name for s in found if among is None or s.name in among) for found in both
+        tuple(s.name for s in found(module, split) if among is None or s.name in among)
+        for found in (_relus, _linears)
     )
     return relus, linears
 
 
 def _relus(module: nn.Module, split: Examples) -> list[Site]:
-    found = sites(module, split.x[:2], None, KINDS)
-    return [s for s in found if not s.same and _is_relu(module, s)]
+    def is_relu(path: str) -> bool:
+        try:
+            return isinstance(module.get_submodule(path), nn.ReLU)
+        except AttributeError:  # no module: a functional call
+            return path.removesuffix("()").rpartition(".")[2] == "relu"
+
+    every = sites(module, split.x[:2], None, KINDS)
+    return [s for s in every if not s.same and is_relu(_path(s.name))]
 
 
 def _linears(module: nn.Module, split: Examples) -> list[Site]:
+    def is_linear(layer: nn.Module | None) -> bool:
+        if isinstance(layer, _ConvNd):
+            return not isinstance(layer, _ConvTransposeNd)
+        return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
     modules = dict(module.named_modules())
-    found = sites(module, split.x[:2], None, KINDS)
-    return [s for s in found if _is_linear(modules.get(_path(s.name)))]
+    every = sites(module, split.x[:2], None, KINDS)
+    return [s for s in every if is_linear(modules.get(_path(s.name)))]
 
 
 def _relu_sums(x: Tensor, y: Tensor, alphas: Sequence[float]) -> tuple[Tensor, int]:
@@ -253,20 +328,6 @@ def _asked(every: Sequence[Site], layers: Sequence[str] | None, what: str) -> li
     return [s for s in every if s.name in wanted]
 
 
-def _is_relu(module: nn.Module, site: Site) -> bool:
-    path = _path(site.name)
-    try:
-        return isinstance(module.get_submodule(path), nn.ReLU)
-    except AttributeError:  # no module: a functional call
-        return path.removesuffix("()").rpartition(".")[2] == "relu"
-
-
-def _is_linear(layer: nn.Module | None) -> bool:
-    if isinstance(layer, _ConvNd):
-        return not isinstance(layer, _ConvTransposeNd)
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-
-
 def _weight(layer: nn.Module) -> Tensor:
     """What the layer multiplies with, whatever it is computed from."""
     found = layer.weight
@@ -284,5 +345,5 @@ def _apply(layer: nn.Module, h: Tensor, weight: Tensor) -> Tensor:
     return h @ weight  # transformers' Conv1D
 
 
-def _look(name: str, output: Tensor) -> None:
-    """At the inputs only: outputs are not kept."""
+def _squares(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

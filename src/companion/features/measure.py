@@ -1,4 +1,4 @@
-"""One pass over the data: A, B and the networks between them, and how their features compare.
+"""The LLFC cosine: A, B and the networks between them in one pass, and how their features compare.
 
 For each batch the features of A and B are held, and those of an interpolated network are compared
 with them as they appear and dropped. What is kept is three inner products a sample for the pair and
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
@@ -20,13 +20,12 @@ from torch import nn
 from companion.connectivity import BN_EXAMPLES, Score, Walker, classification, has_batchnorm
 from companion.connectivity.batches import fitting
 from companion.core import deadline
-from companion.core.errors import BadParameter, one_of
+from companion.core.codec import OMIT_DEFAULT
+from companion.core.errors import BadParameter, one_of, whole
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, affine
 from companion.data import Split
-from companion.features.passes import batch_size, checked, rates, scored
-from companion.features.taps import Examples, Site, Taps, sites
-from companion.features.values import Features, LayerFeatures, Stat
+from companion.features.taps import Examples, Layered, Site, Taps, checked, rates, scored, sites
 
 MODES = ("interpolate", "reestimate")
 """What BatchNorm does, at the ends too: use the running statistics, interpolated like weights; or
@@ -34,6 +33,7 @@ statistics estimated again at that point (:data:`companion.connectivity.BN_MODES
 evaluation batches are no option: a feature would depend on its neighbours."""
 
 PER = ("sample", "position")
+LOW, HIGH = 0.05, 0.95
 
 _CHUNK = {"cpu": 1 << 17}
 """Numbers of each network that are in float64 at a time: little, so that they stay in the cache."""
@@ -44,42 +44,141 @@ _PAIR = ((0, 0), (0, 1), (1, 1))
 _BETWEEN = ((2, 2), (2, 0), (2, 1))
 
 
-@dataclass(frozen=True, eq=False)
-class Compared:
-    """What the inner products of one site say about each sample, float64, NaN where undefined.
+@dataclass(frozen=True)
+class Stat:
+    """One quantity over samples.
 
     Arguments:
-        baseline: 1 - cos(F_A, F_B), shape (samples,).
-        gap, c, twin: see :class:`companion.features.LayerFeatures`; shapes (alphas, samples).
+        mean, std: std is the population's, over samples.
+        n: samples that count.
+        median, low, high: low and high are the 5 % and 95 % quantiles.
+        undefined: samples that do not count: a feature is zero, or not finite, and has no angle.
+            With ``n = 0`` all numbers are NaN.
     """
 
-    baseline: torch.Tensor
-    gap: torch.Tensor
-    c: torch.Tensor
-    twin: torch.Tensor
+    mean: float
+    std: float
+    n: int
+    median: float
+    low: float
+    high: float
+    undefined: int = 0
 
     @classmethod
-    def of(cls, products: torch.Tensor, alphas: Sequence[float]) -> Compared:
-        """From inner products (3 + 3 alphas, samples), float64.
-
-        Rows: <A,A>, <A,B>, <B,B>; then for each alpha <F,F>, <F,A>, <F,B> of that network's F.
-        """
-        (aa, ab, bb), between = products[:3], products[3:].unflatten(0, (-1, 3))
-        gaps, cs, twins = [], [], []
-        for alpha, (ff, fa, fb) in zip(alphas, between, strict=True):
-            # lerp is exact where its ends are equal, so A = B gives 0 and not rounding errors.
-            fi = torch.lerp(fa, fb, alpha)
-            ii = torch.lerp(torch.lerp(aa, ab, alpha), torch.lerp(ab, bb, alpha), alpha)
-            good = (ff > 0) & (ii > 0)
-            gaps.append(_undefined(1 - fi / (ff * ii).sqrt(), good).clamp(0, 2))
-            cs.append(_undefined(fi / ff, good))
-            twins.append(_undefined(fi / ii, good))
-        baseline = _undefined(1 - ab / (aa * bb).sqrt(), (aa > 0) & (bb > 0)).clamp(0, 2)
-        return cls(baseline, torch.stack(gaps), torch.stack(cs), torch.stack(twins))
+    def of(cls, values: torch.Tensor) -> Stat:
+        """Of one number a sample, NaN where it is undefined."""
+        flat = values.detach().double().flatten()
+        good = flat[torch.isfinite(flat)]
+        undefined = flat.numel() - good.numel()
+        if not good.numel():
+            return cls(math.nan, math.nan, 0, math.nan, math.nan, math.nan, undefined)
+        ordered = good.sort().values
+        low, median, high = (_quantile(ordered, q) for q in (LOW, 0.5, HIGH))
+        mean, std = float(good.mean()), float(good.std(correction=0))
+        return cls(mean, std, good.numel(), median, low, high, undefined)
 
 
-def _undefined(values: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
-    return torch.where(good, values, torch.nan)
+def _quantile(ordered: torch.Tensor, q: float) -> float:
+    """Linear between neighbours (torch.quantile refuses more than 16 million values)."""
+    at = q * (len(ordered) - 1)
+    i = int(at)
+    j = min(i + 1, len(ordered) - 1)
+    below, above = float(ordered[i]), float(ordered[j])
+    return below + (at - i) * (above - below)
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """How linearly the features of one site are connected.
+
+    F_alpha is the feature of the network ``(1 - alpha) A + alpha B``, and F_int the interpolated
+    feature ``(1 - alpha) F_A + alpha F_B``, both flattened to one vector a sample.
+
+    Arguments:
+        name, kind: of the site.
+        size: numbers in one sample's feature.
+        baseline: 1 - cos(F_A, F_B).
+        gap: alpha -> 1 - cos(F_alpha, F_int), cosine with its sign: from 0 to 2.
+        c: alpha -> ``<F_alpha, F_int> / |F_alpha|^2``, the c of Definition 2.
+        twin: alpha -> ``<F_alpha, F_int> / |F_int|^2``, what the released code calls the
+            coefficient; c times twin is cos^2, sample by sample.
+
+    Source: Zhou et al. 2023, Definition 2, Figures 2 to 4 and Appendix B.2; our chapter 3.
+    """
+
+    name: str
+    kind: str
+    size: int
+    baseline: Stat
+    gap: Mapping[float, Stat]
+    c: Mapping[float, Stat]
+    twin: Mapping[float, Stat]
+
+    def ratio(self, alpha: float = 0.5) -> float:
+        """Mean gap over mean baseline; NaN where A and B have parallel features."""
+        base = self.baseline.mean
+        return self.gap[alpha].mean / base if base > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Features(Layered[LayerFeatures]):
+    """The features of two networks and of those between them, layer by layer.
+
+    Arguments:
+        layers: in the order they compute.
+        alphas: 0 = A, 1 = B (the paper writes it the other way
+            round; it matters to nobody who uses a symmetric set).
+        n: samples (or positions) behind each layer.
+        per: ``sample`` or ``position``.
+        bn: the BatchNorm mode of every network here, the ends included; ``none`` without any.
+        predictions: behind each error.
+        errors, losses: ``a``, ``b`` -> percent, nats.
+        path, path_loss: alpha -> of the network with interpolated weights.
+        mixture, mixture_loss: alpha -> of the mixed logits ``(1 - alpha) f(A) + alpha f(B)``.
+        bn_examples: in mode ``reestimate``, the inputs whose statistics each network has.
+    """
+
+    layers: tuple[LayerFeatures, ...]
+    alphas: tuple[float, ...]
+    n: int
+    per: str
+    bn: str
+    predictions: int
+    errors: Mapping[str, float]
+    losses: Mapping[str, float]
+    path: Mapping[float, float]
+    path_loss: Mapping[float, float]
+    mixture: Mapping[float, float]
+    mixture_loss: Mapping[float, float]
+    bn_examples: int | None = field(default=None, metadata=OMIT_DEFAULT)
+
+    @property
+    def bound(self) -> float:
+        """Err_A + Err_B in percent, which Lemma 1 puts above the error of the path."""
+        return self.errors["a"] + self.errors["b"]
+
+
+def compared(products: torch.Tensor, alphas: Sequence[float]) -> tuple[torch.Tensor, ...]:
+    """What inner products (3 + 3 alphas, samples) say of each sample; NaN where it is undefined.
+
+    Rows: <A,A>, <A,B>, <B,B>; then for each alpha <F,F>, <F,A>, <F,B> of that network's F. Returns
+    the baseline (samples,), and gap, c and twin (alphas, samples), see :class:`LayerFeatures`.
+    """
+
+    def where(good: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.where(good, values, torch.nan)
+
+    (aa, ab, bb), between = products[:3], products[3:].unflatten(0, (-1, 3))
+    rows = []
+    for alpha, (ff, fa, fb) in zip(alphas, between, strict=True):
+        # lerp is exact where its ends are equal, so A = B gives 0 and not rounding errors.
+        fi = torch.lerp(fa, fb, alpha)
+        ii = torch.lerp(torch.lerp(aa, ab, alpha), torch.lerp(ab, bb, alpha), alpha)
+        good = (ff > 0) & (ii > 0)
+        gap = where(good, 1 - fi / (ff * ii).sqrt()).clamp(0, 2)
+        rows.append((gap, where(good, fi / ff), where(good, fi / ii)))
+    baseline = where((aa > 0) & (bb > 0), 1 - ab / (aa * bb).sqrt()).clamp(0, 2)
+    return baseline, *(torch.stack(values) for values in zip(*rows, strict=True))
 
 
 class Products:
@@ -94,16 +193,11 @@ class Products:
         self._product = torch.empty(self._size, dtype=torch.float64, device=device)
 
     def add(
-        self,
-        out: torch.Tensor,
-        tensors: Sequence[torch.Tensor],
-        pairs: Sequence[tuple[int, int]],
+        self, out: torch.Tensor, tensors: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]]
     ) -> None:
-        """Write ``sum(tensors[i] * tensors[j])`` of each row, for (i, j) in ``pairs``.
+        """Write ``sum(tensors[i] * tensors[j])`` of each row into ``out`` (pairs, rows).
 
-        Arguments:
-            out: (pairs, rows) float64.
-            tensors: up to three of shape (rows, …), equal shapes.
+        ``tensors``: up to three of shape (rows, …), equal shapes; ``pairs``: the (i, j).
         """
         rows = len(tensors[0])
         size = tensors[0][:1].numel()
@@ -113,13 +207,10 @@ class Products:
             count = len(parts[0])
             total = out[:, start : start + count]
             for column in range(0, size, width):
+                used = count * min(width, size - column)
                 wide = [
-                    b[: count * min(width, size - column)].view(count, -1).copy_(p)
-                    for b, p in zip(
-                        self._buffers,
-                        (p[:, column : column + width] for p in parts),
-                        strict=False,
-                    )
+                    b[:used].view(count, -1).copy_(p[:, column : column + width])
+                    for b, p in zip(self._buffers, parts, strict=False)
                 ]
                 product = self._product[: wide[0].numel()].view_as(wide[0])
                 for row, (i, j) in zip(total, pairs, strict=True):
@@ -144,10 +235,8 @@ class _Between(Walker):
         return theta
 
 
-def _check_positions(x: torch.Tensor, at: Sequence[Site], per: str) -> None:
+def _check_positions(x: torch.Tensor, at: Sequence[Site]) -> None:
     """Refuse ``per="position"`` where there are no positions. ``x``: the inputs."""
-    if per == "sample":
-        return
     if x.ndim != 2 or x.is_floating_point():
         raise BadParameter(
             "per: 'position' is for token networks, with integer inputs (N, L); these have shape "
@@ -161,26 +250,9 @@ def _check_positions(x: torch.Tensor, at: Sequence[Site], per: str) -> None:
             )
 
 
-def _vectors(x: torch.Tensor, per: str) -> torch.Tensor:
-    return x.flatten(0, 1) if per == "position" else x
-
-
-def _compare(
-    products: Products,
-    ends: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    bands: Mapping[str, torch.Tensor],
-    rows: slice,
-    per: str,
-    name: str,
-    feature: torch.Tensor,
-) -> None:
-    """A feature between A and B has appeared: its inner products with theirs."""
-    products.add(bands[name][rows], (*ends[name], _vectors(feature, per)), _BETWEEN)
-
-
 def _batch(batch: int | None, walker: Walker, at: Sequence[Site]) -> int:
     """Inputs a forward pass: as many as the walker takes, if the features of A and B have room."""
-    if (chosen := batch_size(batch)) is not None:
+    if (chosen := whole("batch", batch, 1, "None")) is not None:
         return chosen
     item = max((p.element_size() for p in walker.module.parameters()), default=4)
     each = 2 * item * sum(math.prod(s.shape) for s in at if not s.same)
@@ -237,7 +309,8 @@ def features(
     average = cast(Split | None, bn_data)
     walker = _Between(module, data, bn=bn, bn_data=average, bn_examples=bn_examples, score=score)
     at = sites(walker.module, split.x[:2], layers)
-    _check_positions(split.x, at, per)
+    if per == "position":
+        _check_positions(split.x, at)
     size = _batch(batch, walker, at)
     kinds = {k: v.dtype for k, v in walker.module.state_dict().items()}
     own = walker.layout.floating + walker.layout.integers
@@ -245,7 +318,40 @@ def features(
     networks = [walker.network(a, b, t) for t in (0.0, 1.0, *weights)]
     with Taps(walker.module, [s for s in at if not s.same]) as taps:
         tables, scores = _stream(taps, networks, split, size, weights, per, score)
-    return _collected(at, tables, weights, scores, per, walker)
+
+    found: dict[str, LayerFeatures] = {}
+    for site in at:
+        if site.same:
+            one = found[site.same]
+            stats = (one.baseline, one.gap, one.c, one.twin)
+        else:
+            baseline, *rest = compared(tables[site.name], weights)
+            gap, c, twin = (
+                {t: Stat.of(v) for t, v in zip(weights, values, strict=True)} for values in rest
+            )
+            stats = (Stat.of(baseline), gap, c, twin)
+        shape = site.shape[1:] if per == "position" else site.shape
+        found[site.name] = LayerFeatures(site.name, site.kind, math.prod(shape), *stats)
+    rows = scores.tolist()
+    # A loss that overflowed is no number; as NaN, max() would quietly pass over it.
+    losses = [math.inf if math.isnan(loss) else loss / count for loss, _, count in rows]
+    errors = [100 * wrong / count for _, wrong, count in rows]
+    path, mixture = slice(2, 2 + len(weights)), slice(2 + len(weights), None)
+    return Features(
+        layers=tuple(found.values()),
+        alphas=weights,
+        n=next(iter(tables.values())).shape[1],
+        per=per,
+        bn=walker.bn,
+        bn_examples=walker.bn_examples,
+        predictions=int(rows[0][2]),
+        errors=dict(zip("ab", errors, strict=False)),
+        losses=dict(zip("ab", losses, strict=False)),
+        path=dict(zip(weights, errors[path], strict=True)),
+        path_loss=dict(zip(weights, losses[path], strict=True)),
+        mixture=dict(zip(weights, errors[mixture], strict=True)),
+        mixture_loss=dict(zip(weights, losses[mixture], strict=True)),
+    )
 
 
 @torch.inference_mode()
@@ -260,9 +366,8 @@ def _stream(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The pass: A, B and the networks between them on every batch.
 
-    Returns:
-        site -> the inner products that :meth:`Compared.of` reads, (3 + 3 alphas, samples); and the
-        summed loss, errors and predictions of A, B, the networks between and the mixtures, (…, 3).
+    Returns site -> the inner products that :func:`compared` reads; and summed loss, errors and
+    predictions (…, 3) of A, B, the networks between and the mixtures.
     """
     first, second, *between = networks
     device = split.x.device
@@ -274,103 +379,32 @@ def _stream(
     scores = torch.zeros(2 + 2 * len(alphas), 3, dtype=torch.float64, device=device)
     products = Products(device)
 
+    def vectors(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(0, 1) if per == "position" else x
+
+    ends: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    bands: Mapping[str, torch.Tensor] = {}
     start = 0
+
+    def compare(number: int, name: str, feature: torch.Tensor) -> None:
+        rows = bands[name][3 * number : 3 * number + 3]
+        products.add(rows, (*ends[name], vectors(feature)), _BETWEEN)
+
     parts = -(-len(split) // size)
     for x, y in zip(split.x.tensor_split(parts), split.y.tensor_split(parts), strict=True):
         deadline.check()
         (of_a, out_a), (of_b, out_b) = (taps.use(theta).run(x) for theta in (first, second))
-        ends = {name: (_vectors(of_a[name], per), _vectors(of_b[name], per)) for name in tables}
+        ends = {name: (vectors(of_a[name]), vectors(of_b[name])) for name in tables}
         bands = {name: t[:, start : start + len(x) * each] for name, t in tables.items()}
         start += len(x) * each
         for name, pair in ends.items():
             products.add(bands[name][:3], pair, _PAIR)
         outputs = [out_a, out_b]
         for number, theta in enumerate(between, start=1):
-            look = partial(_compare, products, ends, bands, slice(3 * number, 3 * number + 3), per)
-            outputs.append(taps.use(theta).run(x, look)[1])
+            outputs.append(taps.use(theta).run(x, partial(compare, number))[1])
         # In float64 a mixture of logits keeps their order: Lemma 1 holds on counts.
         outputs += [(1 - t) * out_a.double() + t * out_b.double() for t in alphas]
         for row, output in zip(scores, outputs, strict=True):
             loss, wrong, count = scored(score, output, y)
             row += torch.stack((loss.double(), wrong.double(), torch.full_like(loss, count)))
     return tables, scores
-
-
-def _collected(
-    at: Sequence[Site],
-    tables: Mapping[str, torch.Tensor],
-    alphas: tuple[float, ...],
-    scores: torch.Tensor,
-    per: str,
-    walker: Walker,
-) -> Features:
-    layers: dict[str, LayerFeatures] = {}
-    for site in at:
-        shape = site.shape[1:] if per == "position" else site.shape
-        if site.same:
-            one = layers[site.same]
-            stats = (one.baseline, one.gap, one.c, one.twin)
-        else:
-            found = Compared.of(tables[site.name], alphas)
-            gap, c, twin = (
-                {t: Stat.of(v) for t, v in zip(alphas, values, strict=True)}
-                for values in (found.gap, found.c, found.twin)
-            )
-            stats = (Stat.of(found.baseline), gap, c, twin)
-        layers[site.name] = LayerFeatures(site.name, site.kind, math.prod(shape), *stats)
-    rows = scores.tolist()
-    # A loss that overflowed is no number; as NaN, max() would quietly pass over it.
-    losses = [math.inf if math.isnan(loss) else loss / count for loss, _, count in rows]
-    errors = [100 * wrong / count for _, wrong, count in rows]
-    k = len(alphas)
-    path, mixture = slice(2, 2 + k), slice(2 + k, None)
-    return Features(
-        layers=tuple(layers.values()),
-        alphas=alphas,
-        n=next(iter(tables.values())).shape[1],
-        per=per,
-        bn=walker.bn,
-        bn_examples=walker.bn_examples,
-        predictions=int(rows[0][2]),
-        errors=dict(zip("ab", errors, strict=False)),
-        losses=dict(zip("ab", losses, strict=False)),
-        path=dict(zip(alphas, errors[path], strict=True)),
-        path_loss=dict(zip(alphas, losses[path], strict=True)),
-        mixture=dict(zip(alphas, errors[mixture], strict=True)),
-        mixture_loss=dict(zip(alphas, losses[mixture], strict=True)),
-    )
-
-
-def both_modes(
-    module: nn.Module,
-    a: Theta,
-    b: Theta,
-    split: Examples,
-    *,
-    bn_data: Examples | None = None,
-    bn_examples: int | None = BN_EXAMPLES,
-    layers: Sequence[str] | None = None,
-    alphas: Sequence[float] = (0.25, 0.5, 0.75),
-    batch: int | None = None,
-    per: str = "sample",
-    score: Score = classification,
-) -> dict[str, Features]:
-    """:func:`features` under each BatchNorm mode, or under ``none`` where there is no BatchNorm."""
-    found = {}
-    for mode in MODES if has_batchnorm(module) else MODES[:1]:
-        one = features(
-            module,
-            a,
-            b,
-            split,
-            layers=layers,
-            alphas=alphas,
-            bn=mode,
-            bn_data=bn_data,
-            bn_examples=bn_examples,
-            batch=batch,
-            per=per,
-            score=score,
-        )
-        found[one.bn] = one
-    return found

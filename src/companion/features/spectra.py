@@ -4,9 +4,8 @@
     feature_spectra(net, theta, test)          # of each layer's features, (samples, channels)
     principal_angles(net, a, b, k=5)           # between the leading subspaces of A's and B's
 
-Zhou et al. offer low rank as the reason why matching works in wide, well trained networks and not
-in narrow or early ones (App. B.5, Figs. 20-22); the angles are in their code only. Features are
-never stored: what is summed is the channels' second moment, in float64. Explained in chapter 3.
+Zhou et al. offer low rank as the reason why matching works in wide, well trained networks only
+(App. B.5, Figs. 20-22). Features are never stored: the channels' second moment is. Our chapter 3.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, whole
 from companion.core.theta import Theta, check, layout
-from companion.features.passes import batches, checked, tapped
-from companion.features.taps import Examples, Site, sites
+from companion.features.taps import Examples, Site, batches, checked, sites, tapped
 
 
 @dataclass(frozen=True)
@@ -148,8 +146,7 @@ def principal_angles(
 
     Source: in the released code of Zhou et al. 2023, not in the paper; our chapter 3.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise BadParameter(f"k: {k!r} must be a whole number of 1 or more.")
+    whole("k", k, 1)
     out = []
     for name in _weights(module, names, (a, "A"), (b, "B")):
         parts = [
@@ -159,10 +156,7 @@ def principal_angles(
         most = min(k, left_a.shape[1])
         left, right = (
             sorted(math.degrees(v) for v in subspace_angles(p.numpy(), q.numpy()))
-            for p, q in (
-                (left_a[:, :most], left_b[:, :most]),
-                (right_a[:most].T, right_b[:most].T),
-            )
+            for p, q in ((left_a[:, :most], left_b[:, :most]), (right_a[:most].T, right_b[:most].T))
         )
         out.append(SubspaceAngles(name, most, tuple(left), tuple(right)))
     return tuple(out)

@@ -4,10 +4,8 @@
     found.row("layer2.relu").error            # of B whose layer2.relu puts out what A's does
     found.worst()                             # over all sites, above the worse of the two networks
 
-If features are linearly connected, and the networks between A and B are good, one expects the two
-halves of different networks to fit. Stitched at the input the network is B itself; stitched at its
-output it is A, to the last bit, which :attr:`Stitching.closed` checks. Source: Zhou et al. 2023,
-App. B.4, Tables 2 and 3; our chapter 3.
+Stitched at the input the network is B itself; stitched at its output it is A, to the last bit
+(:attr:`Stitching.closed`). Source: Zhou et al. 2023, App. B.4, Tables 2 and 3; our chapter 3.
 """
 
 from __future__ import annotations
@@ -20,10 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from companion.connectivity import Measure, Score, classification
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import one_of
 from companion.core.theta import Theta
-from companion.features.passes import batches, checked, own_statistics, scored, tapped
-from companion.features.taps import Examples, Site, Taps, sites
+from companion.features.taps import (
+    Examples,
+    Site,
+    Taps,
+    batches,
+    checked,
+    named,
+    no_output,
+    own_statistics,
+    scored,
+    sites,
+    tapped,
+)
 
 INPUT = "input"
 """The row of the default network itself: nothing is replaced."""
@@ -92,18 +101,12 @@ class Stitching:
         Raises:
             BadParameter: there is none.
         """
-        rows = self.select(default)
-        for row in rows:
-            if row.name == name:
-                return row
-        raise BadParameter(
-            f"site {name!r} was not stitched. Stitched: {', '.join(r.name for r in rows)}."
-        )
+        return named(self.select(default), name, "site", "stitched")
 
     def worst(
         self, metric: str = "error", default: str | None = None, *, cuts: bool = False
     ) -> float:
-        """The largest value over the sites, minus the worse of A and B (claims A9 and A10).
+        """The largest value over the sites, minus the worse of A and B (claims A09 and A10).
 
         In points of error, or nats for ``loss``; never below 0 where the output is a site.
 
@@ -164,7 +167,7 @@ def stitch(
     Raises:
         BadParameter: networks that do not fit, no data, unknown layers, targets that do not fit.
 
-    Source: Zhou et al. 2023, App. B.4, Tables 2 and 3 (claims A9, A10); our chapter 3.
+    Source: Zhou et al. 2023, App. B.4, Tables 2 and 3 (claims A09, A10); our chapter 3.
     """
     one_of("default", default, (*DEFAULTS, "both"))
     checked(module, {"A": a, "B": b}, split)
@@ -174,20 +177,25 @@ def stitch(
     # (default network, site) -> summed loss, errors; on the device until the end.
     sums: dict[tuple[str, str], Tensor] = {}
     count = 0
+
+    def add(key: tuple[str, str], output: Tensor, y: Tensor) -> None:
+        more = torch.stack([t.double() for t in scored(score, output, y)[:2]])
+        sums[key] = sums[key] + more if key in sums else more
+
     with networks["a"], networks["b"], torch.inference_mode():
         for x, y in batches(module, split, batch, found):
             seen: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
             for name, taps in networks.items():
                 if name in bases and len(bases) == 1:
-                    seen[name] = ({}, taps.run(x, _pass)[1])  # nobody needs its features
+                    seen[name] = ({}, taps.run(x, no_output)[1])  # nobody needs its features
                 else:
                     seen[name] = taps.run(x)
-                _add(sums, (name, INPUT), score, seen[name][1], y)
+                add((name, INPUT), seen[name][1], y)
             count += y.numel()
             for base in bases:
                 features = seen["a" if base == "b" else "b"][0]
                 for site, output in _stitched(networks[base], found, features, x):
-                    _add(sums, (base, site), score, output, y)
+                    add((base, site), output, y)
     ends = {n: Measure(*_means(sums[n, INPUT], count)[:2]) for n in DEFAULTS}
     cuts, ended = _places(networks["a"], found, split.x[:8])
     rows = []
@@ -237,22 +245,6 @@ def _places(taps: Taps, found: Sequence[Site], x: Tensor) -> tuple[frozenset[str
             if other.shape[1:] == site.shape and bool((other == other.new_tensor(math.pi)).all()):
                 ended.append(site.name)
     return frozenset(cuts), tuple(ended)
-
-
-def _pass(name: str, output: Tensor) -> None:
-    """Keep nothing."""
-
-
-def _add(
-    sums: dict[tuple[str, str], Tensor],
-    key: tuple[str, str],
-    score: Score,
-    output: Tensor,
-    y: Tensor,
-) -> None:
-    loss, wrong, _ = scored(score, output, y)
-    more = torch.stack((loss.double(), wrong.double()))
-    sums[key] = sums[key] + more if key in sums else more
 
 
 def _means(sums: Tensor, count: int) -> tuple[float, float, int]:

@@ -4,6 +4,7 @@ A *site* is a place of a network that puts out one feature an input: a module, o
 of a module, or a call such as ``F.relu`` inside a module, which has no module of its own (a ResNet
 with functional or re-used ReLUs is not empty here). :func:`sites` finds them with one forward pass;
 :class:`Taps` hands over their outputs during others, and keeps nothing beyond the current batch.
+At the end: what the instruments on features share.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from functools import partial
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +29,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from companion.core.errors import BadParameter, one_of
+from companion.connectivity import Score, has_batchnorm
+from companion.connectivity.batches import default_batch, fitting
+from companion.core import deadline
+from companion.core.errors import BadParameter, one_of, whole
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta
+from companion.core.theta import Theta, check
 
 KINDS = ("conv", "linear", "norm", "activation", "block", "pool", "module", "output")
 """``block``: a module of the user's with children, in a list or sequence of such. ``module``: any
@@ -162,10 +168,10 @@ class Taps:
         for path, module in named.items():
             label = path or OUTPUT
             if functional or label in stem:
-                before, after = self._before(path), self._after(path)
+                hooks = partial(self._before, path), partial(self._after, path)
                 keys: Any = {"with_kwargs": True}
-                self._hooks.append(module.register_forward_pre_hook(before, **keys))
-                self._hooks.append(module.register_forward_hook(after, **keys))
+                self._hooks.append(module.register_forward_pre_hook(hooks[0], **keys))
+                self._hooks.append(module.register_forward_hook(hooks[1], **keys))
         self._mode = _Functions(self) if functional else None
         return self
 
@@ -237,20 +243,14 @@ class Taps:
         self._written = {(w, n) for w, n, t, v in found if v < 0 or t._version != v}
         return found
 
-    def _before(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._stack.append((path, self.kinds[path]))
-            self._take("input", _label(path, self._counts[path] + 1), (args, kwargs))
+    def _before(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._stack.append((path, self.kinds[path]))
+        self._take("input", _label(path, self._counts[path] + 1), (args, kwargs))
 
-        return hook
-
-    def _after(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-            self._stack.pop()
-            self._counts[path] += 1
-            return self._see(_label(path, self._counts[path]), out)
-
-        return hook
+    def _after(self, path: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        self._stack.pop()
+        self._counts[path] += 1
+        return self._see(_label(path, self._counts[path]), out)
 
     def _take(self, what: str, label: str, value: Any) -> torch.Tensor | None:
         """Keep a tensor of a wanted site, or a copy where it will be written into."""
@@ -401,3 +401,103 @@ def _chosen(
             )
         wanted += hits
     return [n for n in every if n in set(wanted)]
+
+
+# --- what the instruments share
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=_Named)
+
+
+def named(rows: Sequence[N], name: str, what: str = "layer", done: str = "measured") -> N:
+    """The row called ``name``; the message of BadParameter lists those that are there."""
+    for row in rows:
+        if row.name == name:
+            return row
+    there = ", ".join(row.name for row in rows)
+    raise BadParameter(f"{what} {name!r} was not {done}. {done.capitalize()}: {there}.")
+
+
+@dataclass(frozen=True)
+class Layered(Generic[N]):
+    """What an instrument found, one row a layer, in the order they compute."""
+
+    layers: tuple[N, ...]
+
+    def layer(self, name: str) -> N:
+        """The layer called ``name``.
+
+        Raises:
+            BadParameter: it was not measured.
+        """
+        return named(self.layers, name)
+
+
+def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -> None:
+    """Refuse networks (what messages call them -> state dict) that do not fit, and no data."""
+    for name, theta in networks.items():
+        check(module, theta, name)
+    if not len(split):
+        raise BadParameter("split: there is no data to measure features on.")
+
+
+def no_output(name: str, output: torch.Tensor) -> None:
+    """A visitor that keeps nothing; of taps on inputs, only these."""
+
+
+def rates(alphas: Sequence[float]) -> tuple[float, ...]:
+    """Weights of B, refused unless they are different numbers in [0, 1]."""
+    found = tuple(float(t) for t in alphas)
+    if not found or len(set(found)) < len(found) or not all(0 <= t <= 1 for t in found):
+        raise BadParameter(
+            f"alphas: {list(alphas)} must be one or more different numbers from 0 (A) to 1 (B)."
+        )
+    return found
+
+
+def own_statistics(module: nn.Module) -> str:
+    """The BatchNorm mode where only A and B run, as they are: ``own``; ``none`` without any."""
+    return "own" if has_batchnorm(module) else "none"
+
+
+def tapped(
+    module: nn.Module, theta: Theta, found: Sequence[Site], x: torch.Tensor, *, inputs: bool = False
+) -> Taps:
+    """Taps on a copy of the network, with the weights ``theta``, on the device of ``x``."""
+    taps = Taps(copy.deepcopy(module).to(x.device), found, inputs=inputs)
+    taps.load(theta)
+    return taps
+
+
+def batches(
+    module: nn.Module, split: Examples, batch: int | None, found: Sequence[Site]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets, at most ``batch`` at a time.
+
+    Default: as for barriers, and no more than lets the features of two networks at the sites
+    ``found`` fit into 256 MB, or a quarter of a GPU.
+    """
+    device = split.x.device
+    if (batch := whole("batch", batch, 1, "None")) is None:
+        each = 2 * 4 * sum(math.prod(s.shape) for s in found if not s.same)
+        batch = fitting(default_batch(module, device, "none"), each, device, 1 << 28)
+    for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
+        deadline.check()
+        yield x, y
+
+
+def scored(
+    score: Score, output: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Summed loss, errors and predictions of logits (N, …, K) against targets (N, …)."""
+    if output.shape[:-1] != y.shape:
+        raise BadParameter(
+            f"targets {tuple(y.shape)} do not fit outputs {tuple(output.shape)}: one class index "
+            "for each row of logits is needed, (N,) or, for tokens, (N, L)."
+        )
+    return score(output.flatten(0, -2), y.flatten())

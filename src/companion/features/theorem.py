@@ -8,12 +8,11 @@ Trained networks meet both conditions roughly. Here are two that meet them to th
     found = theorem1(built)                     # distances, 1 - cos and c - 1 of every layer
     exact((20, 64, 48, 10), commuting=False)    # the same with one condition broken
 
-How: of every hidden layer some units *move* (they differ between A and B), the others do not. With
-``S`` the span of ``h_A(x) - h_B(x)`` over the data, rows of ``W_A - W_B`` are taken orthogonal to
-``S``, so that ``(W_A - W_B)(H_A - H_B) = 0``; the biases' difference is free, since a bias is the
-weight of a feature that is one in both networks. What a unit sees of ``S`` is then scaled down
-until A and B agree, on all the data, on when it is on. Both networks remain far apart: moving
-units are scaled by factors between a half and two, on top of a random change of direction.
+How: some units of every hidden layer *move* (differ between A and B). With ``S`` the span of
+``h_A(x) - h_B(x)`` over the data, rows of ``W_A - W_B`` are orthogonal to ``S``, so that
+``(W_A - W_B)(H_A - H_B) = 0``; the biases' difference is free, since a bias is the weight of a
+feature that is one in both. What a unit sees of ``S`` is scaled down until A and B agree, on all
+the data, on when it is on. They remain far apart: moving units are scaled by a half to two.
 """
 
 from __future__ import annotations
@@ -195,7 +194,7 @@ def theorem1(built: Built, alphas: Sequence[float] = (0.25, 0.5, 0.75)) -> Theor
     Raises:
         BadParameter: no alpha.
 
-    Source: Zhou et al. 2023, Theorem 1 (claim A8): induction over layers from ``W_m H_m =
+    Source: Zhou et al. 2023, Theorem 1 (claim A08): induction over layers from ``W_m H_m =
     (1 - alpha) W_A H_A + alpha W_B H_B - alpha (1 - alpha) (W_A - W_B)(H_A - H_B)``, where ``W_m``
     and ``H_m`` are the mixtures. Our chapter 3.
     """
@@ -241,9 +240,7 @@ def theorem1(built: Built, alphas: Sequence[float] = (0.25, 0.5, 0.75)) -> Theor
                     gap = max(gap, float((1 - cosine).abs().max()))
                     c = max(c, float((dot[live] / square[live] - 1).abs().max()))
         baseline = float((1 - F.cosine_similarity(at_a, at_b, dim=1)).mean())
-        out.append(
-            LayerCheck(name, additivity, commutativity, dist_w, dist_h, gap, c, baseline),
-        )
+        out.append(LayerCheck(name, additivity, commutativity, dist_w, dist_h, gap, c, baseline))
     return Theorem(tuple(out), alphas, len(built.x), undefined)
 
 

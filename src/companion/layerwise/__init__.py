@@ -5,30 +5,30 @@
     found.full_height("train")          # of the whole network
     found.additivity("train").ratio     # full / sum of the single layers
 
-``groups.py`` what a layer is · ``values.py`` what is asked and what comes back · ``replay.py``,
-``walk.py`` forward passes that begin at the first changed layer · ``sweep.py`` the sets. Pairs of
-the run store: :func:`companion.experiments.layers.sweep_pairs`. Source: Adilova et al. 2024;
-explained in chapter 4.
+``groups.py`` what a layer is · ``sweep.py`` what is asked, the sets, and what comes back ·
+``replay.py`` forward passes that begin at the first changed layer. Pairs of the run store:
+:func:`companion.experiments.layers.sweep_pairs`. Source: Adilova et al. 2024; explained in
+chapter 4.
 """
 
 from companion.layerwise.groups import Groups, layer_groups
-from companion.layerwise.sweep import sweep
-from companion.layerwise.values import (
+from companion.layerwise.sweep import (
     DEFINITIONS,
     KINDS,
-    Additivity,
     LayerBarriers,
+    Parts,
     Rise,
     Row,
     Sweep,
+    sweep,
 )
 
 __all__ = [
     "DEFINITIONS",
     "KINDS",
-    "Additivity",
     "Groups",
     "LayerBarriers",
+    "Parts",
     "Rise",
     "Row",
     "Sweep",

@@ -21,8 +21,6 @@ from companion.layerwise.replay import first_uses
 
 log = logging.getLogger("companion")
 
-NAMED = ("block", "part")
-
 Groups: TypeAlias = Mapping[str, tuple[str, ...]]
 """Label -> entries (parameters and floating-point buffers), in the order the layers compute."""
 
@@ -55,8 +53,52 @@ def layer_groups(
 
     Source: Adilova et al. 2024, Section 3 (21 groups of the ResNet-18 without norms); chapter 4.
     """
-    spec = layout(module)
-    groups = _parts(module, spec.groups, by) if by in NAMED else _grouped(spec.groups, by)
+    layers = layout(module).groups
+    groups: dict[str, list[str]] = {}
+    if isinstance(by, str | int):
+        for layer, names in layers.items():
+            groups.setdefault(_label(module, layer, by), []).extend(names)
+    else:
+        taken: dict[str, str] = {}
+        for prefix in by:
+            hits = matching(layers, prefix)
+            for layer in hits:
+                if layer in taken:
+                    raise BadParameter(
+                        f"groups: layer {layer!r} is in {taken[layer]!r} and in {prefix!r}; "
+                        "a layer can be in one group only."
+                    )
+                taken[layer] = prefix
+            groups[prefix] = [name for layer in hits for name in layers[layer]]
+    return _ordered(module, {k: tuple(v) for k, v in groups.items()}, example)
+
+
+def _label(module: nn.Module, layer: str, by: str | int) -> str:
+    """The group of a layer."""
+    steps = layer.split(".")
+    if by == "module":
+        return layer
+    if isinstance(by, int):
+        if by < 1:
+            raise BadParameter(f"groups: depth {by} must be 1 or more.")
+        return ".".join(steps[:by])
+    if by not in ("block", "part"):
+        raise BadParameter(
+            f"groups: {by!r} is not known. Allowed: 'module', 'block', 'part', a depth such as 1 "
+            "or 2, or a list of layers or beginnings of their names, such as ['stem', 'stage1']."
+        )
+    # The block ends with the first number; a layer without one is its own group.
+    number = next((i for i, step in enumerate(steps) if step.isdecimal()), len(steps))
+    block = ".".join(steps[: number + 1])
+    if by == "block" or len(steps) <= number + 1:
+        return block
+    if "norm" in type(module.get_submodule(layer)).__name__.lower():
+        return f"{block}.norms"
+    return ".".join(steps[: number + 2])
+
+
+def _ordered(module: nn.Module, groups: Groups, example: torch.Tensor | None) -> Groups:
+    """The groups in the order in which a pass of ``example`` first reads one of their entries."""
     if example is None:
         return groups
     try:
@@ -68,52 +110,6 @@ def layer_groups(
     return dict(
         sorted(groups.items(), key=lambda item: min(used.get(name, last) for name in item[1]))
     )
-
-
-def _parts(module: nn.Module, layers: Groups, by: By) -> dict[str, tuple[str, ...]]:
-    """Groups by the first number in a layer's name; a layer without one is its own group."""
-    out: dict[str, list[str]] = {}
-    for layer, names in layers.items():
-        steps = layer.split(".")
-        number = next((i for i, step in enumerate(steps) if step.isdecimal()), len(steps))
-        block = ".".join(steps[: number + 1])
-        if by == "block" or len(steps) <= number + 1:
-            label = block
-        elif "norm" in type(module.get_submodule(layer)).__name__.lower():
-            label = f"{block}.norms"
-        else:
-            label = ".".join(steps[: number + 2])
-        out.setdefault(label, []).extend(names)
-    return {label: tuple(names) for label, names in out.items()}
-
-
-def _grouped(layers: Groups, by: By) -> dict[str, tuple[str, ...]]:
-    if by == "module":
-        return dict(layers)
-    out: dict[str, list[str]] = {}
-    if isinstance(by, int):
-        if by < 1:
-            raise BadParameter(f"groups: depth {by} must be 1 or more.")
-        for layer, names in layers.items():
-            out.setdefault(".".join(layer.split(".")[:by]), []).extend(names)
-        return {label: tuple(names) for label, names in out.items()}
-    if isinstance(by, str):
-        raise BadParameter(
-            f"groups: {by!r} is not known. Allowed: 'module', 'block', 'part', a depth such as 1 "
-            "or 2, or a list of layers or beginnings of their names, such as ['stem', 'stage1']."
-        )
-    taken: dict[str, str] = {}
-    for prefix in by:
-        hits = matching(layers, prefix)
-        for layer in hits:
-            if layer in taken:
-                raise BadParameter(
-                    f"groups: layer {layer!r} is in {taken[layer]!r} and in {prefix!r}; "
-                    "a layer can be in one group only."
-                )
-            taken[layer] = prefix
-        out[prefix] = [name for layer in hits for name in layers[layer]]
-    return {label: tuple(names) for label, names in out.items()}
 
 
 def matching(layers: Groups, prefix: str) -> list[str]:

@@ -141,7 +141,7 @@ class Study:
     def plans(self) -> list[Plan]:
         """All federations of the page, for its budget."""
         wanted = [*self.wanted.values(), *self.strangers]
-        return [Plan(tasks=tuple(FederatedRun(rule, seed) for rule, seed in wanted))]
+        return [[FederatedRun(rule, seed) for rule, seed in wanted]]
 
     @property
     def wanted(self) -> dict[tuple[str, str, int], tuple[Federation, int]]:
@@ -153,7 +153,9 @@ class Study:
     def accuracy(self) -> Mapping[tuple[str, str, int], float]:
         """Split, group and seed -> mean accuracy of the clients at the end, in percent."""
         wanted = self.wanted
-        found = federated.measure(list(wanted.values()), device=self.device, workers=self.workers)
+        found = federated.measure_federations(
+            list(wanted.values()), device=self.device, workers=self.workers
+        )
         return {key: one.accuracy() for key, one in zip(wanted, found, strict=True)}
 
     @property
@@ -180,7 +182,7 @@ class Study:
         wanted = self.strangers
         if not wanted:
             return []
-        parted = federated.measure(wanted, device=self.device, workers=self.workers)
+        parted = federated.measure_federations(wanted, device=self.device, workers=self.workers)
         network = build(copy(self.apart, 0, 0, 1), self.images, torch.device(self.device))
         union = {
             "train": self.images.train.head(self.train_examples),

@@ -39,7 +39,14 @@ from companion.experiments import instability
 from companion.experiments.aligned import Aligned, Method, align, lines_of, placed
 from companion.experiments.aligned import interval as over_pairs
 from companion.experiments.budget import Plan
-from companion.experiments.instability import THRESHOLDS, Instability, analyse, copy, plan, trunk
+from companion.experiments.instability import (
+    THRESHOLDS,
+    Instability,
+    analyse,
+    copy,
+    plan_forks,
+    trunk,
+)
 from companion.experiments.layers import LayerSweep, sweep_pairs
 from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Features, features
@@ -151,11 +158,12 @@ class Study:
         at = [p for step in self.looks for p in (*self.twins(step), *self.strangers(step))]
         lines = lines_of(self.strangers(), [Method(name) for name in WAYS], self.evaluation)
         turned = [Method(name) for name in TURNED]
+        shape: Any = {"inits": self.inits, "copies": 2}
         return [
-            plan(self.recipe, self.ks, inits=self.inits, copies=2, optimizer="restore"),
-            Plan(tasks=tuple(LayerSweep(pair, alone) for pair in at)),
-            Plan(tasks=tuple(LayerSweep(p, s) for s in self._finer() for p in ends)),
-            Plan(tasks=(*lines, *lines_of(self.twins(), turned, self.evaluation))),
+            plan_forks(self.recipe, self.ks, self.evaluation, optimizer="restore", **shape),
+            [LayerSweep(pair, alone) for pair in at],
+            [LayerSweep(p, s) for s in self._finer() for p in ends],
+            [*lines, *lines_of(self.twins(), turned, self.evaluation)],
         ]
 
     def _finer(self) -> tuple[Sweep, Sweep, Sweep]:
@@ -437,7 +445,7 @@ def design(
     places = sorted({*([round(last * s) for s in shares] if looks is None else looks), last})
     if not all(0 <= step <= last for step in places):
         raise BadParameter(f"looks: {places} must be steps from 0 to T = {last}.")
-    instability.check(recipe, grid, inits=inits, copies=2, device=device)
+    instability.check_design(recipe, grid, inits=inits, copies=2, device=device)
     module = build(copy(recipe, 0, 0, 1), text, torch.device(device))
     blocks = tuple(layerwise.layer_groups(module, "block", text.test.x[:2]))
     if neighbours > len(blocks):

@@ -33,10 +33,10 @@ from companion.experiments.instability import (
     Instability,
     Sample,
     analyse,
-    check,
+    check_design,
     copy,
-    independent,
-    plan,
+    independent_inits,
+    plan_forks,
     plan_independent,
     plan_through_training,
     through_training,
@@ -159,7 +159,7 @@ class Study:
     @cached_property
     def strangers(self) -> list[PairResult]:
         """Pairs of different initialisations."""
-        return independent(
+        return independent_inits(
             self.noisy, inits=max(self.inits, 2), max_error=self.max_error, **self._where
         )
 
@@ -171,19 +171,20 @@ class Study:
 
     def plans(self) -> list[Plan]:
         """All of the above, for :func:`companion.report.page.budget`."""
+        how = self.evaluation
         shape: dict[str, Any] = {"inits": self.inits, "copies": self.copies}
         few = {**shape, "controls": False}
         return [
             *(
-                plan_through_training(self.noisy, k, self.looks, inits=self.inits)
+                plan_through_training(self.noisy, k, self.looks, how, inits=self.inits)
                 for k in sorted({self.first, self.last})
             ),
-            plan(self.noisy, self.ks, **shape),
-            plan(self.gentle, self.gentle_ks, **shape),
-            *(plan(self.noisy, [k], schedule="restart", **few) for k in self.again),
-            *([plan(self.slow, [self.first], **few)] if self.controls else []),
-            plan_independent(self.noisy, inits=max(self.inits, 2)),
-            *(plan(self.noisy, [self.first], noise=noise, **few) for noise in self.noises),
+            plan_forks(self.noisy, self.ks, how, **shape),
+            plan_forks(self.gentle, self.gentle_ks, how, **shape),
+            *(plan_forks(self.noisy, [k], how, schedule="restart", **few) for k in self.again),
+            *([plan_forks(self.slow, [self.first], how, **few)] if self.controls else []),
+            plan_independent(self.noisy, how, inits=max(self.inits, 2)),
+            *(plan_forks(self.noisy, [self.first], how, noise=n, **few) for n in self.noises),
         ]
 
     def _analyse(
@@ -322,7 +323,7 @@ def design(
     if len(set(ks)) < 2:
         raise BadParameter(f"ks: {ks} must hold two fork steps or more, such as [0, 50].")
     for recipe in (noisy, gentle):
-        check(recipe, ks, inits=inits, copies=copies, device=device)
+        check_design(recipe, ks, inits=inits, copies=copies, device=device)
     if looks < 2:
         raise BadParameter(f"looks: {looks} must be 2 or more.")
     late, shares_left = max(ks), np.linspace(0.15, 1, looks)

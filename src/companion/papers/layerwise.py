@@ -280,7 +280,7 @@ class Study:
         others = (*self.gentle, *self.variants)
         groups += [(pairs_of(recipe, self.few), self.alone) for recipe in others]
         asked = [(p, fitting(p.a.recipe, sets)) for pairs, sets in groups for p in pairs]
-        return [Plan(tasks=tuple(LayerSweep(p, sets) for p, sets in asked))]
+        return [[LayerSweep(p, sets) for p, sets in asked]]
 
     @cached_property
     def along(self) -> Mapping[int, list[LayerBarriers]]:
@@ -355,13 +355,13 @@ class Study:
                 [subspaces.difference(s, start, names) for one in taken for s in one[1:]]
             )
             views = subspaces.span([flatten(s, names) for s in (a, b)])  # all that views would hold
-            noise = subspaces.noise(basis, 20, length, Key("chapter 4", "noise", init))
-            two = subspaces.noise(views, 20, length, Key("chapter 4", "views", init))
-            ranks.append((noise.rank, two.rank))
+            inside, outside = subspaces.noise(basis, 20, length, Key("chapter 4", "noise", init))
+            in_views, _ = subspaces.noise(views, 20, length, Key("chapter 4", "views", init))
+            ranks.append((len(basis), len(views)))
             for kind, directions in (
-                ("inside", noise.inside),
-                ("outside", noise.outside),
-                ("inside, views", two.inside),
+                ("inside", inside),
+                ("outside", outside),
+                ("inside, views", in_views),
                 ("towards B", towards[None]),
                 ("away from B", -towards[None]),
             ):

@@ -106,7 +106,7 @@ class Study(Setting):
             *lines_of(pairs, evaluation=evaluation, on=on),
             *(Halves(p, full, evaluation) for p, full in zip(pairs, self.full, strict=True)),
         ]
-        return [Plan(tasks=tuple(tasks))]
+        return [tasks]
 
     @cached_property
     def merges(self) -> Mapping[str, Readings]:

@@ -338,7 +338,7 @@ class Study(Setting):
             ([p for group in self.cells.values() for p in group], short),
         ]
         whole = {"evaluation": self.evaluation}
-        return [Plan(tasks=tuple(lines_of(pairs, **(whole | how)))) for pairs, how in asked]
+        return [lines_of(pairs, **(whole | how)) for pairs, how in asked]
 
     # ---- the experiments
 

@@ -133,7 +133,7 @@ class Planned(Protocol):
     """An experiment that knows what it will train and measure, and where."""
 
     def plans(self) -> Sequence[Plan]:
-        """What :func:`companion.experiments.instability.plan` and its like return."""
+        """What :func:`companion.experiments.instability.plan_forks` and its like return."""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -148,12 +148,7 @@ class Planned(Protocol):
         """Processes on a CPU; 0: one a core."""
 
 
-def budget(study: Planned, plans: Sequence[Plan] | None = None) -> None:
-    """Say what the chapter is about to train and measure. In a notebook nothing happens.
-
-    Arguments:
-        plans: the part of the study that this page runs; None: all of it.
-    """
+def budget(study: Planned) -> None:
+    """Say what the chapter is about to train and measure. In a notebook nothing happens."""
     if (found := recorder()) is not None and found.on_budget is not None:
-        every = tuple(study.plans() if plans is None else plans)
-        found.on_budget(Budget(every, study.evaluation, study.device, study.workers))
+        found.on_budget(Budget(tuple(study.plans()), study.evaluation, study.device, study.workers))

@@ -52,3 +52,8 @@ def untested(verdicts: Iterable[Verdict]) -> str:
     """The claims that a run could not test, each with the reason; ``none`` if it tested all."""
     lacking: Sequence[Verdict] = [v for v in verdicts if v.verdict == NOT_TESTABLE]
     return "; ".join(f"{v.claim.id} ({v.note or MISSING})" for v in lacking) or "none"
+
+
+def judged(verdicts: Sequence[Verdict]) -> Values:
+    """For a page: the verdict of each claim under its id in small letters, and ``untested``."""
+    return {"untested": untested(verdicts), **{v.claim.id.lower(): v.verdict for v in verdicts}}
