@@ -94,7 +94,7 @@ def with_our_noise(run: Run, data: Dataset) -> Batches:
         draws = augmenter.draw(run.augment_key(), epoch)
         for start in range(0, len(order) - run.recipe.batch + 1, run.recipe.batch):
             rows = order[start : start + run.recipe.batch]
-            yield augmenter.batch(rows, draws), data.train.y[rows]
+            yield augmenter.examples(rows, draws)
         epoch += 1
 
 

@@ -9,7 +9,7 @@ import torch
 
 from companion.core.runs import Store
 from companion.data import Split
-from companion.data.windows import save_windows
+from companion.data.text import save_windows
 from companion.experiments import federated, pairs
 from companion.experiments.aligned import align
 from companion.experiments.featured import Scope, examine

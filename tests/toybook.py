@@ -57,11 +57,8 @@ for name in ("toy-curve", "toy-twin"):
     ax.plot(y)
     ax.set_xlabel("step k")
     ax.set_ylabel("barrier (points)")
-    words = {}
-    if name == "toy-twin":
-        words = {"caption": f"The line ends at {y[-1]:.3f} points.", "alt": "A straight line."}
     drawn = {"y": y, "broken": float("nan")}
-    figures.publish(fig, name, data=drawn, values={"end": y[-1]}, **words)
+    figures.publish(fig, name, data=drawn, values={"end": y[-1]})
 ```
 
 :::{caption} toy-curve
@@ -69,6 +66,11 @@ for name in ("toy-curve", "toy-twin"):
   to {{end:.3f}}, of the {{network}}.
 The line of the {{network}} ends at {{end:.3f}} points, $\\alpha = 1$;
 see {numref}`fig-toy-twin`.
+:::
+
+:::{caption} toy-twin
+:alt: A straight line.
+The line ends at {{end:.3f}} points.
 :::
 
 ```{code-cell} python
@@ -100,7 +102,7 @@ claims.show(
 ```{code-cell} python
 entry = provenance.record(dataset="toy")
 provenance.show({**entry, "code": None})  # the checkout may change between two runs of a test
-provenance.show_rerun("01_toy", parameters, {"n": 3})
+provenance.show_rerun("01_toy", parameters)
 ```
 """
 TOC = """\

@@ -206,7 +206,7 @@ def test_the_counts_are_those_of_the_chapters_budget(
 def test_the_chapters_take_what_is_tried_out(one: Trial) -> None:
     """Every parameter of a trial is one of its chapter."""
     asked = prepare(Book(ROOT), one.chapter, one.profile, one.settings, "tried")
-    assert asked.parameters()["steps"] <= 200
+    assert asked.parameters["steps"] <= 200
 
 
 @pytest.mark.parametrize("one", [*DESIGNS, *TINY], ids=lambda d: d.stage)
@@ -215,7 +215,7 @@ def test_the_chapters_take_what_the_table_says(one: Design) -> None:
     found = size(one, 100_000, GUESS)
     assert found is not None and found.steps == one.most
     asked = prepare(Book(ROOT), one.chapter, one.profile, found.settings, one.name)
-    values = asked.parameters()
+    values = asked.parameters
     assert values["steps"] == one.most and asked.name == one.name
     if one in DESIGNS:
         assert values["device"] == "cuda"

@@ -370,7 +370,7 @@ def test_measured_entries_come_back_and_runs_do_not(site: Site, tmp_path: Path) 
     with tarfile.open(site.out / gpu_pack.CARRY) as tar:
         tar.extract("store.tar", tmp_path, filter="data")
     other = Store(tmp_path / "other")
-    moved = archive.import_(tmp_path / "store.tar", other)
+    moved = archive.read_archive(tmp_path / "store.tar", other)
     assert moved.entries == 3
     assert other.entry({"kind": "pair", "n": 1}).read_json("pair.json") == {"barrier": 2}
     assert not other.entry({"kind": "run", "n": 0}).files()
@@ -387,7 +387,7 @@ def test_the_largest_kinds_stay_behind_if_it_is_too_much(site: Site, tmp_path: P
     with tarfile.open(site.out / gpu_pack.CARRY) as tar:
         tar.extract("store.tar", tmp_path, filter="data")
         assert json.load(tar.extractfile("stages.json"))["not carried"] == ["layers"]  # type: ignore[arg-type]
-    assert archive.import_(tmp_path / "store.tar", Store(tmp_path / "other")).entries == 2
+    assert archive.read_archive(tmp_path / "store.tar", Store(tmp_path / "other")).entries == 2
 
 
 def test_few_small_files_come_back(site: Site) -> None:

@@ -126,7 +126,6 @@ def test_a_malformed_caption_says_so(block, message):
     ("figures", "more", "message"),
     [
         ([{"name": "lime"}], "", "figure 'lime' has no caption. Write a block :::{caption} lime"),
-        ([{"name": "line", "caption": "c", "alt": "a"}], "", "has a caption in its cell too"),
         ([{"name": "line"}], CAPTION, "a second caption for 'line'"),
         ([{"name": "line"}, {"name": "line", "rows": []}], "", "two figures or tables are called"),
         ([{"name": "x"}], ":::{caption} x\nText.\n:::", "figure 'x' needs an alternative text"),
@@ -163,15 +162,13 @@ def test_values_are_numbers_and_strings():
             page.fill(bad=bad)
 
 
-def test_a_table_needs_a_name_or_a_caption():
+def test_a_table_needs_whole_rows():
     with page.captured() as found:
         tables.show(["a"], [[1]], name="t", values={"n": 1})
-        tables.show(["a"], [[1]], caption="words")
-    first, second = found.all("table")
+    (first,) = found.all("table")
     assert first == {"name": "t", "columns": ["a"], "rows": [["1"]], "values": {"n": 1}}
-    assert second == {"caption": "words", "columns": ["a"], "rows": [["1"]]}
-    with pytest.raises(BadParameter, match="a name or a caption"):
-        tables.show(["a"], [[1]])
+    with pytest.raises(BadParameter, match="table 't': a row needs as many values"):
+        tables.show(["a"], [[1, 2]], name="t")
 
 
 def test_a_message_names_the_line_of_the_chapter(tmp_path):

@@ -37,7 +37,7 @@ from companion.core.errors import (
 from companion.core.pool import run_all
 from companion.core.runs import Store
 from companion.data import Split
-from companion.data.windows import save_windows
+from companion.data.text import save_windows
 from companion.experiments import aligned, budget, federated, merged, pairs
 from companion.experiments.layers import sweep_pairs
 from companion.report import claims, page, partly, provenance, recorded
@@ -75,6 +75,7 @@ import matplotlib.pyplot as plt
 from companion import data
 from companion.experiments import instability
 from companion.report import claims, figures, page, plots, provenance, recorded, tables
+from companion.report.claims import Statistic
 from companion.experiments.instability import analyse
 from companion.experiments.pairs import Evaluation
 from companion.training import Recipe
@@ -122,12 +123,20 @@ if records:
     fig, drawn = plots.panels(
         {"this page": (steps, {"mlp": means})} | recorded.curves(records, "instability")
     )
-    figures.publish(fig, "recorded", caption=records[0].title, alt="Panels.", data=drawn)
+    figures.publish(fig, "recorded", data=drawn)
 ```
 
+:::{caption} recorded
+:optional:
+:alt: Panels.
+Recorded before.
+:::
+
 ```{code-cell} python
+def c01(found): return Statistic(found.interval(0))
+def c02(found): return Statistic(None)
 claims.show(
-    [claims.judge("C01", means[0]), claims.judge("C02", None)],
+    claims.verdicts({"C01": c01, "C02": c02}, found),
     scale=f"digits, {recipe.net}",
     recorded=records,
 )
@@ -296,9 +305,9 @@ def test_pieces_give_the_numbers_of_one_recording(root, tmp_path, monkeypatch):
         stops += 1
         assert not (root / "data/recorded/01_toy/whole-2.json").exists()
         carried = tmp_path / f"{stops}.tar"
-        archive.export(archive.chosen(Store()), carried)
+        archive.write_archive(archive.chosen_entries(Store()), carried)
         monkeypatch.setenv("COMPANION_RUNS", str(tmp_path / f"machine-{stops}"))
-        archive.import_(carried, Store())
+        archive.read_archive(carried, Store())
     assert stops >= 4
     assert content(path)["pieces"] == stops + 1
     assert {**stable(path), "name": "whole"} == whole
@@ -319,7 +328,7 @@ def test_the_engine_reaches_every_training(root, store, monkeypatch, as_if_cuda)
     runs = [e for e in store.entries() if e.identity["kind"] == "run"]
     trained = [e.read_json("made-by.json") for e in runs if "made-by.json" in e.files()]
     assert len(runs) == 10 and {t["engine"] for t in trained} == {"graphs"} and len(trained) == 10
-    assert engines.current() == "auto"
+    assert engines.asked_for() == "auto"
 
 
 def test_on_a_gpu_only_a_dry_run_probes(root, monkeypatch):
@@ -364,9 +373,9 @@ def test_the_command_stops_with_75_and_goes_on(root, monkeypatch):
 def test_measured_pairs_need_no_networks(root, tmp_path, monkeypatch):
     first = stable(recording.record(ready(root), say=str))
     small = tmp_path / "small.tar"
-    archive.export(archive.chosen(Store(), ["pair", "null", "recording"]), small)
+    archive.write_archive(archive.chosen_entries(Store(), ["pair", "null", "recording"]), small)
     monkeypatch.setenv("COMPANION_RUNS", str(tmp_path / "elsewhere"))
-    archive.import_(small, Store())
+    archive.read_archive(small, Store())
     assert stable(recording.record(ready(root), say=str)) == first
     assert not [e for e in Store().entries() if e.identity["kind"] == "run"]
 
@@ -403,9 +412,13 @@ for _old, _new in (  # device as a parameter, weights and the onset in a caption
         "start = load_weights(instability.trunk(recipe, 0), 0, device=device)\n"
         "onset = found.onset()\nfig, ax = plt.subplots()\n",
     ),
-    ('{"first": means[0].value}', '{"onset": str(onset), "tensors": len(start)}'),
+    (', values={"first": means[0].value})', ")\npage.fill(onset=str(onset), tensors=len(start))"),
     ("at k = 0: {{first:.3f}}.", "has its onset at {{onset}}; {{tensors}} tensors."),
-    ('"C02", None)]', '"C02", onset is None), claims.judge("C03", 0.5)]'),
+    (
+        "return Statistic(None)\n",
+        "return Statistic(found.onset() is None)\ndef c03(found): return Statistic(0.5)\n",
+    ),
+    ('"C02": c02}', '"C02": c02, "C03": c03}'),
     ('{recipe.net}",', "{recipe.net}, {provenance.record()['gpu']['name']}\","),
 ):
     assert FAR.count(_old) == 1, _old
@@ -433,12 +446,12 @@ def far(root, tmp_path, monkeypatch):
         with pytest.raises(recording.RecordingFailed):  # stopped at its last cell
             recording.record(ready(root), say=str)
     kinds = {"pair", "null", "recording"}
-    moved = archive.export(
+    moved = archive.write_archive(
         [e for e in Store().entries() if e.identity["kind"] in kinds], tmp_path / "far.tar"
     )
     assert moved.entries == 6
     monkeypatch.setenv("COMPANION_RUNS", str(tmp_path / "here"))
-    archive.import_(tmp_path / "far.tar", Store())
+    archive.read_archive(tmp_path / "far.tar", Store())
     return Store()
 
 
@@ -472,7 +485,7 @@ def test_a_stopped_recording_is_closed_on_another_machine(root, far, monkeypatch
     curve = found["figures"]["instability"]["data"]["mlp, test"]
     assert curve["k"] == [0, 3] and curve["pairs"] == [2, 2]
     # Of weights nothing is made: the caption that counts their tensors is lost, and no number is.
-    assert found["figures"]["instability"]["caption"] == partly.TEXT
+    assert found["figures"]["instability"]["caption"] == recording.LOST
     assert found["figures"]["instability"]["alt"] == "Barriers of the perceptron <8>."
     (problem,) = found["problems"]
     assert "a checkpoint: not measured before the recording was closed" in problem
@@ -523,7 +536,7 @@ def test_what_cannot_be_closed(root, far, store, monkeypatch):
     with pytest.raises(recording.RecordingFailed, match=r"nothing that a claim needs.*'pair': 4"):
         # C03 stands for no measurement in this toy: leave it out.
         path = root / "chapters" / "01_toy.md"
-        path.write_text(path.read_text().replace(', claims.judge("C03", 0.5)', ""))
+        path.write_text(path.read_text().replace(', "C03": c03', ""))
         recording.close(ready(root), say=str)
     lose(far, "recording")
     with pytest.raises(BadParameter, match="where 01_toy was recorded; it does not say"):
@@ -547,20 +560,17 @@ for name in ("a", "b"):
 shown.append(name)
 drawn = 2
 shown.append(drawn)
-verdicts = [judge("C01", 1.0), judge("C02", missing())]
 others = [missing(), 1]
 """
-    namespace = {"shown": [], "missing": closing.check, "judge": claims.judge}
+    namespace = {"shown": [], "missing": closing.refuse_work}
     failed = []
     with closing.closed({"device": "cpu"}):
         partly.execute(
-            *(ast.parse(source), "x.py", namespace, partly.Left()),
+            *(ast.parse(source), "x.py", namespace, set()),
             lambda statement, error: failed.append((statement.lineno, type(error))),
         )
     assert namespace["shown"] == ["a", 2] and "name" not in namespace
-    assert failed == [(line, NotMeasured) for line in (3, 5, 11, 12)]
-    assert [v.note for v in namespace["verdicts"]] == ["", closing.WHY]
-    assert "others" not in namespace and "_companion_saved" not in namespace
+    assert failed == [(line, NotMeasured) for line in (3, 5, 11)] and "others" not in namespace
 
 
 @pytest.mark.parametrize("error", [MissingData("x"), BadParameter("x"), OutOfTime("x")])
@@ -569,7 +579,7 @@ def test_what_has_nothing_to_do_with_missing_numbers_ends_it(error):
         raise error
 
     with pytest.raises(type(error)):
-        partly.execute(ast.parse("fail()"), "x.py", {"fail": fail}, partly.Left(), print)
+        partly.execute(ast.parse("fail()"), "x.py", {"fail": fail}, set(), print)
 
 
 @pytest.mark.parametrize(
@@ -662,16 +672,16 @@ def filled(store: Store) -> Store:
 
 
 def test_an_archive_comes_back_and_what_is_here_stays(filled, tmp_path):
-    moved = archive.export(archive.chosen(filled), tmp_path / "a.tar")
+    moved = archive.write_archive(archive.chosen_entries(filled), tmp_path / "a.tar")
     assert (moved.entries, moved.files) == (2, 2)
     other = Store(tmp_path / "other")
     other.entry({"kind": "pair", "x": 1}).write_json("pair.json", "mine")
-    got = archive.import_(tmp_path / "a.tar", other)
+    got = archive.read_archive(tmp_path / "a.tar", other)
     assert (got.entries, got.files, got.kept) == (2, 1, 1)
     assert other.entry({"kind": "pair", "x": 1}).read_json("pair.json") == "mine"
     assert [e.key for e in other.entries()] == [e.key for e in filled.entries()]
     assert not [line for e in other.entries() for line in e.verify()]
-    archive.export(archive.chosen(filled), tmp_path / "b.tar")
+    archive.write_archive(archive.chosen_entries(filled), tmp_path / "b.tar")
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
@@ -750,21 +760,21 @@ def twice(member, data):
     ],
 )
 def test_a_bad_archive_is_refused_whole(filled, tmp_path, change, why):
-    archive.export(archive.chosen(filled), tmp_path / "a.tar")
+    archive.write_archive(archive.chosen_entries(filled), tmp_path / "a.tar")
     bad = rewritten(tmp_path / "a.tar", tmp_path / "bad.tar", change)
     before = {p for p in tmp_path.rglob("*") if "other" not in p.parts}
     with pytest.raises(CorruptEntry, match=why):
-        archive.import_(bad, Store(tmp_path / "other"))
+        archive.read_archive(bad, Store(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
     assert {p for p in tmp_path.rglob("*") if "other" not in p.parts} == before
 
 
 @pytest.mark.parametrize("cut", [0, 100, 700, 3000])
 def test_a_cut_archive_is_refused(filled, tmp_path, cut):
-    archive.export(archive.chosen(filled), tmp_path / "a.tar")
+    archive.write_archive(archive.chosen_entries(filled), tmp_path / "a.tar")
     (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:cut])
     with pytest.raises(CorruptEntry, match="not a whole archive"):
-        archive.import_(tmp_path / "cut.tar", Store(tmp_path / "other"))
+        archive.read_archive(tmp_path / "cut.tar", Store(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 

@@ -20,7 +20,7 @@ from companion import __version__, data, models, training
 from companion.cli import instability as instability_command
 from companion.cli.console import size
 from companion.cli.instability import numbers
-from companion.cli.runs import describe
+from companion.cli.runs import describe_entry
 from companion.connectivity import BN_MODES, Barrier, barrier
 from companion.core import codec
 from companion.core.errors import BadParameter
@@ -412,7 +412,7 @@ def test_every_recipe_field_can_be_given(monkeypatch):
 
 
 def test_defaults_of_the_command_are_those_of_the_recipe():
-    options = inspect.signature(instability_command.command).parameters
+    options = inspect.signature(instability_command.measure_instability).parameters
     for field in dataclasses.fields(Recipe):
         default = options[field.name].default
         if field.name in ("betas", "milestones"):
@@ -475,7 +475,7 @@ def test_runs_list_and_show(small_store):
     shown = run("runs", "list").stdout
     for entry in entries:
         assert entry.key[:12] in shown
-        assert describe(entry.identity) in shown
+        assert describe_entry(entry.identity) in shown
     total = size(sum(e.bytes() for e in entries))
     assert f"3 entries, {total}, in {small_store.root}" in shown
     assert "1 entries" in run("runs", "list", "--kind", "pair").stdout
@@ -569,7 +569,7 @@ def test_data_commands(monkeypatch, tmp_path):
 
 
 def test_data_get_says_where_the_files_are(monkeypatch, tmp_path):
-    monkeypatch.setattr("companion.data.get", lambda name: tmp_path / name)
+    monkeypatch.setattr("companion.data.download", lambda name: tmp_path / name)
     assert str(tmp_path / "mnist") in run("data", "get", "mnist").stdout
 
 

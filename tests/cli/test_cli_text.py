@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from companion import data, models
-from companion.cli.checkpoints import fit, read
+from companion.cli.checkpoints import fit, read_checkpoint
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
 from companion.core.seeds import Key
@@ -204,7 +204,7 @@ def test_a_checkpoint_with_two_tensors_does_not_fit_a_tied_model(
     save_file({**theta, "lm_head.weight": theta["transformer.wte.weight"] + 1}, other)
     module = models.build(NET, (L,), classes, Key("init", 0))
     with pytest.raises(BadParameter, match=r"differ, but the model ties them.*tied=false"):
-        fit(module, read(str(other)), "A")
+        fit(module, read_checkpoint(str(other)), "A")
 
 
 @pytest.fixture
@@ -224,13 +224,13 @@ def published(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_published_gpt2_fits(published: tuple[Path, Path], tmp_path: Path) -> None:
     file = load_file(published[0])
     module = models.build(NET, (L,), 300, Key("init", 0))
-    found = fit(module, read(str(published[0])), "A")
+    found = fit(module, read_checkpoint(str(published[0])), "A")
     assert all(k.startswith("transformer.") for k in found.theta)
     assert torch.equal(found.theta["transformer.h.0.mlp.c_fc.bias"], file["h.0.mlp.c_fc.bias"])
     assert len(found.theta) == len(file) - 2, "the masks are no weights"
     assert any("'transformer.'" in n and "gelu=tanh" in n for n in found.notes)
     assert any("masks" in n for n in found.notes)
-    ours = fit(module, read(str(_renamed(published[0], tmp_path))), "A")
+    ours = fit(module, read_checkpoint(str(_renamed(published[0], tmp_path))), "A")
     assert not any("masks" in n or "transformer" in n for n in ours.notes)
     assert all(torch.equal(v, found.theta[k]) for k, v in ours.theta.items())
 
@@ -248,10 +248,10 @@ def test_other_entries_are_no_masks(published: tuple[Path, Path], tmp_path: Path
     for name in ("h.0.attn.other", "transformer.wte.weight"):  # the last: in both forms at once
         save_file({**load_file(published[0]), name: torch.zeros(3)}, strange)
         with pytest.raises(BadParameter, match="not in the model"):
-            fit(module, read(str(strange)), "A")
+            fit(module, read_checkpoint(str(strange)), "A")
     save_file({**load_file(published[0]), "wpe.weight": torch.zeros(1024, 8)}, strange)
     with pytest.raises(BadParameter, match=r"wpe\.weight has shape"):
-        fit(module, read(str(strange)), "A")
+        fit(module, read_checkpoint(str(strange)), "A")
 
 
 def test_published_files_on_the_command_line(published: tuple[Path, Path], tmp_path: Path) -> None:

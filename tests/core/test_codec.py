@@ -183,5 +183,9 @@ def test_what_json_cannot_hold_is_refused_by_its_place(value: Any) -> None:
 
 
 def test_what_differs_from_its_default_makes_a_key() -> None:
-    assert codec.changed(Outer("a", {}, flag=True)) == {"name": "a", "parts": {}, "flag": True}
-    assert codec.changed(Inner(0.0)) == {"x": 0.0}
+    assert codec.changed_fields(Outer("a", {}, flag=True)) == {
+        "name": "a",
+        "parts": {},
+        "flag": True,
+    }
+    assert codec.changed_fields(Inner(0.0)) == {"x": 0.0}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from companion.core.errors import BadParameter, CompanionError, CorruptEntry, StoreUnwritable
-from companion.core.runs import Entry, Store, canonical, digest
+from companion.core.runs import Entry, Store, canonical_json, digest
 
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(3)}
 
@@ -57,13 +57,13 @@ def test_the_order_of_a_dictionary_does_not_matter(value: dict[str, Any], rng: A
     items = list(value.items())
     rng.shuffle(items)
     assert digest(dict(items)) == digest(value)
-    assert json.loads(canonical(value)) == value, "the text says everything"
+    assert json.loads(canonical_json(value)) == value, "the text says everything"
 
 
 @settings(deadline=None)
 @given(json_values, json_values)
 def test_different_values_have_different_names(a: Any, b: Any) -> None:
-    assert (canonical(a) == canonical(b)) == (
+    assert (canonical_json(a) == canonical_json(b)) == (
         json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
     )
 
@@ -71,7 +71,7 @@ def test_different_values_have_different_names(a: Any, b: Any) -> None:
 def test_canonical_text_is_pinned() -> None:
     """A change here would orphan every store there is."""
     value = {"b": [1, 2.5, None], "a": {"ü": True, "lr": 0.1}}
-    assert canonical(value) == '{"a":{"lr":0.1,"\\u00fc":true},"b":[1,2.5,null]}'
+    assert canonical_json(value) == '{"a":{"lr":0.1,"\\u00fc":true},"b":[1,2.5,null]}'
     assert digest({"kind": "run"}) == (
         "78eec4426114b612c414c0602dfefe269663c92230da2bbdb6cb7e1473edb0e0"
     )

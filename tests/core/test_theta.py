@@ -14,7 +14,7 @@ from torch import nn
 from companion.core.errors import BadParameter
 from companion.core.theta import (
     affine,
-    check,
+    check_theta,
     cosine_distance,
     distance,
     flatten,
@@ -201,9 +201,9 @@ def test_small_differences_of_large_weights_are_not_lost() -> None:
 
 def test_check_accepts_what_fits() -> None:
     net = Tied()
-    check(net, net.state_dict(), "A")
+    check_theta(net, net.state_dict(), "A")
     without_alias = {k: v for k, v in net.state_dict().items() if k != "head.weight"}
-    check(net, without_alias, "A")
+    check_theta(net, without_alias, "A")
 
 
 @pytest.mark.parametrize(
@@ -231,16 +231,16 @@ def test_check_says_which_entry_is_wrong(change, message: str) -> None:
     theta = snapshot(net)
     change(theta)
     with pytest.raises(BadParameter, match=message):
-        check(net, theta, "A")
+        check_theta(net, theta, "A")
 
 
 def test_one_tensor_has_one_value() -> None:
     net = Tied()
     theta = snapshot(net)
-    check(net, {k: v for k, v in theta.items() if k != "head.weight"}, "A")
+    check_theta(net, {k: v for k, v in theta.items() if k != "head.weight"}, "A")
     theta["head.weight"] = theta["head.weight"] + 1
     with pytest.raises(BadParameter, match=r"network A: head.weight and embed.weight differ"):
-        check(net, theta, "A")
+        check_theta(net, theta, "A")
 
 
 def test_shares_storage() -> None:

@@ -30,7 +30,7 @@ from companion import data
 from companion.core.errors import BadParameter, CorruptData, DeviceUnavailable, MissingData
 from companion.core.seeds import Key
 from companion.data import Augmentation, Augmenter, Split, registry, sources
-from companion.data.decoding import decode
+from companion.data.pictures import decode
 
 REAL = os.environ.get("COMPANION_DATA")
 RNG = np.random.default_rng(0)
@@ -205,7 +205,7 @@ def test_digits_never_change():
 
 
 def test_load_returns_the_same_object_and_check_agrees():
-    dataset, report = data.load("digits"), data.check("digits")
+    dataset, report = data.load("digits"), data.check_dataset("digits")
     assert data.load("digits") is dataset
     assert report.present and report.files == () and report.where is None
     assert report.fingerprint == dataset.fingerprint
@@ -229,7 +229,7 @@ def test_missing_data_names_dataset_folder_and_command(root):
     for part in ("MNIST", str(root / "MNIST/raw"), "companion data get mnist", "COMPANION_DATA"):
         assert part in str(error.value)
     assert not root.exists()
-    report = data.check("mnist")
+    report = data.check_dataset("mnist")
     assert not report.present and len(report.missing) == 4 and report.fingerprint is None
 
 
@@ -262,7 +262,7 @@ def test_the_jpeg_copy_is_never_a_silent_substitute(root):
 def test_get_has_nothing_to_download():
     for name in ("digits", "cifar10-jpeg", "images:/tmp"):
         with pytest.raises(BadParameter, match="nothing to download"):
-            data.get(name)
+            data.download(name)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_get_offline(root, monkeypatch, failure):
     with pytest.raises(
         MissingData, match=r"(?s)could not be downloaded.*Without a network"
     ) as error:
-        data.get("mnist")
+        data.download("mnist")
     assert str(root / "MNIST/raw") in str(error.value)
 
 
@@ -288,7 +288,8 @@ def test_get_downloads_once(root, monkeypatch):
         idx_dataset(Path(self.root) / "FashionMNIST/raw")
 
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", download)
-    assert data.get("fashion_mnist") == data.get("fashion_mnist") == root / "FashionMNIST/raw"
+    found = {data.download("fashion_mnist") for _ in range(2)}
+    assert found == {root / "FashionMNIST/raw"}
     assert len(calls) == 1
 
 
@@ -327,7 +328,7 @@ def test_idx_files_are_read_as_torchvision_reads_them(root):
         "Fashion-MNIST",
     )
     assert dataset.class_names[9] == "Ankle boot"
-    assert {f.checksum for f in data.check("fashion_mnist").files} == {"unknown"}
+    assert {f.checksum for f in data.check_dataset("fashion_mnist").files} == {"unknown"}
 
 
 def test_zipped_idx_files(root, monkeypatch):
@@ -339,7 +340,7 @@ def test_zipped_idx_files(root, monkeypatch):
     known = [(p.name, hashlib.md5(p.read_bytes()).hexdigest()) for p in paths]
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", known)
     zipped = data.load("fashion_mnist")
-    assert {f.checksum for f in data.check("fashion_mnist").files} == {"ok"}
+    assert {f.checksum for f in data.check_dataset("fashion_mnist").files} == {"ok"}
     for path in paths:  # unzipped: the same content, so the same fingerprint
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
@@ -354,7 +355,7 @@ def test_mnist_checksums(root, monkeypatch):
     known = {n: hashlib.md5((folder / n).read_bytes()).hexdigest() for n in sources.IDX_FILES}
     monkeypatch.setitem(sources.UNZIPPED_MD5, "mnist", known)
     assert data.load("mnist").mean == (0.1307,)
-    assert [f.checksum for f in data.check("mnist").files] == ["ok"] * 4
+    assert [f.checksum for f in data.check_dataset("mnist").files] == ["ok"] * 4
     for name in sources.IDX_FILES:  # zipped again by somebody: the content counts
         path = folder / name
         (folder / f"{name}.gz").write_bytes(gzip.compress(path.read_bytes(), compresslevel=1))
@@ -458,7 +459,7 @@ def test_cifar10(root, monkeypatch):
     pixels = first["data"].reshape(-1, 3, 32, 32)
     expected = data.standardise(pixels, 255, sources.CIFAR10_MEAN, sources.CIFAR10_STD)
     assert torch.equal(dataset.train.x[:10], expected)
-    report = data.check("cifar10")
+    report = data.check_dataset("cifar10")
     assert [f.checksum for f in report.files] == ["ok"] * 7 and report.train_counts == (5,) * 10
     (folder / "batches.meta").unlink()
     with pytest.raises(MissingData, match=r"batches.meta missing"):
@@ -499,7 +500,7 @@ def test_image_folder_with_test_split(tmp_path):
     pixels = np.stack([*cats, *dogs]).transpose(0, 3, 1, 2)
     expected = data.standardise(pixels, 255, *data.channel_statistics(pixels, 255))
     assert torch.equal(dataset.train.x, expected) and torch.equal(dataset.test.x, expected)
-    report = data.check(f"images:{tmp_path / 'pets'}")
+    report = data.check_dataset(f"images:{tmp_path / 'pets'}")
     assert report.train_counts == report.test_counts == (3, 2)
     assert report.files[0].checksum == "unknown" and report.fingerprint == dataset.fingerprint
 
@@ -635,7 +636,7 @@ def test_label_columns(tmp_path):
     fine, coarse = [3, 5, 7, 9] * 2, [0, 1] * 4
     path = parquet(tmp_path / "a.parquet", blobs, {"coarse_label": coarse, "fine_label": fine})
     assert data.load(f"images:{path}").class_names == ("3", "5", "7", "9")
-    (columns, split) = data.check(f"images:{path}").notes
+    (columns, split) = data.check_dataset(f"images:{path}").notes
     assert columns == "columns: image 'img', label 'fine_label'; not used: coarse_label"
     assert split.startswith("split: stratified 80/20")
     other = data.load(f"images:{path}?label=coarse_label")
@@ -714,7 +715,7 @@ def test_decoded_pictures_are_cached(pets, tmp_path, monkeypatch):
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("companion.data.decoding.decode", broken)
+        patch.setattr("companion.data.pictures.decode", broken)
         again = reload(pets)
     assert again is not dataset and torch.equal(again.train.x, dataset.train.x)
     assert torch.equal(again.test.x, dataset.test.x)
@@ -786,7 +787,7 @@ def by_hand(x: torch.Tensor, pad: int, flip: bool, top: int, left: int) -> torch
 def test_every_augmented_image_is_one_of_the_shifts(flip, pad, rows, seed, epoch):
     augmenter = Augmenter(SMALL, Augmentation(flip, pad), BLACK)
     draws = augmenter.draw(Key("augment", seed), epoch)
-    batch = augmenter.batch(torch.tensor(rows), draws)
+    batch, _ = augmenter.examples(torch.tensor(rows), draws)
     assert batch.shape == (len(rows), 2, 5, 6)
     places = range(2 * pad + 1)
     for row, image in zip(rows, batch, strict=True):
@@ -816,7 +817,7 @@ def test_draws_are_a_function_of_key_and_epoch():
     torch.manual_seed(1)
     first = bits(Key(0), 0)
     torch.manual_seed(2)
-    augmenter.batch(torch.arange(10), augmenter.draw(Key(5), 3))
+    augmenter.examples(torch.arange(10), augmenter.draw(Key(5), 3))
     assert bits(Key(0), 0) == first
     # Neighbours share nothing: not seed 0 at epoch 1 with seed 1 at epoch 0, nor any other pair.
     every = [bits(Key(seed), epoch) for seed in range(4) for epoch in range(4)]
@@ -829,10 +830,10 @@ def test_draws_are_a_function_of_key_and_epoch():
 def test_batch_composition_does_not_matter():
     augmenter = Augmenter(SMALL, Augmentation(True, 2), BLACK)
     draws = augmenter.draw(Key("a"), 7)
-    whole = augmenter.batch(torch.arange(12), draws)
+    whole, _ = augmenter.examples(torch.arange(12), draws)
     order = Key("order").permutation(12)
     for rows in (order, order[:5], order[5:], torch.tensor([3]), torch.tensor([3, 3, 0])):
-        assert torch.equal(augmenter.batch(rows, draws), whole[rows])
+        assert torch.equal(augmenter.examples(rows, draws)[0], whole[rows])
 
 
 def test_without_augmentation_images_are_as_they_are():
@@ -840,7 +841,7 @@ def test_without_augmentation_images_are_as_they_are():
     draws = augmenter.draw(Key(0), 0)
     assert draws.flip is draws.top is draws.left is None
     rows = torch.tensor([4, 1, 1])
-    batch = augmenter.batch(rows, draws)
+    batch, _ = augmenter.examples(rows, draws)
     assert torch.equal(batch, SMALL.x[rows])
     before = SMALL.x.clone()
     batch.zero_()
@@ -876,7 +877,7 @@ def test_padding_is_black_as_cropping_before_normalising_makes_it():
         out[i] = pixels[i, :, top : top + 8, left : left + 8]
         out[i] = out[i, :, :, ::-1].copy() if draws.flip[i] else out[i]
     expected = data.standardise(out, raw.white, dataset.mean, dataset.std)
-    assert torch.equal(augmenter.batch(rows, draws), expected)
+    assert torch.equal(augmenter.examples(rows, draws)[0], expected)
 
 
 def test_padding_as_large_as_the_image():
@@ -895,7 +896,7 @@ def test_augmentation_has_the_same_bits_on_a_gpu():
         augmenter = Augmenter(dataset.train, augmentation, dataset.black)
         draws = augmenter.draw(Key(0), 1)
         rows = torch.arange(100, device=dataset.train.x.device)
-        batches.append(augmenter.batch(rows, draws).cpu())
+        batches.append(augmenter.examples(rows, draws)[0].cpu())
     assert torch.equal(*batches)
 
 
@@ -912,7 +913,7 @@ def real(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def test_real_mnist(monkeypatch, tmp_path):
     real(monkeypatch, "mnist")
-    report = data.check("mnist")
+    report = data.check_dataset("mnist")
     assert [f.checksum for f in report.files] == ["ok"] * 4
     dataset = data.load("mnist")
     assert (len(dataset.train), len(dataset.test)) == (60_000, 10_000)

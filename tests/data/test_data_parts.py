@@ -41,7 +41,7 @@ def test_only_the_train_split_is_restricted(part):
     assert set(images_of(some.train)) < set(images_of(whole.train))
     assert some.name == f"digits@{part}"
     assert data.load(f"digits@{part}") is some
-    report = data.check(f"digits@{part}")
+    report = data.check_dataset(f"digits@{part}")
     assert report.fingerprint == some.fingerprint and report.label == some.label
     assert report.train_counts == tuple(np.bincount(some.train.y).tolist())
     assert report.test_shape == tuple(whole.test.x.shape)
@@ -101,7 +101,7 @@ def test_errors_name_the_dataset(tmp_path, monkeypatch):
         data.load("digit@split-a")
     with pytest.raises(MissingData, match="MNIST is not in"):
         data.load("mnist@split-a")
-    report = data.check("mnist@split-a")
+    report = data.check_dataset("mnist@split-a")
     assert not report.present and report.label == "MNIST, split A"
 
 
@@ -134,7 +134,7 @@ def test_paths_with_an_at_sign_keep_their_meaning(pets):
 
 def test_a_text_has_no_parts(tmp_path):
     for name in ("pydoc@split-a", "pydoc?vocab=600@random-50-0"):
-        for ask in (data.load, data.check):
+        for ask in (data.load, data.check_dataset):
             with pytest.raises(BadParameter, match="drawn by classes of images; a text has none"):
                 ask(name)
     path = tmp_path / "a@b.txt"

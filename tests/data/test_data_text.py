@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from companion import data
 from companion.core.errors import BadParameter, CorruptData, MissingData
 from companion.core.runs import Store
-from companion.data import Split, corpus, registry, text, tokens, wikitext
+from companion.data import Split, corpus, registry, text, tokens
 
 REAL = os.environ.get("COMPANION_DATA")
 LINE = " The quick brown fox of line {} jumps over <unk> lazy dogs , café and naïve . \n"
 BLANK = " \n"
-BPE = tokens.trained(corpus.Text.of("sample", LINE * 50), 300)
+BPE = tokens.train_bpe(corpus.Text.of("sample", LINE * 50), 300)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ SMALL = "?vocab=300&window=16"
 def published(monkeypatch):
     """As if our small files were the published ones."""
     counts = {s: (n, n + len(WIKI[s].split())) for s, n in SIZES.items()}
-    monkeypatch.setattr(wikitext, "PUBLISHED", {"wikitext2": counts, "wikitext103": counts})
+    monkeypatch.setattr(text, "PUBLISHED", {"wikitext2": counts, "wikitext103": counts})
 
 
 def write(folder: Path, texts: dict[str, str], pattern: str = "{}.txt", **renamed: str) -> Path:
@@ -181,7 +181,7 @@ def test_tokens_of_pieces_are_tokens_of_the_whole(parts):
         assert pieces == list(corpus.Text("blocks", lambda: iter(blocks)).pieces())
     assert "".join(pieces) == body
     assert BPE.encode_all(pieces).tolist() == BPE.encode(body).tolist()
-    found = corpus.survey(corpus.Text.of("whole", body))
+    found = corpus.count_text(corpus.Text.of("whole", body))
     assert (found.bytes, found.characters) == (len(body.encode()), len(body))
     assert (found.words, found.lines) == (len(body.split()), body.count("\n"))
 
@@ -195,9 +195,9 @@ def test_a_text_without_spaces_is_cut_all_the_same(monkeypatch):
 
 
 def test_training_is_deterministic_and_uses_the_text_only():
-    again = tokens.trained(corpus.Text.of("again", LINE * 50), 300)
+    again = tokens.train_bpe(corpus.Text.of("again", LINE * 50), 300)
     assert again.definition == BPE.definition and again.vocabulary == 300
-    other = tokens.trained(corpus.Text.of("other", LINE.replace("quick", "slow") * 50), 300)
+    other = tokens.train_bpe(corpus.Text.of("other", LINE.replace("quick", "slow") * 50), 300)
     assert other.digest != BPE.digest
 
 
@@ -243,7 +243,7 @@ def test_the_published_gpt2_tokeniser_comes_from_disk_only(root, tmp_path):
         "gpt2",
     )
     assert dataset.train.stream.max() < 50257
-    assert data.check(name).files[-1].path == root / "gpt2/tokenizer.json"
+    assert data.check_dataset(name).files[-1].path == root / "gpt2/tokenizer.json"
     (root / "gpt2/tokenizer.json").unlink()
     snapshot = tmp_path / "hub/models--openai-community--gpt2/snapshots/1"
     gpt2_like(snapshot, 50_000, split=True)
@@ -282,7 +282,7 @@ def test_pydoc():
 
 
 def test_no_paragraph_of_pydocs_test_text_is_in_its_training_text():
-    texts = text._texts(text.parse("pydoc"), Path())
+    texts = text._texts(text.parse_text_name("pydoc"), Path())
     train, test = ("".join(t.pieces()) for t in (texts.train, texts.test))
 
     def paragraphs(body: str) -> list[str]:
@@ -322,7 +322,7 @@ def test_tokens_are_cached_and_a_damaged_cache_is_made_again(runs_root, monkeypa
         raise AssertionError("made again")
 
     with monkeypatch.context() as patch:
-        for name in ("trained", "survey"):
+        for name in ("train_bpe", "count_text"):
             patch.setattr(tokens, name, broken)
         patch.setattr(tokens.Tokenizer, "encode_all", broken)
         registry._load.cache_clear()
@@ -375,8 +375,8 @@ def test_canonical_names():
         "digits@split-a": "digits@split-a",
         "images:/x?size=3": "images:/x?size=3",
     }.items():
-        assert data.canonical(name) == expected
-        assert data.canonical(expected) == expected
+        assert data.canonical_data(name) == expected
+        assert data.canonical_data(expected) == expected
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_every_layout_gives_the_same_dataset(root, published, form):
                         parquet(place / f"{split}-0000{i}-of-00002.parquet", "".join(part))
             else:
                 write(place, texts, pattern)
-            dataset, report = data.load(name), data.check(name)
+            dataset, report = data.load(name), data.check_dataset(name)
             assert report.where == place and report.fingerprint == dataset.fingerprint
             found.add((dataset.fingerprint, dataset.label))
             for path in [*place.iterdir()]:
@@ -475,7 +475,7 @@ def test_training_on_the_test_text_is_never_silent(root, published):
     assert dataset.label == "WikiText-2 (trained on its test text)"
     assert dataset.name == "wikitext2?train=test&vocab=300&window=16"
     assert dataset.text.train.bytes == len(WIKI["test"].encode())
-    report = data.check(name)
+    report = data.check_dataset(name)
     assert report.label == dataset.label and "trained on its TEST text" in report.notes
     write(root / "wikitext-2", {"train": WIKI["train"]})
     whole = data.load(f"wikitext2{SMALL}")
@@ -491,7 +491,7 @@ def test_what_is_missing_of_a_text_is_reported_too(root, tmp_path):
         f"text:{book}": "holds no test text",
         "pydoc?tokenizer=gpt2": "GPT-2 tokeniser is not in",
     }.items():
-        report = data.check(name)
+        report = data.check_dataset(name)
         assert not report.present and report.missing and said in report.notes[0]
         told = run("data", "check", name, code=1).output
         assert said in " ".join(told.split()) and "not in None" not in told
@@ -515,7 +515,7 @@ def test_one_form_is_never_taken_for_the_other(root, published):
 
 
 def test_what_is_missing_is_reported(root):
-    report = data.check("wikitext103?form=raw")
+    report = data.check_dataset("wikitext103?form=raw")
     assert not report.present and report.missing == ("train text", "valid text")
     assert report.where == root / "wikitext-103-raw" and report.label == "WikiText-103 (raw)"
     assert "wikitext-103-raw-v1" in report.notes[0]
@@ -535,7 +535,7 @@ def test_one_file_is_cut_at_a_line_end(tmp_path):
     facts = dataset.text
     assert facts.train.bytes + facts.test.bytes == len(body.encode())
     assert math.isclose(facts.test.bytes / len(body.encode()), 0.1, abs_tol=0.02)
-    texts = text._texts(text.parse(f"text:{path}"), tmp_path)
+    texts = text._texts(text.parse_text_name(f"text:{path}"), tmp_path)
     train, test = ("".join(t.pieces()) for t in (texts.train, texts.test))
     assert train + test == body and train.endswith("\n")
     larger = data.load(f"text:{path}{SMALL}&test=50").text
@@ -707,31 +707,31 @@ def fake_datasets(monkeypatch, answer) -> list[tuple[str, str]]:
 
 def test_get_writes_what_the_hub_has(root, published, monkeypatch):
     calls = fake_datasets(monkeypatch, WIKI)
-    assert data.get("wikitext2") == data.get("wikitext2") == root / "wikitext-2-v1"
+    assert data.download("wikitext2") == data.download("wikitext2") == root / "wikitext-2-v1"
     assert calls == [("Salesforce/wikitext", "wikitext-2-v1")]
     names = {p.name for p in (root / "wikitext-2-v1").iterdir()}
     assert names == {"train.parquet", "validation.parquet", "test.parquet"}
     here = data.load(f"wikitext2{SMALL}")
     write(root / "wikitext-2", WIKI)
-    assert data.check(f"wikitext2{SMALL}").where == root / "wikitext-2"
+    assert data.check_dataset(f"wikitext2{SMALL}").where == root / "wikitext-2"
     assert data.load(f"wikitext2{SMALL}").fingerprint == here.fingerprint  # the published bytes
     calls = fake_datasets(monkeypatch, RAW)
-    data.get("wikitext103?form=raw")
+    data.download("wikitext103?form=raw")
     assert calls == [("Salesforce/wikitext", "wikitext-103-raw-v1")]
 
 
 def test_get_without_library_or_network(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingData, match=r"pip install 'companion\[hub\]'") as error:
-        data.get("wikitext2")
+        data.download("wikitext2")
     assert str(root / "wikitext-2-v1") in str(error.value)
     fake_datasets(monkeypatch, ConnectionError("no route"))
     with pytest.raises(MissingData, match=r"(?s)no route.*Without a network"):
-        data.get("wikitext2")
+        data.download("wikitext2")
     assert not root.exists()
     for name in ("pydoc", "text:/x"):
         with pytest.raises(BadParameter, match="nothing to download"):
-            data.get(name)
+            data.download(name)
 
 
 # --- the command line
@@ -754,7 +754,7 @@ def test_real_wikitext2(monkeypatch):
         pytest.skip("COMPANION_DATA is not set: no real data to test")
     monkeypatch.setenv("COMPANION_DATA", REAL)
     name = "wikitext2?train=test&tokenizer=bytes"
-    if not data.check(name).present:
+    if not data.check_dataset(name).present:
         pytest.skip("WikiText-2 is not under COMPANION_DATA")
     dataset = data.load(name)  # and it has the published number of lines and words
     assert dataset.label == "WikiText-2 (trained on its test text)"

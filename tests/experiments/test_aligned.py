@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from companion import data
-from companion.cli.runs import describe, is_current
+from companion.cli.runs import describe_entry, is_current
 from companion.connectivity import Barrier, Curve, Walker
 from companion.connectivity.gates import Gate
 from companion.core.errors import BadParameter
@@ -34,12 +34,12 @@ from companion.experiments.aligned import (
 )
 from companion.experiments.budget import count
 from companion.experiments.merged import merge_runs, read_logits, split_runs
-from companion.experiments.methods import KINDS, gradient, weights_of
+from companion.experiments.methods import METHOD_KINDS, gradient, weights_of
 from companion.experiments.pairs import Evaluation, Pair
 from companion.rebasin.repair import repair
 from companion.training import Recipe, Run, build, load_weights
 
-METHODS = [k.name for k in KINDS.values() if k.nets != "gpt"]
+METHODS = [k.name for k in METHOD_KINDS.values() if k.nets != "gpt"]
 RECIPE = Recipe(net="mlp:widths=16x2", data="digits", steps=150, batch=64, lr=0.1)
 FEW = Evaluation(points=5, train_examples=200)
 
@@ -341,7 +341,7 @@ def test_the_store_says_what_its_entries_are(store: Store) -> None:
     align(pairs_of(RECIPE, 1), ["weights"], FEW, workers=1)
     runs = [independent(RECIPE, 0), independent(RECIPE, 1)]
     merge_runs([runs], FEW, workers=1)
-    said = {e.identity["kind"]: describe(e.identity) for e in store.entries()}
+    said = {e.identity["kind"]: describe_entry(e.identity) for e in store.entries()}
     assert "units matched by weights" in said["aligned"]
     assert said["merged"] == "2 networks merged into one"
     current = is_current(store)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from companion import data
-from companion.cli.runs import describe, is_current
+from companion.cli.runs import describe_entry, is_current
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
 from companion.experiments import featured
@@ -221,7 +221,7 @@ def test_only_pairs_with_every_number_are_compared(found: dict[str, list[Feature
 def test_the_store_knows_the_kind(found: dict[str, list[Featured]], shared: Store) -> None:
     entries = [e for e in shared.entries() if e.identity["kind"] == "features"]
     assert len(entries) == 5
-    assert any("weights" in describe(e.identity) for e in entries)
+    assert any("weights" in describe_entry(e.identity) for e in entries)
     current = is_current(shared)
     assert all(current(e.identity) for e in entries)
     assert not current({**entries[0].identity, "semantics": -1})

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from everykind import fill
 
-from companion.core.runs import Entry, Store, canonical, digest
+from companion.core.runs import Entry, Store, canonical_json, digest
 
 GOLDEN = Path(__file__).with_name("golden_entries.json")
 
@@ -29,7 +29,7 @@ def _as_golden(entry: Entry) -> dict[str, Any]:
         else:  # of weights their names and sums
             tensors = entry.read_tensors(name)
             files[name] = {n: float(t.double().sum()) for n, t in tensors.items()}
-    return {"key": entry.key, "identity": canonical(entry.identity), "files": files}
+    return {"key": entry.key, "identity": canonical_json(entry.identity), "files": files}
 
 
 def made(root: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from commands import run
 from everykind import ASKED, COPIES, FEDERATION, FEW, STRANGERS, A, B
 
-from companion.cli.runs import describe, is_current
+from companion.cli.runs import describe_entry, is_current
 from companion.core import closing
 from companion.core.errors import NotMeasured
 from companion.core.runs import Entry, Store
@@ -115,8 +115,8 @@ def test_what_older_code_measured_is_stale(kind: str, store: Store) -> None:
 @every_kind
 def test_every_kind_is_described(kind: str) -> None:
     identity = golden(kind)["identity"]
-    assert describe(identity) not in ("unreadable", kind)
-    assert describe({"kind": kind}) == "unreadable"
+    assert describe_entry(identity) not in ("unreadable", kind)
+    assert describe_entry({"kind": kind}) == "unreadable"
 
 
 def test_equal_tasks_are_measured_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

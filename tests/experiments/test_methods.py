@@ -16,7 +16,7 @@ from companion.cli import rebasin as command
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
 from companion.experiments.aligned import MatchedLine, align, pairs_of
-from companion.experiments.methods import KINDS, Method, Problem, offered, register
+from companion.experiments.methods import METHOD_KINDS, Method, Problem, offered, register
 from companion.experiments.pairs import Evaluation
 from companion.rebasin import Matching, activation_matching, straight_through, weight_matching
 from companion.training import Recipe
@@ -63,7 +63,7 @@ def test_the_store_knows_a_method_by_what_it_always_did(name: str) -> None:
 
 
 def test_every_method_is_among_them() -> None:
-    assert list(KINDS) == list(IDENTITIES)
+    assert list(METHOD_KINDS) == list(IDENTITIES)
 
 
 def test_a_default_has_one_value() -> None:
@@ -83,7 +83,7 @@ def test_a_default_has_one_value() -> None:
 def shown() -> str:
     """The help of ``companion rebasin``, of the methods that there are now."""
     app = typer.Typer()
-    app.command()(importlib.reload(command).command)
+    app.command()(importlib.reload(command).align_networks)
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
     return " ".join(result.stdout.replace("│", " ").split())
 
@@ -91,7 +91,7 @@ def shown() -> str:
 @pytest.fixture
 def toy() -> Iterator[str]:
     """One more method, as one function."""
-    known = dict(KINDS)
+    known = dict(METHOD_KINDS)
 
     @register("backwards", "label", about="the last unit first")
     def _backwards(method: Method, problem: Problem) -> Matching:
@@ -99,8 +99,8 @@ def toy() -> Iterator[str]:
         return Matching(problem.spec, perms, "backwards", 0.0, 0.0, 1.0, passes=1)
 
     yield "backwards"
-    KINDS.clear()
-    KINDS.update(known)
+    METHOD_KINDS.clear()
+    METHOD_KINDS.update(known)
     importlib.reload(command)
 
 
@@ -128,4 +128,4 @@ def test_a_name_and_an_option_are_registered_once() -> None:
         register("weights")
     with pytest.raises(BadParameter, match="no option"):
         register("new", "strats")
-    assert "new" not in KINDS
+    assert "new" not in METHOD_KINDS

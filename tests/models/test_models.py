@@ -28,8 +28,8 @@ from companion.models import (
     parameter_count,
     title,
 )
+from companion.models.images import Block
 from companion.models.layers import default_groups
-from companion.models.resnet import Block
 
 MNIST, CIFAR, DIGITS = (1, 28, 28), (3, 32, 32), (1, 8, 8)
 KEY = Key("test", "models")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from companion.experiments.aligned import Aligned, Method
 from companion.experiments.instability import Instability, Sample
 from companion.experiments.pairs import PairResult
 from companion.papers import gpt as paper
-from companion.report import claims, page
+from companion.report import claims, page, recorded
 
 T = 100
 BLOCKS = (
@@ -58,7 +58,7 @@ def swept(whole: float, top: float = 0.01, valid: bool = True) -> Any:
         groups=dict.fromkeys(BLOCKS, ()),
         ends={"test": {"loss": (3.6, 3.64), "error": (70.0, 71.0)}},
         full_height=lambda *_: whole if valid else math.nan,
-        worst=lambda kind, _: dict(list(each.items())[: 4 if kind == "window" else 5]),
+        worst=lambda kind="single", _="": dict(list(each.items())[: 4 if kind == "window" else 5]),
         heights=lambda _: {name: {"a": v, "b": v} for name, v in each.items()},
         select=lambda _: [row],
     )
@@ -217,26 +217,40 @@ def test_a_ratio_without_an_interval() -> None:
 def test_zero_is_not_the_least_that_a_layer_can_show(design: paper.Study) -> None:
     study = world(design, top=0.5)
     assert paper.floor(study.parts["same"][0]) == pytest.approx(0.02)
-    near = paper.near_floor(study.parts["same"])
-    assert len(near) == 3 * len(BLOCKS) and sum(near) == 3 * (len(BLOCKS) - 1)
+    said = paper.values(study)  # of both kinds, three pairs each
+    assert said["dots"] == 6 * len(BLOCKS) and said["dots_near"] == 6 * (len(BLOCKS) - 1)
+
+
+def captions(study: paper.Study, *shows: Callable[[paper.Study], None]) -> dict[str, str]:
+    """What the captions of these figures say."""
+    with page.captured() as found:
+        for show in shows:
+            show(study)
+    said: dict[str, str] = {}
+    for figure in found.all("figure"):
+        said |= page.fillable(figure["values"], figure["name"])
+    return said
 
 
 def test_captions_and_prose_say_what_was_measured(design: paper.Study) -> None:
     study = world(design, top=1.0)
-    assert paper.instability_values(study)["barriers"] == (
+    assert captions(study, paper.show_instability)["barriers"] == (
         "0.300 at k = 0, 0.100 at k = 12, 0.005 at k = 38"
     )
-    assert "units and heads permuted 0.60" in str(paper.matching_values(study)["barriers"])
-    assert str(paper.heatmap_values(study)["at_the_end"]).endswith(
+    assert "units and heads permuted 0.60" in captions(study, paper.show_matching)["barriers"]
+    shown = captions(
+        study, paper.show_heatmap, paper.show_parts, paper.show_groups, paper.show_features
+    )
+    assert shown["at_the_end"].endswith(
         "different initialisations: whole network 0.80, largest of the blocks block 1 with 1.00"
     )
-    assert "block 1 1.00, block 1 1.00, block 1 1.00" in str(paper.parts_values(study)["largest"])
-    assert "block 1 and what follows, 1.00" in str(paper.groups_values(study)["peaks"])
-    assert "k = 38: 0.03; " in str(paper.features_values(study)["medians"])
-    said = paper.values(study)
-    assert said["first_k"] == "0.30" and said["factor"] == "1.35" and said["late_share"] == "38%"
+    assert "block 1 1.00, block 1 1.00, block 1 1.00" in shown["largest"]
+    assert "block 1 and what follows, 1.00" in shown["peaks"]
+    assert "k = 38: 0.03; " in shown["medians"]
+    said = paper.values(study) | study.words()
+    assert said["first_k"] == "0.30" and said["factor"] == "1.35" and said["late_share"] == "38 %"
     assert said["choices"] == "37" and said["left_rotated_heads"] == "0.20"
-    assert said["near_rotated"] == "50%" and (said["dots"], said["dots_near"]) == (30, 0)
+    assert said["near_rotated"] == "50 %" and (said["dots"], said["dots_near"]) == (30, 0)
     assert "does not help here: it leaves 0.70" in str(said["stream_sentence"])
     assert "block 1 costs 1.00 nats, more than averaging everything (0.80)" in (
         str(said["embedding_sentence"])
@@ -249,8 +263,8 @@ def test_captions_and_prose_say_what_was_measured(design: paper.Study) -> None:
 
 def test_pairs_that_failed_a_check_leave_sentences(design: paper.Study) -> None:
     study = world(design, valid=False)
-    assert paper.parts_values(study)["largest"] == paper.NONE
-    assert paper.matching_values(study)["barriers"] == paper.NONE
+    assert captions(study, paper.show_parts)["largest"] == paper.NONE
+    assert captions(study, paper.show_matching)["barriers"] == paper.NONE
     assert "no valid pair" in paper.embedding_sentence(study)
     assert "cannot say" in paper.stream_sentence(study)
     assert "lacks" in paper.features_sentence(study)
@@ -278,7 +292,7 @@ def test_figures_are_drawn(design: paper.Study, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_record_on_another_text(design: paper.Study) -> None:
-    records = paper.records()
+    records = recorded.load(paper.CHAPTER)
     said = paper.record_values(records)
     assert said["record_naive"] == "1.20" and said["record_rotated"] == "0.10"
     assert said["record_embedding"] == "1.75" and said["record_first"] == "0.38"
@@ -291,7 +305,7 @@ def test_the_record_on_another_text(design: paper.Study) -> None:
 
 
 def test_names_of_layers(design: paper.Study) -> None:
-    assert design.blocks[0] == paper.EMBEDDING and design.tied
+    assert design.blocks[0] == paper.EMBEDDING
     assert design.short("transformer.h.0.attn") == "block 1 attention"
     assert design.short(paper.EMBEDDING) == "embedding = output"
     assert design.places == ["transformer.h.0", "transformer.h.1", "transformer.ln_f", "lm_head"]

@@ -144,7 +144,7 @@ def map_of(barrier: Callable[[str, float], float]) -> rebasin.Study:
 def on_mnist(**given: Any) -> rebasin.Study:
     """As :func:`lines`, on MNIST."""
     study = lines(**given)
-    found = replace(study, base=replace(study.base, data="mnist"))
+    found = replace(study, main=replace(study.main, data="mnist"))
     vars(found).update(lines=study.lines)
     return found
 
@@ -318,11 +318,11 @@ def test_what_lacks_its_premise_is_not_judged() -> None:
     narrow = study_with({"width": 16}, lines={"weights": LOW})
     assert "512 units" in verdict(rebasin, "R02", narrow).note
     assert "MNIST" in verdict(rebasin, "R05", lines()).note
-    none = study_with(lines={"weights": LOW, "activations": LOW})
+    none = study_with({"ste_steps": 0}, lines={"weights": LOW, "activations": LOW})
     assert "no straight-through" in verdict(rebasin, "R04", none).note
     assert "no straight-through" in verdict(rebasin, "R07", none).note
     assert "four widths" in verdict(rebasin, "R09", study_with({"widths": []}, by_width={})).note
-    assert "no map" in verdict(rebasin, "R23", study_with(map={})).note
+    assert "no map" in verdict(rebasin, "R23", study_with({"map_pairs": 0}, map={})).note
     assert "too small" in verdict(rebasin, "R33", narrowest(loss=0.01)).note
     assert "LayerNorm" in verdict(rebasin, "R35", resnet("batch", 7.0, "reestimate")).note
     short = merges(input_0=(0.1, 40.0, 1.0), input_1=(0.1, 40.0, 1.0))
@@ -344,23 +344,29 @@ def test_which_network_is_corrected_is_decided_on_training_images() -> None:
     readings = dict(study.apart[0])
     readings["A corrected"] = {**readings["A corrected"], "train": Reading(0.1, 2.0, 1.0)}
     vars(study).update(apart=[readings])
-    assert study.corrected("loss") == [0.3]  # worse on test images, and chosen all the same
+    assert study.read("corrected") == [0.3]  # worse on test images, and chosen all the same
 
 
 def test_values_say_that_there_is_nothing_where_there_is_nothing() -> None:
-    failed = [line(valid=False)]
+    failed = {name: [line(valid=False)] for name in rebasin.NAMES}
     study = study_with(
-        lines=dict.fromkeys(rebasin.NAMES, failed), by_step={15: {"weights": failed}}
+        first=failed,
+        lines=failed,
+        late=failed,
+        decayed={},
+        map={},
+        by_width={512: failed},
+        by_step={15: failed},
     )
-    said = rebasin.line_values(study)
+    said = rebasin.values(study, [], [])
     assert said["naive_points"] == "no valid pair" and "stays open" in str(said["closer"])
-    assert rebasin.time_values(study)["earliest"] == "none"
-    values = rebasin.line_values(
-        lines(weights=three(loss=0.2, left=0.8), activations=three(left=0.9))
-    )
-    assert "which way B lies" in str(values["closer"])
-    assert values["weights_left"] == "80"
-    assert rebasin.said(-0.001, "{:.2f}") == "0.00" and rebasin.said(-0.5) == "−0.5"
+    assert said["earliest"] == "none" and said["early_points"] == said["time_after"]
+    assert said["decayed_nats"] == "not measured" and said["most"] == said["map_told"] == ""
+    study = lines(weights=three(loss=0.2, left=0.8), activations=three(left=0.9))
+    assert "which way B lies" in rebasin.closer(study.lines)
+    vars(study).update(first=study.lines, late=failed, decayed={}, map={}, by_width={}, by_step={})
+    assert rebasin.values(study, [], [])["weights_left"] == "80"
+    assert rebasin.told(-0.001, "{:.2f}") == "0.00" and rebasin.told(-0.5) == "−0.5"
 
 
 @pytest.mark.parametrize(

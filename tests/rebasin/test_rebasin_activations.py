@@ -17,11 +17,10 @@ from companion import models
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.data import Split
-from companion.rebasin.activations import STATISTICS, Sums, activation_matching
+from companion.rebasin.activations import PAIR_STATISTICS, Look, Sums, activation_matching, looks
 from companion.rebasin.derive import derive
 from companion.rebasin.repair import repair
-from companion.rebasin.sites import Look, looks
-from companion.rebasin.spec import Site, Spec, chain
+from companion.rebasin.spec import ActivationSite, Spec, chain
 from companion.rebasin.ste import straight_through
 
 
@@ -97,7 +96,9 @@ def small(seed: int = 1) -> tuple[nn.Module, Spec]:
     with Key("small", seed).seeded():
         module = Scribbler()
     spec = chain(6, 16, 3, names=["one", "two"])
-    return module, dataclasses.replace(spec, sites={"one": Site("", "relu", 0, -1, 0, ("one",))})
+    return module, dataclasses.replace(
+        spec, sites={"one": ActivationSite("", "relu", 0, -1, 0, ("one",))}
+    )
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -136,7 +137,7 @@ def test_planted_permutations_come_back(name: str) -> None:
     spec = derive(module, inputs[:2])
     a = module.state_dict()
     b, back = planted(spec, a)
-    for statistic in STATISTICS:
+    for statistic in PAIR_STATISTICS:
         found = activation_matching(spec, module, a, b, inputs, statistic=statistic, batch=10)
         assert found.details is not None and found.details["no site"] == []
         for group, p in back.items():
@@ -206,7 +207,7 @@ def test_batches_do_not_matter() -> None:
     )
     inputs = noise(23, 3, 8, 8)
     spec = derive(a, inputs[:2])
-    for statistic in STATISTICS:
+    for statistic in PAIR_STATISTICS:
         first, *others = (
             activation_matching(
                 spec, a, a.state_dict(), b.state_dict(), given, statistic=statistic, batch=batch
@@ -252,7 +253,7 @@ def test_an_activation_that_is_overwritten_later() -> None:
     module, spec = small()
     a = module.state_dict()
     b, back = planted(spec, a)
-    for statistic in STATISTICS:
+    for statistic in PAIR_STATISTICS:
         found = activation_matching(spec, module, a, b, noise(50, 6), statistic=statistic)
         assert torch.equal(found.perms["one"], back["one"])
 
@@ -361,13 +362,13 @@ def test_bad_input() -> None:
     refused("network A: one.bias holds NaN", a={**a, "one.bias": a["one.bias"] * torch.nan})
     huge = {**a, "one.weight": a["one.weight"] * 1e38, "one.bias": a["one.bias"] + 1e38}
     refused("network B: the activations of 'one' hold NaN or infinite", b=huge, inputs=x * 100)
-    for statistic in STATISTICS:
+    for statistic in PAIR_STATISTICS:
         late = torch.cat([x, torch.full((1, 6), torch.inf)])
         refused("activations of 'one' hold NaN", inputs=late, statistic=statistic)
-    site = Site("", "gelu", 0, -1, 0, ("one",))
+    site = ActivationSite("", "gelu", 0, -1, 0, ("one",))
     lost = dataclasses.replace(spec, sites={"one": site})
     refused("'one': operation 'gelu' number 0 of the network itself did not come by", spec=lost)
-    site = Site("", "relu", 0, -3, 0, ("one",))
+    site = ActivationSite("", "relu", 0, -3, 0, ("one",))
     refused("does not fit the spec", spec=dataclasses.replace(spec, sites={"one": site}))
 
 
@@ -418,7 +419,7 @@ def test_attention_taken_apart_on_another_device() -> None:
 def test_a_block_of_two_families_is_not_guessed() -> None:
     """Where two free groups share one block, neither can be matched alone there."""
     spec = chain(6, 4, 4, 3)
-    site = Site("", "relu", 0, -1, 0, ("0", "1"))
+    site = ActivationSite("", "relu", 0, -1, 0, ("0", "1"))
     assert looks(dataclasses.replace(spec, sites={"0": site, "1": site})) == ()
 
 

@@ -22,7 +22,7 @@ from companion.core.seeds import Key
 from companion.core.theta import snapshot
 from companion.rebasin import activation_matching, rules
 from companion.rebasin.derive import derive
-from companion.rebasin.proof import Subject, Unproven, check_equal, difference
+from companion.rebasin.proof import Subject, Unproven, check_equal, output_gap
 from companion.rebasin.spec import Spec
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=Key("test").generator())
@@ -41,7 +41,7 @@ def gap(module: nn.Module, spec: Spec, seed: int = 0) -> float:
     before = net.run()
     perms = spec.random(Key("test", seed).generator())
     net.load(spec.permute(snapshot(module), perms))
-    return difference(before, net.run())
+    return output_gap(before, net.run())
 
 
 def shaken(module: nn.Module) -> nn.Module:

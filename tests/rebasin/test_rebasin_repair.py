@@ -22,8 +22,18 @@ from companion.core.seeds import Key
 from companion.core.theta import layout, snapshot, with_aliases
 from companion.data import Split
 from companion.models import ChannelLayerNorm
-from companion.rebasin.moments import Comoments, Copy, Moments, batches, correction
-from companion.rebasin.repair import Repaired, collapse, fuse, merge, repair, reset_batchnorm
+from companion.rebasin.repair import (
+    Comoments,
+    Copy,
+    Moments,
+    Repaired,
+    correction,
+    even_batches,
+    fuse,
+    interpolated,
+    repair,
+    reset_batchnorm,
+)
 from companion.training import Recipe, Run, State, advance, build
 
 DIGITS = data.load("digits")
@@ -122,8 +132,8 @@ def test_a_constant_channel_keeps_its_scale_and_gets_its_mean() -> None:
 
 
 def test_batches_are_equal_and_never_single() -> None:
-    assert [len(p) for p in batches(torch.zeros(1001, 2), 500)] == [334, 334, 333]
-    assert [len(p) for p in batches(torch.zeros(5, 2), 2)] == [3, 2]
+    assert [len(p) for p in even_batches(torch.zeros(1001, 2), 500)] == [334, 334, 333]
+    assert [len(p) for p in even_batches(torch.zeros(5, 2), 2)] == [3, 2]
 
 
 # ---- nothing to repair
@@ -173,7 +183,7 @@ def test_one_hidden_layer_gets_its_targets_and_both_forms_agree_there() -> None:
     fa, fb = features(module, a, x, "0"), features(module, b, x, "0")
     mean = (1 - alpha) * fa.mean(1) + alpha * fb.mean(1)
     spread = (1 - alpha) * std(fa) + alpha * std(fb)
-    merged = features(module, merge(module, a, b, alpha), x, "0")
+    merged = features(module, interpolated(module, a, b, alpha), x, "0")
     assert (std(merged) / spread).max() < 0.99  # they do collapse
     got = {f: repair(module, a, b, x, alpha=alpha, form=f) for f in ("forward", "closed")}
     for r in got.values():
@@ -270,7 +280,7 @@ def test_fused_weights_do_what_explicit_corrections_do(module: nn.Module) -> Non
     hooked = copy.deepcopy(module)
     for name, scale in got.scale.items():
         hooked.get_submodule(name).register_forward_hook(explicit(scale, got.shift[name]))
-    want = outputs(hooked, merge(module, a, b, 0.5), X)
+    want = outputs(hooked, interpolated(module, a, b, 0.5), X)
     torch.testing.assert_close(outputs(module, got.theta, X), want, rtol=1e-4, atol=1e-4)
     assert got.theta.keys() == module.state_dict().keys()
 
@@ -368,8 +378,8 @@ def test_the_reset_gives_the_walkers_numbers() -> None:
     a, b = _pair(spec)
     split = Split(X, DIGITS.train.head(400).y)
     walker = Walker(module, {"train": split}, bn="reestimate", batch=150)
-    walker.at(merge(module, a, b, 0.5))
-    got = reset_batchnorm(module, merge(module, a, b, 0.5), X, batch=150)
+    walker.at(interpolated(module, a, b, 0.5))
+    got = reset_batchnorm(module, interpolated(module, a, b, 0.5), X, batch=150)
     want = walker.module.state_dict()
     assert got.keys() == want.keys()
     for name, value in got.items():
@@ -432,11 +442,10 @@ def test_variance_collapses_with_depth_and_repair_ends_it(
     trained: tuple[nn.Module, Theta, Theta],
 ) -> None:
     module, a, b = trained
-    shares = list(collapse(module, a, b, X).values())
+    got = repair(module, a, b, X)
+    shares = list(got.before.values())
     assert shares[0] < 0.95 and shares[-1] < 0.6
     assert all(x > y for x, y in itertools.pairwise(shares))
-    got = repair(module, a, b, X)
-    assert list(got.before.values()) == shares
     hidden = [v for n, v in got.after.items() if n != "head"]
     assert hidden == pytest.approx([1.0] * 6, abs=1e-4)
     assert got.after["head"] > 0.8
@@ -445,7 +454,7 @@ def test_variance_collapses_with_depth_and_repair_ends_it(
         return float(F.cross_entropy(outputs(module, point, DIGITS.test.x), DIGITS.test.y))
 
     ends = max(loss(a), loss(b))
-    plain, forward = loss(merge(module, a, b, 0.5)), loss(got.theta)
+    plain, forward = loss(interpolated(module, a, b, 0.5)), loss(got.theta)
     closed = loss(repair(module, a, b, X, form="closed").theta)
     assert forward - ends < 0.6 * (plain - ends)
     assert closed < plain
@@ -476,7 +485,7 @@ def test_nothing_is_changed() -> None:
     momentum = module[1].momentum  # type: ignore[index]  # Sequential indexed
     for form in ("forward", "closed"):
         assert isinstance(repair(module, a, b, X, form=form), Repaired)
-    collapse(module, a, b, X)
+
     reset_batchnorm(module, a, X)
     for was, now in zip(before, (module.state_dict(), a, b), strict=True):
         assert all(torch.equal(v, now[n]) for n, v in was.items())

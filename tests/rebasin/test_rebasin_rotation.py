@@ -46,7 +46,7 @@ from companion.training import Recipe
 
 Theta = dict[str, Tensor]
 VOCABULARY, WINDOW = 24, 8
-KINDS = [(b, t) for b in ("true", "false") for t in ("true", "false")]
+METHOD_KINDS = [(b, t) for b in ("true", "false") for t in ("true", "false")]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -96,7 +96,7 @@ def planted(found: Folding, a: Theta, seed: int) -> Theta:
 # Folding
 
 
-@pytest.mark.parametrize(("bias", "tied"), KINDS)
+@pytest.mark.parametrize(("bias", "tied"), METHOD_KINDS)
 def test_folding_keeps_the_function(bias: str, tied: str) -> None:
     module = network(3, bias=bias, tied=tied)
     before = state(module)
@@ -201,7 +201,7 @@ def test_networks_that_cannot_be_folded_are_refused() -> None:
 # Rotations
 
 
-@pytest.mark.parametrize(("bias", "tied"), KINDS)
+@pytest.mark.parametrize(("bias", "tied"), METHOD_KINDS)
 def test_rotating_keeps_the_function(bias: str, tied: str) -> None:
     found = folding(bias, tied)
     theta = {k: v.double() for k, v in folded(1, bias, tied).items()}
@@ -333,7 +333,7 @@ def test_the_objective_never_falls_and_is_what_it_says(heads: str) -> None:
     st.integers(0, 10**6),
     st.integers(1, 2),
     st.sampled_from([(4, 1), (4, 2), (6, 3), (8, 2)]),
-    st.sampled_from(KINDS),
+    st.sampled_from(METHOD_KINDS),
     st.sampled_from(HEADS),
 )
 @settings(max_examples=12, deadline=None)
@@ -422,7 +422,7 @@ def text() -> Dataset:
     return Dataset("text", "text", split, split, VOCABULARY, (WINDOW,), (), (), "0" * 64)
 
 
-@pytest.mark.parametrize("name", [k.name for k in methods.KINDS.values() if k.nets == "gpt"])
+@pytest.mark.parametrize("name", [k.name for k in methods.METHOD_KINDS.values() if k.nets == "gpt"])
 def test_methods_of_the_stream(name: str) -> None:
     module, data = network(0), text()
     a, b = state(module), state(network(1))

@@ -16,7 +16,7 @@ from torch import Tensor
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.models import build
-from companion.rebasin.assignment import assign, assign_nested, prices
+from companion.rebasin.assignment import assign_nested, assign_units, prices
 from companion.rebasin.derive import derive
 from companion.rebasin.spec import Axis, Group, Spec, chain
 from companion.rebasin.weights import greedy, objective, weight_matching
@@ -102,7 +102,7 @@ SPECS = {"mlp": chain(4, 6, 5, 3), "heads": HEADS, "joined": JOINED, "loop": LOO
 def test_assign_is_the_best_of_all(n: int, seed: int, ties: bool) -> None:
     gain = torch.randn(n, n, generator=generator(seed), dtype=torch.float64)
     gain = gain.round() if ties else gain
-    p = assign(gain)
+    p = assign_units(gain)
     rows = torch.arange(n)
     best = max(float(gain[rows, list(q)].sum()) for q in itertools.permutations(range(n)))
     assert sorted(p.tolist()) == list(range(n))
@@ -114,7 +114,7 @@ def test_assign_takes_maxima_that_are_a_permutation() -> None:
     p = torch.randperm(50, generator=generator(0))
     gain = torch.rand(50, 50, generator=generator(1), dtype=torch.float64)
     gain[torch.arange(50), p] += 1
-    assert torch.equal(assign(gain), p)
+    assert torch.equal(assign_units(gain), p)
 
 
 @given(st.integers(1, 12), st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 10.0]))
@@ -125,15 +125,15 @@ def test_prices_change_no_optimum(n: int, seed: int, change: float) -> None:
     gain = torch.randn(n, n, generator=g, dtype=torch.float64)
     other = gain + change * torch.randn(n, n, generator=g, dtype=torch.float64)
     rows = torch.arange(n)
-    best = float(gain[rows, assign(gain)].sum())
-    price = prices(other, assign(other))
+    best = float(gain[rows, assign_units(gain)].sum())
+    price = prices(other, assign_units(other))
     for any_price in (
         price,
-        prices(other, assign(other), price),
+        prices(other, assign_units(other), price),
         torch.randn(n, generator=g, dtype=torch.float64),
     ):
         kept = gain.clone()
-        p = assign(gain, any_price)
+        p = assign_units(gain, any_price)
         assert float(gain[rows, p].sum()) == pytest.approx(best)
         assert torch.equal(gain, kept)
         # At any prices, what the rows can have is no less than the best assignment.
@@ -143,7 +143,7 @@ def test_prices_change_no_optimum(n: int, seed: int, change: float) -> None:
 def test_prices_make_an_assignment_every_rows_choice() -> None:
     gain = torch.randn(30, 30, generator=generator(0), dtype=torch.float64)
     gain += torch.randn(30, generator=generator(1), dtype=torch.float64) * 3  # columns all want
-    p = assign(gain)
+    p = assign_units(gain)
     price = prices(gain, p, None)
     for _ in range(3):
         price = prices(gain, p, price)
@@ -178,9 +178,9 @@ def test_nested_assignment_is_the_best_of_all(h: int, s: int, plain: bool, seed:
 
 def test_assign_refuses_what_is_no_gain() -> None:
     with pytest.raises(BadParameter, match="NaN"):
-        assign(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]))
+        assign_units(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]))
     with pytest.raises(BadParameter, match="square"):
-        assign(torch.zeros(2, 3))
+        assign_units(torch.zeros(2, 3))
     with pytest.raises(BadParameter, match="'x'"):
         assign_nested(None, {"x": torch.zeros(5, 5)}, 2)
 

@@ -109,7 +109,7 @@ def test_a_statistic_outside_its_interval_is_a_mistake(judged):
 
 
 def lacks(study):
-    closing.check(what="a path")
+    closing.refuse_work(what="a path")
     return claims.Statistic(study)
 
 

@@ -45,8 +45,8 @@ from companion.training import (
     using,
 )
 from companion.training.feed import Feed
+from companion.training.stack import coefficients
 from companion.training.stepper import Stepper
-from companion.training.update import coefficients
 
 CPU = torch.device("cpu")
 DIGITS = datasets.load("digits")
@@ -303,8 +303,8 @@ def test_the_feed_is_the_loops_order_and_augmentation() -> None:
             assert got.rows.shape == (PER_EPOCH, 2, 60)
             assert torch.equal(got.rows[:, 1].reshape(-1), order[: PER_EPOCH * 60])
             draws = augmenter.draw(run.augment_key(), epoch)
-            theirs = augmenter.batch(order[60:120], draws)
-            mine = augmenter.pick(
+            theirs, _ = augmenter.examples(order[60:120], draws)
+            mine, _ = augmenter.pick_examples(
                 got.rows[1, 0], type(draws)(*(t[1, 0] for t in got.tensors()[1:]))
             )
             assert torch.equal(mine, theirs)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from companion import data
 from companion.core.errors import BadParameter, CorruptEntry, Diverged
-from companion.core.runs import Store, canonical
+from companion.core.runs import Store, canonical_json
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
 from companion.data import Augmentation, Augmenter
@@ -34,7 +34,7 @@ from companion.training import (
     load_state,
     load_weights,
     make_optimizer,
-    merge,
+    merge_jobs,
     recipe_from,
     train,
     train_one,
@@ -271,7 +271,7 @@ def test_a_new_field_with_a_default_keeps_old_names() -> None:
     assert NextYear(**values).identity() == old.identity()
     assert NextYear(**values, clip=1.0).identity() == {**old.identity(), "clip": 1.0}
     a, b = (Run(r).identity("f", "cpu") for r in (NextYear(**values), old))
-    assert canonical(a) == canonical(b)
+    assert canonical_json(a) == canonical_json(b)
 
 
 def test_identity_is_pinned() -> None:
@@ -322,14 +322,14 @@ def test_everything_that_changes_the_bits_changes_the_identity() -> None:
             for s in ("continue", "restart")
         ),
     ]
-    names = {canonical(r.identity("f", "cpu")) for r in runs}
-    names |= {canonical(base.identity("g", "cpu")), canonical(base.identity("f", "cuda"))}
+    names = {canonical_json(r.identity("f", "cpu")) for r in runs}
+    names |= {canonical_json(base.identity("g", "cpu")), canonical_json(base.identity("f", "cuda"))}
     assert len(names) == len(runs) + 2
 
 
 def test_without_augmentation_its_label_does_not_count() -> None:
     a, b = Run(recipe(), augment=1), Run(recipe(), augment=2)
-    assert canonical(a.identity("f", "cpu")) == canonical(b.identity("f", "cpu"))
+    assert canonical_json(a.identity("f", "cpu")) == canonical_json(b.identity("f", "cpu"))
 
 
 # ---- schedules
@@ -437,7 +437,7 @@ def plain_loop(run: Run, make: Any, steps: int, theta: dict[str, Tensor] | None 
         epoch, position = step // PER_EPOCH, step % PER_EPOCH
         order = Key("order", run.order, "epoch", epoch).permutation(N)
         rows = order[60 * position : 60 * position + 60]
-        x = augmenter.batch(rows, augmenter.draw(Key("augment", run.augment), epoch))
+        x, _ = augmenter.examples(rows, augmenter.draw(Key("augment", run.augment), epoch))
         for group in optimizer.param_groups:
             group["lr"] = run.recipe.learning_rate(step)
         loss = F.cross_entropy(net(x), DIGITS.train.y[rows])
@@ -502,9 +502,9 @@ def test_exactly_that_many_steps(steps: int, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[Tensor] = []
 
     class Spy(Augmenter):
-        def batch(self, rows: Tensor, draws: Any) -> Tensor:  # type: ignore[override]
+        def examples(self, rows: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
             seen.append(rows.clone())
-            return super().batch(rows, draws)  # type: ignore[arg-type]
+            return super().examples(rows, draws)
 
     monkeypatch.setattr(engine.loop, "Augmenter", Spy)
     run = Run(recipe(steps=steps, optimizer="adam"))
@@ -608,10 +608,10 @@ def test_order_and_augmentation_are_two_sources(
     seen: list[tuple[Tensor, Tensor]] = []
 
     class Spy(Augmenter):
-        def batch(self, rows: Tensor, draws: Any) -> Tensor:  # type: ignore[override]
-            x = super().batch(rows, draws)  # type: ignore[arg-type]
+        def examples(self, rows: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
+            x, y = super().examples(rows, draws)
             seen.append((rows.clone(), x.clone()))
-            return x
+            return x, y
 
     monkeypatch.setattr(engine.loop, "Augmenter", Spy)
     epochs = []
@@ -803,7 +803,7 @@ def test_what_exists_is_not_trained_again(store: Store, monkeypatch: pytest.Monk
 
 def test_jobs_are_merged() -> None:
     a, b = Run(recipe()), Run(recipe(), order=1)
-    found = merge(
+    found = merge_jobs(
         [Job(a, weights=(40,)), Job(b, states=(3,)), Job(a, weights=(5, 40), states=(7,))]
     )
     assert found == [Job(a, (5, 40), (7,)), Job(b, (), (3,))]
@@ -1000,7 +1000,7 @@ def test_bf16_keeps_float32_weights() -> None:
     exact = advance(plain, start(plain), 40, DIGITS)
     assert not same(found.theta, exact.theta), "autocast did nothing"
     assert float((found.trace - exact.trace).abs().max()) < 0.1
-    assert canonical(run.identity("f", "cpu")) != canonical(plain.identity("f", "cpu"))
+    assert canonical_json(run.identity("f", "cpu")) != canonical_json(plain.identity("f", "cpu"))
 
 
 def test_optimisers_are_made_from_the_recipe() -> None:

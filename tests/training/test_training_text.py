@@ -460,7 +460,7 @@ def test_every_architecture_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None
         made.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("companion.training.compiled._COMPILED", {})
+    monkeypatch.setattr("companion.training.loop._COMPILED", {})
     for number in range(1, 11):
         one = Run(recipe(net=f"gpt:layers=1,width={2 * number},heads=1", steps=1))
         for _ in range(2):

@@ -25,6 +25,7 @@ from companion.report.recorded import Record
 
 #: Keys that papermill and nbclient put into metadata: times, paths, durations.
 _NOISE = ("papermill", "execution")
+_LITERAL = (type(None), bool, int, float, str, list, tuple, dict)
 
 
 @dataclass
@@ -45,10 +46,9 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
     """Turn papermill's output into a page.
 
     Arguments:
-        book: The book; its root is cut out of every path that a cell printed.
-        profile: The profile the notebook ran with.
-        chapter: The chapter's name.
-        notebook: The executed notebook, of nbformat 4. It is changed in place.
+        book: its root is cut out of every path that a cell printed.
+        profile: the one the notebook ran with.
+        notebook: executed, of nbformat 4. It is changed in place.
 
     Returns:
         The page: one parameters cell with the values used; figures with caption, label, alt text
@@ -59,7 +59,7 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
             caption, or a caption without either; a placeholder in the text that nobody filled.
     """
     page = Page(chapter, notebook)
-    values = dict(notebook.metadata.get("papermill", {}).get("parameters", {}))
+    values = notebook.metadata.get("papermill", {}).get("parameters", {})
     for noise in (*_NOISE, "jupytext", "widgets"):
         notebook.metadata.pop(noise, None)
     notebook.cells = [c for c in notebook.cells if "injected-parameters" not in _tags(c)]
@@ -67,7 +67,10 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
         for noise in _NOISE:
             cell.metadata.pop(noise, None)
         if "parameters" in _tags(cell):
-            _parameters(page, cell, values)
+            where = f"chapters/{chapter}.md"
+            cell.source = substituted(cell.source, values, where)  # papermill can still set them
+            known = {name: p.default for name, p in declared(cell.source, where).items()}
+            page.parameters = {k: v for k, v in known.items() if isinstance(v, _LITERAL)}
         if cell.cell_type == "code":
             cell.outputs = list(_tidy(cell.outputs, book))
     _texts(page, notebook, book)
@@ -80,17 +83,6 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
 
 def _tags(cell: Any) -> list[str]:
     return list(cell.metadata.get("tags", []))
-
-
-def _parameters(page: Page, cell: Any, values: dict[str, Any]) -> None:
-    """One cell with the values that were used; it still runs, and papermill can still set them."""
-    where = f"chapters/{page.chapter}.md"
-    cell.source = substituted(cell.source, values, where)
-    page.parameters = {
-        name: p.default
-        for name, p in declared(cell.source, where).items()
-        if isinstance(p.default, (type(None), bool, int, float, str, list, tuple, dict))
-    }
 
 
 def _tidy(outputs: Iterable[Any], book: Book) -> Iterator[Any]:

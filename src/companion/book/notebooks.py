@@ -13,20 +13,12 @@ from typing import Any
 
 from companion.book import parameters
 from companion.book.layout import Book, BookError
-from companion.core.errors import BadParameter
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
 def build(book: Book, chapter: str) -> Path:
-    """Write ``build/notebooks/<chapter>.ipynb``, which plain papermill can run.
-
-    Arguments:
-        book: The book.
-        chapter: The chapter's name.
-
-    Returns:
-        The notebook's path.
+    """Write ``build/notebooks/<chapter>.ipynb``, which plain papermill can run; return its path.
 
     Raises:
         BadParameter: The chapter does not have exactly one cell tagged ``parameters``, or that cell
@@ -34,14 +26,8 @@ def build(book: Book, chapter: str) -> Path:
     """
     import jupytext
 
+    parameters.declared(parameters.cell_of(book, chapter), f"chapters/{chapter}.md")
     notebook = jupytext.read(book.source(chapter), fmt="md:myst")
-    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    if len(tagged) != 1:
-        raise BadParameter(
-            f"chapters/{chapter}.md has {len(tagged)} cells tagged `parameters`; "
-            "it needs exactly one."
-        )
-    parameters.declared(tagged[0].source, f"chapters/{chapter}.md")
     notebook.metadata["kernelspec"] = KERNEL
     notebook.metadata["language_info"] = {"name": "python"}
     for i, cell in enumerate(notebook.cells):
@@ -52,16 +38,10 @@ def build(book: Book, chapter: str) -> Path:
 
 
 def format_cells(book: Book, chapter: str) -> bool:
-    """Format the code cells of a chapter with ruff. Text and cell options stay byte for byte.
+    """Format the code cells of a chapter with ruff; return whether anything changed.
 
-    (``jupytext --pipe`` would write its version into every chapter's header.)
-
-    Arguments:
-        book: The book.
-        chapter: The chapter's name.
-
-    Returns:
-        Whether anything changed.
+    Text and cell options stay byte for byte. (``jupytext --pipe`` would write its version into
+    every chapter's header.)
 
     Raises:
         BookError: ruff cannot read the code; its message says where.
@@ -93,12 +73,7 @@ def format_cells(book: Book, chapter: str) -> bool:
 
 
 def execute(book: Book, profile: str, chapter: str) -> Path:
-    """Run a chapter's notebook with a profile's parameters.
-
-    Arguments:
-        book: The book.
-        profile: The profile's name.
-        chapter: The chapter's name; :func:`build` has to have run.
+    """Run a chapter's notebook, which :func:`build` made, with a profile's parameters.
 
     Returns:
         The executed notebook's path. It appears only if every cell ran.
@@ -116,7 +91,7 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
     source, target = book.notebook(chapter), book.executed(profile, chapter)
     if not source.is_file():
         raise BookError(f"{source.relative_to(book.root)} is missing: run `make notebooks` first.")
-    values = profile_parameters(book, profile, chapter)
+    values = parameters.profile_values(book, profile, chapter, parameters.cell_of(book, chapter))
     target.parent.mkdir(parents=True, exist_ok=True)
     failed = target.parent.parent / "failed" / target.name
     working = target.with_suffix(".part.ipynb")
@@ -149,13 +124,6 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
     working.replace(target)
     _say(f"{chapter} ({profile}): done in {time.monotonic() - started:.0f} s")
     return target
-
-
-def profile_parameters(book: Book, profile: str, chapter: str) -> dict[str, Any]:
-    """What ``profile`` sets for ``chapter``, checked against the built notebook."""
-    notebook = read(book.notebook(chapter))
-    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    return parameters.profile_values(book, profile, chapter, cell.source)
 
 
 def read(path: Path) -> Any:

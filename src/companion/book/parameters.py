@@ -8,7 +8,6 @@ they are errors here, before the first cell runs.
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from typing import Any
 
 import yaml
 
+from companion.book.chapter import cells
 from companion.book.layout import Book
 from companion.core import plainyaml
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, one_of
 
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _COMPUTED = object()  # a default that is not a literal: nothing to compare a type with
@@ -35,12 +35,24 @@ class Parameter:
     end: int
 
 
-def declared(source: str, where: str) -> dict[str, Parameter]:
-    """Read the parameters cell.
+def cell_of(book: Book, chapter: str) -> str:
+    """The source of the chapter's parameters cell.
 
-    Arguments:
-        source: The cell's text.
-        where: The chapter, for messages.
+    Raises:
+        BadParameter: there is not exactly one cell tagged ``parameters``.
+    """
+    where = f"chapters/{chapter}.md"
+    found = cells(book.source(chapter).read_text(encoding="utf-8"), where)
+    tagged = [cell.source for cell in found if "parameters" in cell.tags]
+    if len(tagged) != 1:
+        raise BadParameter(
+            f"{where} has {len(tagged)} cells tagged `parameters`; it needs exactly one."
+        )
+    return tagged[0]
+
+
+def declared(source: str, where: str) -> dict[str, Parameter]:
+    """Read the parameters cell; ``where`` names the chapter in messages.
 
     Raises:
         BadParameter: Something other than ``name = value``, a name twice, or a value that is
@@ -89,10 +101,7 @@ def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[
     """What a profile sets for a chapter; empty if it has no file for it.
 
     Arguments:
-        book: The book.
-        profile: The profile's name.
-        chapter: The chapter's name.
-        source: The text of its parameters cell.
+        source: the text of its parameters cell, see :func:`cell_of`.
 
     Raises:
         BadParameter: An unknown profile, a file that is not YAML or belongs to no chapter, an
@@ -125,29 +134,15 @@ def check(values: Mapping[str, Any], parameters: Mapping[str, Parameter], where:
     """Refuse values of unknown parameters, and values whose type cannot be meant.
 
     Arguments:
-        values: Name to value.
-        parameters: What :func:`declared` read.
-        where: Who sets the values, for messages.
+        where: who sets the values, for messages.
     """
     for name, value in values.items():
-        if name not in parameters:
-            close = difflib.get_close_matches(str(name), parameters, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise BadParameter(
-                f"{where}: {name!r} is not a parameter of the chapter.{hint} "
-                f"Its parameters: {', '.join(parameters)}."
-            )
+        one_of(f"{where}: parameter", name, parameters)
         _check(value, parameters[name], f"{where}: {name}")
 
 
 def substituted(source: str, values: Mapping[str, Any], where: str) -> str:
-    """The parameters cell with other values in place of its defaults; comments stay.
-
-    Arguments:
-        source: The cell's text.
-        values: Name to value; every name has to be declared.
-        where: The chapter, for messages.
-    """
+    """The parameters cell with other values, by name, in place of its defaults; comments stay."""
     text = source.encode()
     parameters = declared(source, where)
     for parameter in sorted((parameters[name] for name in values), key=lambda p: -p.start):
@@ -192,7 +187,7 @@ def _no_text_floats(value: Any, where: str) -> None:
     """YAML 1.1 reads 1e-3 as text: it wants a point in the mantissa and a sign in the exponent."""
     if isinstance(value, str) and _FLOAT.fullmatch(value):
         plain = repr(float(value))
-        forms = [_yaml_float(value)] + ([] if "e" in plain else [plain])
+        forms = [plainyaml.number(value)] + ([] if "e" in plain else [plain])
         raise BadParameter(
             f"{where}: YAML reads {value} as text, not as a number. Write {' or '.join(forms)}."
         )
@@ -202,9 +197,3 @@ def _no_text_floats(value: Any, where: str) -> None:
     if isinstance(value, dict):
         for item in value.values():
             _no_text_floats(item, where)
-
-
-def _yaml_float(text: str) -> str:
-    mantissa, exponent = text.lower().split("e")
-    mantissa += "" if "." in mantissa else ".0"
-    return f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"

@@ -16,14 +16,13 @@ block is taken out of the text and given to the figure or table of its name; wit
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from companion.book.chapter import scan
 from companion.book.layout import Book, BookError
 
-_FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*(\{[\w:-]+\})?([^`]*)")
-_VERBATIM = {"code-cell", "code", "code-block", "math", "literalinclude", "raw"}
 _OPEN = re.compile(r"(:{3,})\s*\{caption\}\s*(.*?)\s*")
 _INSIDE = r"(?:(?!\n[ \t]*\n).)+?"  # of one paragraph
 _TOKEN = re.compile(
@@ -93,12 +92,12 @@ def captions(text: str, at: At) -> tuple[str, list[Caption]]:
     """
     rest: list[str] = []
     found: list[Caption] = []
-    lines = list(_lines(text))
+    lines = list(scan(text))
     number = 0
     while number < len(lines):
-        prose, line = lines[number]
+        fenced, line = lines[number]
         number += 1
-        opened = _OPEN.fullmatch(line) if prose else None
+        opened = None if fenced else _OPEN.fullmatch(line)
         if opened is None:
             rest.append(line)
             continue
@@ -167,10 +166,6 @@ def give(
         what = f"the {'table' if 'rows' in entry else 'figure'} {entry.get('name')!r}"
         own = {**values, **entry.pop("values", {})}
         given = known.get(entry.get("name", ""))
-        if "caption" in entry:
-            if given:
-                raise BookError(f"{given.where}: {what} has a caption in its cell too.")
-            continue
         if given is None:
             raise BookError(
                 f"{at('')}: {what} has no caption. Write a block :::{{caption}} {entry['name']} "
@@ -224,8 +219,8 @@ def fill(text: str, values: Mapping[str, Any], at: At, *, markup: bool = True) -
     """
     parts = [""]
     prose: list[str] = []
-    for is_prose, line in [*_lines(text), (False, "")]:
-        if is_prose:
+    for fenced, line in [*scan(text), (True, "")]:
+        if not fenced:
             prose.append(line)
             continue
         if prose:
@@ -278,29 +273,3 @@ def _shown(value: Any, spec: str, markup: bool) -> str:
         return shown.replace("-", "−")
     shown = " ".join(shown.split())
     return _MARKUP.sub(r"\\\g<0>", shown) if markup else shown
-
-
-def prose(text: str) -> str:
-    """Markdown without its fences of code and of formulas."""
-    return "\n".join(line for is_prose, line in _lines(text) if is_prose)
-
-
-def _lines(text: str) -> Iterator[tuple[bool, str]]:
-    """Each line, and whether it is prose: no fence, and not in one of code or of a formula."""
-    verbatim = ""
-    notes: list[str] = []  # fences of prose; what ends one looks like the start of a bare fence
-    for line in text.split("\n"):
-        fence = _FENCE.fullmatch(line)
-        yield not (fence or verbatim), line
-        if not fence:
-            continue
-        bare = not fence[2] and not fence[3].strip()
-        if verbatim:
-            if bare and fence[1].startswith(verbatim):
-                verbatim = ""
-        elif bare and notes and fence[1].startswith(notes[-1]):
-            notes.pop()
-        elif fence[2] and fence[2][1:-1] not in _VERBATIM:
-            notes.append(fence[1])
-        else:
-            verbatim = fence[1]

@@ -58,6 +58,10 @@ MARGIN_S = 20.0
 """A recording stops this long before its limit (a tenth of it, if that is less): time to store."""
 
 
+LOST = "The recording was closed before everything that this figure speaks of was measured."
+"""In place of a caption whose numbers are missing."""
+
+
 class RecordingFailed(CompanionError):
     """A cell of the chapter failed, or its result cannot be written."""
 
@@ -82,6 +86,7 @@ class Recording:
         cells: the chapter's code.
         captions: those of its Markdown.
         values: what profile and overrides set.
+        parameters: every parameter of the chapter, and its value here.
         problems: pictures that failed while it ran; their numbers are not in the result.
     """
 
@@ -93,6 +98,7 @@ class Recording:
     cells: Sequence[Cell]
     captions: Sequence[Caption]
     values: Mapping[str, Any]
+    parameters: Mapping[str, Any]
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -100,15 +106,9 @@ class Recording:
         """The file that the result goes to."""
         return folder(self.book.root) / self.chapter / f"{self.name}.json"
 
-    def parameters(self) -> dict[str, Any]:
-        """Every parameter of the chapter and its value here."""
-        (cell,) = [c for c in self.cells if "parameters" in c.tags]
-        declared = parameters.declared(cell.source, f"chapters/{self.chapter}.md")
-        return {name: self.values.get(name, p.default) for name, p in declared.items()}
-
     def identity(self) -> dict[str, Any]:
         """Names the recording's own entry in the run store, where its time is kept."""
-        values = codec.to_json(self.parameters(), "parameters", null=True)
+        values = codec.to_json(self.parameters, "parameters", null=True)
         return {"kind": "recording", "chapter": self.chapter, "parameters": values}
 
 
@@ -129,14 +129,11 @@ def prepare(
     """
     where = f"chapters/{chapter_name}.md"
     text = book.source(chapter_name).read_text(encoding="utf-8")
-    code = cells(text, where)
     _, blocks = captions(text, places(book, chapter_name))
-    tagged = [c for c in code if "parameters" in c.tags]
-    if len(tagged) != 1:
-        raise BadParameter(f"{where} has {len(tagged)} cells tagged `parameters`; it needs one.")
-    source = tagged[0].source
+    source = parameters.cell_of(book, chapter_name)
     overrides = dict(_setting(text) for text in settings)
-    parameters.check(overrides, parameters.declared(source, where), "-p")
+    declared = parameters.declared(source, where)
+    parameters.check(overrides, declared, "-p")
     values = parameters.profile_values(book, profile, chapter_name, source)
     if not values and profile != "quick":  # the result would be called what it is not
         raise BadParameter(f"profile {profile}: it sets nothing for {chapter_name}.")
@@ -147,8 +144,13 @@ def prepare(
             f"--name: {name!r} is needed as a file name: up to 80 lower-case letters, digits, "
             "points, hyphens and underscores."
         )
-    found = Recording(book, chapter_name, profile, overrides, name, code, blocks, values)
-    _check_folder(found.target.parent)
+    every = {name: values.get(name, p.default) for name, p in declared.items()}
+    code = cells(text, where)
+    found = Recording(book, chapter_name, profile, overrides, name, code, blocks, values, every)
+    folder = found.target.parent
+    exists = next(p for p in (folder, *folder.parents) if p.exists())
+    if not exists.is_dir() or not os.access(exists, os.W_OK):
+        raise BadParameter(f"record: {folder} cannot be written ({exists} is not writable).")
     return found
 
 
@@ -167,16 +169,9 @@ def _slug(name: str, value: Any) -> str:
     return re.sub(r"[^a-z0-9]+", "-", Path(text).name.lower()).strip("-")
 
 
-def _check_folder(path: Path) -> None:
-    """Refuse a folder that the result could not be written to; make none."""
-    exists = next(p for p in (path, *path.parents) if p.exists())
-    if not exists.is_dir() or not os.access(exists, os.W_OK):
-        raise BadParameter(f"record: {path} cannot be written ({exists} is not writable).")
-
-
 @dataclass
 class _Piece:
-    """One call's share of a recording. ``left``: names that closing it has left out."""
+    """One call's share of a recording. ``lost``: names that closing it has left out."""
 
     recording: Recording
     entry: Entry
@@ -185,7 +180,7 @@ class _Piece:
     say: Callable[[str], None]
     stdout: TextIO
     budget: page.Budget | None = None
-    left: partly.Left = field(default_factory=partly.Left)
+    lost: set[str] = field(default_factory=set)
 
     def on_budget(self, declared: page.Budget) -> None:
         """Print what is to be done and how long it may take; stop here if that was all."""
@@ -231,8 +226,10 @@ class _Piece:
             self.say("no estimate while recording on a GPU; --dry-run makes one")
             return
         speed: Probe = partial(probe, evaluation=b.evaluation, device=b.device)
-        seconds = duration(sum(estimate(costs, speed, device=b.device, workers=b.workers)))
-        self.say(f"estimate: {seconds} on {b.device} to train and to walk along lines")
+        s = sum(estimate(costs, speed, device=b.device, workers=b.workers))
+        hours = f"{s / 60:.0f} min" if s < 5400 else f"{s / 3600:.1f} h"
+        time_needed = f"{s:.0f} s" if s < 90 else hours
+        self.say(f"estimate: {time_needed} on {b.device} to train and to walk along lines")
 
     def progress(self) -> str:
         """What the store has by now, in one sentence."""
@@ -339,7 +336,13 @@ def close(
             machines; the file is there already, from a recording that was not closed.
         RecordingFailed: nothing that a claim needs is measured.
     """
-    _check_unfinished(recording.target)
+    if (path := recording.target).exists():
+        known: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(path.read_bytes())
+        if not (isinstance(known, dict) and known.get("closed")):
+            said = f"{path} is there already, and was not closed. Give another --name."
+            raise BadParameter(f"--close: {said}")
     entry = Store().entry(recording.identity())
     own, machine = _origin(entry, recording)
     piece = _Piece(recording, entry, False, commit, say, sys.stdout)
@@ -347,16 +350,16 @@ def close(
         _run_cells(piece)
     missing = {kind: len(keys) for kind, keys in sorted(lacking.items())}
     if not found.all("claims") or not found.all("provenance"):
-        said = "\n".join(recording.problems)
-        raise RecordingFailed(f"--close: too much is missing ({missing}). Left out:\n{said}")
+        left_out = "\n".join(recording.problems)
+        raise RecordingFailed(f"--close: too much is missing ({missing}). Left out:\n{left_out}")
     document = _document(recording, found, commit, closed=True)
     counts = ", ".join(f"{number} × {kind}" for kind, number in missing.items())
     for claim in document["claims"]:
         if claim["verdict"] == claims.NOT_TESTABLE:
             claim["note"] = claim["note"] or closing.WHY
         elif missing:  # a mean over fewer pairs, a maximum over fewer points
-            said = f"closed before everything was measured, missing: {counts}"
-            claim["note"] = f"{claim['note']}; {said}" if claim["note"] else said
+            fewer = f"closed before everything was measured, missing: {counts}"
+            claim["note"] = f"{claim['note']}; {fewer}" if claim["note"] else fewer
     if all(claim["verdict"] == claims.NOT_TESTABLE for claim in document["claims"]):
         raise RecordingFailed(
             f"--close: nothing that a claim needs is measured (missing: {missing}). Import the "
@@ -366,20 +369,6 @@ def close(
     document |= {"closed": True, "missing": missing}
     say(f"closed; missing: {counts or 'nothing'}")
     return _write(recording.target, document)
-
-
-def _check_unfinished(path: Path) -> None:
-    """Refuse to replace a whole recording by one that is closed."""
-    try:
-        known = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError):
-        known = {}
-    if not (isinstance(known, dict) and known.get("closed")):
-        raise BadParameter(
-            f"--close: {path} is there already, and was not closed. Give another --name."
-        )
 
 
 def _origin(entry: Entry, recording: Recording) -> tuple[list[Entry], dict[str, Any]]:
@@ -417,7 +406,7 @@ def _run_cells(piece: _Piece) -> None:
     path = str(r.book.source(r.chapter))
     with contextlib.redirect_stdout(io.StringIO()):
         for cell in r.cells:
-            deadline.check()
+            deadline.stop_if_passed()
             sources.append(cell.source)
             _execute(cell.source, cell.line, path, namespace, piece)
             if "parameters" in cell.tags:
@@ -426,11 +415,16 @@ def _run_cells(piece: _Piece) -> None:
 
 def _execute(source: str, line: int, path: str, namespace: dict[str, Any], piece: _Piece) -> None:
     where = f"chapters/{Path(path).name}"
+
+    def failed(statement: ast.stmt, error: Exception) -> None:  # left out of one that is closed
+        what = f"{type(error).__name__}: {error}"
+        piece.recording.problems.append(f"{where}, line {statement.lineno}: {what}")
+
     try:
         tree = ast.parse(source, path)
         ast.increment_lineno(tree, line - 1)
         if closing.active():
-            partly.execute(tree, path, namespace, piece.left, partial(_note, piece, where))
+            partly.execute(tree, path, namespace, piece.lost, failed)
             return
         exec(compile(tree, path, "exec", dont_inherit=True), namespace)
     except (CompanionError, _Planned):
@@ -452,12 +446,6 @@ def _execute(source: str, line: int, path: str, namespace: dict[str, Any], piece
         plt.close("all")
 
 
-def _note(piece: _Piece, where: str, statement: ast.stmt, error: Exception) -> None:
-    """A statement of a recording that is closed is left out."""
-    what = f"{type(error).__name__}: {error}"
-    piece.recording.problems.append(f"{where}, line {statement.lineno}: {what}")
-
-
 def _document(
     r: Recording, found: page.Captured, commit: str | None, *, closed: bool = False
 ) -> dict[str, Any]:
@@ -474,7 +462,7 @@ def _document(
     figures, tables = found.all("figure"), found.all("table")
     at = places(r.book, r.chapter)
     values = merged(found.all("values"), at(""))
-    missing = partly.TEXT if closed else None
+    missing = LOST if closed else None
     for block in give(figures, tables, r.captions, values, at, missing=missing):
         # Its figure failed, or was left out: then that is said already.
         if not r.problems:
@@ -485,7 +473,7 @@ def _document(
         "profile": r.profile,
         "name": r.name,
         "overrides": dict(r.overrides),
-        "parameters": r.parameters(),
+        "parameters": dict(r.parameters),
         "dataset": provenance["dataset"],
         "hardware": hardware(provenance),
         "scale": claims[0]["scale"],
@@ -536,10 +524,3 @@ def _write(path: Path, document: Mapping[str, Any]) -> Path:
             working.unlink()
         raise RecordingFailed(f"record: {path} cannot be written ({error.strerror}).") from error
     return path
-
-
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

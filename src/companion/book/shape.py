@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from companion.book.chapter import cells
-from companion.book.prose import prose
+from companion.book.chapter import cells, scan
 
 LINES = 600
 VISIBLE = 0.6
@@ -54,18 +53,14 @@ class Shape:
 
 
 def shape(text: str, where: str) -> Shape:
-    """Count a chapter.
-
-    Arguments:
-        text: its source.
-        where: its name, for messages.
-    """
+    """Count a chapter's source; ``where`` is its name, for messages."""
     counted = [
         (sum(bool(line.strip()) for line in cell.source.splitlines()), not _HIDDEN & {*cell.tags})
         for cell in cells(text, where)
     ]
     body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
-    plain = re.sub(r"\$\$.*?\$\$", "", prose(body), flags=re.DOTALL)
+    prose = "\n".join(line for fenced, line in scan(body) if not fenced)
+    plain = re.sub(r"\$\$.*?\$\$", "", prose, flags=re.DOTALL)
     marks = re.compile(r"\s*(:::|```|\([\w-]+\)=$)")  # directives and labels
     written = [line for line in plain.splitlines() if not marks.match(line)]
     return Shape(

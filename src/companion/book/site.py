@@ -15,17 +15,10 @@ from companion.book.layout import Book, BookError
 
 
 def build(book: Book, profile: str) -> Path:
-    """Run Jupyter Book on the staged tree. A warning is an error; then check the site.
-
-    Arguments:
-        book: The book; :func:`companion.book.stage.stage` has to have run.
-        profile: The profile.
-
-    Returns:
-        The front page.
+    """Run Jupyter Book on the staged tree, check the site, and return its front page.
 
     Raises:
-        BookError: Sphinx warned or failed, or :func:`check` found something.
+        BookError: Sphinx failed or warned, or :func:`check` found something.
     """
     staged, html = book.staged(profile), book.html(profile)
     if not staged.is_dir():
@@ -52,10 +45,6 @@ def check(book: Book, profile: str) -> None:
     Checks: each page of ``_toc.yml`` and ``index.html`` is there; no page loads anything from the
     network; every link and resource inside the site exists, with its anchor; every picture has an
     alt text; no path of this machine is printed.
-
-    Arguments:
-        book: The book.
-        profile: The profile whose site to check.
 
     Raises:
         BookError: What was found, one line each.

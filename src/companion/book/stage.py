@@ -28,17 +28,10 @@ MARKER = "<!-- scoreboard -->"
 
 
 def stage(book: Book, profile: str) -> Path:
-    """Write ``build/<profile>/book``, the tree that Jupyter Book builds.
+    """Write ``build/<profile>/book``, the tree that Jupyter Book builds, and return its folder.
 
     Files that did not change keep their time stamps, so that Sphinx does not read them again; what
     no longer belongs to the book is removed.
-
-    Arguments:
-        book: The book.
-        profile: The profile whose executed notebooks to take.
-
-    Returns:
-        The tree's folder.
 
     Raises:
         BookError: A page of ``_toc.yml`` does not exist or was not executed, a chapter is not in

@@ -1,13 +1,5 @@
 """The command line: the instruments on the user's own networks, and the two stores behind them.
 
-    companion data | models | runs       what there is
-    companion barrier                    is the line between two checkpoints low?
-    companion layers                     which layers make the barrier?
-    companion features                   are the features of two checkpoints linearly connected?
-    companion instability                from which step on do two copies stay connected?
-    companion rebasin                    put the units of one network into the order of another's
-    companion record                     a chapter's results on a larger machine, as a file
-
 Exit codes: 0 done (also when a gate failed and the barrier is INVALID: that was measured, and
 said); 2 the input is wrong; 75 `record` stopped before its time limit; 1 anything else that we know
 can go wrong (a run that diverged, a full disk, a check that found something); 130 interrupted.
@@ -79,12 +71,12 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
-app.command("barrier", epilog=barrier.EXAMPLE)(barrier.command)
-app.command("layers", epilog=layers.EXAMPLE)(layers.command)
-app.command("features", epilog=features.EXAMPLE)(features.command)
-app.command("instability", epilog=instability.EXAMPLE)(instability.command)
-app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.command)
-app.command("record", epilog=record.EXAMPLE)(record.command)
+app.command("barrier", epilog=barrier.EXAMPLE)(barrier.measure_barrier)
+app.command("layers", epilog=layers.EXAMPLE)(layers.measure_layers)
+app.command("features", epilog=features.EXAMPLE)(features.compare_features)
+app.command("instability", epilog=instability.EXAMPLE)(instability.measure_instability)
+app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
+app.command("record", epilog=record.EXAMPLE)(record.record_chapter)
 
 
 def _version(asked: bool) -> None:

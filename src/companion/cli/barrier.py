@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from companion.cli import options
-from companion.cli.console import UNITS, number, output, say, table, write_json
-from companion.cli.opening import amounts, opened
+from companion.cli.console import UNITS, mode_of, number, output, print_table, say
+from companion.cli.opening import Opened, amounts, opened
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from companion.connectivity import Barrier
+    from companion.core.theta import Theta
+    from companion.experiments.pairs import Evaluation
 
 EXAMPLE = (
     "Example: companion barrier a.safetensors b.safetensors --model resnet20 --data cifar10 "
@@ -20,7 +25,7 @@ EXAMPLE = (
 )
 
 
-def heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
+def all_heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
     """Split -> metric -> definition -> barrier, under the headline BatchNorm mode."""
     from companion.connectivity import DEFINITIONS
 
@@ -30,7 +35,7 @@ def heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-def command(
+def measure_barrier(
     a: options.A,
     b: options.B,
     model: options.Model = None,
@@ -65,51 +70,47 @@ def command(
     output(plot, "--plot", options.PICTURES)
     layers = layers or None
 
-    from companion.connectivity import barrier
     from companion.core.theta import distance, layout
 
     how = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     pair = opened(a, b, model, data, device)
-    dataset, module, first, second = pair.data, pair.module, pair.a.theta, pair.b.theta
-    splits = how.splits(dataset)
-    entries = layout(module)
+    first, second, entries = pair.a.theta, pair.b.theta, layout(pair.module)
     moving = set(entries.select(layers)).intersection(entries.parameters)
-    pair.announce(f"{dataset.label}: {points} points, {amounts(splits)}")
-    found = barrier(
-        module,
-        first,
-        second,
-        splits,
-        points=points,
-        groups=layers,
-        rest=rest,
-        bn=bn,
-        bn_data=dataset.train,
-        bn_examples=how.bn_examples,
-        classes=dataset.classes,
-        max_error=max_error,
-    )
+    pair.announce(f"{pair.data.label}: {points} points, {amounts(how.splits(pair.data))}")
+    found = measured(pair, how, max_error, (pair.module, first, second), groups=layers, rest=rest)
     if layers:
         apart = distance(first, second, sorted(moving))
         say(f"moving: {', '.join(layers)} (distance {apart:.4g}); the rest stays at {rest.upper()}")
     _show(found)
-    write_json(
-        json,
-        {
-            "command": "barrier",
-            **pair.about_data(),
-            "layers": layers,
-            "rest": rest,
-            **summary(found),
-        },
-    )
-    if plot:
+    pair.write(json, "barrier", **pair.about_data(), layers=layers, rest=rest, **summary(found))
+    draw(plot, "Error and loss on the line between two networks", "curve", 3.7, {"": found})
+
+
+def measured(
+    pair: Opened,
+    how: Evaluation,
+    max_error: float | None,
+    line: tuple[nn.Module, Theta, Theta],
+    **more: Any,
+) -> Barrier:
+    """The barrier on a line, (architecture, A, B), with the data of ``pair``."""
+    from companion.connectivity import barrier
+
+    data, (module, a, b) = pair.data, line
+    more |= {"classes": data.classes, "max_error": max_error}
+    return barrier(module, a, b, how.splits(data), **how.keywords(data), **more)
+
+
+def draw(
+    path: Path | None, title: str, what: str, height: float, found: Mapping[str, Barrier]
+) -> None:
+    """Draw curves, by name, into a file. None: nothing."""
+    if path:
         from companion.report import figures, plots
 
-        title = "Error and loss on the line between two networks"
-        with figures.file(plot, title, figsize=(8.6, 3.7)) as fig:
-            plots.barriers(fig, {"": found})
-        say(f"curve drawn in {plot}")
+        with figures.file(path, title, figsize=(8.6, height)) as fig:
+            plots.barriers(fig, found)
+        say(f"{what} drawn in {path}")
 
 
 def _show(found: Barrier) -> None:
@@ -117,7 +118,7 @@ def _show(found: Barrier) -> None:
     for gate in found.gates:
         say(f"  {gate}")
     rows = []
-    for split, metrics in heights(found).items():
+    for split, metrics in all_heights(found).items():
         for metric, unit in UNITS.items():
             ends = found.curve.ends(split, metric)
             above = metrics[metric]
@@ -133,9 +134,7 @@ def _show(found: Barrier) -> None:
             )
     say()
     columns = ["", ">A", ">B", ">above mean", ">above line", "", ">highest at α"]
-    table(
-        columns, rows, title="barrier" + ("" if found.bn == "none" else f", BatchNorm {found.bn}")
-    )
+    print_table(columns, rows, title="barrier" + mode_of(found.bn))
     for mode, curve in found.curves.items():
         if mode != found.bn:
             values = (
@@ -149,4 +148,4 @@ def _show(found: Barrier) -> None:
 
 def summary(found: Barrier) -> dict[str, Any]:
     """A barrier for JSON: whether it is valid, its heights, and everything behind them."""
-    return {"valid": found.valid, "heights": heights(found), "barrier": found}
+    return {"valid": found.valid, "heights": all_heights(found), "barrier": found}

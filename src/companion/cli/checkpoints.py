@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from torch import nn
 
-from companion.cli.runs import describe, stored_steps
+from companion.cli.runs import describe_entry, stored_steps
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
-from companion.core.theta import Theta, check, layout
+from companion.core.theta import Theta, check_theta, layout
 from companion.training import State
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
-def read(source: str, store: Store | None = None) -> Checkpoint:
+def read_checkpoint(source: str, store: Store | None = None) -> Checkpoint:
     """Read ``path.safetensors``, or ``run:KEY[@STEP]`` from the run store (default: its last step).
 
     Raises:
@@ -90,10 +90,7 @@ def _file(source: str) -> Checkpoint:
     notes: tuple[str, ...] = ()
     if {"step", "trace"} <= tensors.keys() and any(k.startswith("theta/") for k in tensors):
         state = State.from_tensors(tensors)
-        tensors, notes = (
-            state.theta,
-            (f"a run at step {state.step}; its weights are taken",),
-        )
+        tensors, notes = (state.theta, (f"a run at step {state.step}; its weights are taken",))
     return Checkpoint(source, tensors, hashlib.sha256(content).hexdigest(), {}, notes)
 
 
@@ -103,8 +100,9 @@ def _run(source: str, store: Store) -> Checkpoint:
     steps = stored_steps(entry)
     if entry.identity.get("kind") != "run" or not steps:
         raise BadParameter(
-            f"checkpoint {source}: {entry.key[:12]} is {describe(entry.identity)}, which holds no "
-            "network. `companion runs list --kind run` shows those that do."
+            f"checkpoint {source}: {entry.key[:12]} is "
+            f"{describe_entry(entry.identity)}, which holds no network. "
+            "`companion runs list --kind run` shows those that do."
         )
     step = int(text) if text.isdecimal() else max(steps) if not at else -1
     if step not in steps:
@@ -114,7 +112,7 @@ def _run(source: str, store: Store) -> Checkpoint:
         )
     name = steps[step][-1]  # weights-… after state-…: the smaller of two equals
     theta = State.from_tensors(entry.read_tensors(name)).theta
-    note = f"{describe(entry.identity)}; its weights at step {step}"
+    note = f"{describe_entry(entry.identity)}; its weights at step {step}"
     return Checkpoint(source, theta, f"{entry.key}@{step}", entry.identity["recipe"], (note,))
 
 
@@ -184,11 +182,6 @@ def fit(module: nn.Module, found: Checkpoint, name: str) -> Checkpoint:
         if alias in theta and first not in theta:
             theta[first] = theta.pop(alias)
             notes.append(f"{alias} is the tied {first}")
-        elif alias in theta and not torch.equal(theta[alias], theta[first]):
-            raise BadParameter(
-                f"network {name} ({found.source}): {alias} and {first} differ, but the model ties "
-                "them: one tensor for both. Take a model that does not (of gpt: tied=false)."
-            )
     # Files keep no order; the module's own makes the first complaint the first layer's.
     theta = {k: theta[k] for k in [*own, *sorted(theta.keys() - own.keys())] if k in theta}
     casts: set[str] = set()
@@ -204,7 +197,7 @@ def fit(module: nn.Module, found: Checkpoint, name: str) -> Checkpoint:
                 f"network {name} ({found.source}): {k} holds {have} numbers, the model {want}. "
                 "Quantised weights are no point of weight space: dequantise them first."
             )
-    check(module, theta, f"{name} ({found.source})")
+    check_theta(module, theta, f"{name} ({found.source})")
     return replace(found, theta=theta, notes=(*notes, *sorted(casts)))
 
 

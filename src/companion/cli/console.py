@@ -31,6 +31,11 @@ def number(value: float, metric: str) -> str:
     return "INVALID" if math.isnan(value) else f"{value:.{4 if metric == 'loss' else 2}f}"
 
 
+def mode_of(bn: str) -> str:
+    """What BatchNorm does, to end a title with; nothing without BatchNorm."""
+    return "" if bn == "none" else f", BatchNorm {bn}"
+
+
 def out() -> Console:
     """The console of results."""
     console = Console(markup=False, highlight=False, emoji=False)
@@ -59,7 +64,9 @@ def error(text: str) -> None:
     typer.echo(f"Error: {text}" if not text.startswith("Interrupted") else text, err=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
+) -> None:
     """Print a table. Columns whose name starts with ``>`` are set to the right."""
     if title:
         say(title)  # not the table's own title: that is wrapped to the table's width

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.console import note, number, output, say, table, write_json
+from companion.cli.console import mode_of, note, number, output, print_table, say
 from companion.cli.opening import amount, opened
 from companion.core.errors import BadParameter, one_of
 
 if TYPE_CHECKING:
-    from companion.connectivity.gates import Gate
     from companion.features import Features
     from companion.features.conditions import Additivity, Commutativity
     from companion.features.stitching import Stitching
@@ -25,7 +24,7 @@ EXAMPLE = (
 BN = ("both", "interpolate", "reestimate")
 
 
-def command(
+def compare_features(
     a: options.A,
     b: options.B,
     model: options.Model = None,
@@ -84,7 +83,7 @@ def command(
     output(json, "--json")
     one_of("--bn", bn, BN)
     rates = _alphas(alphas)
-    average = options.averaged(bn_examples)
+    average = options.bn_average(bn_examples)
     if examples is not None and examples < 1:
         raise BadParameter(f"--examples: {examples} must be 1 or more.")
 
@@ -100,10 +99,7 @@ def command(
     found: dict[str, Features] = {}
     for mode in modes:
         one = features(
-            module,
-            theta_a,
-            theta_b,
-            test,
+            *(module, theta_a, theta_b, test),
             layers=layers or None,
             alphas=rates,
             bn=mode if mode in BN[1:] else "interpolate",
@@ -114,12 +110,8 @@ def command(
         found[one.bn] = one
     errors = next(iter(found.values())).errors
     checks = gates.of_ends(
-        theta_a,
-        theta_b,
-        layout(module).parameters,
-        [errors["a"], errors["b"]],
-        dataset.classes,
-        test,
+        *(theta_a, theta_b, layout(module).parameters, [errors["a"], errors["b"]]),
+        *(dataset.classes, test),
         max_error=max_error,
     )
     for check in checks:
@@ -144,19 +136,13 @@ def command(
         sewn = stitched(module, theta_a, theta_b, test, layers=layers or None)
         _show_stitching(sewn)
         more["stitching"] = sewn
-    valid = _valid(checks)
-    write_json(
-        json,
-        {
-            "command": "features",
-            **pair.about_data(),
-            "settings": {"layers": layers or None, "examples": len(test), "per": per},
-            "gates": [str(check) for check in checks],
-            "valid": valid,
-            "features": found,
-            **more,
-        },
-    )
+    settings = {"layers": layers or None, "examples": len(test), "per": per}
+    failed = [check.name for check in checks if check.passed is False]
+    if failed:
+        say()
+        say(f"INVALID as a statement about two trained networks: {', '.join(failed)} failed")
+    about = {"gates": [str(check) for check in checks], "valid": not failed, "features": found}
+    pair.write(json, "features", **pair.about_data(), settings=settings, **about, **more)
 
 
 def _alphas(text: str) -> tuple[float, ...]:
@@ -166,15 +152,6 @@ def _alphas(text: str) -> tuple[float, ...]:
         raise BadParameter(
             f"--alphas: {text!r} must be numbers from 0 to 1, comma-separated, such as 0.25,0.5."
         ) from None
-
-
-def _valid(checks: tuple[Gate, ...]) -> bool:
-    """Whether the gates passed; if not, say what the tables are not."""
-    failed = [check.name for check in checks if check.passed is False]
-    if failed:
-        say()
-        say(f"INVALID as a statement about two trained networks: {', '.join(failed)} failed")
-    return not failed
 
 
 def small(value: float) -> str:
@@ -206,28 +183,22 @@ def _show(found: Features, what: str) -> None:
                 str(max(s.undefined for s in spreads) or ""),
             ]
         )
-    mode = "" if found.bn == "none" else f", BatchNorm {found.bn}"
+    mode = mode_of(found.bn)
     mode += "" if found.bn_examples is None else f" on {found.bn_examples:,} training examples"
     what = "tokens" if found.per == "position" else what
     say()
     title = f"features: mean ± standard deviation over {found.n:,} {what}, median of c{mode}"
-    table(columns, rows, title=title)
+    print_table(columns, rows, title=title)
     say()
     ends = " + ".join(f"{number(found.errors[e], 'error')}" for e in "ab")
-    rows = [
-        [
-            _alpha(t),
-            number(found.path[t], "error"),
-            number(found.mixture[t], "error"),
-            number(found.bound, "error"),
-            number(found.path_loss[t], "loss"),
-            number(found.mixture_loss[t], "loss"),
-        ]
-        for t in found.alphas
-    ]
+    rows = []
+    for t in found.alphas:
+        errors = (found.path[t], found.mixture[t], found.bound)
+        losses = (number(v, "loss") for v in (found.path_loss[t], found.mixture_loss[t]))
+        rows.append([_alpha(t), *(number(v, "error") for v in errors), *losses])
     columns = [">α", ">network (%)", ">mixed outputs (%)", ">bound (%)"]
     columns += [">network (nats)", ">mixed outputs (nats)"]
-    table(columns, rows, title=f"test error and loss; Lemma 1's bound: {ends}{mode}")
+    print_table(columns, rows, title=f"test error and loss; Lemma 1's bound: {ends}{mode}")
 
 
 def _show_conditions(additive: Additivity | None, commuting: Commutativity | None) -> None:
@@ -247,7 +218,7 @@ def _show_conditions(additive: Additivity | None, commuting: Commutativity | Non
             for relu in additive.layers
         ]
         columns = ["", ">mean", ">median", ">whole set", ">opposite signs (%)"]
-        table(columns, rows, title=f"weak additivity: Dist_σ at α={_alpha(middle)}")
+        print_table(columns, rows, title=f"weak additivity: Dist_σ at α={_alpha(middle)}")
     say()
     if commuting is None:
         note(
@@ -259,11 +230,11 @@ def _show_conditions(additive: Additivity | None, commuting: Commutativity | Non
         for x in commuting.layers
     ]
     columns = ["", ">Dist_com", ">Dist_W", ">Dist_H", ">com / smaller of W, H"]
-    table(columns, rows, title="commutativity")
+    print_table(columns, rows, title="commutativity")
 
 
 def _show_stitching(found: Stitching) -> None:
     rows = [[r.name, number(r.error, "error"), number(r.loss, "loss")] for r in found.select()]
     say()
     columns = ["", ">test error (%)", ">test loss (nats)"]
-    table(columns, rows, title="stitching: B with its output at one layer replaced by A's")
+    print_table(columns, rows, title="stitching: B with its output at one layer replaced by A's")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from companion.cli import options
 from companion.cli.barrier import summary
-from companion.cli.console import UNITS, number, output, say, table, write_json
+from companion.cli.console import UNITS, number, output, print_table, say, write_json
 from companion.cli.models import reachable
 from companion.core.errors import BadParameter
 
@@ -36,7 +37,7 @@ def numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:
         raise BadParameter(f"{option}: {text!r} must be {what} with commas between them.") from None
 
 
-def command(
+def measure_instability(
     net: Annotated[
         str, typer.Option(help="A network of `companion models list`, or package.module:factory.")
     ],
@@ -113,6 +114,7 @@ def command(
     store, so the same command continues after an interruption, and a finer grid of k trains only
     what is new.
     """
+    given = dict(locals())
     output(json, "--json")
     output(plot, "--plot", options.PICTURES)
 
@@ -120,35 +122,20 @@ def command(
     from companion.core.runs import Store
     from companion.experiments.budget import count
     from companion.experiments.instability import analyse, plan_forks, threshold_of
-    from companion.training import check_fit, recipe_from
+    from companion.training import Recipe, check_fit, recipe_from
 
     grid = numbers("--ks", ks, int)
-    recipe = recipe_from(
-        {
-            "net": reachable(net),
-            "data": data,
-            "steps": steps,
-            "batch": batch,
-            "optimizer": optimizer,
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "betas": numbers("--betas", betas, float),
-            "weight_decay": weight_decay,
-            "weight_decay_on": weight_decay_on,
-            "schedule": schedule,
-            "milestones": numbers("--milestones", milestones, float),
-            "gamma": gamma,
-            "warmup": warmup,
-            "div": div,
-            "final_div": final_div,
-            "augment": augment,
-            "precision": precision,
-        }
-    )
+    values = {field.name: given[field.name] for field in fields(Recipe)} | {"net": reachable(net)}
+    values |= {n: numbers(f"--{n}", given[n], float) for n in ("betas", "milestones")}
+    recipe = recipe_from(values)
     how = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
-    keep: Literal["reset", "restore"] = "restore" if restore else "reset"
-    again: Literal["continue", "restart"] = "restart" if restart else "continue"
+    forks: dict[str, Any] = {
+        "inits": inits,
+        "copies": copies,
+        "noise": noise,
+        "optimizer": "restore" if restore else "reset",
+        "schedule": "restart" if restart else "continue",
+    }
     where = str(datasets.resolve_device(device))
     dataset = datasets.load(recipe.data, where)
     check_fit(recipe, dataset)
@@ -157,15 +144,7 @@ def command(
     store = Store()
     # What is out of range is refused by analyse(), in its own words.
     if grid and all(0 <= k < recipe.steps for k in grid):
-        design = plan_forks(
-            *(recipe, grid, how),
-            inits=inits,
-            copies=copies,
-            noise=noise,
-            optimizer=keep,
-            schedule=again,
-            controls=False,
-        )
+        design = plan_forks(recipe, grid, how, **forks, controls=False)
         for cost in count([design], store=store, device=where):
             runs, left = cost.whole.runs, cost.missing
             say(
@@ -173,13 +152,8 @@ def command(
                 f"{left.runs} to train ({left.steps:,} steps) on {where}"
             )
     found = analyse(
-        recipe,
-        grid,
-        inits=inits,
-        copies=copies,
-        noise=noise,
-        optimizer=keep,
-        schedule=again,
+        *(recipe, grid),
+        **forks,
         evaluation=how,
         max_error=max_error,
         store=store,
@@ -196,8 +170,8 @@ def command(
             "inits": inits,
             "copies": copies,
             "noise": noise,
-            "optimizer_at_k": keep,
-            "schedule_at_k": again,
+            "optimizer_at_k": forks["optimizer"],
+            "schedule_at_k": forks["schedule"],
             "evaluation": how.identity(recipe.net),
             "device": where,
             "metric": metric,
@@ -221,16 +195,14 @@ def command(
 
         values = {s: {k: found.interval(k, s, metric) for k in found.ks} for s in ("test", "train")}
         series = {s: {k: v for k, v in of.items() if v is not None} for s, of in values.items()}
-        unit = "nats" if metric == "loss" else "points"
         with figures.file(plot, f"{metric.capitalize()} barrier by fork step") as fig:
             ax = fig.subplots()
             plots.against_k(
-                ax,
-                series,
+                *(ax, series),
                 steps=found.recipe.steps,
                 threshold=limit,
-                meaning=unit,
-                ylabel=f"{metric} barrier ({unit})",
+                meaning=UNITS[metric],
+                ylabel=f"{metric} barrier ({UNITS[metric]})",
             )
             counts = sorted({len(found.values(k)) for k in found.ks})
             pairs = "–".join(str(c) for c in dict.fromkeys((counts[0], counts[-1])))
@@ -241,8 +213,6 @@ def command(
 
 def _row(found: Instability, k: int, threshold: float, metric: str) -> dict[str, Any]:
     """The statistics at k, for JSON: split -> metric -> interval (null without a valid pair)."""
-    from dataclasses import asdict
-
     row: dict[str, Any] = {"k": k, "verdict": found.verdict(k, "test", threshold, metric)}
     for split in ("test", "train"):
         intervals = {each: found.interval(k, split, each) for each in UNITS}
@@ -274,7 +244,7 @@ def _show(found: Instability, label: str, threshold: float, metric: str) -> None
             )
         )
     say()
-    table(
+    print_table(
         [">k", ">barrier test", ">barrier train", ">valid pairs", "verdict"],
         rows,
         title=f"{found.recipe.net} on {label}: {metric} barrier in {UNITS[metric]}, "

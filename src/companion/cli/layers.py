@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.console import UNITS, number, output, say, table, write_json
+from companion.cli.console import UNITS, mode_of, number, output, print_table, say
 from companion.cli.opening import amounts, opened
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _TITLES = {
 }
 
 
-def command(
+def measure_layers(
     a: options.A,
     b: options.B,
     model: options.Model = None,
@@ -102,7 +102,7 @@ def command(
         bn=bn,
         train_examples=train_examples,
         test_examples=test_examples,
-        bn_examples=options.averaged(bn_examples),
+        bn_examples=options.bn_average(bn_examples),
     )
     pair = opened(a, b, model, data, device)
     dataset = pair.data
@@ -120,16 +120,14 @@ def command(
         max_error=max_error,
     )
     _show(found)
-    write_json(
+    pair.write(
         json,
-        {
-            "command": "layers",
-            **pair.about_data(),
-            "settings": settings.identity() | averaging(pair.name, settings.bn_examples),
-            "valid": found.valid,
-            "heights": _heights(found),
-            "layers": found,
-        },
+        "layers",
+        **pair.about_data(),
+        settings=settings.identity() | averaging(pair.name, settings.bn_examples),
+        valid=found.valid,
+        heights=_heights(found),
+        layers=found,
     )
     if plot:
         from companion.report import figures, plots
@@ -167,7 +165,6 @@ def _show(found: LayerBarriers) -> None:
     """Gates, a table for each kind of set, and the sum of the single layers."""
     for gate in found.full.gates:
         say(f"  {gate}")
-    mode = "" if found.bn == "none" else f", BatchNorm {found.bn}"
     sides = [(split, metric) for split in found.splits for metric in UNITS]
     columns = ["", *(f">{split} {metric} ({UNITS[metric]})" for split, metric in sides)]
     whole = [number(found.full_height(s, m), m) for s, m in sides]
@@ -176,7 +173,9 @@ def _show(found: LayerBarriers) -> None:
         labels = list(heights[0][0])
         rows = [[label, *(number(h[label], m) for h, m in heights)] for label in labels]
         say()
-        table(columns, [["whole network", *whole], *rows], title=_TITLES[kind] + mode)
+        print_table(
+            columns, [["whole network", *whole], *rows], title=_TITLES[kind] + mode_of(found.bn)
+        )
     if found.select("single"):
         say()
         for split in found.splits:
@@ -206,4 +205,4 @@ def _show_random(found: LayerBarriers) -> None:
     if rows:
         say()
         columns = ["", "from", ">towards the other", ">random, mean", ">random, range"]
-        table(columns, rows, title=f"rise of the {split} loss at half the distance (nats)")
+        print_table(columns, rows, title=f"rise of the {split} loss at half the distance (nats)")

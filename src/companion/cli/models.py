@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from companion.cli.console import say, table
+from companion.cli.console import print_table, say
 
 app = typer.Typer(no_args_is_help=True, help="Networks: names, options, sizes.")
 
@@ -40,7 +40,7 @@ def shape_of(data: str) -> tuple[tuple[int, ...], int]:
 
 
 @app.command("list", epilog="Example: companion models list")
-def list_() -> None:
+def list_networks() -> None:
     """Show every network that has a name, with its options and their defaults."""
     from companion.models import names
 
@@ -54,14 +54,16 @@ def list_() -> None:
         )
         for listed in names()
     ]
-    table(["name", "options and their defaults", "what"], rows)
+    print_table(["name", "options and their defaults", "what"], rows)
     say("resnet<6n+2> of any depth exists. `companion models show NAME` explains the options.")
     say("Your own: package.module:factory?option=value, called with in_shape=(C, H, W), classes=K;")
     say("on a text with in_shape=(tokens in a window,), classes=size of the vocabulary.")
 
 
-@app.command(epilog="Example: companion models show resnet20:width=8,norm=group --data cifar10")
-def show(
+@app.command(
+    "show", epilog="Example: companion models show resnet20:width=8,norm=group --data cifar10"
+)
+def show_network(
     spec: Annotated[str, typer.Argument(help="A network, e.g. mlp:widths=100x5.")],
     data: Annotated[
         str | None,
@@ -93,7 +95,7 @@ def show(
         text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
         rows.append((option, text, known.get(option, "").partition(": ")[2]))
     if rows:
-        table(["option", "value", "meaning (allowed)"], rows)
+        print_table(["option", "value", "meaning (allowed)"], rows)
     words = len(in_shape) == 1
     shape = (
         f"windows of {in_shape[0]} tokens" if words else f"{'×'.join(map(str, in_shape))} images"
@@ -109,4 +111,4 @@ def show(
         (group, f"{sum(state[n].numel() for n in entries):,}", ", ".join(entries))
         for group, entries in found.groups.items()
     ]
-    table(["layer", ">numbers", "entries"], rows)
+    print_table(["layer", ">numbers", "entries"], rows)

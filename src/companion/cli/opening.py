@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from companion.cli.console import note, say
+from companion.cli.console import note, say, write_json
 from companion.cli.models import reachable, shape_of
 from companion.core.errors import BadParameter, MissingData
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from companion.cli.checkpoints import Checkpoint
@@ -56,19 +58,19 @@ class Opened:
         say(f"B = {self.b.source}")
         say(f"{self.model} on {what}")
 
-    def about(self) -> dict[str, Any]:
-        """Where the networks come from, for the JSON."""
+    def write(self, path: Path | None, command: str, **found: Any) -> None:
+        """The JSON of a command: where the networks and the data come from, and what was found."""
         ends = {
             name: {"source": end.source, "sha256": end.sha256, "notes": end.notes}
             for name, end in (("a", self.a), ("b", self.b))
         }
-        return {**ends, "model": self.model}
+        write_json(path, {"command": command, **ends, "model": self.model, **found})
 
     def about_data(self) -> dict[str, Any]:
-        """The same with the data."""
+        """Of the data, for :meth:`write`."""
         data = self.data
         where = {"name": self.source, "label": data.label, "fingerprint": data.fingerprint}
-        return {**self.about(), "data": where}
+        return {"data": where}
 
 
 def opened(
@@ -92,10 +94,10 @@ def opened(
         BadParameter: model or data are not known, or the networks do not fit. MissingData: no data.
     """
     from companion import models
-    from companion.cli.checkpoints import fit, read
+    from companion.cli.checkpoints import fit, read_checkpoint
     from companion.core.seeds import Key
 
-    files = (read(a), read(b))
+    files = (read_checkpoint(a), read_checkpoint(b))
     net = _named("--model", model, files, "net")
     source, dataset, example, classes = _data(data, files, device, shape, optional)
     # Its own weights count for nothing, but what is derived of it should not vary with them.

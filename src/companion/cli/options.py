@@ -64,7 +64,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[Path | None, typer.Option(help="Write all numbers to this file.")]
 
 
-def averaged(bn_examples: int | None) -> int | None:
+def bn_average(bn_examples: int | None) -> int | None:
     """What ``--bn-examples`` asks for, as :class:`companion.connectivity.Walker` takes it.
 
     Raises:
@@ -89,4 +89,4 @@ def evaluation(
     """How to measure, of the options by these names."""
     from companion.experiments.pairs import Evaluation
 
-    return Evaluation(points, bn, train_examples, test_examples, averaged(bn_examples))
+    return Evaluation(points, bn, train_examples, test_examples, bn_average(bn_examples))

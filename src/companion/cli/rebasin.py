@@ -1,23 +1,38 @@
-"""``companion rebasin``: put the units of one network into the order of another's."""
+"""``companion rebasin``: put the units of one network into the order of another's.
+
+Methods that permute write B in its own file's form. A rotation of a GPT network's residual stream
+is no reordering of units: both networks are first brought into a form in which it keeps the
+outputs, with LayerNorm folded into the layers behind it (:mod:`companion.rebasin.folding`), and
+what is written is of that form, a network of another name, which :func:`folded_name` gives.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from companion.cli import folded, options, permuted
-from companion.cli.barrier import summary
-from companion.cli.console import output, say, write_json
-from companion.cli.opening import opened
+from companion.cli import options
+from companion.cli.barrier import all_heights, draw, measured, summary
+from companion.cli.console import UNITS, mode_of, number, output, print_table, say
+from companion.cli.opening import Opened, opened
 from companion.core.errors import BadParameter, one_of
-from companion.experiments.methods import KINDS, Method, described, offered
+from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from companion.connectivity import Barrier
     from companion.core.seeds import Key
+    from companion.core.theta import Theta
+    from companion.data import Split
+    from companion.experiments.pairs import Evaluation
+    from companion.rebasin import Matching, Rotation, Spec
 
 EXAMPLE = (
     "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
@@ -25,9 +40,11 @@ EXAMPLE = (
 )
 DEFAULT = Method()
 REPAIRS = ("reset", "forward", "closed", "none")
+RESET = 1.0
+"""Points of error barrier by which re-estimated BatchNorm must be better to be recommended."""
 
 
-def command(
+def align_networks(
     a: Annotated[
         str,
         typer.Argument(
@@ -64,10 +81,7 @@ def command(
     classes: Annotated[
         int | None, typer.Option(help="Without --data: number of classes, or of tokens.")
     ] = None,
-    method: Annotated[
-        str,
-        typer.Option(help=described()),
-    ] = DEFAULT.name,
+    method: Annotated[str, typer.Option(help=described())] = DEFAULT.name,
     starts: Annotated[
         int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
     ] = DEFAULT.starts,
@@ -115,7 +129,7 @@ def command(
     rotate a GPT network write networks of another form, and say under which name they load.
     """
     one_of("--method", method, offered())
-    kind = KINDS[method]
+    kind = METHOD_KINDS[method]
     one_of("--repair", repair, REPAIRS)
     if not 0 <= alpha <= 1:
         raise BadParameter(f"--alpha: {alpha:g} must lie between 0 (A) and 1 (the aligned B).")
@@ -127,12 +141,12 @@ def command(
             raise BadParameter(f"--{option} belongs to --method {having}, not to {method}.")
     if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
-    for option, number in (("--starts", starts), ("--steps", steps)):
-        if number is not None and number < 1:
-            raise BadParameter(f"{option}: {number} must be a whole number of 1 or more.")
-    _files(out, json, plot, matching, merge, (a, b))
+    for option, given in (("--starts", starts), ("--steps", steps)):
+        if given is not None and given < 1:
+            raise BadParameter(f"{option}: {given} must be a whole number of 1 or more.")
+    files = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
+    _check_files(files | {"--merge": merge}, (a, b))
 
-    from companion.cli.aligned import barriers, merged, show_barriers, write
     from companion.connectivity.batches import examples_a_pass
     from companion.core.seeds import Key
     from companion.data import resolve_device
@@ -141,8 +155,7 @@ def command(
     pair = opened(
         a, b, model, data, device, _shape_and_classes(data, in_shape, classes), optional=True
     )
-    dataset, module, shape, count = pair.dataset, pair.module, pair.shape, pair.classes
-    first, second, net = pair.a, pair.b, pair.name
+    dataset, shape = pair.dataset, pair.shape
     if dataset is None and kind.data:
         raise BadParameter(
             f"--method {method} looks at data: say which with --data. Without data there is "
@@ -152,94 +165,74 @@ def command(
         raise BadParameter("--plot draws the barrier, which needs data: say which with --data.")
     if dataset is None and merge and repair in ("forward", "closed"):
         raise BadParameter(f"--repair {repair} looks at data: say which with --data.")
-    pair.announce(dataset.label if dataset else _by(shape))
+    what = (
+        f"windows of {shape[0]} tokens"
+        if len(shape) == 1
+        else f"images of {'×'.join(map(str, shape))}"
+    )
+    pair.announce(dataset.label if dataset else f"{what}, no data")
 
     train = dataset.train if dataset else None
     batch = DEFAULT.batch if train is None else min(DEFAULT.batch, examples_a_pass(train.x))
     how = Method(method, starts, steps=DEFAULT.steps if steps is None else steps, batch=batch)
     key = Key("rebasin", "cli", seed)
-    at = dataset.train.x.device if dataset else resolve_device(device)
-    example = _example(shape, count, key)
+    at = train.x.device if train is not None else resolve_device(device)
+    example = _example(shape, pair.classes, key)
     if kind.folds:
-        one, two = ({k: v.to(at) for k, v in end.theta.items()} for end in (first, second))
-        here = folded.rotated(how, net, module.to(at), one, two, example.to(at), count, train)
+        here = _rotated(how, pair, example.to(at), train, at)
     else:
-        theta_a, theta_b, file = first.theta, second.theta, pair.files[1].theta
-        here = permuted.permuted(how, net, module, theta_a, theta_b, file, example, train, at, key)
+        here = _permuted(how, pair, example, train, at, key)
 
-    measured: dict[str, Any] | None = None
+    found: dict[str, Any] | None = None
     if dataset is not None:
-        before, after = barriers(
-            module, first.theta, second.theta, here, dataset, measuring, max_error
-        )
-        measured = {
+        before, after = _barriers(pair, here, measuring, max_error)
+        found = {
             "data": {"name": dataset.name, "label": dataset.label},
             "fingerprint": dataset.fingerprint,
             "before": summary(before),
             "after": summary(after),
-            "batchnorm": show_barriers(before, after),
+            "batchnorm": _show_barriers(before, after),
         }
     about = {
         "method": method,
         "model": here.model,
-        "aligned to (sha256)": first.sha256,
-        "made from (sha256)": second.sha256,
+        "aligned to (sha256)": pair.a.sha256,
+        "made from (sha256)": pair.b.sha256,
     }
-    write(out, here.file, about)
+    _write(out, here.file, about, "aligned B")
     if matching:
         assert here.matching is not None
         here.matching.save(matching)
         say(f"permutations written to {matching}")
     between = None
     if merge:
-        theta, between = merged(
-            here.module, here.a, here.b, dataset, measuring, alpha=alpha, form=repair
-        )
-        write(
-            merge, theta, about | {"alpha": f"{alpha:g}", "repair": repair}, what="merged network"
-        )
+        theta, between = _merged(pair, here, measuring, alpha=alpha, form=repair)
+        _write(merge, theta, about | {"alpha": f"{alpha:g}", "repair": repair}, "merged network")
         if kind.folds:
             say(f"the merged network is in folded form, too: --model {here.model}")
-    if plot and measured:
-        from companion.report import figures, plots
-
+    if found:
         title = "Error and loss on the line before and after matching"
-        with figures.file(plot, title, figsize=(8.6, 3.9)) as fig:
-            plots.barriers(fig, {"before": before, "after": after})
-        say(f"curves drawn in {plot}")
-    write_json(
+        draw(plot, title, "curves", 3.9, {"before": before, "after": after})
+    pair.write(
         json,
-        {
-            "command": "rebasin",
-            **pair.about(),
-            "in_shape": list(shape),
-            "classes": count,
-            "output": out.name,
-            **here.about,
-            "barrier": measured,
-            "merged": between,
-        },
+        "rebasin",
+        in_shape=list(shape),
+        classes=pair.classes,
+        output=out.name,
+        **here.about,
+        barrier=found,
+        merged=between,
     )
 
 
 # --- input
 
 
-def _files(
-    out: Path,
-    json: Path | None,
-    plot: Path | None,
-    matching: Path | None,
-    merge: Path | None,
-    ends: tuple[str, str],
-) -> None:
-    output(out, "--output", (".safetensors",))
-    output(json, "--json")
-    output(plot, "--plot", options.PICTURES)
-    output(matching, "--matching", (".safetensors",))
-    output(merge, "--merge", (".safetensors",))
-    given = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
-    given["--merge"] = merge
+def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> None:
+    """Refuse files that cannot be written, or that would overwrite a network or each other."""
+    suffixes = {"--json": (), "--plot": options.PICTURES}
+    for option, path in given.items():
+        output(path, option, suffixes.get(option, (".safetensors",)))
     files = {option: path.resolve() for option, path in given.items() if path}
     for name, end in zip("AB", ends, strict=True):
         for option, path in files.items():
@@ -259,23 +252,13 @@ def _shape_and_classes(
         raise BadParameter("--in-shape, --classes: --data says both already; leave them out.")
     if in_shape is None or classes is None:
         raise BadParameter("--in-shape and --classes: without --data both are needed.")
-    return _shape(in_shape), classes
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
+    parts = in_shape.split(",")
     if len(parts) not in (1, 3) or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise BadParameter(
-            f"--in-shape: {text!r} is not channels,height,width, such as 3,32,32, nor the tokens "
-            "in a window, such as 64."
+            f"--in-shape: {in_shape!r} is not channels,height,width, such as 3,32,32, nor the "
+            "tokens in a window, such as 64."
         )
-    return tuple(map(int, parts))
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    if len(shape) == 1:
-        return f"windows of {shape[0]} tokens, no data"
-    return f"images of {'×'.join(map(str, shape))}, no data"
+    return tuple(map(int, parts)), classes
 
 
 def _example(shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
@@ -286,3 +269,305 @@ def _example(shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
     if len(shape) == 1:
         return torch.randint(classes, (2, *shape), generator=generator)
     return torch.randn(2, *shape, generator=generator)
+
+
+# --- alignment
+
+
+@dataclass(frozen=True)
+class AlignedPair:
+    """A and the aligned B, in the coordinates in which they are compared.
+
+    Arguments:
+        module: the architecture there.
+        a, b: state dicts of it, B aligned.
+        file: the aligned B as it is written.
+        model: the name of its architecture.
+        matching: the permutations; None where B's stream is rotated.
+        about: ``spec``, ``matching`` and ``outputs`` for the JSON.
+    """
+
+    module: nn.Module
+    a: Theta
+    b: Theta
+    file: dict[str, torch.Tensor]
+    model: str
+    matching: Matching | None
+    about: Mapping[str, Any]
+
+
+def _about(spec: Spec, units: Spec, derived: float, matching: Any, outputs: Any) -> dict[str, Any]:
+    groups = {n: g.size for n, g in spec.groups.items()}
+    held = {"held": dict(spec.held), "seconds": derived}
+    about = {"groups": groups, "log10_count": units.log10_count(), **held}
+    return {"spec": about, "matching": matching, "outputs": outputs}
+
+
+def _permuted(
+    method: Method,
+    pair: Opened,
+    example: torch.Tensor,
+    train: Split | None,
+    device: torch.device,
+    key: Key,
+) -> AlignedPair:
+    """B with its units in A's order, in B's own file's form."""
+    from companion import models
+    from companion.cli.checkpoints import inside
+    from companion.experiments.methods import Problem
+    from companion.rebasin import Matching, derive
+    from companion.rebasin.proof import check_equal
+
+    begun = time.perf_counter()
+    module, a, b = pair.module, pair.a.theta, pair.b.theta
+    spec = derive(module, example, unread="hold")
+    derived = time.perf_counter() - begun
+    if not spec.groups:
+        why = [f"{axis}: {reason}" for axis, reason in list(spec.held.items())[:3]]
+        raise BadParameter(
+            f"model {pair.name!r}: no unit can be reordered without changing the outputs, so there "
+            f"is nothing to match. {'; '.join(why)}"
+        )
+    one, two = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))
+    found = method.kind.find(method, Problem(module, spec, one, two, train, key))
+    assert isinstance(found, Matching)
+    spec = found.spec
+    aligned = found.apply(module, b, check_outputs=False)
+    gap = check_equal(module, b, aligned, spec)
+    _show_matching(spec, found, derived, gap)
+    # What the file holds: its own names, with a wrapper's prefix perhaps, and its own number types.
+    # Values are moved, not computed with. Tied tensors: the format allows no shared memory.
+    own, file = module.state_dict().keys(), {}
+    for name, tensor in pair.files[1].theta.items():
+        known = inside(name, own)
+        moved = tensor if known is None else spec.permute_tensor(tensor, known, found.perms)
+        file[name] = moved.contiguous().clone()
+    outputs = {"largest_relative_difference": gap, "tolerance": spec.tolerance}
+    about = _about(spec, spec, derived, found.summary(), outputs)
+    return AlignedPair(module, a, aligned, file, models.canonical(pair.name), found, about)
+
+
+def _show_matching(spec: Spec, found: Matching, derived: float, gap: float) -> None:
+    say(
+        f"permutations: {len(spec.groups)}, 10^{spec.log10_count():.0f} ways to order "
+        f"{sum(p.numel() for p in found.perms.values()):,} units (derived and proven in "
+        f"{derived:.1f} s)"
+    )
+    reasons: dict[str, list[str]] = {}
+    for axis, why in spec.held.items():
+        reasons.setdefault(why, []).append(axis)
+    for why, held in reasons.items():
+        more = f" and {len(held) - 4} more" if len(held) > 4 else ""
+        say(f"  held in place: {', '.join(held[:4])}{more}: {why}")
+    for text in spec.notes:
+        say(f"  note: {text}")
+    if blind := (found.details or {}).get("no site"):
+        say(f"  left in place, since their activations cannot be told apart: {', '.join(blind)}")
+    what = "step" if found.method == "ste" else "pass"
+    if found.passes != 1:
+        what += "s" if found.method == "ste" else "es"
+    how = f", best of {found.starts} starts" if found.starts > 1 else ""
+    say(
+        f"matching by {found.method}: objective {100 * found.share_before:.1f} % -> "
+        f"{100 * found.share:.1f} % of its upper bound, {100 * found.moved:.1f} % of the units "
+        f"move, {found.passes} {what}{how}, {found.seconds:.1f} s"
+    )
+    if not found.moved:
+        say("  already aligned: no unit moves. The networks share a start, or were aligned before.")
+    say(f"equal outputs: yes, B and the aligned B differ by {gap:.1e} of the largest (float64)")
+
+
+def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: int) -> str:
+    """The name under which the folded form of a network is built, e.g. ``gpt:tied=false``.
+
+    Arguments:
+        net: the name of the network.
+        module: its folded form, for examples of ``shape``.
+
+    Raises:
+        BadParameter: there is none.
+    """
+    from companion import models
+    from companion.core.seeds import Key
+
+    if models.is_own(net):
+        raise BadParameter(
+            f"model {net!r}: its folded form has no name to load it by, as yours is a factory of "
+            "your own. In Python companion.rebasin.fold(module, x).module is the folded form."
+        )
+    name, _, given = models.canonical(net).partition(":")
+    items = dict(item.split("=") for item in given.split(",") if item)
+    own = module.state_dict()
+    items |= {"tied": "false", "headbias": "true" if "lm_head.bias" in own else "false"}
+    found = models.canonical(f"{name}:" + ",".join(f"{k}={v}" for k, v in items.items()))
+    there = models.build(found, shape, classes, Key("rebasin", "folded")).state_dict()
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in there.items()}:
+        raise BadParameter(f"model {net!r}: {found} is not its folded form, and there is no other.")
+    return found
+
+
+def _rotated(
+    method: Method, pair: Opened, example: torch.Tensor, train: Split | None, at: torch.device
+) -> AlignedPair:
+    """Both networks folded, and B's residual stream turned to A's; B's outputs stay as they are.
+
+    Raises:
+        BadParameter: no GPT network, or one whose folded form has no name. Unproven: a function
+            changed.
+    """
+    from companion.experiments.methods import turn
+    from companion.rebasin import fold, function_gap
+    from companion.rebasin.folding import TOLERANCE
+
+    a, b = ({k: v.to(at) for k, v in end.theta.items()} for end in (pair.a, pair.b))
+    module = pair.module.to(at)
+    begun = time.perf_counter()
+    folding = fold(module, example)
+    name = folded_name(pair.name, folding.module, tuple(example.shape[1:]), pair.classes)
+    here, there = folding.apply(a), folding.apply(b)
+    derived = time.perf_counter() - begun
+    found = turn(method, folding, here, there, train)
+    moved = dict(there) if found is None else found.apply(there)
+    gap = function_gap(module, b, folding.module, moved, example)
+    _show_rotation(found, derived, gap)
+    say(
+        f"the aligned B is in folded form: it is a network of --model {name}, and goes with A in "
+        "the same form (`companion rebasin A A --method folded` writes that)"
+    )
+    outputs = {"largest_relative_difference": gap, "before rounding, at most": TOLERANCE}
+    matching = found.summary() if found else {"method": method.name}
+    about = _about(folding.spec, folding.units, derived, matching, outputs)
+    file = {k: v.contiguous().clone() for k, v in moved.items()}
+    return AlignedPair(folding.module, here, moved, file, name, None, about)
+
+
+def _show_rotation(found: Rotation | None, derived: float, gap: float) -> None:
+    say(f"LayerNorm's gains and biases are in the layers behind it (proven in {derived:.1f} s)")
+    if found is None:
+        say("nothing is matched")
+    else:
+        inside = ", queries, keys and values turned" if found.heads == "rotated" else ""
+        say(
+            f"rotation by {found.method}: a stream of {len(found.stream)} is turned (1 - trace/D = "
+            f"{found.turned:.2f}), heads and units are permuted{inside}"
+        )
+        steps = f", {found.iterations} iterations" if found.method == "weights" else ""
+        say(
+            f"  objective {100 * found.before / found.bound:.1f} % -> {100 * found.share:.1f} % of "
+            f"its upper bound{steps}, {found.seconds:.1f} s"
+        )
+    say(
+        "equal outputs: yes, proven in float64; with the rounding of its weights the aligned B "
+        f"differs from B by {gap:.1e} of the largest"
+    )
+
+
+# --- what it is worth
+
+
+def _barriers(
+    pair: Opened, here: AlignedPair, how: Evaluation, max_error: float | None
+) -> tuple[Barrier, Barrier]:
+    """Before and after matching. If the aligned B is A, the second is a null control."""
+    import torch
+
+    from companion.core.theta import layout
+
+    equal = all(torch.equal(here.a[n], here.b[n]) for n in layout(here.module).parameters)
+    if equal:
+        say("  the aligned B is A, bit for bit: B is A with its units in another order.")
+    before, after = (
+        measured(pair, how, max_error, line, same_noise=same)
+        for line, same in (
+            ((pair.module, pair.a.theta, pair.b.theta), False),
+            ((here.module, here.a, here.b), equal),
+        )
+    )
+    return before, after
+
+
+def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
+    """Gates, the table, and whether BatchNorm's statistics have to be estimated again."""
+    seen = {str(gate) for gate in before.gates}
+    for gate in before.gates:
+        say(f"  before: {gate}")
+    for gate in after.gates:
+        if str(gate) not in seen:
+            say(f"  after: {gate}")
+    rows = []
+    old, new = all_heights(before), all_heights(after)
+    for split in old:
+        for metric, unit in UNITS.items():
+            values = [x[split][metric][d] for d in ("mean", "linear") for x in (old, new)]
+            ends = before.curve.ends(split, metric)
+            rows.append((f"{split} {metric}", *(number(v, metric) for v in (*ends, *values)), unit))
+    say()
+    columns = ["", ">A", ">B", ">above mean before", ">after", ">above line before", ">after", ""]
+    print_table(columns, rows, title="barrier" + mode_of(before.bn))
+    say()
+    say(f"before: {before}")
+    say(f"after:  {after}")
+    if after.bn == "none":
+        return None
+    split = "test" if "test" in after.curve.values else next(iter(after.curve.values))
+    modes = {mode: after.height(split, "error", bn=mode) for mode in after.curves}
+    gain = modes["interpolate"] - modes["reestimate"]
+    needed = gain > RESET if after.valid else None
+    text = ", ".join(f"{mode} {number(v, 'error')}" for mode, v in modes.items())
+    say(f"BatchNorm, {split} error barrier after matching: {text} points")
+    if needed is not None:
+        say(
+            "  a network between the two needs its statistics estimated again"
+            if needed
+            else "  estimating the statistics again gains nothing between these two"
+        )
+    say("  the file's running statistics are B's own, permuted: the aligned B needs no estimate")
+    return {"split": split, "barriers": modes, "gain": gain, "reestimate": needed}
+
+
+def _merged(
+    pair: Opened, here: AlignedPair, how: Evaluation, *, alpha: float, form: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The network between A and the aligned B (``form`` of :data:`REPAIRS`), beside the two."""
+    from companion.connectivity import Walker, has_batchnorm
+    from companion.rebasin import repair
+    from companion.rebasin.repair import interpolated
+
+    say()
+    dataset, module, ends = pair.dataset, here.module, (here.a, here.b)
+    about: dict[str, Any] = {"alpha": alpha, "repair": form}
+    if form == "none" or dataset is None or (form == "reset" and not has_batchnorm(module)):
+        theta: Theta = interpolated(module, *ends, alpha)
+        if form == "reset" and has_batchnorm(module):
+            say("merged: BatchNorm has interpolated statistics; with --data they are estimated")
+    else:
+        layers, kind = ((), "forward") if form == "reset" else (None, form)
+        x = dataset.train.x
+        found = repair(module, *ends, x, alpha=alpha, layers=layers, form=kind)
+        theta = found.theta
+        say(f"merged: {found}")
+    if dataset is not None:
+        walker = Walker(module, how.splits(dataset))
+        for name, one in (("A", here.a), ("B", here.b), ("merged", theta)):
+            about[name] = {s: {"loss": m.loss, "error": m.error} for s, m in walker.at(one).items()}
+        rows = [
+            [n, *(f"{about[n][s][m]:.4g}" for s in walker.splits for m in ("error", "loss"))]
+            for n in ("A", "B", "merged")
+        ]
+        heads = [f">{s} {m}" for s in walker.splits for m in ("error (%)", "loss (nats)")]
+        print_table(["", *heads], rows, title=f"the network at α = {alpha:g}")
+    return {k: v.contiguous().clone() for k, v in theta.items()}, about
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], origin: dict[str, str], what: str) -> None:
+    """A file of weights, with where they come from in its metadata."""
+    from safetensors.torch import save
+
+    from companion import __version__
+
+    about = {"format": "pt", "made by": f"companion {__version__} rebasin", **origin}
+    try:
+        path.write_bytes(save(tensors, metadata=about))
+    except OSError as e:
+        raise BadParameter(f"{path} cannot be written ({e.strerror}).") from e
+    say(f"{what} written to {path}")

@@ -22,7 +22,7 @@ EXAMPLE = (
 _STARTED = time.monotonic()
 
 
-def command(
+def record_chapter(
     chapter: Annotated[str, typer.Argument(help="A chapter, such as 01_instability.")],
     profile: Annotated[
         str, typer.Option(help="A folder of chapters/profiles (gpu, paper), or quick.")

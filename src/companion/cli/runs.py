@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from companion.cli.console import say, size, table
+from companion.cli.console import print_table, say, size
 from companion.core import codec
 from companion.core.errors import CorruptEntry, one_of
 
@@ -38,7 +38,7 @@ def known_kinds() -> list[str]:
     return ["run", *kinds(), "windows", "recording"]
 
 
-def describe(identity: Mapping[str, Any]) -> str:
+def describe_entry(identity: Mapping[str, Any]) -> str:
     """One line on what an entry is."""
     from companion.experiments.measurement import kinds
 
@@ -105,17 +105,16 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
 
 
 @app.command("list", epilog="Example: companion runs list --kind run")
-def list_(
+def list_entries(
     kind: Annotated[str | None, typer.Option(help="Only this kind, such as run or pair.")] = None,
 ) -> None:
     """Show what is in the run store: key, kind, what it is, which steps are stored, size."""
     from companion.core.runs import Store
 
     store = Store()
-    entries = sorted(
-        store.entries(),
-        key=lambda e: (str(e.identity.get("kind")) != "run", describe(e.identity)),
-    )
+    entries = list(store.entries())
+    said = {e.key: describe_entry(e.identity) for e in entries}
+    entries.sort(key=lambda e: (str(e.identity.get("kind")) != "run", said[e.key]))
     if kind is not None:
         there = {str(e.identity.get("kind")) for e in entries if e.identity}
         one_of("kind", kind, list(dict.fromkeys([*known_kinds(), *sorted(there)])))
@@ -129,14 +128,14 @@ def list_(
             count, shown = 0, "corrupt"
         total += count
         name = str(entry.identity.get("kind", "?"))
-        rows.append((entry.key[:12], name, describe(entry.identity), shown, size(count)))
+        rows.append((entry.key[:12], name, said[entry.key], shown, size(count)))
     if rows:
-        table(["key", "kind", "what", "steps stored", ">size"], rows)
+        print_table(["key", "kind", "what", "steps stored", ">size"], rows)
     say(f"{len(rows)} entries, {size(total)}, in {store.root}")
 
 
-@app.command(epilog="Example: companion runs show 3fa9c1")
-def show(
+@app.command("show", epilog="Example: companion runs show 3fa9c1")
+def show_entry(
     key: Annotated[str, typer.Argument(help="The first 4 or more digits of a key.")],
 ) -> None:
     """Show one entry: its identity, its files, and a pair's barrier."""
@@ -145,10 +144,10 @@ def show(
 
     entry = Store().find(key)
     say(entry.key)
-    say(describe(entry.identity))
+    say(describe_entry(entry.identity))
     say(json.dumps(entry.identity, indent=1, sort_keys=True, ensure_ascii=False))
     files = [(n, size(f["bytes"]), f["sha256"][:12]) for n, f in sorted(entry.files().items())]
-    table(["file", ">size", "sha256"], files)
+    print_table(["file", ">size", "sha256"], files)
     if entry.identity.get("kind") == "pair" and "pair.json" in entry:
         found = codec.from_json(Barrier, entry.read_json("pair.json")["barrier"])
         say(str(found))
@@ -176,8 +175,8 @@ def verify(
 Archive = Annotated[Path, typer.Argument(help="A file; its name should end in .tar.")]
 
 
-@app.command(epilog="Example: companion runs export carried.tar")
-def export(
+@app.command("export", epilog="Example: companion runs export carried.tar")
+def export_entries(
     archive: Archive,
     keys: Annotated[
         list[str] | None, typer.Argument(help="Only these entries; without them, all.")
@@ -195,18 +194,20 @@ def export(
 
     for name in kind or []:
         one_of("kind", name, known_kinds())
-    moved = archives.export(archives.chosen(Store(), kind or (), keys or ()), archive)
+    moved = archives.write_archive(
+        archives.chosen_entries(Store(), kind or (), keys or ()), archive
+    )
     say(f"{moved.entries} entries, {moved.files} files, {size(moved.bytes)}, in {archive}")
 
 
 @app.command("import", epilog="Example: companion runs import carried.tar")
-def import_(archive: Archive) -> None:
+def import_entries(archive: Archive) -> None:
     """Add the entries of an exported file to the store. What is here already stays as it is."""
     from companion.core import archive as archives
     from companion.core.runs import Store
 
     store = Store()
-    moved = archives.import_(archive, store)
+    moved = archives.read_archive(archive, store)
     say(
         f"{moved.entries} entries: {moved.files} files, {size(moved.bytes)} added, "
         f"{moved.kept} were here, in {store.root}"
@@ -231,7 +232,7 @@ def gc(
     if not rows:
         say(f"nothing to remove in {store.root}")
         return
-    table(["what", "why", ">size"], rows)
+    print_table(["what", "why", ">size"], rows)
     say(f"{len(rows)} to remove, {size(total)}, in {store.root}")
     if dry_run:
         return

@@ -14,7 +14,7 @@ from companion.connectivity.gates import Gate
 from companion.connectivity.walk import BN_EXAMPLES, BN_MODES, Measure, Walker, has_batchnorm
 from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, one_of
-from companion.core.theta import Layout, Theta, check, distance, flatten, layout
+from companion.core.theta import Layout, Theta, check_theta, distance, flatten, layout
 from companion.data import Dataset, Split
 
 DEFINITIONS = ("mean", "linear")
@@ -381,7 +381,7 @@ def plane(
     walker = Walker(module, splits_of(data), bn=bn)
     names = walker.layout.parameters
     for theta, name in ((origin, "origin"), (a, "A"), (b, "B")):
-        check(walker.module, theta, name)
+        check_theta(walker.module, theta, name)
     o, u, v = (flatten(t, names).to(walker.device) for t in (origin, a, b))
     u, v = u - o, v - o
     ax = float(u.norm())

@@ -20,7 +20,7 @@ from companion.connectivity.batches import default_batch
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of, whole
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta, affine, check, layout, without_aliases
+from companion.core.theta import Theta, affine, check_theta, layout, without_aliases
 from companion.data import Split, head_of
 
 BN_MODES = ("interpolate", "reestimate", "batch")
@@ -227,13 +227,13 @@ class Walker:
             BadParameter: an anchor that is no finite point of this network's weight space.
         """
         for number, theta in enumerate(anchors):
-            check(self.module, theta, "ABCDEFGH"[number])
+            check_theta(self.module, theta, "ABCDEFGH"[number])
         on_device = [{k: v.to(self.device) for k, v in t.items()} for t in anchors]
         moving = tuple(names) if names is not None else self.layout.floating
         self.load(rest if rest is not None else on_device[0])
         sums = []
         for row in weights:
-            deadline.check()
+            deadline.stop_if_passed()
             self.load(affine(on_device, row, moving))
             for m in self._norms():
                 if m.running_var is not None:  # beyond the anchors of a plane it can fall below 0

@@ -38,13 +38,15 @@ class Moved:
     kept: int = 0
 
 
-def chosen(store: Store, kinds: Collection[str] = (), keys: Iterable[str] = ()) -> list[Entry]:
+def chosen_entries(
+    store: Store, kinds: Collection[str] = (), keys: Iterable[str] = ()
+) -> list[Entry]:
     """The entries of these kinds (none: all), or with these keys (prefixes; none: all)."""
     entries = [store.find(key) for key in keys] or list(store.entries())
     return [e for e in entries if not kinds or e.identity.get("kind") in kinds]
 
 
-def export(entries: Iterable[Entry], path: Path) -> Moved:
+def write_archive(entries: Iterable[Entry], path: Path) -> Moved:
     """Write entries to a new archive; it appears whole or not at all.
 
     Raises:
@@ -64,8 +66,10 @@ def export(entries: Iterable[Entry], path: Path) -> Moved:
                     name: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)}
                     for name, c in content.items()
                 }
-                manifest = {"key": entry.key, "files": records}
-                head = {"identity.json": entry.identity, "manifest.json": manifest}
+                head = {
+                    "identity.json": entry.identity,
+                    "manifest.json": {"key": entry.key, "files": records},
+                }
                 whole = {name: json.dumps(value).encode() for name, value in head.items()} | content
                 for name, data in whole.items():
                     member = tarfile.TarInfo(f"{entry.key}/{name}")  # no owner, no time
@@ -84,33 +88,31 @@ def export(entries: Iterable[Entry], path: Path) -> Moved:
     return Moved(count, files, size)
 
 
-def import_(path: Path, store: Store) -> Moved:
+def read_archive(path: Path, store: Store) -> Moved:
     """Add the entries of an archive to a store; files that are here already stay as they are.
 
     Raises:
         BadParameter: no such file.
-        CorruptEntry: not an archive of :func:`export`, or damaged; nothing was written.
+        CorruptEntry: not an archive of :func:`write_archive`, or damaged; nothing was written.
         StoreUnwritable: no space, or no permission; the files written so far are whole.
     """
     try:
         with tarfile.open(path, "r:") as tar:
             entries = _checked(tar, path, store)
-            moved = Moved(len(entries), 0, 0)
+            files = size = kept = 0
             for entry, records in entries:
                 with entry.lock():
                     present = entry.files()
                     for name, record in records.items():
                         if name in present:
-                            moved = Moved(moved.entries, moved.files, moved.bytes, moved.kept + 1)
+                            kept += 1
                             continue
                         content = _read(tar, tar.getmember(f"{entry.key}/{name}"))
                         if hashlib.sha256(content).hexdigest() != record["sha256"]:
                             raise _refused(path, f"{name} of {entry.key[:12]} changed while read")
                         entry._write(name, content)
-                        moved = Moved(
-                            moved.entries, moved.files + 1, moved.bytes + len(content), moved.kept
-                        )
-            return moved
+                        files, size = files + 1, size + len(content)
+            return Moved(len(entries), files, size, kept)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         if isinstance(error, StoreUnwritable):
             raise

@@ -1,13 +1,9 @@
 """Closing a recording: its cells run again on what is measured, and nothing is computed for them.
 
-    with closed(machine) as lacking:
-        ...             # the chapter's cells
-    lacking             # {"pair": {keys of entries that are not there}, ...}
-
-Inside, whoever is about to train or to measure meets :class:`companion.core.errors.NotMeasured`
-instead; :func:`companion.experiments.pairs.measure_pairs` gives results that are not valid for the
-pairs that are missing. The names of devices stand for where the measuring was done, as the keys of
-the run store hold them, and no such device has to be here: data stay on the CPU. Source: our
+Inside ``with closed(machine) as lacking`` whoever is about to train or to measure meets
+:class:`companion.core.errors.NotMeasured`; :func:`companion.experiments.pairs.measure_pairs` gives
+results that are not valid for the pairs that are missing. Names of devices stand for where the
+measuring was done, and no such device has to be here: data stay on the CPU. Source:
 data/recorded/README.md.
 """
 
@@ -69,7 +65,7 @@ def device() -> str | None:
     return None if now is None else str(now.machine["device"])
 
 
-def origin() -> dict[str, Any]:
+def measured_on() -> dict[str, Any]:
     """Code, versions and hardware of the measurements; {} outside."""
     now = _now.get()
     return {} if now is None else {k: v for k, v in now.machine.items() if k != "device"}
@@ -82,7 +78,7 @@ def lacks(entries: Sequence[Entry]) -> None:
             now.lacking.setdefault(str(entry.identity.get("kind")), set()).add(entry.key)
 
 
-def check(entries: Sequence[Entry] = (), what: str = "a training") -> None:
+def refuse_work(entries: Sequence[Entry] = (), what: str = "a training") -> None:
     """Stop here if a recording is being closed and something would have to be computed.
 
     Arguments:

@@ -90,7 +90,7 @@ def to_json(value: Any, where: str = "value", *, null: bool = False) -> Any:
     )
 
 
-def changed(value: Any) -> dict[str, Any]:
+def changed_fields(value: Any) -> dict[str, Any]:
     """The fields of a dataclass that differ from their defaults, as JSON.
 
     For the keys of the run store: a field that is added later leaves old keys as they are.

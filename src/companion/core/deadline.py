@@ -38,7 +38,7 @@ def passed() -> bool:
     return end is not None and time.monotonic() >= end
 
 
-def check() -> None:
+def stop_if_passed() -> None:
     """Stop here if the time is up.
 
     Raises:

@@ -40,3 +40,10 @@ def parse(text: str) -> Any:
         return loader.get_single_data()
     finally:
         loader.dispose()
+
+
+def number(text: str) -> str:
+    """A number with an exponent as YAML 1.1 reads one: ``1e-5`` is text, ``1.0e-5`` is not."""
+    mantissa, exponent = text.lower().split("e")
+    mantissa += "" if "." in mantissa else ".0"
+    return f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"

@@ -81,7 +81,7 @@ def _call(work: Callable[[T], R], item: T, roots: dict[str, str], end: float | N
     process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
     keep_memory()
     with one_thread(), deadline.until(end):
-        deadline.check()
+        deadline.stop_if_passed()
         return work(item)
 
 
@@ -116,7 +116,7 @@ def run_all(
     with bar:
         if count <= 1 or torch.device(device).type != "cpu" or closing.active():
             for item in items:
-                deadline.check()
+                deadline.stop_if_passed()
                 with one_thread():
                     out.append(work(item))
                 bar.update()

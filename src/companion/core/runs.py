@@ -1,14 +1,9 @@
 """The content-addressed store of runs and measurements.
 
 An entry is named by the SHA-256 of its identity: canonical JSON of everything that determines its
-content (recipe with defaults left out, noise labels, dataset fingerprint, a code-version tag that
-is raised by hand when semantics change). An entry is a folder::
-
-    <root>/<2 hex>/<64 hex>/identity.json      what this is, readable
-                           /manifest.json      file -> {sha256, bytes}: not listed, not there
-                                               (and "file", its name on disk, once it was replaced)
-                           /step-….safetensors tensors
-                           /….json             numbers
+content. It is a folder ``<root>/<2 hex>/<64 hex>/`` of ``identity.json``; ``manifest.json``, file
+-> {sha256, bytes} (and "file", its name on disk, once it was replaced); ``….safetensors``;
+``….json``.
 
 Every file is written under a temporary name, flushed and renamed, and only then listed in the
 manifest, itself replaced atomically: a kill at any moment leaves the last consistent state. Loads
@@ -43,7 +38,7 @@ from companion.core.errors import BadParameter, CorruptEntry, StoreUnwritable
 _TEMPORARY = ".tmp-"
 
 
-def canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     """Canonical JSON: sorted keys, no spaces, ASCII, NaN refused. Equal values, equal text."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
@@ -52,7 +47,7 @@ def canonical(value: Any) -> str:
 
 def digest(value: Any) -> str:
     """SHA-256 (64 hex digits) of the canonical JSON of ``value``."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
@@ -114,7 +109,7 @@ class Entry:
 
         Whoever locks an entry is about to make it, which is refused while a recording is closed.
         """
-        closing.check([self], f"an entry of the kind {self.identity.get('kind')!r}")
+        closing.refuse_work([self], f"an entry of the kind {self.identity.get('kind')!r}")
         lock = FileLock(self.store.root / ".locks" / f"{self.key}.lock")
         try:
             Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
@@ -236,16 +231,15 @@ class Entry:
         """The problems of this entry, one line each; empty if every byte is as it was written."""
         problems = []
         try:
-            names = list(self.files())
+            for name in list(self.files()):
+                try:
+                    self._read(name)
+                except KeyError:
+                    pass  # taken out while we read
+                except CorruptEntry as e:
+                    problems.append(str(e))
         except CorruptEntry as e:
             return [str(e)]
-        for name in names:
-            try:
-                self._read(name)
-            except CorruptEntry as e:
-                problems.append(str(e))
-            except KeyError:
-                pass  # taken out while we read
         try:
             written = json.loads((self.path / "identity.json").read_bytes())
             if digest(written) != self.key:

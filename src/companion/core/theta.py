@@ -141,7 +141,7 @@ def check_ties(theta: Theta, ties: Mapping[str, str], name: str) -> None:
             )
 
 
-def check(module: nn.Module, theta: Theta, name: str) -> None:
+def check_theta(module: nn.Module, theta: Theta, name: str) -> None:
     """Refuse a state dict that is no finite point of ``module``'s weight space.
 
     Raises:

@@ -4,11 +4,11 @@
     x, y = dataset.train.x, dataset.train.y
 
 ``dataset.py`` the values · ``registry.py`` datasets by name · ``parts.py`` parts of a train split ·
-``sources.py``, ``pictures.py``, ``decoding.py`` readers of images · ``text.py`` and what it names,
-readers of texts · ``hub.py`` texts from a network · ``arrays.py`` what is cached ·
-``augmentation.py`` flips and crops · ``device.py`` names of devices.
+``sources.py``, ``pictures.py`` readers of images · ``text.py``, ``corpus.py``, ``tokens.py`` those
+of texts · ``augmentation.py`` flips, crops and shifts.
 """
 
+from companion.core.numerics import resolve_device
 from companion.data.augmentation import Augmentation, Augmenter, Draws
 from companion.data.dataset import (
     Dataset,
@@ -20,27 +20,26 @@ from companion.data.dataset import (
     standardise,
     stratified_split,
 )
-from companion.data.device import resolve_device
-from companion.data.registry import Entry, Report, catalogue, check, get, load
+from companion.data.registry import DatasetEntry, Report, catalogue, check_dataset, download, load
 from companion.data.sources import FileReport
-from companion.data.text import canonical
+from companion.data.text import canonical_data
 
 __all__ = [
     "Augmentation",
     "Augmenter",
     "Dataset",
+    "DatasetEntry",
     "Draws",
-    "Entry",
     "FileReport",
     "Report",
     "Split",
     "TextCounts",
     "TextFacts",
-    "canonical",
+    "canonical_data",
     "catalogue",
     "channel_statistics",
-    "check",
-    "get",
+    "check_dataset",
+    "download",
     "head_of",
     "load",
     "resolve_device",

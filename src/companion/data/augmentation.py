@@ -1,16 +1,10 @@
-"""Augmentation as a value: which flip and which crop a sample gets is a function of a key.
+"""Augmentation as a value: which flip, crop or shift a sample gets is a function of a key.
 
-    augmenter = Augmenter(dataset.train, Augmentation.parse("flip+crop4"), dataset.black)
-    draws = augmenter.draw(key, epoch)      # once an epoch, on the CPU: a flip and a crop a SAMPLE
-    x, y = augmenter.examples(rows, draws)  # every step, on the device: one gather
-
-Of a text, what can vary is where its windows begin: ``shift`` moves the start of each by 0 … L - 1
-tokens, inputs and targets together. It is the keyed counterpart of training on random windows.
-
-Draws belong to samples, not to positions in a batch: sample 17 is augmented in the same way in
-epoch 3 wherever the data order puts it. So order and augmentation are two noise sources that can be
-held fixed one at a time; with one stream of random numbers for both they cannot. Source: our
-chapter 1 ("SGD noise is a value"); the noise itself: Frankle et al. 2020, section 2.
+Draws are made once an epoch, on the CPU, and belong to samples, not to positions in a batch: sample
+17 is augmented in the same way in epoch 3 wherever the data order puts it. So order and
+augmentation are two noise sources that can be held fixed one at a time; with one stream of random
+numbers for both they cannot. Source: our chapter 1 ("SGD noise is a value"); the noise itself:
+Frankle et al. 2020, section 2.
 """
 
 from __future__ import annotations
@@ -86,11 +80,8 @@ class Augmentation:
         A crop by the image's whole size could show nothing of it.
         """
         if len(in_shape) == 1:
-            return (
-                "flip and crop are for images: a text takes shift"
-                if self.flip or self.pad
-                else None
-            )
+            images_only = self.flip or self.pad
+            return "flip and crop are for images: a text takes shift" if images_only else None
         if self.shift:
             return "shift is for text: images take flip and crop"
         least = min(in_shape[1:])
@@ -130,7 +121,7 @@ class Draws:
         return self.map(lambda t: t[rows])
 
 
-def draw(
+def draw_epoch(
     augmentation: Augmentation, key: Key, epoch: int, n: int, window: int | None = None
 ) -> Draws:
     """The draws of ``n`` samples in one epoch, on the CPU, out of ``(key, epoch)``.
@@ -198,13 +189,13 @@ class Augmenter:
     def draw(self, key: Key, epoch: int) -> Draws:
         """The draws of all samples in one epoch: a pure function of ``(key, epoch)``.
 
-        :func:`draw`, moved to the device, once an epoch, so no step waits for it.
+        :func:`draw_epoch`, moved to the device, once an epoch, so no step waits for it.
 
         Arguments:
             key: the run's augmentation key.
             epoch: counts from 0.
         """
-        made = draw(self.augmentation, key, epoch, len(self._x), self._split.window)
+        made = draw_epoch(self.augmentation, key, epoch, len(self._x), self._split.window)
         return made.map(lambda t: t.to(self._x.device))
 
     def examples(self, rows: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -218,24 +209,14 @@ class Augmenter:
             images (B, C, H, W) float32 and classes (B,); or tokens (B, L) int64 and the tokens
             behind them (B, L). New tensors.
         """
-        if draws.shift is not None:
-            return self._windows(rows, draws.shift[rows])
-        return self.batch(rows, draws), self._split.y[rows]
-
-    def batch(self, rows: Tensor, draws: Draws) -> Tensor:
-        """:meth:`examples` without the targets."""
-        return self.pick(rows, draws.of(rows))
+        return self.pick_examples(rows, draws.of(rows))
 
     def pick_examples(self, rows: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """As :meth:`examples`, but ``draws`` are of the rows: entry i belongs to ``rows[i]``."""
-        if draws.shift is not None:
-            return self._windows(rows, draws.shift)
-        return self.pick(rows, draws), self._split.y[rows]
-
-    def pick(self, rows: Tensor, draws: Draws) -> Tensor:
-        """:meth:`pick_examples` without the targets."""
-        if draws.shift is not None:
-            return self._windows(rows, draws.shift)[0]
+        if draws.shift is not None:  # windows that begin later; the text is a circle
+            begin = rows * self._x.shape[1] + draws.shift
+            found = self._stream[(begin[:, None] + self._reach) % len(self._stream)]
+            return found[:, :-1], found[:, 1:]
         if draws.top is not None and draws.left is not None:
             x = self._crops[rows, :, draws.top, draws.left]
         else:
@@ -243,10 +224,4 @@ class Augmenter:
         if draws.flip is not None:
             # where, not a masked assignment: that would wait for the device to count the rows.
             x = torch.where(draws.flip[:, None, None, None], x.flip(3), x)
-        return x
-
-    def _windows(self, rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of windows that begin ``shift`` tokens later; the text is a circle."""
-        begin = rows * self._x.shape[1] + shift
-        found = self._stream[(begin[:, None] + self._reach) % len(self._stream)]
-        return found[:, :-1], found[:, 1:]
+        return x, self._split.y[rows]

@@ -1,10 +1,8 @@
 """Texts as files: where they are, and reading them in pieces, so that memory stays small.
 
-A :class:`Text` is read as often as somebody iterates over it. Its pieces do not depend on how the
-file was read, and end where a word ends and white space begins: every tokeniser here cuts there
-anyway, so the tokens of the pieces are the tokens of the whole. Only a text without such a place
-for :data:`LONGEST` characters is cut inside a word, and has other tokens there than it would have
-as a whole.
+The pieces of a :class:`Text` do not depend on how the file was read, and end where a word ends and
+white space begins. Every tokeniser here cuts there anyway, so the tokens of the pieces are those of
+the whole; only a text without such a place for :data:`LONGEST` characters is cut inside a word.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ NEAR = 1 << 12  # bytes on either side of where a file is to be cut, to find whi
 _WORD_END = re.compile(r"\S(?=[ \r\n])")
 _MARK = codecs.BOM_UTF8  # byte order mark: some editors begin a file with it; it is no text
 
-TRAIN_NAMES = ("train",)
-VALID_NAMES = ("validation", "valid", "val")
-TEST_NAMES = ("test",)
+NAMES = {"train": ("train",), "valid": ("validation", "valid", "val"), "test": ("test",)}
+"""Of a split's files, as people give them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,25 +68,21 @@ class Text:
         """
         decoder = codecs.getincrementaldecoder("utf-8")()
         held, at, read = "", 0, 0
-        for block in self.blocks():
+        for block in chain(self.blocks(), [None]):  # None: the end
             try:
-                held, at = held[at:] + decoder.decode(block), 0
+                held, at = held[at:] + decoder.decode(block or b"", final=block is None), 0
             except UnicodeDecodeError as error:
-                raise self._not_utf8(read - len(decoder.getstate()[0]) + error.start) from error
-            read += len(block)
+                place = self.begins + read - len(decoder.getstate()[0]) + error.start
+                raise CorruptData(
+                    f"{self.name}: not UTF-8 at byte {place:,} (counted from 0). Convert it to "
+                    "UTF-8."
+                ) from error
+            read += len(block or b"")
             while (end := _cut(held, at)) is not None:
                 yield held[at:end]
                 at = end
-        try:
-            held = held[at:] + decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            raise self._not_utf8(read - len(decoder.getstate()[0]) + error.start) from error
-        if held:
-            yield held
-
-    def _not_utf8(self, at: int) -> CorruptData:
-        where = f"at byte {self.begins + at:,} (counted from 0)"
-        return CorruptData(f"{self.name}: not UTF-8 {where}. Convert it to UTF-8.")
+        if at < len(held):
+            yield held[at:]
 
 
 def utf8(text: str, name: str = "text") -> bytes:
@@ -136,7 +130,7 @@ class Survey:
     unknown: int
 
 
-def survey(text: Text) -> Survey:
+def count_text(text: Text) -> Survey:
     """Count a text. Words are what white space separates."""
     size = characters = words = lines = unknown = 0
     for piece in text.pieces():
@@ -185,11 +179,13 @@ def split_file(path: Path, percent: int) -> tuple[Text, Text]:
             f"{path}: too short to split off its last {percent} % ({whole - first:,} "
             f"{'rows' if rows else 'bytes'}). Give a folder with train.txt and valid.txt instead."
         )
-    reader = _row_range if rows else _bytes
-    return (
-        Text(f"{path} (train)", lambda: reader(path, first, cut), first),
-        Text(f"{path} (test)", lambda: reader(path, cut, None), 0 if rows else cut),
-    )
+
+    def part(name: str, start: int, stop: int | None) -> Text:
+        if rows:
+            return Text(f"{path} ({name})", lambda: _rows([path], "\n", start, stop))
+        return Text(f"{path} ({name})", lambda: _bytes(path, start, stop), start)
+
+    return part("train", first, cut), part("test", cut, None)
 
 
 def _begin(path: Path) -> int:
@@ -230,10 +226,6 @@ def _bytes(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
         while left > 0 and (block := file.read(min(BLOCK, left))):
             left -= len(block)
             yield block
-
-
-def _row_range(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
-    return _rows([path], "\n", start, stop)
 
 
 def _open_parquet(path: Path) -> tuple[Callable[[int], list[str | None]], list[int]]:
@@ -291,7 +283,7 @@ def _rows(paths: Sequence[Path], blank: str, start: int, stop: int | None) -> It
 # --- folders
 
 
-def find(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+def split_files(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
     """The files of one split, by any of the names people give it; [] if there are none.
 
     ``train.txt``, ``wiki.train.tokens``; parquet also as ``train-00000-of-00002.parquet``, in
@@ -319,8 +311,9 @@ def user_files(path: Path) -> tuple[list[Path], list[Path]]:
     if path.is_file():
         return [path], []
     suffixes = ("txt", "tokens", "raw", "parquet")
-    train = find(path, TRAIN_NAMES, suffixes)
-    test = find(path, VALID_NAMES, suffixes) or find(path, TEST_NAMES, suffixes)
+    train = split_files(path, NAMES["train"], suffixes)
+    test = split_files(path, NAMES["valid"], suffixes)
+    test = test or split_files(path, NAMES["test"], suffixes)
     if not train or not test:
         raise MissingData(
             f"text: {path} holds no {'test' if train else 'train'} text. Expected: train.txt, and "

@@ -155,11 +155,6 @@ class TextCounts:
         """Loss in nats per token, divided by this and by ln 2, is in bits per byte."""
         return self.bytes / self.tokens
 
-    @property
-    def words_per_token(self) -> float:
-        """``exp(loss / words_per_token)`` is the perplexity per word of a loss per token."""
-        return self.words / self.tokens
-
 
 @dataclass(frozen=True)
 class TextFacts:

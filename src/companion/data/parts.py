@@ -1,16 +1,10 @@
 """Parts of a dataset's train split, by a suffix of its name: ``digits@split-a``.
 
-| suffix | train split |
-|---|---|
-| ``@split-a`` | 20 % of each class of the lower half, 80 % of each class of the upper half |
-| ``@split-b`` | everything that ``split-a`` leaves |
-| ``@random-50-3`` | a random 50 %, number 3; it contains ``random-30-3`` |
-
-The test split and the normalisation are those of the whole dataset, so networks trained on
-different parts see the same test images and can be put on one line. The suffix stands behind the
-options of ``images:PATH?size=32@split-a``. A path may itself hold an ``@``: only what matches the
-table is a part, and a file or folder of the full name keeps its meaning. A text has no classes and
-no parts.
+``@split-a`` has 20 % of each class of the lower half and 80 % of each class of the upper half,
+``@split-b`` the rest; ``@random-50-3`` is a random 50 %, number 3, and contains ``random-30-3``.
+Test split and normalisation stay those of the whole dataset, so networks trained on parts can be
+put on one line. A path may itself hold an ``@``: a file or folder of the full name keeps its
+meaning.
 
 Source: Git Re-Basin (Ainsworth et al. 2023), Fig. 5 (there of CIFAR-100, and drawn at random rather
 than class by class) and Fig. 13 (random halves); our chapter 2.

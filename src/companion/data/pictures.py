@@ -1,18 +1,18 @@
-"""Pictures as files: the user's own (``images:PATH``), and the JPEG copy of CIFAR-10.
+"""Pictures as files: the user's own (``images:PATH?size=32&label=NAME``), CIFAR-10's JPEG copy.
 
-Understood are
-- an ImageFolder tree: ``PATH/train/<class>/*.png`` and ``PATH/test/<class>/`` (or val, valid,
-  validation), or ``PATH/<class>/*.png`` alone, split 80/20 by a fixed key, stratified by class;
-- Hugging Face's image layout: a folder with ``train*.parquet`` and ``test*.parquet`` (also in
-  ``data/``, or as ``train/*.parquet``), or one parquet file, split 80/20 in the same way.
-
-Options come after a question mark: ``images:PATH?size=32&label=fine_label``.
+``PATH`` is an ImageFolder tree, ``train/<class>/*.png`` and ``test/<class>/`` (or val, valid,
+validation), or Hugging Face's layout, ``train*.parquet`` and ``test*.parquet`` (also in ``data/``,
+or as ``train/*.parquet``). ``PATH/<class>/`` alone or a single parquet file is split 80/20 by a
+fixed key, stratified by class. Decoded pixels are kept in ``runs_root()/decoded/<fingerprint>/``:
+every worker process needs them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from companion.core.errors import BadParameter, CorruptData, MissingData, one_of
+from companion.core.errors import BadParameter, CompanionError, CorruptData, MissingData, one_of
 from companion.core.locations import runs_root
 from companion.core.seeds import Key
-from companion.data import decoding
 from companion.data.dataset import stratified_split
 from companion.data.sources import (
     CIFAR10_MEAN,
@@ -34,9 +34,16 @@ from companion.data.sources import (
     FileReport,
     Raw,
     Source,
+    cached_array,
+    files_below,
     fingerprint,
     sha256_of,
 )
+
+# Part of the fingerprint: raise the version when the same files would give other pixels.
+RULE = "decode v1"
+GREY_MODES = {"1", "L", "LA"}
+
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target")
@@ -44,7 +51,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PictureFiles:
     """Where the files are: train's, then test's; ``n_train`` None: one lot, still to be split."""
 
     kind: str  # "tree" or "parquet"
@@ -69,7 +76,7 @@ class Listing:
 # --- finding files
 
 
-def find(path: Path) -> Layout:
+def picture_files(path: Path) -> PictureFiles:
     """Which layout ``path`` has, and its files in reading order: sorted by path within a split.
 
     Raises:
@@ -81,11 +88,11 @@ def find(path: Path) -> Layout:
     if path.is_file():
         if path.suffix != ".parquet":
             raise BadParameter(f"images: {path} is a file, but not a parquet file or a folder.")
-        return Layout("parquet", path.parent, [path], None)
+        return PictureFiles("parquet", path.parent, [path], None)
     train = _shards(path, "train")
     if train or any(_shards(path, name) for name in TEST_NAMES):
         _, test = _test_split(path, bool(train), lambda name: _shards(path, name))
-        return Layout("parquet", path, train + test, len(train))
+        return PictureFiles("parquet", path, train + test, len(train))
     if any(path.glob("*.parquet")):
         raise CorruptData(
             f"images: {path} holds parquet files, but none is called train*.parquet. "
@@ -112,10 +119,10 @@ def _test_split(
     return name, test
 
 
-def _find_tree(path: Path) -> Layout:
+def _find_tree(path: Path) -> PictureFiles:
     splits = {d.name for d in _folders(path)}
     if "train" not in splits and not splits.intersection(TEST_NAMES):
-        return Layout("tree", path, _images(path), None)
+        return PictureFiles("tree", path, _images(path), None)
     train = _images(path / "train") if "train" in splits else []
     name, test = _test_split(path, bool(train), lambda n: _images(path / n) if n in splits else [])
     kinds = [{f.relative_to(path).parts[1] for f in files} for files in (train, test)]
@@ -124,7 +131,7 @@ def _find_tree(path: Path) -> Layout:
             f"images: the class folders of {path}/train and {path}/{name} differ: "
             f"{', '.join(odd)} in one of them only."
         )
-    return Layout("tree", path, train + test, len(train))
+    return PictureFiles("tree", path, train + test, len(train))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -151,7 +158,7 @@ def _images(path: Path) -> list[Path]:
 # --- listing them
 
 
-def _list_tree(layout: Layout) -> Listing:
+def _list_tree(layout: PictureFiles) -> Listing:
     relative = [f.relative_to(layout.root) for f in layout.files]
     return Listing(
         names=[str(f) for f in layout.files],
@@ -162,7 +169,7 @@ def _list_tree(layout: Layout) -> Listing:
     )
 
 
-def _list_parquet(layout: Layout, label: str | None) -> Listing:
+def _list_parquet(layout: PictureFiles, label: str | None) -> Listing:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -248,6 +255,76 @@ def _class_names(schema: Any, column: str) -> tuple[str, ...]:
         return ()
 
 
+# --- decoding
+
+
+def decode(
+    names: Sequence[str], read: Callable[[int], bytes], size: int | None
+) -> NDArray[np.uint8]:
+    """Decode all images into one array.
+
+    Greyscale is what the files say (their mode), not what the pixels look like. Transparency is
+    dropped, and EXIF rotation is ignored, as by torchvision's ImageFolder.
+
+    Arguments:
+        names: N names, for messages.
+        read: row → the encoded bytes.
+        size: None: all images have one size already. Else: the shorter side is resized to ``size``
+            (bilinear, antialiased) and the centre ``size x size`` is kept.
+
+    Returns:
+        (N, C, H, W) uint8; C = 1 if all images are greyscale, else 3.
+
+    Raises:
+        CorruptData: an image cannot be decoded; it is named.
+        BadParameter: sizes differ and ``size`` is None, or an image has 16 bits per channel.
+    """
+
+    def decode_some(rows: range) -> list[NDArray[np.uint8]]:
+        return [_decode_one(names[i], read(i), size) for i in rows]
+
+    # Pillow decodes outside Python's lock: threads help, and need no copies between processes.
+    chunks = [range(i, min(i + 256, len(names))) for i in range(0, len(names), 256)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        images = [image for part in pool.map(decode_some, chunks) for image in part]
+    shape = images[0].shape[:2]
+    for name, image in zip(names, images, strict=True):
+        if image.shape[:2] != shape:
+            raise BadParameter(
+                "The images have different sizes: "
+                f"{shape[1]}x{shape[0]} ({names[0]}), {image.shape[1]}x{image.shape[0]} ({name}). "
+                "Say which size to bring them to: images:PATH?size=32."
+            )
+    channels = 1 if all(image.ndim == 2 for image in images) else 3
+    out = np.empty((len(images), channels, *shape), dtype=np.uint8)
+    for i, image in enumerate(images):
+        out[i] = image if image.ndim == 2 else image.transpose(2, 0, 1)
+    return out
+
+
+def _decode_one(name: str, data: bytes, size: int | None) -> NDArray[np.uint8]:
+    """One image: (H, W) uint8 if its mode is greyscale, else (H, W, 3)."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image: Image.Image = opened
+            if image.mode.startswith(("I", "F")):
+                raise BadParameter(f"{name}: {image.mode} pixels; convert it to 8 bits first.")
+            grey = image.mode in GREY_MODES
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # Pillow's own advice for such palettes
+            image = image.convert("L" if grey else "RGB")
+            if size is not None and image.size != (size, size):
+                from torchvision.transforms import functional
+
+                short = functional.resize(image, [size], functional.InterpolationMode.BILINEAR)
+                image = functional.center_crop(short, [size, size])
+            return np.asarray(image)
+    except CompanionError:
+        raise
+    except Exception as error:  # Pillow's readers raise anything on a damaged file
+        raise CorruptData(f"{name}: cannot be read as an image ({error}).") from None
+
+
 # --- reading all
 
 
@@ -274,7 +351,7 @@ def _encode(listing: Listing, where: str) -> tuple[NDArray[np.int64], tuple[str,
     return y, listing.class_names or tuple(str(value) for value in values)
 
 
-def read(
+def read_pictures(
     path: Path,
     size: int | None,
     label: str | None,
@@ -286,7 +363,7 @@ def read(
     Raises:
         MissingData, CorruptData, BadParameter: see the module's parts; each names the file.
     """
-    layout = find(path)
+    layout = picture_files(path)
     if layout.kind == "tree" and label is not None:
         raise BadParameter(
             f"images: {path}: label={label}, but folders of pictures have no columns."
@@ -310,17 +387,17 @@ def read(
         train, test = slice(listing.n_train), slice(listing.n_train, None)
         split = f"as given, {listing.n_train} first"
     rule = (
-        f"{decoding.RULE}: {listing.rule}; classes={json.dumps(class_names)}; split={split}; "
+        f"{RULE}: {listing.rule}; classes={json.dumps(class_names)}; split={split}; "
         f"size={size or 'as it is'}; normalise={f'{mean}/{std}' if mean else 'train'}"
     )
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(sha256_of, layout.files))
     names = [f.relative_to(layout.root).as_posix() for f in layout.files]
     digest = fingerprint(rule, zip(names, digests, strict=True))
-    images = decoding.cached(
-        runs_root() / "decoded" / digest,
+    images = cached_array(
+        runs_root() / "decoded" / digest / "images.npy",
+        lambda: decode(listing.names, listing.read, size),
         len(y),
-        lambda: decoding.decode(listing.names, listing.read, size),
     )
     return Raw(
         *(images[train], y[train], images[test], y[test]),
@@ -329,7 +406,7 @@ def read(
         mean=mean,
         std=std,
         class_names=class_names,
-        files=tuple(FileReport(f, f.stat().st_size, "unknown") for f in layout.files),
+        files=tuple(map(FileReport.of, layout.files)),
         notes=(*listing.notes, f"split: {split}"),
     )
 
@@ -359,19 +436,15 @@ def user_images(name: str) -> Source:
         classes=None,
         shape=None,
         folder=str(path),
-        files=lambda root: (find(path).files, []),
-        read=lambda root: read(path, size, label),
+        files=lambda root: (picture_files(path).files, []),
+        read=lambda root: read_pictures(path, size, label),
         how="your own pictures: class folders, or parquet in Hugging Face's image layout",
     )
 
 
-def _jpeg_files(folder: str, root: Path) -> tuple[list[Path], list[str]]:
-    paths = [root / folder / "train.parquet", root / folder / "test.parquet"]
-    return [p for p in paths if p.is_file()], [p.name for p in paths if not p.is_file()]
-
-
-def _read_jpeg(folder: str, root: Path) -> Raw:
-    raw = read(root / folder, None, None, CIFAR10_MEAN, CIFAR10_STD)
+def _read_jpeg(root: Path) -> Raw:
+    folder = "cifar10-jpeg"
+    raw = read_pictures(root / folder, None, None, CIFAR10_MEAN, CIFAR10_STD)
     if raw.classes != 10 or raw.train_x.shape[1:] != (3, 32, 32):
         raise CorruptData(
             f"{root / folder}: {raw.classes} classes of images {raw.train_x.shape[1:]} are no copy "
@@ -387,7 +460,7 @@ CIFAR10_JPEG = Source(
     classes=10,
     shape=(3, 32, 32),
     folder="cifar10-jpeg",
-    files=partial(_jpeg_files, "cifar10-jpeg"),
-    read=partial(_read_jpeg, "cifar10-jpeg"),
+    files=partial(files_below, "cifar10-jpeg", ("train.parquet", "test.parquet")),
+    read=_read_jpeg,
     how="your own copy: train.parquet and test.parquet in Hugging Face's image layout",
 )

@@ -1,23 +1,17 @@
-"""Datasets by name: load, list, download, check. Only :func:`get` downloads anything.
+"""Datasets by name: load, list, download, check. Only :func:`download` downloads anything.
 
-| name | what |
-|---|---|
-| ``digits`` | 1,797 real 8x8 digits, inside scikit-learn |
-| ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100`` | as published, in torchvision's layout |
-| ``cifar10-jpeg`` | a lossy copy of CIFAR-10 in two parquet files; labelled as such everywhere |
-| ``images:PATH`` | the user's own, see ``pictures.py`` |
-| ``NAME@split-a``, … | a part of the train split of any of these, see ``parts.py`` |
-| ``pydoc``, ``wikitext2``, ``wikitext103``, ``text:PATH`` | texts, see ``text.py`` |
-
-Source: our chapter 1 ("The data").
+``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``cifar10-jpeg`` (lossy,
+labelled as such), ``images:PATH`` (``pictures.py``), texts (``text.py``), and with ``@split-a``
+behind any images a part of them (``parts.py``). Source: our chapter 1 ("The data").
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -25,10 +19,9 @@ from numpy.typing import NDArray
 
 from companion.core.errors import BadParameter, CorruptData, MissingData, one_of
 from companion.core.locations import data_root
+from companion.core.numerics import memory_of, resolve_device
 from companion.data import text
 from companion.data.dataset import Dataset, Split, TextFacts, channel_statistics, standardise
-from companion.data.device import memory_of, resolve_device
-from companion.data.hub import from_hub
 from companion.data.parts import SEPARATOR, Part, split_name
 from companion.data.pictures import CIFAR10_JPEG, user_images
 from companion.data.sources import PUBLISHED, FileReport, RawText, Source
@@ -38,12 +31,13 @@ MOVE = "Set COMPANION_DATA to look in another data root."
 
 
 @dataclass(frozen=True)
-class Entry:
+class DatasetEntry:
     """A line of ``companion data list``. ``where`` None: embedded; classes, shape None: it depends.
 
     Of a text, classes are the size of its vocabulary (rounded up), and the shape is its window's.
 
-    ``present`` says that all files are there, not that they are right: :func:`check` reads them.
+    ``present`` says that all files are there, not that they are right:
+    :func:`check_dataset` reads them.
     """
 
     name: str
@@ -56,9 +50,9 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What ``companion data check`` found. If not present, only the first fields and ``how`` say
-    something; a checksum that is wrong is not reported but raised.
+class Report(DatasetEntry):
+    """What ``companion data check`` found. If not present, only ``missing`` and ``notes`` are added
+    to the entry; a checksum that is wrong is not reported but raised.
 
     Arguments:
         missing: names of the files that are not there.
@@ -70,11 +64,6 @@ class Report:
         text: how a text was tokenised; None for images.
     """
 
-    name: str
-    label: str
-    where: Path | None
-    present: bool
-    how: str
     missing: tuple[str, ...] = ()
     files: tuple[FileReport, ...] = ()
     fingerprint: str | None = None
@@ -138,7 +127,15 @@ def _load(name: str, root: Path, device: str, stamp: str) -> Dataset:
     source = _source(name)
     raw = source.read(root)
     if isinstance(raw, RawText):
-        return _dataset_of_text(source, raw, device)
+
+        def windows(tokens: NDArray[np.integer]) -> Split:
+            return Split.windows(torch.from_numpy(tokens.astype(np.int64)).to(device), raw.window)
+
+        train, test = windows(raw.train), windows(raw.test)
+        return Dataset(
+            *(name, source.label, train, test, raw.classes, (raw.window,), (), (), raw.fingerprint),
+            text=raw.facts,
+        )
     mean, std = raw.mean, raw.std
     if mean is None or std is None:
         mean, std = channel_statistics(raw.train_x, raw.white)
@@ -147,58 +144,33 @@ def _load(name: str, root: Path, device: str, stamp: str) -> Dataset:
         labels = torch.from_numpy(y.copy())  # not a view of the whole dataset's labels
         return Split(standardise(x, raw.white, mean, std).to(device), labels.to(device))
 
-    _, channels, height, width = raw.train_x.shape
+    train, test = split(raw.train_x, raw.train_y), split(raw.test_x, raw.test_y)
+    shape = tuple(raw.train_x.shape[1:])
     return Dataset(
-        name=name,
-        label=source.label,
-        train=split(raw.train_x, raw.train_y),
-        test=split(raw.test_x, raw.test_y),
-        classes=raw.classes,
-        in_shape=(channels, height, width),
-        mean=mean,
-        std=std,
-        fingerprint=raw.fingerprint,
+        *(name, source.label, train, test, raw.classes, shape, mean, std, raw.fingerprint),
         class_names=raw.class_names,
     )
 
 
-def _dataset_of_text(source: Source, raw: RawText, device: str) -> Dataset:
-    def split(tokens: NDArray[np.integer]) -> Split:
-        stream = torch.from_numpy(tokens.astype(np.int64))
-        return Split.windows(stream.to(device), raw.window)
-
-    return Dataset(
-        name=source.name,
-        label=source.label,
-        train=split(raw.train),
-        test=split(raw.test),
-        classes=raw.classes,
-        in_shape=(raw.window,),
-        mean=(),
-        std=(),
-        fingerprint=raw.fingerprint,
-        text=raw.facts,
-    )
-
-
-def catalogue() -> list[Entry]:
+def catalogue() -> list[DatasetEntry]:
     """All datasets that have a name, whether they are there, and how to get them. Reads no data."""
     root = data_root()
-    images, texts = (
-        [
-            Entry(s.name, s.label, s.classes, s.shape, _where(s, root), not s.files(root)[1], s.how)
-            for s in sources
-        ]
-        for sources in (SOURCES.values(), map(text.source, text.TEXTS))
-    )
+
+    images = [_entry(source, root) for source in SOURCES.values()]
+    texts = [_entry(text.text_source(name), root) for name in text.TEXTS]
     how = "class folders of pictures, or parquet in Hugging Face's image layout"
-    images.append(Entry("images:PATH", "your pictures", None, None, None, False, how))
+    images.append(DatasetEntry("images:PATH", "your pictures", None, None, None, False, how))
     how = "a text file, or a folder with train.txt and valid.txt (or parquet)"
-    texts.append(Entry("text:PATH", "your text", None, None, None, False, how))
+    texts.append(DatasetEntry("text:PATH", "your text", None, None, None, False, how))
     return [*images, *texts]
 
 
-def get(name: str) -> Path:
+def _entry(s: Source, root: Path, present: bool | None = None) -> DatasetEntry:
+    here = not s.files(root)[1] if present is None else present
+    return DatasetEntry(s.name, s.label, s.classes, s.shape, _where(s, root), here, s.how)
+
+
+def download(name: str) -> Path:
     """Download a dataset into the data root, unless it is there; then check it.
 
     Images come with torchvision, texts with Hugging Face's ``datasets`` (if it is installed).
@@ -217,10 +189,10 @@ def get(name: str) -> Path:
     if (source.torchvision is None and source.hub is None) or where is None:
         raise BadParameter(f"{name}: nothing to download. How to get it: {source.how}.")
     if source.files(root)[1]:
-        (_from_torchvision if source.torchvision else from_hub)(source, root)
+        (_from_torchvision if source.torchvision else _from_hub)(source, root)
         source = _asked(name)[2]
         where = _where(source, root) or where
-    report = check(name)
+    report = check_dataset(name)
     if report.missing and source.torchvision:
         raise CorruptData(
             f"{source.label}: torchvision downloaded it, but {', '.join(report.missing)} is not in "
@@ -243,7 +215,41 @@ def _from_torchvision(source: Source, root: Path) -> None:
         ) from error
 
 
-def check(name: str) -> Report:
+def _from_hub(source: Source, root: Path) -> None:
+    """The three splits of a text, with Hugging Face's ``datasets``, as parquet files."""
+    assert source.hub is not None
+    repository, configuration, name = source.hub
+    folder = root / name
+    by_hand = (
+        f"get {repository} ({configuration}) elsewhere and copy its train, validation "
+        f"and test files into {folder} (parquet or text)."
+    )
+    try:
+        import datasets
+    except ImportError:
+        raise MissingData(
+            f"{source.label} is downloaded with the library datasets, which is not installed: "
+            f"pip install 'companion[hub]'. Without it, {by_hand}"
+        ) from None
+    try:
+        found = datasets.load_dataset(repository, configuration)
+        splits = {split: found[split] for split in ("train", "validation", "test")}
+    except Exception as error:  # its HTTP libraries raise errors of their own
+        raise MissingData(
+            f"{source.label} could not be downloaded into {folder}: {error}\n"
+            f"Without a network, {by_hand}"
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        temporary = folder / f".{split}-{uuid4().hex}.tmp"
+        try:
+            rows.to_parquet(str(temporary))
+            temporary.replace(folder / f"{split}.parquet")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_dataset(name: str) -> Report:
     """Read a dataset, compare checksums, and say what it holds.
 
     Raises:
@@ -253,61 +259,37 @@ def check(name: str) -> Report:
     """
     _, part, source = _asked(name)
     root = data_root()
-    where = _where(source, root)
     label = source.label if part is None else f"{source.label}, {part.label}"
+    entry = asdict(_entry(source, root, False)) | {"name": name, "label": label}
     try:
         missing = tuple(source.files(root)[1])
     except MissingData as error:
         if source.kind != "text":
             raise
-        missing = ("its files, or those of its tokeniser",)  # the note says which
-        return Report(name, label, where, False, source.how, missing, notes=(str(error),))
+        which = ("its files, or those of its tokeniser",)  # the note says which
+        return Report(**entry, missing=which, notes=(str(error),))
     if missing:
         hint = source.hint(root)
-        notes = (hint,) if hint else ()
-        return Report(name, label, where, False, source.how, missing, notes=notes)
+        return Report(**entry, missing=missing, notes=(hint,) if hint else ())
     raw = source.read(root)
+    entry |= {"present": True, "name": name if part else source.name}
+    found = Report(**entry, files=raw.files, notes=raw.notes)
     if isinstance(raw, RawText):
-        return _report_of_text(source, raw, where)
+        train, test = (((len(s) - 1) // raw.window, raw.window) for s in (raw.train, raw.test))
+        of, facts = raw.fingerprint, raw.facts
+        return replace(found, fingerprint=of, train_shape=train, test_shape=test, text=facts)
+    train_y, of = raw.train_y, raw.fingerprint
     if part is not None:
-        rows = part.rows(raw.train_y, raw.classes)
-        raw = replace(
-            raw,
-            train_x=raw.train_x[rows],
-            train_y=raw.train_y[rows],
-            fingerprint=part.fingerprint(raw.fingerprint, rows),
-        )
-    return Report(
-        name=name,
-        label=label,
-        where=where,
-        present=True,
-        how=source.how,
-        files=raw.files,
-        fingerprint=raw.fingerprint,
-        train_shape=raw.train_x.shape,
+        rows = part.rows(train_y, raw.classes)
+        train_y, of = train_y[rows], part.fingerprint(of, rows)
+    return replace(
+        found,
+        fingerprint=of,
+        train_shape=(len(train_y), *raw.train_x.shape[1:]),
         test_shape=raw.test_x.shape,
-        train_counts=tuple(np.bincount(raw.train_y, minlength=raw.classes).tolist()),
+        train_counts=tuple(np.bincount(train_y, minlength=raw.classes).tolist()),
         test_counts=tuple(np.bincount(raw.test_y, minlength=raw.classes).tolist()),
         class_names=raw.class_names,
-        notes=raw.notes,
-    )
-
-
-def _report_of_text(source: Source, raw: RawText, where: Path | None) -> Report:
-    shapes = [((len(s) - 1) // raw.window, raw.window) for s in (raw.train, raw.test)]
-    return Report(
-        name=source.name,
-        label=source.label,
-        where=where,
-        present=True,
-        how=source.how,
-        files=raw.files,
-        fingerprint=raw.fingerprint,
-        train_shape=shapes[0],
-        test_shape=shapes[1],
-        notes=raw.notes,
-        text=raw.facts,
     )
 
 
@@ -331,7 +313,7 @@ def _source(name: str) -> Source:
     if name.startswith("images:"):
         return user_images(name)
     if text.is_text(name):
-        return text.source(name)
+        return text.text_source(name)
     names = [*SOURCES, *text.TEXTS, "images:PATH", "text:PATH"]
     return SOURCES[one_of("dataset", name, names)]
 

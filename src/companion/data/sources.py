@@ -1,4 +1,4 @@
-"""Readers of the published datasets: from files in torchvision's layout to integer pixels.
+"""What a source of data is, and the published ones: files in torchvision's layout to pixels.
 
 A :class:`Source` knows where a dataset's files are and how to read them into a :class:`Raw` (a text
 into a :class:`RawText`, ``text.py``); it neither normalises nor downloads (see ``registry.py``).
@@ -11,9 +11,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import os
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +39,7 @@ UNZIPPED_MD5 = {
         "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
     }
 }
-IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+IDX_FILES = tuple(UNZIPPED_MD5["mnist"])
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,11 @@ class FileReport:
     path: Path
     size: int
     checksum: Literal["ok", "unknown"]
+
+    @classmethod
+    def of(cls, path: Path) -> FileReport:
+        """Of a file that nobody published a checksum of."""
+        return cls(path, path.stat().st_size, "unknown")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +145,53 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cached_array(
+    path: Path, make: Callable[[], NDArray[Any]], rows: int | None = None
+) -> NDArray[Any]:
+    """The array stored in ``path``, read-only and memory-mapped; made and stored if need be.
+
+    The file is a normal .npy with the SHA-256 of all its bytes appended. It is written under
+    another name and renamed, so nobody reads half a file; one that does not match its checksum, or
+    has not as many ``rows``, is made again. A folder that cannot be written means no cache.
+    """
+    stored = stored_array(path)
+    if stored is not None and rows in (None, len(stored)):
+        return stored
+    array = make()
+    with suppress(OSError):  # read-only folder, disk full: then without a cache
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.save(file, array)
+            digest = bytes.fromhex(sha256_of(temporary))
+            with temporary.open("ab") as file:
+                file.write(digest)
+            temporary.chmod(0o644)  # mkstemp's 0600 would hide the cache from a shared run store
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return array
+
+
+def stored_array(path: Path) -> NDArray[Any] | None:
+    """What :func:`cached_array` stored; None: no array there, or a damaged one."""
+    try:
+        left = path.stat().st_size - hashlib.sha256().digest_size
+        h = hashlib.sha256()
+        with path.open("rb") as file:
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                h.update(block)
+                left -= len(block)
+            if h.digest() != file.read():
+                return None
+        array: NDArray[Any] = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+    return array
+
+
 def _md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
@@ -151,6 +201,12 @@ def _mismatch(path: Path, found: str, expected: str) -> CorruptData:
         f"{path}: the checksum is wrong (md5 {found}, the published file has {expected}). "
         "Delete the file and get it again."
     )
+
+
+def files_below(folder: str, names: Iterable[str], root: Path) -> tuple[list[Path], list[str]]:
+    """Those of the files ``root / folder / name`` that are there; the names of the others."""
+    paths = [root / folder / name for name in names]
+    return [p for p in paths if p.is_file()], [p.name for p in paths if not p.is_file()]
 
 
 # --- digits
@@ -265,11 +321,6 @@ def _cifar_md5(cls: str) -> dict[str, str]:
     return {**dict(entries), cifar.meta["filename"]: cifar.meta["md5"]}
 
 
-def _cifar_paths(cls: str, folder: str, root: Path) -> tuple[list[Path], list[str]]:
-    paths = [root / folder / name for name in _cifar_md5(cls)]
-    return [p for p in paths if p.is_file()], [p.name for p in paths if not p.is_file()]
-
-
 def _read_cifar(
     cls: str, folder: str, mean: tuple[float, ...], std: tuple[float, ...], root: Path
 ) -> Raw:
@@ -329,7 +380,7 @@ def _idx(name: str, label: str, cls: str, mean: float, std: float) -> Source:
 
 def _cifar(classes: int, folder: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Source:
     name, cls = f"cifar{classes}", f"CIFAR{classes}"
-    files = partial(_cifar_paths, cls, folder)
+    files = lambda root: files_below(folder, _cifar_md5(cls), root)  # noqa: E731
     read = partial(_read_cifar, cls, folder, mean, std)
     how = f"companion data get {name}"
     return Source(name, f"CIFAR-{classes}", classes, (3, 32, 32), folder, files, read, how, cls)

@@ -1,8 +1,5 @@
 """Tokenisers: byte-level BPE trained on the training text, the published GPT-2 one, single bytes.
 
-    made = trained(text, vocabulary=512)
-    made.decode(made.encode("any text at all")) == "any text at all"
-
 All three work on the bytes of UTF-8: every text has tokens, none is unknown, and decoding gives the
 text back. BPE training is a function of the text (the same merges on one core and on many).
 Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (on bytes); our chapter 5.
@@ -12,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -27,8 +24,8 @@ from torch import Tensor
 
 from companion.core.errors import BadParameter, CorruptData, MissingData
 from companion.core.locations import runs_root
-from companion.data import arrays
-from companion.data.corpus import Survey, Text, survey, utf8
+from companion.data.corpus import Survey, Text, count_text, utf8
+from companion.data.sources import cached_array, stored_array
 
 TOKENIZERS = ("bpe", "gpt2", "bytes")
 SMALLEST = 257  # one token for each byte, and one merge
@@ -122,19 +119,26 @@ class Tokenizer:
 BYTES = Tokenizer("bytes", 256)
 
 
-def trained(text: Text, vocabulary: int) -> Tokenizer:
+def _byte_level(model: Any) -> Any:
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, pre_tokenizers
+
+    inner = Inner(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def train_bpe(text: Text, vocabulary: int) -> Tokenizer:
     """A byte-level BPE trained on ``text``: the 256 bytes, then the most frequent merges.
 
     Arguments:
         text: the training text, and nothing else.
         vocabulary: at most so many tokens; a text that repeats little gives fewer.
     """
-    from tokenizers import Tokenizer as Inner
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
-    inner = Inner(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
+    inner = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -181,16 +185,14 @@ def gpt2(root: Path) -> Tokenizer:
         CorruptData: its files cannot be read, or are not of GPT-2's size.
     """
     from tokenizers import Tokenizer as Inner
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import models
 
     files = gpt2_files(root)
     try:
         if len(files) == 1:
             inner = Inner.from_str(files[0].read_text(encoding="utf-8"))
         else:
-            inner = Inner(models.BPE.from_file(*map(str, files)))
-            inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            inner.decoder = decoders.ByteLevel()
+            inner = _byte_level(models.BPE.from_file(*map(str, files)))
         definition = inner.to_str()
     except Exception as error:  # tokenizers raises plain exceptions
         raise CorruptData(f"{files[0]}: cannot be read as a tokeniser ({error}).") from None
@@ -205,47 +207,36 @@ def gpt2(root: Path) -> Tokenizer:
 
 
 def cached_survey(text: Text, sha256: str) -> Survey:
-    """:func:`companion.data.corpus.survey`, made once."""
-
-    def count() -> NDArray[Any]:
-        return np.array(astuple(survey(text)), dtype="<i8")
-
-    counts = _cached(_folder(sha256) / "counts-v1.npy", count)
+    """:func:`companion.data.corpus.count_text`, made once."""
+    counts = _cached(sha256, "counts-v1", lambda: np.array(astuple(count_text(text)), dtype="<i8"))
     return Survey(*counts.tolist())
 
 
 def cached_trained(text: Text, sha256: str, vocabulary: int) -> Tokenizer:
-    """:func:`trained`, once per text, vocabulary and version of ``tokenizers``."""
+    """:func:`train_bpe`, once per text, vocabulary and version of ``tokenizers``."""
     import tokenizers
 
     def make() -> NDArray[Any]:
-        return np.frombuffer(trained(text, vocabulary).definition.encode(), dtype=np.uint8)
+        return np.frombuffer(train_bpe(text, vocabulary).definition.encode(), dtype=np.uint8)
 
-    path = _folder(sha256) / f"bpe-{vocabulary}-tokenizers-{tokenizers.__version__}.npy"
-    definition = _cached(path, make).tobytes().decode()
+    name = f"bpe-{vocabulary}-tokenizers-{tokenizers.__version__}"
+    definition = _cached(sha256, name, make).tobytes().decode()
     return Tokenizer("bpe", len(json.loads(definition)["model"]["vocab"]), definition)
 
 
 def cached_tokens(text: Text, sha256: str, tokenizer: Tokenizer) -> NDArray[Any]:
     """(T,) tokens of a text, made once: uint16, or int32 for more than 65,536 tokens."""
-    path = _folder(sha256) / f"{tokenizer.name}-{tokenizer.digest[:16]}.npy"
-    return _cached(path, lambda: tokenizer.encode_all(text.pieces()))
+    name = f"{tokenizer.name}-{tokenizer.digest[:16]}"
+    return _cached(sha256, name, lambda: tokenizer.encode_all(text.pieces()))
 
 
-def _folder(sha256: str) -> Path:
-    return runs_root() / "tokens" / sha256
+def _cached(sha256: str, name: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    path = runs_root() / "tokens" / sha256 / f"{name}.npy"
 
-
-def _cached(path: Path, make: Any) -> NDArray[Any]:
-    found = arrays.load(path)
-    if found is None:
-        with _locked(path.parent):  # tokenising a large text takes minutes: once, not per worker
-            found = arrays.load(path)
-            if found is None:
-                found = make()
-                with suppress(OSError):  # read-only folder, disk full: then without a cache
-                    arrays.store(path, found)
-    return found
+    if (stored := stored_array(path)) is not None:
+        return stored
+    with _locked(path.parent):  # tokenising a large text takes minutes: once, not per worker
+        return cached_array(path, make)
 
 
 @contextmanager

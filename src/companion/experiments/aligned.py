@@ -30,14 +30,7 @@ from companion.core.stats import Interval, clustered, spearman
 from companion.core.theta import Theta, distance, layout
 from companion.data import Dataset
 from companion.experiments.measurement import Json, Measurement, ends, run
-from companion.experiments.methods import (
-    Method,
-    Placed,
-    match,
-    place,
-    spec_of,
-    weights_of,
-)
+from companion.experiments.methods import Method, Placed, match, place, spec_of, weights_of
 from companion.experiments.pairs import Evaluation, Pair, jobs_of, normal_error
 from companion.rebasin.calibration import calibrated_curve
 from companion.rebasin.repair import repair

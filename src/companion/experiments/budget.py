@@ -22,7 +22,7 @@ from companion.core.runs import Entry, Store
 from companion.core.theta import snapshot
 from companion.experiments.measurement import Measurement
 from companion.experiments.pairs import Evaluation
-from companion.training import Job, Recipe, Run, State, advance, build, entry_of, merge
+from companion.training import Job, Recipe, Run, State, advance, build, entry_of, merge_jobs
 
 _PROBE_S = 0.5  # seconds of the last call of a recipe, at least
 
@@ -112,7 +112,7 @@ def _all_jobs(tasks: Iterable[Measurement]) -> list[Job]:
     every = wave = [job for task in tasks for job in task.jobs()]
     while wave := [parent for job in wave if (parent := job.parents())]:
         every = every + wave
-    return merge(every)
+    return merge_jobs(every)
 
 
 def _files(entry: Entry) -> set[str]:

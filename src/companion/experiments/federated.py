@@ -275,7 +275,7 @@ def federate(federation: Federation, seed: int, data: Dataset) -> dict[str, Any]
     sizes = [len(one.train) for one in own]
     history = []
     for number in range(1, federation.rounds + 1):
-        deadline.check()
+        deadline.stop_if_passed()
         stop = number * federation.every
         states = [
             advance(run, state, stop, one, module=module)

@@ -179,7 +179,7 @@ def run(
     keys = [task.entry(store, where).key for task in tasks]
     missing = {k: t for k, t, v in zip(keys, tasks, values, strict=True) if v is None}
     if missing:
-        closing.check(what=f"{len(missing)} of {len(tasks)} {label}")
+        closing.refuse_work(what=f"{len(missing)} of {len(tasks)} {label}")
         jobs = [job for task in missing.values() for job in task.jobs()]
         train(jobs, store=store, device=where, workers=workers)
     items = [(task, store, where) for task in missing.values()]

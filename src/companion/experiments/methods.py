@@ -1,9 +1,9 @@
 """Every way of matching two networks, by name: what it needs, its options, its function.
 
 To add one, write its function below and :func:`register` it. The command line's choices and help,
-the experiments of chapters 2, 3 and 5 and the run store read :data:`KINDS`. A :class:`Method` is a
-kind with its options, and has an identity for the store; :func:`place` carries it out: it returns
-both networks in the coordinates in which they are to be compared.
+the experiments of chapters 2, 3 and 5 and the run store read :data:`METHOD_KINDS`. A
+:class:`Method` is a kind with its options, and has an identity for the store; :func:`place` carries
+it out: it returns both networks in the coordinates in which they are to be compared.
 
 Nothing here imports PyTorch before a method is carried out, so that help is quick.
 """
@@ -33,7 +33,7 @@ class Method:
     """How B is brought to A. The defaults here are everyone's.
 
     Arguments:
-        name: one of :data:`KINDS`, whose ``options`` say which of the others count.
+        name: one of :data:`METHOD_KINDS`, whose ``options`` say which of the others count.
         starts: descents from as many starts, of which the best counts.
         statistic: ``moment`` or ``correlation``.
         examples: training images or windows to look at, for REPAIR too (None: all).
@@ -51,13 +51,13 @@ class Method:
     label: int | str = 0
 
     def __post_init__(self) -> None:
-        one_of("method", self.name, KINDS)
+        one_of("method", self.name, METHOD_KINDS)
         one_of("statistic", self.statistic, ("moment", "correlation"))
 
     @property
-    def kind(self) -> Kind:
-        """Which of :data:`KINDS` it is."""
-        return KINDS[self.name]
+    def kind(self) -> MethodKind:
+        """Which of :data:`METHOD_KINDS` it is."""
+        return METHOD_KINDS[self.name]
 
     def identity(self) -> dict[str, Any]:
         """What of it determines the permutations of this method, for the store."""
@@ -101,7 +101,7 @@ Find = Callable[[Method, Problem], "Matching | Rotation | None"]
 
 
 @dataclass(frozen=True)
-class Kind:
+class MethodKind:
     """One way of matching.
 
     Arguments:
@@ -125,18 +125,18 @@ class Kind:
     control: bool = False
 
 
-KINDS: dict[str, Kind] = {}
+METHOD_KINDS: dict[str, MethodKind] = {}
 """Name -> method. Those for GPT networks treat the residual stream in different ways."""
 
 
 def register(name: str, *options: str, **facts: Any) -> Callable[[Find], Find]:
-    """Make a function a method. Arguments as :class:`Kind`."""
+    """Make a function a method. Arguments as :class:`MethodKind`."""
     unknown = set(options) - {f.name for f in fields(Method)}
-    if name in KINDS or unknown:
+    if name in METHOD_KINDS or unknown:
         raise BadParameter(f"method {name!r}: it is there already, or no option: {unknown}.")
 
     def add(find: Find) -> Find:
-        KINDS[name] = Kind(name, find, options=options, **facts)
+        METHOD_KINDS[name] = MethodKind(name, find, options=options, **facts)
         return find
 
     return add
@@ -144,14 +144,14 @@ def register(name: str, *options: str, **facts: Any) -> Callable[[Find], Find]:
 
 def offered(option: str | None = None) -> list[str]:
     """The methods of the command line; with ``option`` those that have it."""
-    return [k.name for k in KINDS.values() if not k.control and option in (None, *k.options)]
+    return [k.name for k in METHOD_KINDS.values() if not k.control and option in (None, *k.options)]
 
 
 def described() -> str:
     """The methods of the command line in words, for its help."""
 
     def listed(nets: str) -> str:
-        kinds = [KINDS[name] for name in offered() if KINDS[name].nets == nets]
+        kinds = [METHOD_KINDS[name] for name in offered() if METHOD_KINDS[name].nets == nets]
         return ", ".join(f"{k.name} ({k.about})" if k.about else k.name for k in kinds)
 
     return f"{listed('')}. For GPT networks also: {listed('gpt')}."
@@ -241,21 +241,14 @@ def _folded(method: Method, problem: Problem) -> None:
     """Folded B as it is."""
 
 
+@register("rotated-heads", about="and units inside of heads", folds=True, nets="gpt")
 @register("rotated", about="folded, the stream rotated", folds=True, nets="gpt")
 def _rotated(method: Method, problem: Problem) -> Rotation:
     """The stream is rotated while heads and units are matched by weights."""
-    return _rotation(problem, "permuted")
-
-
-@register("rotated-heads", about="and units inside of heads", folds=True, nets="gpt")
-def _rotated_heads(method: Method, problem: Problem) -> Rotation:
-    return _rotation(problem, "rotated")
-
-
-def _rotation(problem: Problem, heads: str) -> Rotation:
     from companion.rebasin import rotation_matching
 
     assert problem.folding is not None
+    heads = "rotated" if method.name == "rotated-heads" else "permuted"
     return rotation_matching(problem.folding, problem.a, problem.b, heads=heads)
 
 

@@ -34,7 +34,7 @@ from companion.core.errors import one_of, whole
 from companion.core.runs import Entry, Store
 from companion.core.theta import Theta, cosine_distance, distance, layout
 from companion.data import Augmentation, Dataset, Split
-from companion.data.augmentation import draw
+from companion.data.augmentation import draw_epoch
 from companion.experiments import measurement
 from companion.experiments.measurement import EVALUATION, Json, Measurement, Where, ends, key_of
 from companion.models import has_dropout
@@ -95,7 +95,7 @@ class Evaluation:
 
     def points_of(self, net: str) -> int:
         """Networks on a line, all BatchNorm modes of a network called ``net`` counted."""
-        return self.points * (len(BN_MODES) if models.has_batchnorm(net) else 1)
+        return self.points * (len(BN_MODES) if models.may_have_batchnorm(net) else 1)
 
     def identity(self, net: str) -> dict[str, Any]:
         """Everything that determines the numbers of a network called ``net``, for the store."""
@@ -116,7 +116,7 @@ def averaging(net: str, bn_examples: int | None) -> dict[str, Any]:
         net: of a recipe.
         bn_examples: as :class:`Evaluation` has it.
     """
-    return {"bn_examples": bn_examples} if models.has_batchnorm(net) else {}
+    return {"bn_examples": bn_examples} if models.may_have_batchnorm(net) else {}
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _missing(pair: Pair, evaluation: Evaluation, device: str) -> PairResult:
     alphas = tuple(b for _, b in grid(evaluation.points))
     unknown = dict.fromkeys(("loss", "error"), (math.nan,) * len(alphas))
     sizes = {name: len(split) for name, split in splits.items()}
-    mode = evaluation.bn if models.has_batchnorm(pair.a.recipe.net) else "none"
+    mode = evaluation.bn if models.may_have_batchnorm(pair.a.recipe.net) else "none"
     curve = Curve(alphas, dict.fromkeys(splits, unknown), mode, sizes)
     # Gate G0 comes first, where it is asked again under other bounds.
     gates = (Gate("G0 quality", False, closing.WHY), _MISSING)
@@ -455,7 +455,7 @@ def check_noise(runs: Sequence[Run], *, device: str = "cpu", most: int = 200) ->
 def _drawn(run: Run, epoch: int, data: Dataset) -> bytes:
     """What ``run`` draws in an epoch besides its order: flips, crops, shifts, seeds of dropout."""
     augmentation = Augmentation.parse(run.recipe.augment)
-    made = draw(augmentation, run.augment_key(), epoch, len(data.train), data.train.window)
+    made = draw_epoch(augmentation, run.augment_key(), epoch, len(data.train), data.train.window)
     found = [t.numpy().tobytes() for t in made.tensors() if t is not None]
     if has_dropout(run.recipe.net):
         first = epoch * (len(data.train) // run.recipe.batch)

@@ -392,7 +392,7 @@ def _stream(
 
     parts = -(-len(split) // size)
     for x, y in zip(split.x.tensor_split(parts), split.y.tensor_split(parts), strict=True):
-        deadline.check()
+        deadline.stop_if_passed()
         (of_a, out_a), (of_b, out_b) = (taps.use(theta).run(x) for theta in (first, second))
         ends = {name: (vectors(of_a[name]), vectors(of_b[name])) for name in tables}
         bands = {name: t[:, start : start + len(x) * each] for name, t in tables.items()}

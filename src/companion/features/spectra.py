@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from companion.core.errors import BadParameter, whole
-from companion.core.theta import Theta, check, layout
+from companion.core.theta import Theta, check_theta, layout
 from companion.features.taps import Examples, Site, batches, checked, sites, tapped
 
 
@@ -256,7 +256,7 @@ def _weights(
 ) -> list[str]:
     """Names of the weights of two axes or more, after checking the networks."""
     for theta, label in networks:
-        check(module, theta, label)
+        check_theta(module, theta, label)
     spec = layout(module)
     chosen = set(spec.select(names))
     found = [n for n in spec.parameters if n in chosen and networks[0][0][n].ndim > 1]

@@ -34,7 +34,7 @@ from companion.connectivity.batches import default_batch, fitting
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of, whole
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta, check
+from companion.core.theta import Theta, check_theta
 
 KINDS = ("conv", "linear", "norm", "activation", "block", "pool", "module", "output")
 """``block``: a module of the user's with children, in a list or sequence of such. ``module``: any
@@ -441,7 +441,7 @@ class Layered(Generic[N]):
 def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -> None:
     """Refuse networks (what messages call them -> state dict) that do not fit, and no data."""
     for name, theta in networks.items():
-        check(module, theta, name)
+        check_theta(module, theta, name)
     if not len(split):
         raise BadParameter("split: there is no data to measure features on.")
 
@@ -487,7 +487,7 @@ def batches(
         each = 2 * 4 * sum(math.prod(s.shape) for s in found if not s.same)
         batch = fitting(default_batch(module, device, "none"), each, device, 1 << 28)
     for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
-        deadline.check()
+        deadline.stop_if_passed()
         yield x, y
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import Theta, affine
-from companion.models.mlp import mlp
+from companion.models.images import mlp
 
 _HALVINGS = 40
 """How often a step is halved before it is given up; then it is 0."""
@@ -38,7 +38,7 @@ class Built:
     """Two networks and the data on which they meet the conditions, all float64.
 
     Arguments:
-        module: the architecture, :func:`companion.models.mlp.mlp`.
+        module: the architecture, :func:`companion.models.images.mlp`.
         a, b: state dicts of it.
         x: the data, shape (N, inputs).
     """

@@ -32,7 +32,7 @@ from companion.connectivity.batches import room
 from companion.core import deadline
 from companion.core.errors import OutOfTime
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta, affine, check, layout
+from companion.core.theta import Theta, affine, check_theta, layout
 
 Weights: TypeAlias = tuple[float, float]
 
@@ -278,7 +278,7 @@ class LayerWalker(Walker):
             anew at every point, a network that keeps state outside its outputs, or not ``fast``.
         """
         for theta, name in ((a, "A"), (b, "B")):
-            check(self.module, theta, name)
+            check_theta(self.module, theta, name)
         # Tied tensors under their first name only, or the second would undo what the first moved.
         own = self.layout.floating + self.layout.integers
         # Copies: BatchNorm in train mode writes into its buffers.
@@ -402,7 +402,7 @@ class _Replayed:
                     path = self.paths[number]
                     if path.rest != rest:
                         continue
-                    deadline.check()
+                    deadline.stop_if_passed()
                     tape, cut = tapes[rest], tapes[rest].cut(path.names) if weights[1] else math.inf
                     if mixture is not None and self.mixed:
                         further = mixture.cut(self.still[number])

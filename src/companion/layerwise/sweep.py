@@ -25,7 +25,7 @@ from companion.connectivity.barrier import gated, splits_of, values_of
 from companion.core import codec
 from companion.core.errors import BadParameter, one_of, whole
 from companion.core.seeds import Key
-from companion.core.theta import Layout, Theta, check, distance
+from companion.core.theta import Layout, Theta, check_theta, distance
 from companion.data import Dataset, Split
 from companion.layerwise.groups import Groups, layer_groups, matching
 from companion.layerwise.replay import LayerWalker, Path
@@ -116,7 +116,7 @@ class Sweep:
 
         ``bn_examples`` counts for networks with BatchNorm only: the store's entry adds it.
         """
-        return {k: v for k, v in codec.changed(self).items() if k != "bn_examples"}
+        return {k: v for k, v in codec.changed_fields(self).items() if k != "bn_examples"}
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ def sweep(
     walker = LayerWalker(module, splits, batch=batch, **how)
     spec = walker.layout
     for theta, name in ((a, "A"), (b, "B")):
-        check(walker.module, theta, name)
+        check_theta(walker.module, theta, name)
     # Two images are enough to tell the order of the layers.
     groups = layer_groups(walker.module, settings.by, next(iter(splits.values())).x[:2])
 

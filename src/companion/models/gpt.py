@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from companion.core.errors import BadParameter
-from companion.models.options import Family, Option, Shape, Value, choice, count, share, width
+from companion.models.options import NetworkFamily, Option, Shape, choice, share, whole_number
 
 GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 
@@ -84,32 +84,27 @@ def gpt(
     return gpt_module(config, bias=bias == "true", head_bias=headbias == "true")
 
 
-_MANY = count(1, "learned positions; window is one for each token of a window")
-
-
-def _positions(text: str) -> Value:
-    return "window" if text.casefold() == "window" else _MANY.parse(text)
-
-
+_MANY = whole_number(1, "learned positions; window is one for each token of a window")
 _TRUTH = ("true", "false")
 
 FAMILIES = {
-    "gpt": Family(
+    "gpt": NetworkFamily(
         "GPT-2 of any size, for text (transformers' GPT2LMHeadModel)",
         {
-            "layers": count(4, "blocks of attention and MLP"),
-            "width": width(64, "of the residual stream"),
-            "heads": count(4, "heads of attention; they divide the width"),
+            "layers": whole_number(4, "blocks of attention and MLP"),
+            "width": whole_number(64, "of the residual stream"),
+            "heads": whole_number(4, "heads of attention; they divide the width"),
             "bias": choice("true", "biases of linear maps and norms", _TRUTH),
             "dropout": share("0", "probability of dropout in training"),
             "tied": choice("true", "embedding and output matrix are one tensor", _TRUTH),
             "positions": Option(
-                "window", _MANY.meaning, f"'window' or {_MANY.allowed}", _positions
+                *("window", _MANY.meaning, f"'window' or {_MANY.allowed}"),
+                lambda text: "window" if text.casefold() == "window" else _MANY.parse(text),
             ),
             "headbias": choice("false", "a bias of the output matrix", _TRUTH),
             "gelu": choice("exact", "nonlinearity; tanh is GPT-2's approximation", tuple(GELU)),
         },
         gpt,
         takes="tokens",
-    ),
+    )
 }

@@ -116,30 +116,20 @@ def initialise(module: nn.Module, scheme: str) -> None:
             and widened so that the variance is 1 / fan_in, biases 0 (LeCun et al. 1998, "Efficient
             BackProp", section 4.6). Norms are 1 and 0 in all but "openlth".
     """
-    if scheme == "torch":
-        return
-    if scheme == "lecun":
-        _lecun(module)
-        return
-    for layer in module.modules():
+    for layer in module.modules() if scheme != "torch" else ():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
-            if layer.bias is not None and scheme == "kaiming":
+            if scheme == "lecun":
+                std = layer.weight[0].numel() ** -0.5 / _CUT_STD
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            else:
+                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            if layer.bias is not None and scheme != "openlth":
                 nn.init.zeros_(layer.bias)
         elif scheme == "openlth" and isinstance(
             layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm
         ):
             nn.init.uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-
-
-def _lecun(module: nn.Module) -> None:
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            std = layer.weight[0].numel() ** -0.5 / _CUT_STD
-            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 def parameter_count(module: nn.Module, buffers: bool = False) -> int:

@@ -52,7 +52,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Family:
+class NetworkFamily:
     """Networks that differ only in options (and, for ResNets and VGGs, in depth).
 
     ``make(in_shape, classes, **values)`` constructs the module without the ``init`` option, which
@@ -85,10 +85,6 @@ def _share(text: str) -> float:
     return float(text)
 
 
-def _groups(text: str) -> int | str:
-    return "auto" if text.casefold() == "auto" else _positive(text)
-
-
 def _widths(text: str) -> tuple[int, ...]:
     widths: list[int] = []
     for part in text.split("-"):
@@ -105,50 +101,32 @@ def _show_widths(widths: tuple[int, ...]) -> str:
     return "-".join(f"{width}x{n}" if n > 1 else str(width) for width, n in runs)
 
 
-def width(default: int, meaning: str = "channels of the first stage; the others scale") -> Option:
-    return Option(str(default), meaning, "a whole number from 1 to 9999999", _positive)
-
-
-def count(default: int, meaning: str) -> Option:
+def whole_number(default: int, meaning: str) -> Option:
     """A whole number from 1."""
     return Option(str(default), meaning, "a whole number from 1 to 9999999", _positive)
 
 
 def share(default: str, meaning: str) -> Option:
     """A number from 0 to below 1, such as a probability."""
-    return Option(
-        default, meaning, "a number from 0 to below 1, such as 0.2", _share, lambda v: f"{v:.15g}"
-    )
+    allowed = "a number from 0 to below 1, such as 0.2"
+    return Option(default, meaning, allowed, _share, lambda v: f"{v:.15g}")
+
+
+_JOINED = "widths joined by '-', each with an optional 'x' and a repeat, such as"
 
 
 def widths(default: str) -> Option:
-    return Option(
-        default,
-        "units of each hidden layer",
-        "widths joined by '-', each with an optional 'x' and a repeat, such as 300-100 or 100x5"
-        f" (at most {MAX_HIDDEN_LAYERS} hidden layers)",
-        _widths,
-        _show_widths,
-    )
-
-
-def _hidden(text: str) -> tuple[int, ...]:
-    return () if text.casefold() == "none" else _widths(text)
-
-
-def _show_hidden(widths: tuple[int, ...]) -> str:
-    return _show_widths(widths) or "none"
+    allowed = f"{_JOINED} 300-100 or 100x5 (at most {MAX_HIDDEN_LAYERS} hidden layers)"
+    return Option(default, "units of each hidden layer", allowed, _widths, _show_widths)
 
 
 def hidden(meaning: str) -> Option:
     """Widths of layers that need not be there; the default is that they are not."""
+    allowed = f"'none', or {_JOINED} 512x2 (at most {MAX_HIDDEN_LAYERS} layers)"
     return Option(
-        "none",
-        meaning,
-        "'none', or widths joined by '-', each with an optional 'x' and a repeat, such as 512x2"
-        f" (at most {MAX_HIDDEN_LAYERS} layers)",
-        _hidden,
-        _show_hidden,
+        *("none", meaning, allowed),
+        lambda text: () if text.casefold() == "none" else _widths(text),
+        lambda widths: _show_widths(widths) or "none",
     )
 
 
@@ -160,31 +138,25 @@ GROUPS = Option(
     "auto",
     "groups of norm=group; auto is 4 channels a group where that divides; 1 is GroupNorm(1)",
     "'auto' or a whole number from 1 that divides the width",
-    _groups,
+    lambda text: "auto" if text.casefold() == "auto" else _positive(text),
 )
 INIT = choice("kaiming", "initialisation", INITS)
 
 
 def check_together(where: str, values: Mapping[str, Value]) -> None:
     """Raise :class:`BadParameter` if two options, each allowed by itself, contradict each other."""
-    norm, groups, width = (values.get(name) for name in ("norm", "groups", "width"))
-    if isinstance(groups, int):
-        if norm != "group":
-            raise BadParameter(
-                f"{where}: groups={groups} needs norm=group, but norm is {norm}."
-                " Leave groups out, or set norm=group."
-            )
-        if isinstance(width, int) and width % groups:
-            fitting = ", ".join(str(g) for g in range(1, min(width, 64) + 1) if width % g == 0)
-            raise BadParameter(
-                f"{where}: groups={groups} does not divide the width {width}. Allowed: {fitting}."
-            )
-    heads = values.get("heads")
-    if isinstance(heads, int) and isinstance(width, int) and width % heads:
-        fitting = ", ".join(str(h) for h in range(1, min(width, 64) + 1) if width % h == 0)
+    norm, groups, heads, width = (values.get(k) for k in ("norm", "groups", "heads", "width"))
+    if isinstance(groups, int) and norm != "group":
         raise BadParameter(
-            f"{where}: heads={heads} do not divide the width {width}. Allowed: {fitting}."
+            f"{where}: groups={groups} needs norm=group, but norm is {norm}."
+            " Leave groups out, or set norm=group."
         )
+    for name, parts, verb in (("groups", groups, "does"), ("heads", heads, "do")):
+        if isinstance(parts, int) and isinstance(width, int) and width % parts:
+            fitting = ", ".join(str(n) for n in range(1, min(width, 64) + 1) if width % n == 0)
+            raise BadParameter(
+                f"{where}: {name}={parts} {verb} not divide the width {width}. Allowed: {fitting}."
+            )
     widths = values.get("widths")
     if norm == "layer" and (width == 1 or (isinstance(widths, tuple) and 1 in widths)):
         raise BadParameter(

@@ -16,7 +16,7 @@ from torch import nn
 from companion.core.errors import BadParameter
 from companion.models.options import Shape
 
-_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def is_own(spec: str) -> bool:
@@ -33,22 +33,12 @@ def source_digest(spec: str) -> str:
     """
     name = spec.partition("?")[0]
     module, factory = (part.strip() for part in name.split(":", 1))
-    found = inspect.unwrap(load(spec, module, factory))
+    found = inspect.unwrap(import_factory(spec, module, factory))
     try:
         source = inspect.getsourcefile(found) or inspect.getsourcefile(type(found))
     except TypeError:  # a built-in, or an instance of one
         source = None
     return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
-
-
-def check_name(spec: str, module: str, factory: str) -> None:
-    """Raise :class:`BadParameter` unless both are dotted Python names."""
-    for part in (module, factory):
-        if not _DOTTED.fullmatch(part):
-            raise BadParameter(
-                f"model {spec!r}: {part!r} is not a Python name. A network of your own is spelled"
-                " package.module:factory or package.module:factory?option=value,option=value."
-            )
 
 
 def literal(text: str) -> int | float | bool | str | None:
@@ -63,7 +53,7 @@ def literal(text: str) -> int | float | bool | str | None:
     return text
 
 
-def load(spec: str, module_name: str, factory_name: str) -> Callable[..., Any]:
+def import_factory(spec: str, module_name: str, factory_name: str) -> Callable[..., Any]:
     """Import the factory, or raise :class:`BadParameter` that says what is missing where."""
     try:
         found: Any = importlib.import_module(module_name)
@@ -93,7 +83,7 @@ def build_own(
 ) -> nn.Module:
     """Call the user's factory. What it raises itself comes through, with its own traceback."""
     module_name, _, factory_name = name.partition(":")
-    factory = load(spec, module_name, factory_name)
+    factory = import_factory(spec, module_name, factory_name)
     arguments = {"in_shape": in_shape, "classes": classes, **values}
     try:
         signature = inspect.signature(factory)

@@ -16,16 +16,11 @@ from torch import nn
 
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
-from companion.models import gpt, mlp, own, resnet, vgg
+from companion.models import gpt, images, own
 from companion.models.layers import initialise
-from companion.models.options import Family, Shape, Value, check_together
+from companion.models.options import NetworkFamily, Shape, Value, check_together
 
-FAMILIES: Mapping[str, Family] = {
-    **mlp.FAMILIES,
-    **resnet.FAMILIES,
-    **vgg.FAMILIES,
-    **gpt.FAMILIES,
-}
+FAMILIES: Mapping[str, NetworkFamily] = {**images.FAMILIES, **gpt.FAMILIES}
 
 
 class Listed(NamedTuple):
@@ -39,35 +34,33 @@ class Listed(NamedTuple):
 @dataclass(frozen=True)
 class _Parsed:
     name: str
-    family: Family | None  # None: a factory of the user's own
+    family: NetworkFamily | None  # None: a factory of the user's own
     values: Mapping[str, Any]
     options: dict[str, str]  # canonical spelling of what differs from the default
 
 
-def _family(spec: str, name: str) -> Family:
+def _family(spec: str, name: str) -> NetworkFamily:
     """The family called ``name``; ResNets of every depth exist without being listed."""
     if name in FAMILIES:
         return FAMILIES[name]
     if match := re.fullmatch(r"resnet([1-9][0-9]{0,5})", name, re.ASCII):
         depth = int(match[1])
-        if depth in resnet.NOT_OURS:
+        if depth in images.NOT_OURS:
             raise BadParameter(
                 f"model {spec!r}: {name} means ImageNet's bottleneck network, which is not here"
                 " (for CIFAR: resnet44, resnet56, …). Wrap torchvision's in a factory of your own"
                 " and name it package.module:factory."
             )
-        if depth % 6 == 2 and 8 <= depth <= resnet.MAX_DEPTH:
-            return resnet.family_6n2(depth)
-        n = min(max(round((depth - 2) / 6), 1), (resnet.MAX_DEPTH - 2) // 6)
+        if depth % 6 == 2 and 8 <= depth <= images.MAX_DEPTH:
+            return images.family_6n2(depth)
+        n = min(max(round((depth - 2) / 6), 1), (images.MAX_DEPTH - 2) // 6)
         raise BadParameter(
             f"model {spec!r}: a depth of {depth} does not exist. Did you mean 'resnet{6 * n + 2}'?"
             " Allowed: 6n+2 (resnet8, resnet14, resnet20, resnet26, resnet32, … up to"
-            f" resnet{resnet.MAX_DEPTH}), and resnet18."
+            f" resnet{images.MAX_DEPTH}), and resnet18."
         )
-    one_of(
-        f"model {spec!r}", name, [*FAMILIES, "resnet<6n+2>", "your own as package.module:factory"]
-    )
-    raise AssertionError("unreachable: one_of raises")  # pragma: no cover
+    allowed = [*FAMILIES, "resnet<6n+2>", "your own as package.module:factory"]
+    return FAMILIES[one_of(f"model {spec!r}", name, allowed)]  # raises
 
 
 def _items(spec: str, query: str) -> dict[str, str]:
@@ -91,7 +84,13 @@ def _parse(spec: str) -> _Parsed:
     if own.is_own(spec):
         name, question, query = (part.strip() for part in spec.partition("?"))
         module, factory = (part.strip() for part in name.split(":", 1))
-        own.check_name(spec, module, factory)
+        for part in (module, factory):
+            if not own.DOTTED.fullmatch(part):
+                raise BadParameter(
+                    f"model {spec!r}: {part!r} is not a Python name. A network of your own is"
+                    " spelled package.module:factory or"
+                    " package.module:factory?option=value,option=value."
+                )
         items = _items(spec, query) if question else {}
         for key in items:
             if not key.isidentifier() or key in ("in_shape", "classes"):
@@ -182,8 +181,7 @@ def names() -> list[Listed]:
     """
     return [
         Listed(
-            name,
-            family.summary,
+            *(name, family.summary),
             {k: f"{o.default}: {o.meaning} ({o.allowed})" for k, o in family.options.items()},
         )
         for name, family in FAMILIES.items()
@@ -193,7 +191,7 @@ def names() -> list[Listed]:
 def takes(spec: str) -> str | None:
     """What a network maps to logits: ``images`` or ``tokens``; None where only its author knows.
 
-    Raises: :class:`BadParameter` as :func:`canonical` does.
+    Raises as :func:`canonical`.
     """
     family = _parse(spec).family
     return family.takes if family else None
@@ -202,26 +200,24 @@ def takes(spec: str) -> str | None:
 def has_dropout(spec: str) -> bool:
     """Whether a network of ours draws random numbers while it trains. False for the user's own.
 
-    By its name, before it is built; of what is built, :func:`companion.models.first_dropout`.
-
-    Raises: :class:`BadParameter` as :func:`canonical` does.
+    By its name; of what is built, :func:`companion.models.first_dropout`. Raises as
+    :func:`canonical`.
     """
     parsed = _parse(spec)
     return parsed.family is not None and parsed.values.get("dropout", 0) > 0
 
 
-def has_batchnorm(spec: str) -> bool:
+def may_have_batchnorm(spec: str) -> bool:
     """Whether a network may keep running statistics; True for the user's own, which is not built.
 
-    By its name; of what is built, :func:`companion.connectivity.has_batchnorm`.
-
-    Raises: :class:`BadParameter` as :func:`canonical` does.
+    By its name; of what is built, :func:`companion.connectivity.has_batchnorm`. Raises as
+    :func:`canonical`.
     """
     parsed = _parse(spec)
     return parsed.family is None or parsed.values.get("norm") == "batch"
 
 
-def _check_data(spec: str, family: Family | None, in_shape: Any, classes: Any) -> Shape:
+def _check_data(spec: str, family: NetworkFamily | None, in_shape: Any, classes: Any) -> Shape:
     try:
         shape = tuple(index(n) for n in in_shape)
     except TypeError:
@@ -277,8 +273,7 @@ def build(spec: str, in_shape: tuple[int, ...], classes: int, key: Key | None = 
     network does not take (images too small, text instead of images), and for a factory that cannot
     be imported, cannot be called with ``in_shape`` and ``classes``, or returns no ``nn.Module``.
 
-    Source: the networks of the papers' own tables; see :mod:`companion.models.mlp`,
-    :mod:`~companion.models.resnet`, :mod:`~companion.models.vgg` and
+    Source: the networks of the papers' own tables; see :mod:`companion.models.images` and
     :mod:`~companion.models.gpt`. Our chapter on instability.
     """
     if key is not None:

@@ -14,13 +14,12 @@ layers. Explained in our chapter 5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
@@ -31,13 +30,13 @@ from companion.core import stats
 from companion.core.errors import BadParameter, NotMeasured
 from companion.core.pool import one_thread
 from companion.core.runs import Store
-from companion.core.stats import Interval
+from companion.core.stats import Interval, over_pairs
 from companion.core.theta import layout
 from companion.data import Dataset, Split
+from companion.data.dataset import TextFacts
 from companion.data.text import save_windows, tokenizer
 from companion.experiments import instability
-from companion.experiments.aligned import Aligned, Method, align, lines_of, placed
-from companion.experiments.aligned import interval as over_pairs
+from companion.experiments.aligned import Aligned, align, interval, lines_of, placed
 from companion.experiments.budget import Plan
 from companion.experiments.instability import (
     THRESHOLDS,
@@ -52,11 +51,11 @@ from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Features, features
 from companion.layerwise import LayerBarriers, Sweep
 from companion.models import parameter_count
-from companion.report import figures, plots, provenance, recorded, tables
-from companion.report.claims import Statistic
+from companion.report import figures, plots, provenance, tables
+from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
+from companion.report.words import Values, listed, said
 from companion.training import Recipe, Run, build, load_weights, throughput
-from companion.training.speed import Throughput
 
 CHAPTER = "05_gpt"
 STABLE = THRESHOLDS["loss"]
@@ -81,10 +80,12 @@ WAYS = {
 }
 """Method of matching -> the same for people, and in figures and records."""
 
+ROTATED = ("rotated", "rotated-heads")
+"""Those that rotate the stream."""
+
 TURNED = ("naive", "rotated")
 """Those that copies which fork at 0 are compared by."""
 
-Values: TypeAlias = dict[str, float | str]
 Swept: TypeAlias = dict[str, list[LayerBarriers]]
 """Kind of pair, of :data:`PAIRS` -> one result a pair."""
 
@@ -99,6 +100,7 @@ class Study:
     Arguments:
         recipe: of the GPT.
         text: the dataset.
+        facts: how it became tokens.
         module: the architecture, on the device.
         blocks: its groups of layers: embedding, positions, blocks, last norm.
         ks: fork steps, sorted, 0 first.
@@ -113,6 +115,7 @@ class Study:
 
     recipe: Recipe
     text: Dataset
+    facts: TextFacts
     module: nn.Module
     blocks: tuple[str, ...]
     ks: tuple[int, ...]
@@ -154,26 +157,38 @@ class Study:
 
     def plans(self) -> list[Plan]:
         """All that is measured, for :func:`companion.report.page.budget`."""
-        alone, ends = self._alone(), (*self.twins(), *self.strangers())
-        at = [p for step in self.looks for p in (*self.twins(step), *self.strangers(step))]
-        lines = lines_of(self.strangers(), [Method(name) for name in WAYS], self.evaluation)
-        turned = [Method(name) for name in TURNED]
-        shape: Any = {"inits": self.inits, "copies": 2}
+        alone, *finer = self._sweeps.values()
+        ends = (*self.twins(), *self.strangers())
+        lines = lines_of(self.strangers(), list(WAYS), self.evaluation)
+        shape: Any = {"inits": self.inits, "copies": 2, "optimizer": "restore"}
         return [
-            plan_forks(self.recipe, self.ks, self.evaluation, optimizer="restore", **shape),
-            [LayerSweep(pair, alone) for pair in at],
-            [LayerSweep(p, s) for s in self._finer() for p in ends],
-            [*lines, *lines_of(self.twins(), turned, self.evaluation)],
+            plan_forks(self.recipe, self.ks, self.evaluation, **shape),
+            [LayerSweep(pair, alone) for pair in self._looked],
+            [LayerSweep(pair, sweep) for sweep in finer for pair in ends],
+            [*lines, *lines_of(self.twins(), TURNED, self.evaluation)],
         ]
 
-    def _finer(self) -> tuple[Sweep, Sweep, Sweep]:
-        """By part, by module, and by groups of blocks, at the end of training."""
-        alone, kinds = self._alone(), ("single", "shallow", "deep", "window")
-        return (
-            replace(alone, by="part"),
-            replace(alone, by="module"),
-            replace(alone, kinds=kinds, window=self.neighbours),
+    @property
+    def _looked(self) -> list[Pair]:
+        return [p for step in self.looks for p in (*self.twins(step), *self.strangers(step))]
+
+    @property
+    def _sweeps(self) -> dict[str, Sweep]:
+        """Along training, and at its end by part, by module, and by groups of blocks."""
+        alone = Sweep(
+            by="block",
+            kinds=("single",),
+            points=1,
+            train_examples=self.evaluation.train_examples,
+            test_examples=self.windows,
         )
+        together = ("single", "shallow", "deep", "window")
+        return {
+            "blocks": alone,
+            "parts": replace(alone, by="part"),
+            "modules": replace(alone, by="module"),
+            "groups": replace(alone, kinds=together, window=self.neighbours),
+        }
 
     # What is measured
 
@@ -183,8 +198,8 @@ class Study:
 
         Before the end they may be untrained; at the end they have to have learnt.
         """
-        pairs = [p for step in self.looks for p in (*self.twins(step), *self.strangers(step))]
-        found = iter(sweep_pairs(pairs, self._alone(), **self._where))
+        where: Any = {"device": self.device, "workers": self.workers}
+        found = iter(sweep_pairs(self._looked, self._sweeps["blocks"], **where))
         each = {
             step: {
                 kind: [next(found).judged(max_error=100.0) for _ in range(self.inits)]
@@ -192,11 +207,7 @@ class Study:
             }
             for step in self.looks
         }
-        ends = {"same": self.twins(self.steps), "different": self.strangers(self.steps)}
-        each[self.steps] = {
-            kind: sweep_pairs(made, self._alone(), **self._judged) for kind, made in ends.items()
-        }
-        return each
+        return each | {self.steps: self._at_the_end("blocks")}
 
     @cached_property
     def forks(self) -> Instability:
@@ -215,27 +226,32 @@ class Study:
     @cached_property
     def parts(self) -> Swept:
         """Barriers of attention, MLP and norms of each block, at the end of training."""
-        return self._swept(self._finer()[0])
+        self._train_first()
+        return self._at_the_end("parts")
 
     @cached_property
     def modules(self) -> Swept:
         """Barriers of the paper's layers, single modules, at the end of training."""
-        return self._swept(self._finer()[1])
+        self._train_first()
+        return self._at_the_end("modules")
 
     @cached_property
     def groups(self) -> Swept:
         """Barriers of blocks alone, of the first and the last n, and of windows of neighbours."""
-        return self._swept(self._finer()[2])
+        self._train_first()
+        return self._at_the_end("groups")
 
     @cached_property
     def matched(self) -> dict[str, list[Aligned]]:
         """Way of :data:`WAYS` -> the pairs of different initialisations, B brought to A."""
-        return self._aligned(self.strangers(), WAYS)
+        self._train_first()
+        return align(self.strangers(), list(WAYS), self.evaluation, **self._judged)
 
     @cached_property
     def turned_twins(self) -> dict[str, list[Aligned]]:
         """The same for copies that fork at 0, as trained and with the stream rotated."""
-        return self._aligned(self.twins(), TURNED)
+        self._train_first()
+        return align(self.twins(), TURNED, self.evaluation, **self._judged)
 
     @cached_property
     def streams(self) -> dict[str, list[Features]]:
@@ -256,11 +272,6 @@ class Study:
             }
 
     @cached_property
-    def speed(self) -> Throughput:
-        """Of one training process."""
-        return throughput(self.recipe, device=self.device, data=self.text)
-
-    @cached_property
     def digest(self) -> str:
         """SHA-256 of the windows that everything is measured on; they are kept in the store."""
         return save_windows(self.shown, Store())
@@ -279,36 +290,18 @@ class Study:
         found = load_weights(run, self.steps, device=self.device)
         return {name: value.to(self.device) for name, value in found.items()}
 
-    def _swept(self, settings: Sweep) -> Swept:
-        self._train_first()
+    def _at_the_end(self, by: str) -> Swept:
         made = {"same": self.twins(), "different": self.strangers()}
-        return {kind: sweep_pairs(pairs, settings, **self._judged) for kind, pairs in made.items()}
-
-    def _aligned(self, pairs: Sequence[Pair], ways: Iterable[str]) -> dict[str, list[Aligned]]:
-        self._train_first()
-        return align(pairs, [Method(name) for name in ways], self.evaluation, **self._judged)
+        return {k: sweep_pairs(p, self._sweeps[by], **self._judged) for k, p in made.items()}
 
     def _train_first(self) -> None:
         """With every checkpoint that is looked at: else networks would be trained twice."""
         with suppress(NotMeasured):  # of a recording that is closed
             _ = self.along
 
-    def _alone(self) -> Sweep:
-        return Sweep(
-            by="block",
-            kinds=("single",),
-            points=1,
-            train_examples=self.evaluation.train_examples,
-            test_examples=self.windows,
-        )
-
-    @property
-    def _where(self) -> dict[str, Any]:
-        return {"device": self.device, "workers": self.workers}
-
     @property
     def _judged(self) -> dict[str, Any]:
-        return {"max_error": self.max_error, **self._where}
+        return {"max_error": self.max_error, "device": self.device, "workers": self.workers}
 
     # What the page says of it
 
@@ -316,11 +309,6 @@ class Study:
     def windows(self) -> int:
         """Windows of the test text that everything is measured on."""
         return self.evaluation.test_examples or len(self.text.test)
-
-    @property
-    def tied(self) -> bool:
-        """Whether the embedding is the output matrix, too."""
-        return "lm_head.weight" in layout(self.module).ties
 
     @property
     def conditions(self) -> tuple[str, str, str]:
@@ -336,8 +324,9 @@ class Study:
 
     def short(self, label: str) -> str:
         """A group's name for a figure: block 1 attention."""
+        tied = "lm_head.weight" in layout(self.module).ties
         words = {
-            EMBEDDING: "embedding = output" if self.tied else "embedding",
+            EMBEDDING: "embedding = output" if tied else "embedding",
             "transformer.wpe": "positions",
             "transformer.ln_f": "last norm",
             OUTPUT: "output",
@@ -362,6 +351,23 @@ class Study:
         hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
         networks = f"{self.inits} initialisations × 2 copies"
         return f"{self.text.label}, {self.network}, T = {self.steps}, {networks}, {hardware}"
+
+    def words(self) -> Values:
+        """What prose and captions say of the design."""
+        return {
+            "network": self.network,
+            "data": self.text.label,
+            "T": self.steps,
+            "inits": self.inits,
+            "late": self.late,
+            "late_share": said(self.late / self.steps, "{:.0%}"),
+            "neighbours": self.neighbours,
+            "groups": len(self.blocks),
+            "window": self.text.test.window or 0,
+            "sample": self.read(self.shown.x[0])[:160],
+            "stable": f"{STABLE:g}",
+            "near": f"{NEAR:g}",
+        }
 
     def record(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The provenance of the page."""
@@ -453,6 +459,7 @@ def design(
     return Study(
         recipe=recipe,
         text=text,
+        facts=text.text,
         module=module,
         blocks=blocks,
         ks=tuple(grid),
@@ -469,12 +476,6 @@ def design(
 # ---- statistics that claims and figures share
 
 
-def over(values: Iterable[float]) -> Interval | None:
-    """Mean and interval over pairs; None without any finite number."""
-    good = [v for v in values if np.isfinite(v)]
-    return stats.clustered(good, range(len(good))) if good else None
-
-
 def valid(results: Sequence[LayerBarriers]) -> list[LayerBarriers]:
     """The pairs that passed every gate."""
     return [one for one in results if one.valid]
@@ -482,17 +483,12 @@ def valid(results: Sequence[LayerBarriers]) -> list[LayerBarriers]:
 
 def heights(results: Sequence[LayerBarriers]) -> list[float]:
     """The whole network's test loss barrier, of each valid pair."""
-    return [one.full_height("test") for one in valid(results)]
-
-
-def worst(one: LayerBarriers) -> dict[str, float]:
-    """Group -> the larger of the barriers with either host."""
-    return one.worst("single", "test")
+    return [one.full_height() for one in valid(results)]
 
 
 def largest(one: LayerBarriers) -> tuple[str, float, float]:
     """The group with the largest barrier, that barrier, and it over the whole network's."""
-    value, label = max((v, k) for k, v in worst(one).items())
+    value, label = max((v, k) for k, v in one.worst().items())
     full = one.full_height()
     return label, value, value / full if full > 0 else math.inf
 
@@ -506,40 +502,36 @@ def floor(one: LayerBarriers) -> float:
     return abs(first - second) / 2
 
 
-def near_floor(results: Sequence[LayerBarriers]) -> list[bool]:
-    """Of every layer of every valid pair: whether averaging it costs nothing."""
-    return [abs(v - floor(one)) <= NEAR for one in valid(results) for v in worst(one).values()]
-
-
 def of_group(results: Sequence[LayerBarriers], label: str) -> Interval | None:
     """One group's barrier, mean over valid pairs; None without any, or without such a group."""
-    return over([worst(one)[label] for one in valid(results) if label in worst(one)])
+    return over_pairs(one.worst()[label] for one in valid(results) if label in one.worst())
+
+
+def fork_barriers(study: Study, split: str = "test") -> dict[int, Interval]:
+    """Fork step -> the loss barrier between copies, mean over pairs; steps that have a pair."""
+    found = {k: study.forks.interval(k, split, "loss") for k in study.ks}
+    return {k: v for k, v in found.items() if v is not None}
 
 
 def height(result: Aligned) -> float:
-    """The test loss barrier of a matched pair."""
+    """The test loss barrier of a matched pair; NaN if it is not valid."""
     return result.barrier.height("test", "loss")
 
 
-def left(study: Study) -> dict[str, Interval]:
-    """Way of :data:`WAYS` -> the barrier that it leaves, mean over valid pairs."""
-    found = {name: over_pairs(results, height) for name, results in study.matched.items()}
-    return {name: v for name, v in found.items() if v is not None}
+def nearer(result: Aligned) -> float:
+    """The distance of A and B after matching over that before; LayerNorm folded in both."""
+    return result.distances["after"] / result.distances["before"]
 
 
-def nearer(study: Study) -> dict[str, Interval]:
-    """Way -> the distance of A and B after it, over that before; LayerNorm folded in both."""
-
-    def share(one: Aligned) -> float:
-        return one.distances["after"] / one.distances["before"]
-
-    found = {name: over_pairs(results, share) for name, results in study.matched.items()}
+def left(study: Study, value: Callable[[Aligned], float] = height) -> dict[str, Interval]:
+    """Way of :data:`WAYS` -> the barrier it leaves, or another value; mean over valid pairs."""
+    found = {name: interval(results, value) for name, results in study.matched.items()}
     return {name: v for name, v in found.items() if v is not None}
 
 
 def by_pair(study: Study, *ways: str) -> list[float]:
     """The barrier that the best of some ways leaves, pair by pair: NaN where none is valid."""
-    each = [[height(r) if r.valid else math.nan for r in study.matched[way]] for way in ways]
+    each = [[height(result) for result in study.matched[way]] for way in ways]
     return [float(v) for v in np.fmin.reduce(each)]
 
 
@@ -559,24 +551,48 @@ def ratio(some: Sequence[float], others: Sequence[float]) -> Interval | float | 
     return stats.clustered(list(rows), range(len(both)), statistic=of)
 
 
-def gaps(study: Study) -> dict[str, list[float]]:
-    """Condition -> gap over baseline, median over the stream, pair by pair: NaN if not valid."""
-    return {
-        name: [
-            float(np.median([layer.ratio(0.5) for layer in one.layers[:-1]])) if good else math.nan
-            for one, good in zip(results, _passed(study)[name], strict=True)
-        ]
-        for name, results in study.streams.items()
-    }
-
-
-def _passed(study: Study) -> dict[str, list[bool]]:
-    found = (
+def ratios(study: Study) -> dict[str, list[list[float]]]:
+    """Condition -> for each pair gap over baseline at every place; [] if the pair is not valid."""
+    passed = (
         [s.result.barrier.valid for s in study.forks.at(study.late)],
         [one.valid for one in study.modules["same"]],
         [one.valid for one in study.modules["different"]],
     )
-    return dict(zip(study.conditions, found, strict=True))
+    return {
+        name: [
+            [layer.ratio(0.5) for layer in one.layers] if good else []
+            for one, good in zip(study.streams[name], found, strict=True)
+        ]
+        for name, found in zip(study.conditions, passed, strict=True)
+    }
+
+
+def gaps(study: Study) -> dict[str, list[float]]:
+    """Condition -> gap over baseline, median over the stream, pair by pair: NaN if not valid."""
+    return {
+        name: [float(np.median(one[:-1])) if one else math.nan for one in pairs]
+        for name, pairs in ratios(study).items()
+    }
+
+
+def typical(study: Study) -> dict[str, float]:
+    """Condition -> gap over baseline, mean over valid pairs, then the median over the stream."""
+    found = {name: [one for one in pairs if one] for name, pairs in ratios(study).items()}
+    return {n: float(np.median(np.mean(v, axis=0)[:-1])) for n, v in found.items() if v}
+
+
+def maps(study: Study) -> dict[str, dict[str, list[float]]]:
+    """Kind of pair -> whole network first, then every block -> mean barrier at each checkpoint."""
+
+    def rows(kind: str) -> dict[str, list[float]]:
+        found = [study.along[step][kind] for step in study.looks]
+        out = {"whole network": [float(np.mean(heights(r) or [np.nan])) for r in found]}
+        for label in study.blocks:
+            each = [[one.worst()[label] for one in valid(r)] for r in found]
+            out[study.short(label)] = [float(np.mean(v or [np.nan])) for v in each]
+        return out
+
+    return {kind: rows(kind) for kind in PAIRS}
 
 
 def continued(study: Study, way: str, count: int = 30) -> dict[str, str]:
@@ -587,7 +603,7 @@ def continued(study: Study, way: str, count: int = 30) -> dict[str, str]:
     """
     found = placed(study.matched[way][0], device=study.device)
     mixed = {name: torch.lerp(v, found.b[name].to(v), 0.5) for name, v in found.a.items()}
-    said = {}
+    spoken = {}
     for who, theta in (("A", found.a), ("half-way", mixed), ("B", found.b)):
         found.module.eval().load_state_dict(theta)
         x = start = study.shown.x[:1]
@@ -595,32 +611,33 @@ def continued(study: Study, way: str, count: int = 30) -> dict[str, str]:
             for _ in range(count):
                 logits = found.module(x[:, -start.shape[1] :])
                 x = torch.cat([x, logits[:, -1:].argmax(-1)], 1)
-        said[who] = study.read(x[0, start.shape[1] :])
-    return said
+        spoken[who] = study.read(x[0, start.shape[1] :])
+    return spoken
 
 
 # ---- one function a claim
 
 
-def statistic(value: float | Interval | None, *needs: tuple[bool, str], **more: Any) -> Statistic:
-    """A statistic and what it lacks: each need is (whether it is fulfilled, what to say if not)."""
-    lacking = [why for fulfilled, why in needs if not fulfilled]
-    return Statistic(value, testable=not lacking, note="; ".join(lacking), **more)
-
-
-def _two(study: Study) -> tuple[bool, str]:
+def _two(study: Study) -> Need:
     return len(valid(study.modules["different"])) >= 2, "one pair decides nothing"
 
 
-def _walled(study: Study) -> tuple[bool, str]:
+def _matching(study: Study, some: Sequence[str], others: Sequence[str], detail: str) -> Statistic:
+    """The barrier that the best of some ways leaves over that of others."""
     there = [v for v in by_pair(study, "naive") if not math.isnan(v)]
-    return bool(there) and min(there) > WALL, "a pair has no barrier to take away"
+    return statistic(
+        ratio(by_pair(study, *some), by_pair(study, *others)),
+        _two(study),
+        (bool(there) and min(there) > WALL, "a pair has no barrier to take away"),
+        detail=detail,
+    )
 
 
 def _nats(study: Study, *ways: str) -> str:
     found = left(study)
-    said = [f"{WAYS[w]} {found[w].value:.2f}" if w in found else f"{WAYS[w]}: {NONE}" for w in ways]
-    return ", ".join(said)
+    return ", ".join(
+        f"{WAYS[w]} {found[w].value:.2f}" if w in found else f"{WAYS[w]}: {NONE}" for w in ways
+    )
 
 
 def _untrained(study: Study) -> list[float]:
@@ -631,12 +648,12 @@ def _untrained(study: Study) -> list[float]:
 def b13(study: Study) -> Statistic:
     """The largest module's barrier over the whole network's, different initialisations."""
     apart, start = valid(study.modules["different"]), _untrained(study)
-    tops = [value / one.full_height() for one in apart for value in worst(one).values()]
-    untied = [max(v for k, v in worst(o).items() if k not in (EMBEDDING, OUTPUT)) for o in apart]
+    tops = [value / one.full_height() for one in apart for value in one.worst().values()]
+    untied = [max(v for k, v in o.worst().items() if k not in (EMBEDDING, OUTPUT)) for o in apart]
     compared = "a pair has no barrier of the whole network to compare with"
     each = [(study.short(largest(o)[0]), largest(o)[1], o.full_height()) for o in apart]
     return statistic(
-        over([largest(one)[2] for one in apart]),
+        over_pairs(largest(one)[2] for one in apart),
         _two(study),
         (min(heights(apart), default=0) > WALL, compared),
         detail="largest module: "
@@ -651,12 +668,9 @@ def b13(study: Study) -> Statistic:
 def g01(study: Study) -> Statistic:
     """The largest barrier before training, different initialisations."""
     start = _untrained(study)
-    return statistic(
-        max(start, default=None),
-        (bool(start), "step 0 is not among the looks"),
-        n=len(start),
-        detail=f"lowest {min(start):.1g}" if start else "",
-    )
+    looked = bool(start), "step 0 is not among the looks"
+    detail = f"lowest {min(start):.1g}" if start else ""
+    return statistic(max(start, default=None), looked, n=len(start), detail=detail)
 
 
 def g02(study: Study) -> Statistic:
@@ -678,64 +692,43 @@ def g03(study: Study) -> Statistic:
 
 def g04(study: Study) -> Statistic:
     """The barrier of different initialisations over that of the same one."""
-    full, same = (heights(study.modules[kind]) for kind in ("different", "same"))
-    each = [
-        [one.full_height() if one.valid else math.nan for one in study.modules[kind]]
-        for kind in ("different", "same")
-    ]
-    there = bool(same) and np.mean(same) > 0
+    kinds = [study.modules[kind] for kind in ("different", "same")]
+    full, same = map(heights, kinds)
+    there = bool(same) and bool(np.mean(same) > 0)
     return statistic(
-        ratio(*each),
+        ratio(*([one.full_height() for one in results] for results in kinds)),  # NaN: not valid
         _two(study),
-        (bool(there), "copies of one initialisation have no barrier"),
+        (there, "copies of one initialisation have no barrier"),
         detail=f"{np.mean(full):.2f} against {np.mean(same):.2f} nats" if full and same else "",
     )
 
 
 def g05(study: Study) -> Statistic:
     """The barrier with heads and units permuted over the naive one."""
-    naive = by_pair(study, "naive")
-    return statistic(
-        ratio(by_pair(study, "units"), naive),
-        _two(study),
-        _walled(study),
-        detail=f"{_nats(study, 'units', 'naive')} nats; n = {int(np.isfinite(naive).sum())}",
-    )
+    n = int(np.isfinite(by_pair(study, "naive")).sum())
+    detail = f"{_nats(study, 'units', 'naive')} nats; n = {n}"
+    return _matching(study, ["units"], ["naive"], detail)
 
 
 def g06(study: Study) -> Statistic:
     """The barrier with the stream permuted as well over that with heads and units alone."""
     caveat = "Theirs: by activations, a masked model; this is no refutation"
-    return statistic(
-        ratio(by_pair(study, "weights"), by_pair(study, "units")),
-        _two(study),
-        _walled(study),
-        detail=f"{_nats(study, 'weights', 'units')} nats. {caveat}",
-    )
+    detail = f"{_nats(study, 'weights', 'units')} nats. {caveat}"
+    return _matching(study, ["weights"], ["units"], detail)
 
 
 def g07(study: Study) -> Statistic:
     """The barrier with the stream rotated over that of the best permutation."""
-    rotated, permuted = ("rotated", "rotated-heads"), ("units", "weights")
-    return statistic(
-        ratio(by_pair(study, *rotated), by_pair(study, *permuted)),
-        _two(study),
-        _walled(study),
-        detail=f"{_nats(study, *rotated, *permuted)} nats",
-    )
+    permuted = ("units", "weights")
+    return _matching(study, ROTATED, permuted, f"{_nats(study, *ROTATED, *permuted)} nats")
 
 
 def g08(study: Study) -> Statistic:
     """The barrier with the stream rotated over the naive one."""
-    rotated = by_pair(study, "rotated", "rotated-heads")
-    control = ratio(rotated, by_pair(study, "folded"))
+    control = ratio(by_pair(study, *ROTATED), by_pair(study, "folded"))
     shown = "none" if control is None else f"{getattr(control, 'value', control):.0%}"
-    return statistic(
-        ratio(rotated, by_pair(study, "naive")),
-        _two(study),
-        _walled(study),
-        detail=f"of the folded networks' barrier, nothing moved: {shown}",
-    )
+    detail = f"of the folded networks' barrier, nothing moved: {shown}"
+    return _matching(study, ROTATED, ["naive"], detail)
 
 
 def g09(study: Study) -> Statistic:
@@ -749,82 +742,42 @@ def g09(study: Study) -> Statistic:
         for gap, first in zip(*(stream[name] for name in study.conditions[:2]), strict=True)
     ]
     means = {name: np.nanmean(v) for name, v in stream.items() if np.isfinite(v).any()}
+    connected = late is not None and late.value < STABLE
     return statistic(
-        over(closer),
-        (
-            late is not None and late.value < STABLE,
-            f"copies that fork at k = {study.late} are not connected",
-        ),
+        over_pairs(closer),
+        (connected, f"copies that fork at k = {study.late} are not connected"),
         detail="; ".join(f"{name} {v:.2f}" for name, v in means.items()),
     )
 
 
 CLAIMS: dict[str, Callable[[Study], Statistic]] = {
-    "B13": b13,
-    "G01": g01,
-    "G02": g02,
-    "G03": g03,
-    "G04": g04,
-    "G05": g05,
-    "G06": g06,
-    "G07": g07,
-    "G08": g08,
-    "G09": g09,
+    f.__name__.upper(): f for f in (b13, g01, g02, g03, g04, g05, g06, g07, g08, g09)
 }
 
 
-# ---- tables, and figures with what their captions say
-
-
-def _said(value: float | Interval | None, form: str = "{:.2f}") -> str:
-    """A number for a sentence."""
-    number = value.value if isinstance(value, Interval) else value
-    if number is None or not math.isfinite(number):
-        return NONE
-    return form.format(number).replace("-", "−")
-
-
-def _of(study: Study) -> Values:
-    """What every caption may say."""
-    return {
-        "network": study.network,
-        "data": study.text.label,
-        "T": study.steps,
-        "inits": study.inits,
-        "late": study.late,
-        "neighbours": study.neighbours,
-    }
-
-
-def text_values(study: Study) -> Values:
-    """What the caption of ``gpt-text`` says."""
-    facts = study.text.text
-    assert facts is not None  # design() refused anything else
-    return _of(study) | {
-        "tokenizer": {"bpe": "byte-pair encoding", "gpt2": "GPT-2's own"}.get(
-            facts.tokenizer, facts.tokenizer
-        ),
-        "vocabulary": facts.vocabulary,
-        "evaluated_on": facts.evaluated_on,
-        "windows": min(study.windows, len(study.text.test)),
-        "digest": study.digest,
-    }
+# ---- tables and figures, with what their captions say
 
 
 def show_text(study: Study) -> None:
     """How much text there is, and how much of it is measured on."""
-    facts, text = study.text.text, study.text
-    assert facts is not None  # design() refused anything else
-    shown = [min(study.evaluation.train_examples or len(text.train), len(text.train))]
-    shown += [min(study.windows, len(text.test))]
+    facts, text = study.facts, study.text
+    examples = min(study.evaluation.train_examples or len(text.train), len(text.train))
+    windows = min(study.windows, len(text.test))
     rows = [
         ("tokens", f"{facts.train.tokens:,}", f"{facts.test.tokens:,}"),
         ("bytes a token", *(f"{t.bytes_per_token:.2f}" for t in (facts.train, facts.test))),
         (f"windows of {text.test.window} tokens", f"{len(text.train):,}", f"{len(text.test):,}"),
-        ("of these for measuring", *shown),
+        ("of these for measuring", examples, windows),
     ]
-    columns = ["", "training text", "test text"]
-    tables.show(columns, rows, name="gpt-text", values=text_values(study))
+    tokenizers = {"bpe": "byte-pair encoding", "gpt2": "GPT-2's own"}
+    values = {
+        "tokenizer": tokenizers.get(facts.tokenizer, facts.tokenizer),
+        "vocabulary": facts.vocabulary,
+        "evaluated_on": facts.evaluated_on,
+        "windows": windows,
+        "digest": study.digest,
+    }
+    tables.show(["", "training text", "test text"], rows, name="gpt-text", values=values)
 
 
 def _ends(study: Study, metric: str) -> list[float]:
@@ -842,20 +795,11 @@ def _ends(study: Study, metric: str) -> list[float]:
     return found
 
 
-def trained_values(study: Study) -> Values:
-    """What the caption of ``gpt-trained`` says."""
-    start = study.along[0]["same"] if 0 in study.looks else []
-    losses = [v for one in valid(start) for v in one.ends["test"]["loss"]]
-    said = f". Loss at step 0: {np.mean(losses):.2f} nats" if losses else ""
-    return _of(study) | {"at_start": said}
-
-
 def show_trained(study: Study) -> None:
     """Network, training, speed, and what the networks reach."""
-    losses, errors, facts = _ends(study, "loss"), _ends(study, "error"), study.text.text
-    assert facts is not None  # design() refused anything else
-    per_byte = np.mean(losses) / facts.test.bytes_per_token / math.log(2)
-    speed = study.speed
+    losses, errors = _ends(study, "loss"), _ends(study, "error")
+    per_byte = np.mean(losses) / study.facts.test.bytes_per_token / math.log(2)
+    speed = throughput(study.recipe, device=study.device, data=study.text)
     tokens = study.recipe.batch * (study.text.test.window or 0)
     rows = [
         ("network", f"{study.network}: {parameter_count(study.module):,} parameters"),
@@ -868,22 +812,10 @@ def show_trained(study: Study) -> None:
         ("the same in bits a byte, mean", f"{per_byte:.2f}"),
         ("wrong next tokens (%)", f"{min(errors):.1f} to {max(errors):.1f}"),
     ]
-    tables.show(["", "value"], rows, name="gpt-trained", values=trained_values(study))
-
-
-def fork_barriers(study: Study, split: str = "test") -> dict[int, Interval]:
-    """Fork step -> the loss barrier between copies, mean over pairs; steps that have a pair."""
-    found = {k: study.forks.interval(k, split, "loss") for k in study.ks}
-    return {k: v for k, v in found.items() if v is not None}
-
-
-def instability_values(study: Study) -> Values:
-    """What the caption of ``gpt-instability`` says."""
-    found = fork_barriers(study).items()
-    return _of(study) | {
-        "stable": f"{STABLE:g}",
-        "barriers": ", ".join(f"{_said(v, '{:.3f}')} at k = {k}" for k, v in found) or NONE,
-    }
+    untrained = valid(study.along[0]["same"]) if 0 in study.looks else []
+    start = [v for one in untrained for v in one.ends["test"]["loss"]]
+    values = {"at_start": f". Loss at step 0: {np.mean(start):.2f} nats" if start else ""}
+    tables.show(["", "value"], rows, name="gpt-trained", values=values)
 
 
 def show_instability(study: Study) -> None:
@@ -892,17 +824,14 @@ def show_instability(study: Study) -> None:
     def above(curve: Curve) -> Curve:
         return replace(curve, values={"test": {"loss": tuple(curve.excess("test", "loss"))}})
 
-    rises = {
-        f"k = {k}": [
-            above(s.result.barrier.curve) for s in study.forks.at(k) if s.result.barrier.valid
-        ]
-        for k in study.ks
-    }
+    lines = {k: [s.result.barrier for s in study.forks.at(k)] for k in study.ks}
+    rises = {f"k = {k}": [above(b.curve) for b in found if b.valid] for k, found in lines.items()}
+    found = {split: fork_barriers(study, split) for split in ("test", "train")}
     fig, axes = plots.grid(2, width=9.6, height=4.0)
     drawn = {
         "k": plots.against_k(
             axes[0],
-            {split: fork_barriers(study, split) for split in ("test", "train")},
+            found,
             steps=study.steps,
             threshold=STABLE,
             meaning="nats: our line",
@@ -912,24 +841,23 @@ def show_instability(study: Study) -> None:
     }
     axes[1].axhline(0, color="#555555", linewidth=0.6)
     axes[1].set_ylabel("rise of the test loss (nats)")
-    figures.publish(fig, "gpt-instability", data=drawn, values=instability_values(study))
-
-
-def matching_values(study: Study) -> Values:
-    """What the caption of ``gpt-matching`` says."""
-    return _of(study) | {
-        "barriers": "; ".join(f"{WAYS[n]} {_said(v)}" for n, v in left(study).items()) or NONE
-    }
+    words = ", ".join(f"{said(v, '{:.3f}')} at k = {k}" for k, v in found["test"].items())
+    figures.publish(fig, "gpt-instability", data=drawn, values={"barriers": words or NONE})
 
 
 def show_matching(study: Study) -> None:
     """What each way of matching leaves of the barrier, and the lines."""
-    found = left(study)
+    found = {WAYS[name]: v for name, v in left(study).items()}
+    lines = {
+        WAYS[name]: [r.barrier.curve for r in results if r.valid]
+        for name, results in study.matched.items()
+        if WAYS[name] in found
+    }
     fig, axes = plots.grid(2, width=10.4, height=4.4, width_ratios=(1.1, 1))
     drawn: dict[str, Any] = {
         "barriers": plots.conditions(
             axes[0],
-            {WAYS[name]: v for name, v in found.items()},
+            found,
             threshold=None,
             xlabel="test loss barrier (nats)",
             form="{:.2f}",
@@ -937,64 +865,33 @@ def show_matching(study: Study) -> None:
         )
     }
     axes[0].axvline(0, color="#555555", linewidth=0.6)
-    matched = study.matched
-    drawn["line"] = plots.lines(
-        axes[1],
-        {WAYS[n]: [r.barrier.curve for r in matched[n] if r.valid] for n in found},
-        metric="loss",
-        xlabel="α, from A (0) to B, moved (1)",
-    )
+    xlabel = "α, from A (0) to B, moved (1)"
+    drawn["line"] = plots.lines(axes[1], lines, metric="loss", xlabel=xlabel)
     plots.legend(fig, 2, below=True)
-    figures.publish(fig, "gpt-matching", data=drawn, values=matching_values(study))
+    values = {"barriers": listed(found, missing=NONE)}
+    figures.publish(fig, "gpt-matching", data=drawn, values=values)
 
 
-def maps(study: Study) -> dict[str, dict[str, list[float]]]:
-    """Kind of pair -> whole network first, then every block -> mean barrier at each checkpoint."""
-
-    def rows(kind: str) -> dict[str, list[float]]:
-        found = [study.along[step][kind] for step in study.looks]
-        out = {"whole network": [float(np.mean(heights(r) or [np.nan])) for r in found]}
-        for label in study.blocks:
-            each = [[worst(one)[label] for one in valid(r)] for r in found]
-            out[study.short(label)] = [float(np.mean(v or [np.nan])) for v in each]
-        return out
-
-    return {kind: rows(kind) for kind in PAIRS}
-
-
-def heatmap_values(study: Study) -> Values:
-    """What the caption of ``gpt-heatmap`` says."""
-    words = []
-    for kind, rows in maps(study).items():
-        whole = rows.pop("whole network")[-1]
-        value, name = max((values[-1], name) for name, values in rows.items())
-        words.append(
-            f"{PAIRS[kind]}: whole network {_said(whole)}, largest of the blocks {name} with "
-            f"{_said(value)}"
-        )
-    return _of(study) | {"at_the_end": "; ".join(words)}
+def _each(words: Mapping[str, str]) -> str:
+    """Kind of pair -> what is said of it, in one sentence; kinds without anything are left out."""
+    return "; ".join(f"{PAIRS[kind]}: {text}" for kind, text in words.items() if text) or NONE
 
 
 def show_heatmap(study: Study) -> None:
     """Barriers of the whole network and of every block while it trains."""
     found = maps(study)
-    rows = len(study.blocks) + 1
-    fig, axes = plots.grid(2, width=10.4, height=1.0 + 0.36 * rows, sharey=True)
+    fig, axes = plots.grid(2, width=10.4, height=1.36 + 0.36 * len(study.blocks), sharey=True)
     plots.heat(axes, found, list(study.looks), label="test loss barrier (nats)")
-    for ax, kind in zip(axes, found, strict=True):
+    words = {}
+    for ax, (kind, rows) in zip(axes, found.items(), strict=True):
         ax.set(title=PAIRS[kind], xlabel=f"training step (of {study.steps})")
+        (_, whole), *each = [(name, values[-1]) for name, values in rows.items()]
+        value, name = max((value, name) for name, value in each)
+        words[kind] = (
+            f"whole network {said(whole)}, largest of the blocks {name} with {said(value)}"
+        )
     drawn = {"T": study.steps, "steps": study.looks, **found}
-    figures.publish(fig, "gpt-heatmap", data=drawn, values=heatmap_values(study))
-
-
-def parts_values(study: Study) -> Values:
-    """What the caption of ``gpt-parts`` says."""
-    words, floors = [], []
-    for kind, results in study.parts.items():
-        each = [f"{study.short(largest(o)[0])} {_said(largest(o)[1])}" for o in valid(results)]
-        words += [f"{PAIRS[kind]}: {', '.join(each)}"] if each else []
-        floors += [_said(floor(one)) for one in valid(results)]
-    return _of(study) | {"largest": "; ".join(words) or NONE, "floors": ", ".join(floors) or NONE}
+    figures.publish(fig, "gpt-heatmap", data=drawn, values={"at_the_end": _each(words)})
 
 
 def show_parts(study: Study) -> None:
@@ -1002,144 +899,92 @@ def show_parts(study: Study) -> None:
     count = len(study.parts["same"][0].groups)
     fig, axes = plots.grid(2, width=10.4, height=1.4 + 0.22 * count, sharey=True)
     drawn: dict[str, Any] = {}
+    words: dict[str, str] = {}
+    floors: list[str] = []
     for ax, (kind, results) in zip(axes, study.parts.items(), strict=True):
-        good = valid(results)
         ax.set_title(PAIRS[kind])
-        if not good:
+        if not (good := valid(results)):
             continue
-        named = [{study.short(k): v for k, v in worst(one).items()} for one in good]
+        named = [{study.short(k): v for k, v in one.worst().items()} for one in good]
         drawn[kind] = plots.dots(ax, named, heights(good), xlabel="test loss barrier (nats)")
-        drawn[kind] |= {"defaults": [one.heights("single") for one in good]}
-        drawn[kind] |= {"floors": [floor(one) for one in good]}
-        for number, one in enumerate(good):
-            ax.axvline(floor(one), color=f"C{number % 7}", linestyle=":", linewidth=1)
+        least = [floor(one) for one in good]
+        drawn[kind] |= {"defaults": [one.heights("single") for one in good], "floors": least}
+        for number, value in enumerate(least):
+            ax.axvline(value, color=f"C{number % 7}", linestyle=":", linewidth=1)
+        tops = [largest(one) for one in good]
+        words[kind] = ", ".join(f"{study.short(label)} {said(top)}" for label, top, _ in tops)
+        floors += map(said, least)
     plots.legend(fig, study.inits)
-    figures.publish(fig, "gpt-parts", data=drawn, values=parts_values(study))
-
-
-def cumulative(study: Study, kind: str, of: str) -> list[list[float]]:
-    """Barriers of the first (``shallow``) or last (``deep``) 1, 2, … groups, or of windows."""
-    return [list(one.worst(of, "test").values()) for one in valid(study.groups[kind])]
-
-
-def identity(study: Study) -> float:
-    """How far all groups together are from the whole network, at most: it should be nothing."""
-    return max(
-        abs(row.half("test", "loss") - one.select("full")[0].half("test", "loss"))
-        for results in study.groups.values()
-        for one in results
-        for kind in ("shallow", "deep")
-        for row in one.select(kind)
-        if len(row.groups) == len(one.groups)
-    )
-
-
-def _starts(study: Study) -> list[str]:
-    """The first group of each window."""
-    names = [study.short(label).partition(" =")[0] for label in study.blocks]
-    return names[: len(names) - study.neighbours + 1]
-
-
-def groups_values(study: Study) -> Values:
-    """What the caption of ``gpt-groups`` says."""
-    words = []
-    for kind in PAIRS:
-        if found := cumulative(study, kind, "window"):
-            mean = np.mean(found, axis=0)
-            where = _starts(study)[int(np.argmax(mean))]
-            words.append(f"{PAIRS[kind]}: {where} and what follows, {_said(float(mean.max()))}")
-    return _of(study) | {
-        "groups": len(study.blocks),
-        "peaks": "; ".join(words) or NONE,
-        "identity": f"{identity(study):.1e}",
-    }
+    values = {"largest": _each(words), "floors": ", ".join(floors) or NONE}
+    figures.publish(fig, "gpt-parts", data=drawn, values=values)
 
 
 def show_groups(study: Study) -> None:
     """Barriers of more and more groups from either end, and of windows of neighbours."""
-    numbers, places = range(1, len(study.blocks) + 1), range(1, len(_starts(study)) + 1)
+    first = [study.short(label).partition(" =")[0] for label in study.blocks]
+    first = first[: len(first) - study.neighbours + 1]
+    numbers, places = range(1, len(study.blocks) + 1), range(1, len(first) + 1)
     fig, axes = plots.grid(2, width=10.4, height=4.2, sharey=True)
     drawn: dict[str, Any] = {}
-    looks = [("first", "shallow", numbers, 0), ("last", "deep", numbers, 0)]
-    looks += [("windows", "window", places, 1)]
-    words = {"first": "the first n", "last": "the last n", "windows": "neighbours"}
-    for shift, kind in enumerate(PAIRS):
-        for number, (name, of, x, at) in enumerate(looks):
-            if curves := cumulative(study, kind, of):
-                label = f"{words[name]}, {PAIRS[kind]}"
-                colour = (0 if name == "windows" else number) + 2 * shift
-                found = plots.band(axes[at], list(x), curves, label, colour)
+    words: dict[str, str] = {}
+    for shift, (kind, results) in enumerate(study.groups.items()):
+        for name, said_so, of, x, ax, colour in (
+            ("first", "the first n", "shallow", numbers, axes[0], 0),
+            ("last", "the last n", "deep", numbers, axes[0], 1),
+            ("windows", "neighbours", "window", places, axes[1], 0),
+        ):
+            if curves := [list(one.worst(of, "test").values()) for one in valid(results)]:
+                label = f"{said_so}, {PAIRS[kind]}"
+                found = plots.band(ax, list(x), curves, label, colour + 2 * shift)
                 drawn.setdefault(kind, {})[name] = found
+        if kind in drawn:  # the windows come last
+            top = int(np.argmax(found["mean"]))
+            words[kind] = f"{first[top]} and what follows, {said(float(found['mean'][top]))}"
     for ax in axes:
         ax.axhline(0, color="#555555", linewidth=0.6)
         if drawn:
             ax.legend(fontsize=8)
     axes[0].set(xlabel="number of groups averaged, n", ylabel="test loss barrier (nats)")
-    axes[1].set_xticks(list(places), _starts(study), rotation=30, ha="right")
+    axes[1].set_xticks(list(places), first, rotation=30, ha="right")
     axes[1].set_xlabel(f"first of {study.neighbours} neighbouring groups")
-    figures.publish(fig, "gpt-groups", data=drawn, values=groups_values(study))
-
-
-def features_values(study: Study) -> Values:
-    """What the caption of ``gpt-features`` says."""
-    means = {name: _stream(study, name) for name in study.conditions}
-    words = [f"{name}: {_said(float(np.median(v[:-1])))}" for name, v in means.items() if len(v)]
-    looked = min(study.windows, 32, len(study.text.test))
-    return _of(study) | {
-        "positions": f"{looked * (study.text.test.window or 0):,}",
-        "medians": "; ".join(words) or NONE,
-    }
-
-
-def _stream(study: Study, name: str) -> Any:
-    """Gap over baseline after each block, mean over the valid pairs of a condition."""
-    curves = _curves(study, name)
-    return np.mean(curves, axis=0) if curves else np.array([])
-
-
-def _curves(study: Study, name: str) -> list[list[float]]:
-    results = zip(study.streams[name], _passed(study)[name], strict=True)
-    return [[layer.ratio(0.5) for layer in one.layers] for one, good in results if good]
+    off = [  # all groups together are the whole network
+        abs(row.half("test", "loss") - one.select("full")[0].half("test", "loss"))
+        for results in study.groups.values()
+        for one in results
+        for row in (*one.select("shallow"), *one.select("deep"))
+        if len(row.groups) == len(one.groups)
+    ]
+    values = {"peaks": _each(words), "identity": f"{max(off):.1e}"}
+    figures.publish(fig, "gpt-groups", data=drawn, values=values)
 
 
 def show_features(study: Study) -> None:
     """How linearly the residual stream is connected, after each block."""
-    fig, ax = plt.subplots(figsize=(7.6, 4.0))
+    fig, (ax,) = plots.grid(1, columns=1, width=7.6, height=4.0)
     at = list(range(len(study.places)))
-    drawn = {
-        name: plots.band(ax, at, curves, name, number)
-        for number, name in enumerate(study.conditions)
-        if (curves := _curves(study, name))
-    }
+    drawn: dict[str, Any] = {"places": [study.short(p) for p in study.places]}
+    for number, (name, pairs) in enumerate(ratios(study).items()):
+        if good := [one for one in pairs if one]:
+            drawn[name] = plots.band(ax, at, good, name, number)
     named = ["logits" if p == OUTPUT else study.short(p) for p in study.places]
     ax.set_xticks(at, named, rotation=30, ha="right")
     ax.axhline(1, color="#555555", linewidth=0.6)
     ax.set(ylabel="gap at the middle / baseline", yscale="log", xlabel="residual stream after")
-    if drawn:
+    if len(drawn) > 1:
         ax.legend()
-    shown = {"places": [study.short(p) for p in study.places], **drawn}
-    figures.publish(fig, "gpt-features", data=shown, values=features_values(study))
+    looked = min(study.windows, 32, len(study.text.test))
+    values = {
+        "positions": f"{looked * (study.text.test.window or 0):,}",
+        "medians": listed({f"{n}:": v for n, v in typical(study).items()}, missing=NONE),
+    }
+    figures.publish(fig, "gpt-features", data=drawn, values=values)
 
 
-def records() -> list[Record]:
-    """What was recorded of this chapter on other machines or texts."""
-    return recorded.load(CHAPTER)
+# ---- records
 
 
 def _drawn(record: Record, figure: str) -> Any:
     return record.data["figures"][figure]["data"]
-
-
-def recorded_values(found: Sequence[Record]) -> Values:
-    """What the caption of ``gpt-recorded`` says."""
-    words = []
-    for record in found:
-        ends = [
-            f"{_said(_drawn(record, 'gpt-heatmap')[kind]['whole network'][-1])} nats ({title})"
-            for kind, title in PAIRS.items()
-        ]
-        words.append(f"{record.title}: whole network {' and '.join(ends)}")
-    return {"titles": " ".join(f"{r.title}." for r in found), "ends": "; ".join(words)}
 
 
 def show_recorded(found: Sequence[Record]) -> None:
@@ -1147,26 +992,31 @@ def show_recorded(found: Sequence[Record]) -> None:
     held = [r for r in found if "gpt-heatmap" in r.data["figures"]]
     if not held:
         return
+    drawn = {r.name: _drawn(r, "gpt-heatmap") for r in held}
     panels = {
-        f"{r.name}: {PAIRS[kind]}\n{r.dataset}, {r.data['date']}": (
-            _drawn(r, "gpt-heatmap")[kind],
-            _drawn(r, "gpt-heatmap")["steps"],
-        )
+        f"{r.name}: {PAIRS[kind]}\n{r.dataset}, {r.data['date']}": (drawn[r.name], kind)
         for r in held
         for kind in PAIRS
     }
-    fig, axes = plots.grid(2 * len(held), width=10.4, height=4.2)
-    plots.heat(
-        axes,
-        {title: rows for title, (rows, _) in panels.items()},
-        {title: steps for title, (_, steps) in panels.items()},
-        label="test loss barrier (nats)",
-    )
+    fig, axes = plots.grid(len(panels), width=10.4, height=4.2)
+    rows = {title: one[kind] for title, (one, kind) in panels.items()}
+    steps = {title: one["steps"] for title, (one, _) in panels.items()}
+    plots.heat(axes, rows, steps, label="test loss barrier (nats)")
     for ax, title in zip(axes, panels, strict=True):
         ax.set_title(title, fontsize=8)
         ax.set_xlabel("training step")
-    drawn = {r.name: _drawn(r, "gpt-heatmap") for r in held}
-    figures.publish(fig, "gpt-recorded", data=drawn, values=recorded_values(held))
+    ends = {
+        r.title: " and ".join(
+            f"{said(drawn[r.name][kind]['whole network'][-1])} nats ({title})"
+            for kind, title in PAIRS.items()
+        )
+        for r in held
+    }
+    values = {
+        "titles": " ".join(f"{title}." for title in ends),
+        "ends": "; ".join(f"{title}: whole network {text}" for title, text in ends.items()),
+    }
+    figures.publish(fig, "gpt-recorded", data=drawn, values=values)
 
 
 # ---- sentences that depend on the outcome, and numbers of the prose
@@ -1177,11 +1027,8 @@ def stream_sentence(study: Study) -> str:
     found = left(study)
     if not {"units", "weights"} <= found.keys():
         return "This run cannot say whether permuting the stream, too, helps."
-    helps = found["weights"].value < found["units"].value
-    return (
-        f"Permuting the stream as well {'helps' if helps else 'does not help'} here: it leaves "
-        f"{_said(found['weights'])} nats."
-    )
+    helps = "helps" if found["weights"].value < found["units"].value else "does not help"
+    return f"Permuting the stream as well {helps} here: it leaves {said(found['weights'])} nats."
 
 
 def embedding_sentence(study: Study) -> str:
@@ -1189,84 +1036,80 @@ def embedding_sentence(study: Study) -> str:
     good = valid(study.groups["different"])
     if not good:
         return "This run has no valid pair to say it of."
-    named = dict.fromkeys(study.short(largest(one)[0]) for one in good)
-    names = ", ".join(
-        n.replace("embedding = output", "the embedding (also the output)") for n in named
-    )
-    alone = over([largest(one)[1] for one in good])
-    whole = over(heights(good))
-    if np.mean([largest(one)[2] for one in good]) <= 1:
-        return f"No group alone costs as much as the whole; the largest is that of {names}."
+    tops = [largest(one) for one in good]
+    named = ", ".join(dict.fromkeys(study.short(label) for label, _, _ in tops))
+    named = named.replace("embedding = output", "the embedding (also the output)")
+    if np.mean([share for _, _, share in tops]) <= 1:
+        return f"No group alone costs as much as the whole; the largest is that of {named}."
+    alone, whole = over_pairs(value for _, value, _ in tops), over_pairs(heights(good))
     return (
-        f"Averaging nothing but {names} costs {_said(alone)} nats, more than averaging everything "
-        f"({_said(whole)})."
+        f"Averaging nothing but {named} costs {said(alone)} nats, more than averaging everything "
+        f"({said(whole)})."
     )
 
 
 def features_sentence(study: Study) -> str:
     """What the features of early and late forks say beside their barriers."""
-    late, first, _ = (_stream(study, name) for name in study.conditions)
-    if not (len(late) and len(first)):
+    found, forks = typical(study), fork_barriers(study)
+    late, first, _ = study.conditions
+    if not {late, first} <= found.keys():
         return "This run lacks a valid pair of one of the two kinds."
-    found = fork_barriers(study)
     return (
-        f"Copies that fork at step 0 reach {_said(float(np.median(first[:-1])))}, with a barrier "
-        f"of {_said(found.get(0))} nats; those that fork at step {study.late} reach "
-        f"{_said(float(np.median(late[:-1])))}, with {_said(found.get(study.late))}."
+        f"Copies that fork at step 0 reach {said(found[first])}, with a barrier of "
+        f"{said(forks.get(0), missing=NONE)} nats; those that fork at step {study.late} reach "
+        f"{said(found[late])}, with {said(forks.get(study.late), missing=NONE)}."
     )
 
 
 def values(study: Study) -> Values:
-    """The numbers and sentences of the chapter's prose."""
-    forks, found, near = fork_barriers(study), left(study), nearer(study)
+    """The numbers and sentences of the chapter's prose that the results say."""
+    forks, found, near = fork_barriers(study), left(study), left(study, nearer)
     loss = float(np.mean(_ends(study, "loss")))
-    whole = {kind: over(heights(study.modules[kind])) for kind in PAIRS}
-    floors = [near for kind in PAIRS for near in near_floor(study.parts[kind])]
-    twins = {n: over_pairs(r, height) for n, r in study.turned_twins.items()}
-    start = forks.get(0)
+    above = [
+        abs(value - floor(one))
+        for results in study.parts.values()
+        for one in valid(results)
+        for value in one.worst().values()
+    ]
     first = next(label for label in study.blocks if label.startswith("transformer.h."))
-    dots = {f"left_{name.replace('-', '_')}": _said(found.get(name)) for name in WAYS}
-    return _of(study) | dots | {
-        "sample": study.read(study.shown.x[0])[:160],
-        "window": study.text.test.window or 0,
-        "loss": f"{loss:.2f}",
+    same, different = study.groups["same"], study.groups["different"]
+    start = forks.get(0)
+    numbers: dict[str, float | Interval | None] = {
+        "loss": loss,
+        "first_k": start,
+        "factor": math.exp(start.value) if start else None,
+        "whole_same": over_pairs(heights(study.modules["same"])),
+        "whole_different": over_pairs(heights(study.modules["different"])),
+        "embedding_same": of_group(same, EMBEDDING),
+        "embedding_different": of_group(different, EMBEDDING),
+        "first_block": of_group(different, first),
+        **{f"twins_{way}": interval(r, height) for way, r in study.turned_twins.items()},
+        **{f"left_{way.replace('-', '_')}": found.get(way) for way in WAYS},
+    }
+    return {
+        **{name: said(value, missing=NONE) for name, value in numbers.items()},
         "choices": f"{math.exp(loss):.0f}",
-        "first_k": _said(start),
-        "factor": _said(math.exp(start.value) if start else None),
-        "late_k": _said(forks.get(study.late), "{:.3f}"),
-        "late_share": f"{study.late / study.steps:.0%}",
-        "whole_same": _said(whole["same"]),
-        "whole_different": _said(whole["different"]),
-        "embedding_same": _said(of_group(study.groups["same"], EMBEDDING)),
-        "embedding_different": _said(of_group(study.groups["different"], EMBEDDING)),
-        "first_block": _said(of_group(study.groups["different"], first)),
-        "near_units": _said(near.get("units"), "{:.0%}"),
-        "near_rotated": _said(near.get("rotated"), "{:.0%}"),
-        "twins_naive": _said(twins["naive"]),
-        "twins_rotated": _said(twins["rotated"]),
-        "dots": len(floors),
-        "dots_near": sum(floors),
-        "near": f"{NEAR:g}",
-        "stable": f"{STABLE:g}",
+        "late_k": said(forks.get(study.late), "{:.3f}", NONE),
+        "near_units": said(near.get("units"), "{:.0%}", NONE),
+        "near_rotated": said(near.get("rotated"), "{:.0%}", NONE),
+        "dots": len(above),
+        "dots_near": sum(v <= NEAR for v in above),
         "stream_sentence": stream_sentence(study),
         "embedding_sentence": embedding_sentence(study),
         "features_sentence": features_sentence(study),
-    }  # fmt: skip
+    }
 
 
 def record_values(found: Sequence[Record], name: str = "cpu-wikitext2") -> Values:
     """What the prose says of a record, or that it has no such number."""
-    nothing = dict.fromkeys(["naive", "units", "weights", "rotated", "embedding", "first"])
-    numbers: dict[str, float | None] = nothing
+    numbers: dict[str, float | None] = {}
     for record in found:
         if record.name == name:
             barriers = _drawn(record, "gpt-matching")["barriers"]
-            embedded = _drawn(record, "gpt-heatmap")["different"]
-            forked = _drawn(record, "gpt-instability")["k"]["test"]
-            ways = {way: barriers.get(WAYS[way], {}).get("mean") for way in nothing if way in WAYS}
-            embedding = embedded.get("embedding = output", [None])[-1]
-            numbers = {**ways, "embedding": embedding, "first": forked["mean"][0]}
-    return {
-        f"record_{key}": "not recorded" if value is None else _said(value)
-        for key, value in numbers.items()
-    }
+            blocks = _drawn(record, "gpt-heatmap")["different"]
+            forks = _drawn(record, "gpt-instability")["k"]["test"]
+            numbers = {way: barriers.get(title, {}).get("mean") for way, title in WAYS.items()}
+            numbers |= {"embedding": blocks.get("embedding = output", [None])[-1]}
+            numbers |= {"first": forks["mean"][0]}
+    told = ("naive", "units", "weights", "rotated", "embedding", "first")
+    return {f"record_{key}": said(numbers.get(key), missing="not recorded") for key in told}

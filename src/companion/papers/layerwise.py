@@ -147,7 +147,7 @@ def residual(
     with BatchNorm is trained as in chapter 1: both chapters then speak of the same networks.
     """
     found = _changed(_standard(images, device), steps, precision, net=net, lr=lr, batch=batch)
-    if found.net.startswith("resnet") and models.has_batchnorm(found.net):
+    if found.net.startswith("resnet") and models.may_have_batchnorm(found.net):
         found = replace(found, schedule="step", milestones=(32 / 63, 48 / 63), warmup=0)
         found = replace(found, weight_decay=1e-4)
     return found
@@ -188,7 +188,7 @@ def pairs_of(recipe: Recipe, count: int, step: int | None = None) -> list[Pair]:
 
 def fitting(recipe: Recipe, asked: Sweep) -> Sweep:
     """What is asked of a network: with BatchNorm its statistics are re-estimated at every point."""
-    return replace(asked, bn="reestimate") if models.has_batchnorm(recipe.net) else asked
+    return replace(asked, bn="reestimate") if models.may_have_batchnorm(recipe.net) else asked
 
 
 @dataclass(frozen=True)
@@ -1027,7 +1027,7 @@ def settings(study: Study) -> dict[str, list[LayerBarriers]]:
     for recipe in study.recipes[1:]:
         out[f"{called(recipe.net)}, T = {recipe.steps}"] = study.ends[recipe]
     for recipe in study.variants:
-        normed = ", BatchNorm re-estimated" if models.has_batchnorm(recipe.net) else ""
+        normed = ", BatchNorm re-estimated" if models.may_have_batchnorm(recipe.net) else ""
         out[f"{called(recipe.net)}, T = {recipe.steps}{normed}"] = study.regimes[recipe]
     return out
 

@@ -4,10 +4,11 @@
     found = weight_matching(spec, a, b)             # or activation_matching, straight_through, …
     aligned = found.apply(module, b)                # B with its units in A's order; checked
 
-``spec.py`` the value · ``trace.py``, ``axes.py``, ``rules*.py``, ``derive.py``, ``resolve.py``,
-``proof.py`` from a network to its spec · ``assignment.py``, ``weights.py``, ``activations.py``,
-``ste.py``, ``merge.py`` matching · ``folding.py``, ``rotation.py``, ``rotating.py`` the residual
-stream of a GPT, rotated · ``repair.py``, ``calibration.py`` what to do afterwards.
+``spec.py`` the value · ``derive.py`` from a network to its spec, with ``trace.py``, ``axes.py``,
+``rules.py`` and ``proof.py`` · ``weights.py``, ``activations.py``, ``ste.py``, ``merge.py``
+matching, by ``assignment.py``, with ``matching.py`` as the result · ``folding.py``,
+``rotation.py`` the residual stream of a GPT, rotated · ``repair.py``, ``calibration.py`` what to
+do afterwards.
 
 Source: Ainsworth et al. 2023, and Jordan et al. 2023 for REPAIR; our chapter 2.
 """
@@ -15,15 +16,22 @@ Source: Ainsworth et al. 2023, and Jordan et al. 2023 for REPAIR; our chapter 2.
 from companion.rebasin.activations import activation_matching
 from companion.rebasin.derive import derive
 from companion.rebasin.folding import Folding, fold, function_gap, stream_of
-from companion.rebasin.matching import Matching, bound
+from companion.rebasin.matching import Matching
 from companion.rebasin.merge import Merged, merge_many
 from companion.rebasin.proof import Unproven, check_equal
 from companion.rebasin.repair import Repaired, repair, reset_batchnorm
-from companion.rebasin.rotating import activation_rotation, rotation_matching
-from companion.rebasin.rotation import Rotation, procrustes, random_rotation, rotate, transform
+from companion.rebasin.rotation import (
+    Rotation,
+    activation_rotation,
+    procrustes,
+    random_rotation,
+    rotate,
+    rotation_matching,
+    transform,
+)
 from companion.rebasin.spec import Group, Permutations, Spec, chain
 from companion.rebasin.ste import straight_through
-from companion.rebasin.weights import greedy, objective, weight_matching
+from companion.rebasin.weights import bound, greedy, objective, weight_matching
 
 __all__ = [
     "Folding",

@@ -19,7 +19,7 @@ SWEEPS = 8
 """Sweeps of :func:`prices`. More make the next assignment faster still, but cost more than that."""
 
 
-def assign(gain: Tensor, price: Tensor | None = None) -> Tensor:
+def assign_units(gain: Tensor, price: Tensor | None = None) -> Tensor:
     """The permutation p that maximises ``sum_i gain[i, p[i]]``.
 
     Where every row has its maximum in another column, those maxima are the answer, as no sum can
@@ -33,9 +33,6 @@ def assign(gain: Tensor, price: Tensor | None = None) -> Tensor:
 
     Returns:
         int64, shape (n,), on the CPU.
-
-    Raises:
-        BadParameter: ``gain`` is not square, or not finite.
     """
     if gain.dim() != 2 or gain.shape[0] != gain.shape[1]:
         raise BadParameter(f"assignment: a square matrix expected, got {tuple(gain.shape)}.")
@@ -46,12 +43,11 @@ def assign(gain: Tensor, price: Tensor | None = None) -> Tensor:
     if price is not None:
         gain = gain - price
     top = gain.argmax(1)
-    if _permutation(top):
+    if bool(top.bincount(minlength=len(top)).eq(1).all()):
         return top.cpu()
     if price is not None:
         gain -= gain.gather(1, top.unsqueeze(1))
-    columns = linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]
-    return torch.from_numpy(columns.astype("int64"))
+    return _solved(gain.cpu())
 
 
 def prices(gain: Tensor, p: Tensor, price: Tensor | None = None) -> Tensor:
@@ -59,15 +55,12 @@ def prices(gain: Tensor, p: Tensor, price: Tensor | None = None) -> Tensor:
 
     They are the dual of the assignment problem: at the right prices each row prefers the column it
     has. Found by Bellman-Ford sweeps over ``price[p[k]] >= price[p[i]] + gain[i, p[k]] -
-    gain[i, p[i]]``; ended early they are no worse for :func:`assign`, which is exact at any prices.
+    gain[i, p[i]]``; ended early they are no worse for :func:`assign_units`, exact at any prices.
 
     Arguments:
         gain: shape (n, n).
         p: its best assignment.
         price: to begin with, default 0.
-
-    Returns:
-        shape (n,), on the device of ``gain``.
     """
     p = p.to(gain.device)
     loss = gain[:, p]
@@ -99,9 +92,6 @@ def assign_nested(
     Returns:
         p, shape (units,); inner group -> q, shape (units, s), with q[i] an order of the inner units
         of outer unit p[i] of B; and the value reached. Index vectors are int64, on the CPU.
-
-    Raises:
-        BadParameter: a matrix has another shape, or is not finite.
     """
     value = torch.zeros(units, units, dtype=torch.float64)
     if outer is not None:
@@ -122,25 +112,17 @@ def assign_nested(
         if not bool(torch.isfinite(gram).all()):
             raise BadParameter(f"assignment: the gains of {name!r} hold NaN or infinite values.")
         pairs = gram.reshape(units, side // units, units, side // units).transpose(1, 2).cpu()
-        inner[name] = _inner(pairs)
-        value += pairs.gather(3, inner[name].unsqueeze(3)).sum((2, 3))
-    p = assign(value)
+        best = pairs.argmax(3)
+        done = (best.sort(-1).values == torch.arange(pairs.shape[3])).all(-1)
+        for i, j in (~done).nonzero().tolist():
+            best[i, j] = _solved(pairs[i, j])
+        inner[name] = best
+        value += pairs.gather(3, best.unsqueeze(3)).sum((2, 3))
+    p = assign_units(value)
     at = torch.arange(units)
     return p, {name: q[at, p] for name, q in inner.items()}, float(value[at, p].sum())
 
 
-def _inner(pairs: Tensor) -> Tensor:
-    """The best inner permutation of every pair of outer units, (units, units, s) from (…, s, s)."""
-    best = pairs.argmax(3)
-    done = (best.sort(-1).values == torch.arange(pairs.shape[3])).all(-1)
-    for i, j in (~done).nonzero().tolist():
-        columns = linear_sum_assignment(pairs[i, j].numpy(), maximize=True)[1]
-        best[i, j] = torch.from_numpy(columns.astype("int64"))
-    return best
-
-
-def _permutation(index: Tensor) -> bool:
-    """True if no number repeats."""
-    seen = torch.zeros(len(index), dtype=torch.bool, device=index.device)
-    seen[index] = True
-    return bool(seen.all())
+def _solved(gain: Tensor) -> Tensor:
+    columns = linear_sum_assignment(gain.numpy(), maximize=True)[1]
+    return torch.from_numpy(columns.astype("int64"))

@@ -14,42 +14,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-Block = tuple["Atom", ...]
-Axis = tuple[Block, ...]
+AtomBlock = tuple["Atom", ...]
+AtomAxis = tuple[AtomBlock, ...]
 """Blocks one behind the other; an axis of one position is ``()``."""
 
 
 @dataclass(eq=False)
 class Atom:
-    """Units of one kind.
-
-    Arguments:
-        size: how many.
-        pinned: why they stay in order, or None.
-        within: each unit of that atom has its own copy of these, which may be ordered on its own.
-        link: where the union went.
-        parts: what the atom was taken apart into, as an axis.
-        inner: True once another atom lies within this one.
-        family: with a pinned ``within``: one atom for each of its units.
-    """
+    """Units of one kind."""
 
     size: int
-    pinned: str | None = None
-    within: Atom | None = None
-    link: Atom | None = None
-    parts: Axis | None = None
-    inner: bool = False
-    family: list[Atom] | None = field(default=None)
+    pinned: str | None = None  # why they stay in order
+    within: Atom | None = None  # each unit of that atom has its own copy of these, with its order
+    link: Atom | None = None  # where the union went
+    parts: AtomAxis | None = None  # what the atom was taken apart into
+    inner: bool = False  # another atom lies within this one
+    family: list[Atom] | None = None  # with a pinned ``within``: one atom for each of its units
 
 
-def length(block: Block) -> int:
+def length(block: AtomBlock) -> int:
     """Positions of a block."""
     return math.prod(a.size for a in block)
 
 
-def total(axis: Axis) -> int:
+def total(axis: AtomAxis) -> int:
     """Positions of an axis."""
     return sum(map(length, axis)) if axis else 1
 
@@ -60,11 +50,11 @@ class Axes:
     def __init__(self) -> None:
         self.where = ""
 
-    def free(self, size: int) -> Axis:
+    def free(self, size: int) -> AtomAxis:
         """An axis of new units that may be reordered."""
         return ((Atom(size),),) if size > 1 else ()
 
-    def fixed(self, size: int, why: str) -> Axis:
+    def fixed(self, size: int, why: str) -> AtomAxis:
         """An axis whose positions stay in order."""
         return ((Atom(size, pinned=why),),) if size > 1 else ()
 
@@ -74,14 +64,11 @@ class Axes:
             atom = atom.link
         return atom
 
-    def normal(self, axis: Axis) -> Axis:
+    def normal(self, axis: AtomAxis) -> AtomAxis:
         """The axis in representatives, with everything that was taken apart in its parts."""
-        out: list[Block] = []
-        for block in axis:
-            out += self._normal(block)
-        return tuple(out)
+        return tuple(b for block in axis for b in self._normal(block))
 
-    def _normal(self, block: Block) -> list[Block]:
+    def _normal(self, block: AtomBlock) -> list[AtomBlock]:
         done: list[Atom] = []
         for i, atom in enumerate(block):
             root = self.find(atom)
@@ -98,12 +85,12 @@ class Axes:
             done.append(Atom(root.size, pinned=f"its units are cut apart in {self.where}"))
         return [tuple(done)]
 
-    def atoms(self, axis: Axis) -> Iterator[Atom]:
+    def atoms(self, axis: AtomAxis) -> Iterator[Atom]:
         """The representatives that the axis is made of."""
         for block in self.normal(axis):
             yield from block
 
-    def pin(self, axis: Axis, why: str) -> None:
+    def pin(self, axis: AtomAxis, why: str) -> None:
         """These positions stay in order."""
         for atom in list(self.atoms(axis)):
             self._pin_atom(atom, why)
@@ -115,13 +102,9 @@ class Axes:
         for member in members or ():
             self.pin(((member,),), why)
 
-    def is_pinned(self, block: Block) -> bool:
-        """True if nothing in the (normal) block can move."""
-        return all(a.pinned is not None for a in block)
-
     # Taking apart
 
-    def _product(self, atom: Atom, outer: int) -> Block:
+    def _product(self, atom: Atom, outer: int) -> AtomBlock:
         """``atom`` as ``outer`` times the rest, row-major; the rest lies within the outer part."""
         rest = atom.size // outer
         if atom.pinned is None and (within := atom.within) is not None:
@@ -157,7 +140,7 @@ class Axes:
         atom.parts = ((parts[0],), (parts[1],))
         return parts
 
-    def cut(self, axis: Axis, at: int) -> tuple[Axis, Axis]:
+    def cut(self, axis: AtomAxis, at: int) -> tuple[AtomAxis, AtomAxis]:
         """The axis before and from position ``at``."""
         blocks, start = self.normal(axis), 0
         for i, block in enumerate(blocks):
@@ -170,7 +153,7 @@ class Axes:
             start = end
         return blocks, ()
 
-    def _cut_block(self, block: Block, at: int) -> tuple[Block, Block]:
+    def _cut_block(self, block: AtomBlock, at: int) -> tuple[AtomBlock, AtomBlock]:
         inner = length(block[1:])
         if at % inner:
             self.pin((block,), f"its units are cut apart in {self.where}")
@@ -181,7 +164,7 @@ class Axes:
 
     # Making equal
 
-    def unify(self, x: Axis, y: Axis) -> None:
+    def unify(self, x: AtomAxis, y: AtomAxis) -> None:
         """Position i of both axes is the same unit, for every i."""
         left, right = list(self.normal(x)), list(self.normal(y))
         while left and right:
@@ -192,7 +175,7 @@ class Axes:
             self._unify_block(left.pop(0), right.pop(0))
             left, right = list(self.normal(tuple(left))), list(self.normal(tuple(right)))
 
-    def _unify_block(self, x: Block, y: Block) -> None:
+    def _unify_block(self, x: AtomBlock, y: AtomBlock) -> None:
         xs, ys = list(x), list(y)
         while xs and ys:
             a, b = self.find(xs[0]), self.find(ys[0])
@@ -263,7 +246,7 @@ class Axes:
         inner = self.find(atom).within
         return inner is not None and self.find(inner) is self.find(outer)
 
-    def close(self, axes: Sequence[Axis]) -> None:
+    def close(self, axes: Sequence[AtomAxis]) -> None:
         """Inner units whose outer ones are no longer in the tensor have one order for all."""
         present = {atom for axis in axes for atom in self.atoms(axis)}
         for atom in present:
@@ -272,40 +255,42 @@ class Axes:
 
     # Reshaping
 
-    def reshape(self, axes: Sequence[Axis], shape: Sequence[int], new: Sequence[int]) -> list[Axis]:
+    def reshape(
+        self, axes: Sequence[AtomAxis], shape: Sequence[int], new: Sequence[int]
+    ) -> list[AtomAxis]:
         """The axes of a tensor of ``shape`` after a view as ``new``, row-major."""
         old = [(axis, size) for axis, size in zip(axes, shape, strict=True) if size != 1]
         wanted = [(i, size) for i, size in enumerate(new) if size != 1]
-        out: list[Axis] = [() for _ in new]
+        out: list[AtomAxis] = [() for _ in new]
         while wanted:
             taken, targets = [old.pop(0)], [wanted.pop(0)]
-            while (have := math.prod(s for _, s in taken)) != (
-                need := math.prod(s for _, s in targets)
-            ):
+            have, need = taken[0][1], targets[0][1]
+            while have != need:
                 if have < need:
                     taken.append(old.pop(0))
+                    have *= taken[-1][1]
                 else:
                     targets.append(wanted.pop(0))
+                    need *= targets[-1][1]
             merged = self.merge([axis for axis, _ in taken])
             parts = self.divide(merged, [s for _, s in targets])
             for (i, _), part in zip(targets, parts, strict=True):
                 out[i] = part
         return out
 
-    def merge(self, axes: Sequence[Axis]) -> Axis:
+    def merge(self, axes: Sequence[AtomAxis]) -> AtomAxis:
         """Several axes as one, row-major: the first one moves slowest."""
         first, *others = [self.normal(a) for a in axes]
-        rest: Block = ()
+        rest: AtomBlock = ()
         for axis in others:
-            if len(axis) == 1:
-                rest += axis[0]
-            else:
+            if len(axis) != 1:
                 why = f"pieces are interleaved in {self.where}"
                 self.pin(axis, why)
-                rest += (Atom(total(axis), pinned=why),)
+                axis = ((Atom(total(axis), pinned=why),),)
+            rest += axis[0]
         return tuple((*block, *rest) for block in first)
 
-    def divide(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    def divide(self, axis: AtomAxis, sizes: Sequence[int]) -> list[AtomAxis]:
         """One axis as several, row-major."""
         if len(sizes) == 1:
             return [axis]
@@ -313,7 +298,7 @@ class Axes:
         if len(axis) > 1:
             return self._stacked(axis, sizes)
         factors: list[Atom] = list(axis[0])
-        out: list[Axis] = []
+        out: list[AtomAxis] = []
         made: dict[Atom, Atom] = {}  # the rest of an atom taken apart here -> its outer part
         for size in sizes:
             block: list[Atom] = []
@@ -339,7 +324,7 @@ class Axes:
             out.append((tuple(block),))
         return out
 
-    def _stacked(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    def _stacked(self, axis: AtomAxis, sizes: Sequence[int]) -> list[AtomAxis]:
         """Equal pieces, one behind the other, seen as rows: row i has the units of piece i."""
         rows, width = sizes[0], math.prod(sizes[1:])
         alike = len(axis) == rows and all(len(b) == 1 and b[0].size == width for b in axis)
@@ -349,7 +334,7 @@ class Axes:
         inner = Atom(width, within=outer, family=[b[0] for b in axis])
         return [((outer,),), ((inner,),)]
 
-    def _give_up(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    def _give_up(self, axis: AtomAxis, sizes: Sequence[int]) -> list[AtomAxis]:
         why = f"its units are regrouped in {self.where}"
         self.pin(axis, why)
         return [self.fixed(s, why) for s in sizes]

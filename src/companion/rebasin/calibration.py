@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from scipy.optimize import brentq
-from torch import nn
+from torch import Tensor, nn
 
 from companion.connectivity import BN_EXAMPLES, Curve, Walker, classification, grid
 from companion.core.errors import BadParameter
@@ -29,7 +29,7 @@ RANGE = 1e4
 """A fitted temperature is between 1/RANGE and RANGE times the spread of the logits."""
 
 
-def _pair(logits: torch.Tensor, y: torch.Tensor, what: str = "logits") -> torch.Tensor:
+def _pair(logits: Tensor, y: Tensor, what: str = "logits") -> Tensor:
     """``logits`` in float64, after the check that (N, K) and (N,) class indices fit together."""
     if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) == 0:
         raise BadParameter(f"{what}: shape (N, K), K of 2 or more, expected; got {logits.shape}.")
@@ -47,12 +47,12 @@ def _pair(logits: torch.Tensor, y: torch.Tensor, what: str = "logits") -> torch.
     return logits.detach().double()
 
 
-def nll(logits: torch.Tensor, y: torch.Tensor, temperature: float = 1.0) -> float:
+def nll(logits: Tensor, y: Tensor, temperature: float = 1.0) -> float:
     """Mean negative log-likelihood of ``softmax(logits / temperature)``, in nats, in float64."""
     return float(F.cross_entropy(logits.double() / temperature, y))
 
 
-def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:
+def temperature(logits: Tensor, y: Tensor) -> float:
     """The temperature T > 0 at which ``softmax(logits / T)`` has the lowest loss on ``y``.
 
     The loss is convex in 1/T, and its derivative there is the mean over examples of the expected
@@ -91,37 +91,12 @@ def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """Loss on held-out data before and after a temperature was fitted on other data.
-
-    Arguments:
-        temperature: the fitted one.
-        before, loss: in nats, at temperature 1 and at the fitted one;
-        error: percent; the temperature does not change it.
-    """
-
-    temperature: float
-    before: float
-    loss: float
-    error: float
-
-
-def calibrated(
-    logits_fit: torch.Tensor, y_fit: torch.Tensor, logits_eval: torch.Tensor, y_eval: torch.Tensor
-) -> Calibrated:
-    """Fit a temperature on one set of (logits (N, K), classes (N,)) and measure on another."""
-    z = _pair(logits_eval, y_eval, "logits_eval")
-    t = temperature(logits_fit, y_fit)
-    error = 100 * float((z.argmax(1) != y_eval).double().mean())
-    return Calibrated(t, nll(z, y_eval), nll(z, y_eval, t), error)
-
-
-@dataclass(frozen=True)
 class CalibratedCurve:
-    """The line between two networks, with a temperature of its own at each point.
+    """The line between two networks, with a temperature fitted at each point.
 
     Arguments:
-        curve: loss at the fitted temperatures, and error.
+        curve: loss at the fitted temperatures, and error; its height is the barrier that
+            calibration leaves.
         plain: the same points at temperature 1; its errors are those of ``curve``.
         temperatures: one for each alpha. NaN where the logits are not finite: the loss there is
             infinite, as on any curve.
@@ -131,27 +106,14 @@ class CalibratedCurve:
     plain: Curve
     temperatures: tuple[float, ...]
 
-    def height(
-        self,
-        split: str = "test",
-        metric: str = "loss",
-        definition: str = "mean",
-        *,
-        signed: bool = False,
-    ) -> float:
-        """The barrier that calibration leaves: :meth:`companion.connectivity.Curve.height`."""
-        return self.curve.height(split, metric, definition, signed=signed)
-
 
 class _Collector:
     """A score for the walker that keeps the logits of one point of the path."""
 
     def __init__(self) -> None:
-        self.rows: list[torch.Tensor] = []
+        self.rows: list[Tensor] = []
 
-    def __call__(
-        self, outputs: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int]:
         if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
             raise BadParameter(
                 "calibration needs logits (N, K), or of a text (N, L, K); the network puts out "
@@ -160,7 +122,7 @@ class _Collector:
         self.rows.append(outputs.flatten(0, -2))
         return classification(outputs, targets)
 
-    def take(self, splits: Mapping[str, Split]) -> dict[str, torch.Tensor]:
+    def take(self, splits: Mapping[str, Split]) -> dict[str, Tensor]:
         """The logits of each split, float64, which came in the order of ``splits``."""
         whole = torch.cat(self.rows).double()
         self.rows.clear()
@@ -240,7 +202,7 @@ def calibrated_curve(
     )
 
 
-def _probabilities(p: torch.Tensor, y: torch.Tensor, bins: int) -> torch.Tensor:
+def _checked(p: Tensor, y: Tensor, bins: int) -> Tensor:
     p = _pair(p, y, "probabilities")
     off = float((p.sum(1) - 1).abs().max())
     if float(p.min()) < 0 or off > 1e-3:
@@ -253,13 +215,14 @@ def _probabilities(p: torch.Tensor, y: torch.Tensor, bins: int) -> torch.Tensor:
     return p
 
 
-def _bin(p: torch.Tensor, bins: int) -> torch.Tensor:
-    """The bin of each probability: (0, 1/bins], (1/bins, 2/bins], …; 0 itself is in the first."""
+def _bin_sums(p: Tensor, bins: int, values: Tensor) -> Tensor:
+    """Sums of ``values`` over the bins of ``p``: (0, 1/bins], …; 0 itself is in the first."""
     edges = torch.arange(1, bins, dtype=torch.float64, device=p.device) / bins
-    return torch.bucketize(p.contiguous(), edges)
+    zero = torch.zeros(bins, dtype=torch.float64, device=p.device)
+    return zero.index_add_(0, torch.bucketize(p.contiguous(), edges), values)
 
 
-def ece(probabilities: torch.Tensor, y: torch.Tensor, bins: int = 15) -> float:
+def ece(probabilities: Tensor, y: Tensor, bins: int = 15) -> float:
     """Expected calibration error of the top label: mean |accuracy - confidence| over bins.
 
     Arguments:
@@ -272,11 +235,10 @@ def ece(probabilities: torch.Tensor, y: torch.Tensor, bins: int = 15) -> float:
 
     Source: Guo et al. 2017, equation 3; our chapter 2.
     """
-    p = _probabilities(probabilities, y, bins)
+    p = _checked(probabilities, y, bins)
     top, label = p.max(1)
     gap = (label == y).double() - top
-    sums = torch.zeros(bins, dtype=torch.float64, device=p.device)
-    return float(sums.index_add_(0, _bin(top, bins), gap).abs().sum()) / len(p)
+    return float(_bin_sums(top, bins, gap).abs().sum()) / len(p)
 
 
 @dataclass(frozen=True)
@@ -286,9 +248,9 @@ class Reliability:
     Arguments:
         centres: middle of each bin.
         confidence: mean probability stated in it.
-        fraction: share of
-            its (example, class) pairs that are true; counts: number of its pairs. Confidence and
-            fraction are NaN in an empty bin.
+        fraction: share of its (example, class) pairs that are true. NaN, as the confidence, in an
+            empty bin.
+        counts: number of its pairs.
     """
 
     centres: tuple[float, ...]
@@ -297,7 +259,7 @@ class Reliability:
     counts: tuple[int, ...]
 
 
-def reliability(probabilities: torch.Tensor, y: torch.Tensor, bins: int = 15) -> Reliability:
+def reliability(probabilities: Tensor, y: Tensor, bins: int = 15) -> Reliability:
     """The reliability curve over all class probabilities, not over the top label alone.
 
     Every (example, class) pair is one statement. The paper's code counts a probability that lies on
@@ -310,27 +272,20 @@ def reliability(probabilities: torch.Tensor, y: torch.Tensor, bins: int = 15) ->
 
     Source: Git Re-Basin, Figures 5, 11 and 13; our chapter 2.
     """
-    p = _probabilities(probabilities, y, bins)
+    p = _checked(probabilities, y, bins)
     true = F.one_hot(y, p.shape[1]).double().flatten()
     stated = p.flatten()
-    where = _bin(stated, bins)
-
-    def total(values: torch.Tensor) -> torch.Tensor:
-        zero = torch.zeros(bins, dtype=torch.float64, device=p.device)
-        return zero.index_add_(0, where, values)
-
-    counts = total(torch.ones_like(stated))
+    ones = torch.ones_like(stated)
+    counts, confidence, hits = (_bin_sums(stated, bins, v) for v in (ones, stated, true))
     return Reliability(
         tuple((i + 0.5) / bins for i in range(bins)),
-        tuple((total(stated) / counts).tolist()),
-        tuple((total(true) / counts).tolist()),
+        tuple((confidence / counts).tolist()),
+        tuple((hits / counts).tolist()),
         tuple(int(c) for c in counts.tolist()),
     )
 
 
-def prior_shift(
-    logits: torch.Tensor, train_prior: torch.Tensor, test_prior: torch.Tensor
-) -> torch.Tensor:
+def prior_shift(logits: Tensor, train_prior: Tensor, test_prior: Tensor) -> Tensor:
     """Logits of a model trained under one label prior, corrected for another by Bayes' rule.
 
     log p(class | x) changes by log(test prior / train prior), up to a constant. The control that
@@ -360,9 +315,7 @@ def prior_shift(
     return (logits.double() + shift).to(logits.dtype)
 
 
-def ensemble_logprobs(
-    logits: Sequence[torch.Tensor], weights: Sequence[float] | None = None
-) -> torch.Tensor:
+def ensemble_logprobs(logits: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """The ensemble of models as the paper has it: a weighted mean of their log-probabilities.
 
     Arguments:

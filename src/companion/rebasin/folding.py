@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from companion.core.errors import BadParameter
-from companion.core.theta import Theta, check
+from companion.core.theta import Theta, check_theta
 from companion.rebasin.derive import derive
-from companion.rebasin.proof import Subject, Unproven, difference
+from companion.rebasin.proof import Subject, Unproven, output_gap
 from companion.rebasin.spec import Spec
 
 HEAD = "lm_head"
@@ -40,17 +40,11 @@ TOLERANCE = 1e-8
 
 @dataclass(frozen=True)
 class Parts:
-    """Names of what reads and writes the residual stream of a GPT network.
+    """Names of what reads and writes the residual stream of a GPT network."""
 
-    Arguments:
-        readers: LayerNorm -> the linear maps behind it, the head behind the last.
-        writers: linear maps whose output is added to the stream.
-        tables: embeddings.
-    """
-
-    readers: Mapping[str, tuple[str, ...]]
-    writers: tuple[str, ...]
-    tables: tuple[str, ...]
+    readers: Mapping[str, tuple[str, ...]]  # LayerNorm -> the linear maps behind it
+    writers: tuple[str, ...]  # linear maps whose output is added to the stream
+    tables: tuple[str, ...]  # embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,20 +93,16 @@ class Folding:
             BadParameter: ``theta`` is no finite point of the original architecture.
             Unproven: the outputs differ.
         """
-        check(self.original, theta, "to fold")
+        check_theta(self.original, theta, "to fold")
         wide = _folded({k: v.double() for k, v in theta.items()}, self.original, self.parts)
         if check_outputs:
-            same(self.original, theta, self.module, wide, self.spec.example)
+            check_same(self.original, theta, self.module, wide, self.spec.example)
         like = next(v for v in theta.values() if v.is_floating_point()).dtype
         return {k: v.to(theta[k].dtype if k in theta else like) for k, v in wide.items()}
 
 
-def same(one: nn.Module, a: Theta, other: nn.Module, b: Theta, example: Any) -> float:
-    """The relative difference of the outputs of two networks, in float64.
-
-    Raises:
-        Unproven: it is above :data:`TOLERANCE`.
-    """
+def check_same(one: nn.Module, a: Theta, other: nn.Module, b: Theta, example: Any) -> None:
+    """Raise :class:`Unproven` if :func:`function_gap` is above :data:`TOLERANCE`."""
     gap = function_gap(one, a, other, b, example)
     if not gap <= TOLERANCE:
         raise Unproven(
@@ -120,7 +110,6 @@ def same(one: nn.Module, a: Theta, other: nn.Module, b: Theta, example: Any) -> 
             f"of their size on the example, allowed {TOLERANCE:g}. Folding needs a pre-LN "
             "transformer: LayerNorm in front of attention, MLP and head, and nowhere else."
         )
-    return gap
 
 
 def function_gap(one: nn.Module, a: Theta, other: nn.Module, b: Theta, example: Any) -> float:
@@ -131,7 +120,7 @@ def function_gap(one: nn.Module, a: Theta, other: nn.Module, b: Theta, example: 
         a, b: a state dict of each.
         example: what forward takes.
     """
-    return difference(Subject(one, example, a).run(), Subject(other, example, b).run())
+    return output_gap(Subject(one, example, a).run(), Subject(other, example, b).run())
 
 
 def fold(module: nn.Module, example: Any) -> Folding:
@@ -154,8 +143,7 @@ def fold(module: nn.Module, example: Any) -> Folding:
     own = copy.deepcopy(module)
     head = own.get_submodule(HEAD)
     place = head.get_parameter("weight")
-    biased = [*parts.readers][-1], HEAD
-    bias = any(_bias(own, name) is not None for name in biased)
+    bias = any(_bias(own, name) is not None for name in ([*parts.readers][-1], HEAD))
     # Without an init, which would draw from PyTorch's global random numbers.
     new = skip_init(nn.Linear, *reversed(place.shape), bias=bias, device=place.device)
     setattr(own, HEAD, new.to(place.dtype))
@@ -165,8 +153,10 @@ def fold(module: nn.Module, example: Any) -> Folding:
     subject = Subject(module, example, shake=("weights",))
     theta = {k: v.detach() for k, v in subject.state.items()}
     folded = _folded(theta, module, parts)
-    same(subject.module, theta, own, folded, example)
-    own.load_state_dict(_folded(_double(module), module, parts))
+    check_same(subject.module, theta, own, folded, example)
+    state = module.state_dict().items()
+    double = {k: v.detach().double() for k, v in state if isinstance(v, Tensor)}
+    own.load_state_dict(_folded(double, module, parts))
     own.requires_grad_(any(p.requires_grad for p in module.parameters()))
     spec = derive(own, example)
     names = {f"{n}.{kind}" for n in parts.readers for kind in ("weight", "bias")}
@@ -207,20 +197,19 @@ def stream_of(module: nn.Module, spec: Spec) -> str:
 
 
 def parts_of(module: nn.Module) -> Parts:
-    """What reads and writes the stream.
-
-    Raises:
-        BadParameter: the network is no pre-LN GPT of the layers that are known here.
-    """
+    """What reads and writes the stream; refuses what is no pre-LN GPT of the layers known here."""
     kind = type(module).__name__
+    post = (
+        f"fold: {kind} normalises the residual stream itself, after each addition (post-LN). Its "
+        "gains act on the stream and cannot be moved into the layers that read it, so it has no "
+        "rotation symmetry. A pre-LN network is needed, such as GPT-2."
+    )
     known = "transformer.wte, transformer.h.N.(ln_1, attn, ln_2, mlp), transformer.ln_f, lm_head"
-    for part in module.modules():
-        if getattr(part, "norm_first", True) is False:
-            raise BadParameter(f"fold: {_post(kind)}")
     names = {name for name, _ in module.named_modules()}
     blocks = [n for n in names if n.startswith("transformer.h.") and n.count(".") == 2]
-    if blocks and "transformer.ln_f" not in names:
-        raise BadParameter(f"fold: {_post(kind)}")
+    late = any(getattr(part, "norm_first", True) is False for part in module.modules())
+    if late or (blocks and "transformer.ln_f" not in names):
+        raise BadParameter(post)
     if not blocks or not {"transformer.wte", HEAD} <= names:
         raise BadParameter(
             f"fold: {kind} is no GPT network. Folding knows the layers of "
@@ -257,22 +246,9 @@ def parts_of(module: nn.Module) -> Parts:
     return Parts(readers, tuple(writers), tuple(t for t in tables if t in names))
 
 
-def _post(kind: str) -> str:
-    return (
-        f"{kind} normalises the residual stream itself, after each addition (post-LN). Its gains "
-        "act on the stream and cannot be moved into the layers that read it, so it has no rotation "
-        "symmetry. A pre-LN network is needed, such as GPT-2."
-    )
-
-
 def _bias(module: nn.Module, name: str) -> Tensor | None:
     found = getattr(module.get_submodule(name), "bias", None)
     return found if isinstance(found, Tensor) else None
-
-
-def _double(module: nn.Module) -> dict[str, Tensor]:
-    state = module.state_dict()
-    return {k: v.detach().double() for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def _folded(theta: Theta, module: nn.Module, parts: Parts) -> dict[str, Tensor]:

@@ -5,25 +5,47 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from companion.core.errors import BadParameter
-from companion.core.theta import Theta, check
+from companion.core.theta import Theta, check_theta
 from companion.rebasin.proof import check_equal
 from companion.rebasin.spec import Permutations, Spec
 
-FORMAT = "companion.rebasin/1"
+FILE_FORMAT = "companion.rebasin/1"
+
+
+class Found:
+    """What every result of a search has: shares of the objective's bound, and a summary."""
+
+    SUMMARY: ClassVar[tuple[str, ...]]
+
+    @property
+    def share(self) -> float:
+        """The objective as a share of its upper bound, at most 1; NaN if nothing could match."""
+        found: Any = self
+        return found.objective / found.bound if found.bound else math.nan
+
+    @property
+    def share_before(self) -> float:
+        """The same with nothing done."""
+        found: Any = self
+        return found.before / found.bound if found.bound else math.nan
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but permutations, rotations and weights, JSON-able."""
+        values = ((name.replace("_", " "), getattr(self, name)) for name in self.SUMMARY)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values}
 
 
 @dataclass(frozen=True)
-class Matching:
+class Matching(Found):
     """The permutations that bring network B close to network A.
 
     Arguments:
@@ -31,8 +53,8 @@ class Matching:
         perms: for B: unit i of A is matched with unit p[i] of B.
         method: ``weights``, ``activations``, ``ste``, ``greedy``, ….
         objective: what the method maximised, at ``perms``.
-        before: the same, nothing permuted;
-            bound: what it cannot exceed (``objective / bound`` is :attr:`share`).
+        before: the same, nothing permuted.
+        bound: what it cannot exceed (``objective / bound`` is :attr:`share`).
         passes: over all groups (weights), over the data (activations), optimiser steps (ste).
         starts: how many starts the best was chosen from.
         seconds: of wall-clock time.
@@ -48,17 +70,12 @@ class Matching:
     passes: int
     starts: int = 1
     seconds: float = 0.0
-    details: Mapping[str, Any] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def share(self) -> float:
-        """The objective as a share of its upper bound, at most 1; NaN if nothing could match."""
-        return self.objective / self.bound if self.bound else math.nan
-
-    @property
-    def share_before(self) -> float:
-        """The same with nothing permuted."""
-        return self.before / self.bound if self.bound else math.nan
+    SUMMARY = (
+        *("method", "objective", "before", "bound", "share", "share_before", "moved"),
+        *("passes", "starts", "seconds", "details"),
+    )
 
     @property
     def moved(self) -> float:
@@ -82,32 +99,16 @@ class Matching:
         Raises:
             BadParameter: ``theta`` is no state dict of ``module``, or outputs differ.
         """
-        check(module, theta, "B")
+        check_theta(module, theta, "B")
         out = self.spec.permute(theta, self.perms)
         if check_outputs:
             check_equal(module, theta, out, self.spec)
         return out
 
-    def summary(self) -> dict[str, Any]:
-        """Everything but the permutations, JSON-able."""
-        return {
-            "method": self.method,
-            "objective": self.objective,
-            "before": self.before,
-            "bound": self.bound,
-            "share": self.share,
-            "share before": self.share_before,
-            "moved": self.moved,
-            "passes": self.passes,
-            "starts": self.starts,
-            "seconds": self.seconds,
-            "details": dict(self.details or {}),
-        }
-
     def save(self, path: str | Path) -> None:
         """Write permutations, summary and spec as one safetensors file."""
         meta = {
-            "format": FORMAT,
+            "format": FILE_FORMAT,
             "summary": json.dumps(self.summary()),
             "spec": json.dumps(self.spec.to_json()),
         }
@@ -131,33 +132,15 @@ class Matching:
             raise BadParameter(f"matching {path}: no such file.") from None
         except SafetensorError as e:
             raise BadParameter(f"matching {path}: not a safetensors file ({e}).") from e
-        if meta.get("format") != FORMAT:
-            raise BadParameter(f"matching {path}: not written by companion.rebasin ({FORMAT}).")
+        if meta.get("format") != FILE_FORMAT:
+            raise BadParameter(
+                f"matching {path}: not written by companion.rebasin ({FILE_FORMAT})."
+            )
         if json.loads(meta["spec"]) != spec.to_json():
             raise BadParameter(
                 f"matching {path}: it belongs to a network with other layers or sizes."
             )
         perms = {name: perms[name] for name in spec.groups if name in perms}
         spec.check(perms)
-        s = json.loads(meta["summary"])
-        return cls(
-            spec,
-            perms,
-            s["method"],
-            s["objective"],
-            s["before"],
-            s["bound"],
-            s["passes"],
-            s["starts"],
-            s["seconds"],
-            s["details"],
-        )
-
-
-def bound(theta_a: Theta, theta_b: Theta, spec: Spec) -> float:
-    """What ``<A, P(B)>`` cannot exceed for any P: the sum of ``|A| |B|`` over tensors."""
-    return sum(
-        float(torch.linalg.vector_norm(theta_a[n], dtype=torch.float64))
-        * float(torch.linalg.vector_norm(theta_b[n], dtype=torch.float64))
-        for n in spec.objective
-    )
+        told = json.loads(meta["summary"])
+        return cls(spec, perms, **{f.name: told[f.name] for f in fields(cls)[2:]})

@@ -9,7 +9,7 @@ et al. 2023), Appendix A.10, Algorithm 3, Table 3 and Figure 13; our chapter 2.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +18,23 @@ import torch
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import Theta, affine
-from companion.rebasin.matching import bound
+from companion.rebasin.matching import Found
 from companion.rebasin.spec import Permutations, Spec
-from companion.rebasin.weights import norms, weight_matching
+from companion.rebasin.weights import bound, checked_norms, weight_matching
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Found):
     """Networks in one order of units, and their mean.
 
     Arguments:
         spec: of the architecture.
         perms: for each network, in the order they were given, into the common frame.
         theta: the mean in that frame: floating-point entries averaged, others from the first.
-        history: the objective, the sum over all pairs of ``<P_i(theta_i), P_j(theta_j)>``, with
-            nothing permuted, then after every pass; it never falls. To raise it is to lower the
-            distances of the networks from their mean.
+        objective: the sum over all pairs of ``<P_i(theta_i), P_j(theta_j)>``. To raise it is to
+            lower the distances of the networks from their mean.
+        before: the same, nothing permuted.
+        history: the objective before, then after every pass; it never falls.
         bound: what it cannot exceed.
         passes: over all networks.
         seconds: of wall-clock time.
@@ -42,20 +43,19 @@ class Merged:
     spec: Spec
     perms: tuple[dict[str, torch.Tensor], ...]
     theta: Theta
+    objective: float
+    before: float
     history: tuple[float, ...]
     bound: float
     passes: int
     seconds: float
 
-    @property
-    def objective(self) -> float:
-        """The objective at the end."""
-        return self.history[-1]
+    SUMMARY = ("networks", "objective", "before", "bound", "share", "passes", "history", "seconds")
 
     @property
-    def share(self) -> float:
-        """The objective as a share of its upper bound, at most 1."""
-        return self.objective / self.bound if self.bound else 1.0
+    def networks(self) -> int:
+        """How many there are."""
+        return len(self.perms)
 
     def between(self, i: int, j: int) -> dict[str, torch.Tensor]:
         """Permutations that bring network ``j`` into the order of network ``i``'s own units.
@@ -66,19 +66,6 @@ class Merged:
             i, j: positions in the list of networks.
         """
         return self.spec.compose(self.perms[j], self.spec.inverse(self.perms[i]))
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but permutations and weights, JSON-able."""
-        return {
-            "networks": len(self.perms),
-            "objective": self.objective,
-            "before": self.history[0],
-            "bound": self.bound,
-            "share": self.share,
-            "passes": self.passes,
-            "history": list(self.history),
-            "seconds": self.seconds,
-        }
 
 
 def merge_many(
@@ -115,11 +102,11 @@ def merge_many(
         raise BadParameter(f"max_passes must be at least 1, got {max_passes}.")
     for i, theta in enumerate(thetas):
         _same(thetas[0], theta, i + 1)
-        norms(spec, theta, str(i + 1))
+        checked_norms(spec, theta, str(i + 1))
     perms = [spec.identity() for _ in thetas]
     total = _total(spec, thetas, perms)
-    squares = sum(_square({t: theta[t] for t in spec.objective}) for theta in thetas)
-    history = [(_square(total) - squares) / 2]
+    squares = sum(_square(theta[t] for t in spec.objective) for theta in thetas)
+    history = [(_square(total.values()) - squares) / 2]
     waiting = set(range(count))
     passes = 0
     while waiting and passes < max_passes:
@@ -128,34 +115,27 @@ def merge_many(
                 continue
             waiting.discard(i)
             now = {t: spec.permute_tensor(thetas[i][t], t, perms[i]) for t in spec.objective}
-            others = {
-                t: (total[t] - x.to(total[t].device).double()) / (count - 1) for t, x in now.items()
-            }
-            found = weight_matching(
-                spec,
-                others,
-                thetas[i],
-                key=key.fold("match", passes, i),
-                start=perms[i],
-                max_passes=max_passes,
-                rtol=rtol,
-            )
+            others = {t: (x - now[t].to(x.device).double()) / (count - 1) for t, x in total.items()}
+            how: Any = {"start": perms[i], "max_passes": max_passes, "rtol": rtol}
+            own = key.fold("match", passes, i)
+            found = weight_matching(spec, others, thetas[i], key=own, **how)
             if all(torch.equal(p, perms[i][g]) for g, p in found.perms.items()):
                 continue
             perms[i] = dict(found.perms)
-            for t in spec.objective:
-                moved = spec.permute_tensor(thetas[i][t], t, perms[i])
-                total[t] += moved.to(total[t].device).double()
-                total[t] -= now[t].to(total[t].device).double()
+            for t, x in total.items():
+                x += spec.permute_tensor(thetas[i][t], t, perms[i]).to(x.device).double()
+                x -= now[t].to(x.device).double()
             waiting = set(range(count)) - {i}  # the mean of their others has changed
         passes += 1
         total = _total(spec, thetas, perms)  # anew, so that rounding does not add up over passes
-        history.append((_square(total) - squares) / 2)
+        history.append((_square(total.values()) - squares) / 2)
     pairs = [(i, j) for i in range(count) for j in range(i)]
     return Merged(
         spec,
         tuple(perms),
         _mean(spec, thetas, perms),
+        history[-1],
+        history[0],
         tuple(history),
         sum(bound(thetas[i], thetas[j], spec) for i, j in pairs),
         passes,
@@ -183,19 +163,16 @@ def _total(
     spec: Spec, thetas: Sequence[Theta], perms: Sequence[Permutations]
 ) -> dict[str, torch.Tensor]:
     """The sum of all networks in the common frame, over the objective's entries, in float64."""
-    out = {}
-    for t in spec.objective:
-        out[t] = torch.zeros_like(thetas[0][t], dtype=torch.float64)
+    out = {t: torch.zeros_like(thetas[0][t], dtype=torch.float64) for t in spec.objective}
+    for t, total in out.items():
         for theta, own in zip(thetas, perms, strict=True):
-            out[t] += spec.permute_tensor(theta[t].detach(), t, own).to(out[t].device)
+            total += spec.permute_tensor(theta[t].detach(), t, own).to(total.device)
     return out
 
 
-def _square(theta: Mapping[str, torch.Tensor]) -> float:
-    return sum(
-        float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) ** 2
-        for x in theta.values()
-    )
+def _square(values: Iterable[torch.Tensor]) -> float:
+    norms = (float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) for x in values)
+    return sum(x**2 for x in norms)
 
 
 def _mean(

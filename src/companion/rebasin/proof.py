@@ -30,35 +30,13 @@ class Unproven(BadParameter):
     """Permuted weights change the network's output: what was derived is no symmetry of it."""
 
 
-def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and named arguments of forward: of a tensor, a tuple, or a mapping of names."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (example if isinstance(example, tuple) else (example,)), {}
-
-
-def _said(outputs: Any) -> list[torch.Tensor]:
-    """The real and complex tensors of whatever forward returned, however nested.
-
-    A language model's keys and values for its own next step are not among them.
-    """
-    if isinstance(outputs, Mapping):
-        outputs = {k: v for k, v in outputs.items() if k != "past_key_values"}
-    leaves = (t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor))
-    return [t for t in leaves if t.is_floating_point() or t.is_complex()]
-
-
 class Subject:
     """A private copy of a network, in float64 and eval mode, that can be run with other weights.
 
     Arguments:
-        module: the network; not changed.
         example: what its forward takes; floating-point tensors become float64.
         theta: weights to start from; None: the network's own.
-        shake: add noise to the weights and to the input; ``weights`` and ``inputs`` name which.
-
-    Raises:
-        BadParameter: the network has no weights to copy (the meta device, lazy layers).
+        shake: add noise: to the ``weights``, to the ``inputs``.
     """
 
     def __init__(
@@ -88,7 +66,11 @@ class Subject:
             value = value.detach().to(device, copy=True)
             return value.double() if value.is_floating_point() else value
 
-        self.args, self.kwargs = pytree.tree_map(place, arguments(example))
+        if isinstance(example, Mapping):
+            given: Any = ((), dict(example))
+        else:
+            given = (example if isinstance(example, tuple) else (example,), {})
+        self.args, self.kwargs = pytree.tree_map(place, given)
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         self.tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         self.raw: list[torch.Tensor] = []
@@ -99,11 +81,7 @@ class Subject:
 
     @torch.no_grad()
     def shake(self, again: int = 0) -> None:
-        """Add noise, so that equal or zero weights, or inputs, cannot hide a wrong spec.
-
-        Arguments:
-            again: how often it was shaken before; the noise is another one each time.
-        """
+        """Add noise, another one each time: equal or zero weights could hide a wrong spec."""
         weights = list(self.state.values()) if "weights" in self.shaken else []
         inputs = self.tensors if "inputs" in self.shaken else []
         floats = [t for t in (*weights, *inputs) if t.is_floating_point() and t.numel()]
@@ -124,7 +102,7 @@ class Subject:
             sample = tensor.flatten()[:PRIME]
             spread = float(sample.std()) if len(sample) > 1 else 0.0
             buffer = i < len(floats) - len(inputs) and not isinstance(tensor, nn.Parameter)
-            if not math.isfinite(spread) or (buffer and _is_mask(sample)):
+            if not math.isfinite(spread) or (buffer and sample.unique().tolist() == [0, 1]):
                 continue  # minus infinity, or zeros and ones: what they say is not their size
             if any(tensor is t for t in inputs):
                 tensor.add_(noise(tensor, i), alpha=spread or 1.0)
@@ -152,19 +130,19 @@ class Subject:
 
     @torch.no_grad()
     def run(self) -> list[torch.Tensor]:
-        """Its floating-point outputs.
-
-        Raises:
-            BadParameter: forward fails, or has no floating-point output.
-        """
+        """Its floating-point outputs."""
         try:
-            self.raw = _said(self.module(*self.args, **self.kwargs))
+            outputs = self.module(*self.args, **self.kwargs)
         except Exception as e:  # whatever the user's forward does
             shapes = [tuple(t.shape) for t in self.tensors]
             raise BadParameter(
                 f"forward of {type(self.module).__name__} fails on the example of shape "
                 f"{', '.join(map(str, shapes))}: {type(e).__name__}: {e}"
             ) from e
+        if isinstance(outputs, Mapping):  # not a language model's memory for its own next step
+            outputs = {k: v for k, v in outputs.items() if k != "past_key_values"}
+        leaves = (t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor))
+        self.raw = [t for t in leaves if t.is_floating_point() or t.is_complex()]
         if not self.raw:
             raise BadParameter(
                 f"forward of {type(self.module).__name__} returns no floating-point tensor."
@@ -172,17 +150,7 @@ class Subject:
         return [t.detach().clone() for t in self.raw]
 
 
-def _is_mask(sample: torch.Tensor) -> bool:
-    """True for a tensor of zeros and ones, both of them."""
-    return bool(((sample == 0) | (sample == 1)).all()) and len(sample.unique()) == 2
-
-
-def finite(tensors: list[torch.Tensor]) -> bool:
-    """True if no entry of any tensor is NaN or infinite."""
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
-
-
-def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+def output_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     """Largest difference of outputs as a share of the largest output; NaN if any is NaN."""
     worst = 0.0
     for x, y in zip(a, b, strict=True):
@@ -194,12 +162,8 @@ def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return worst
 
 
-def prove(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
-    """Refuse a spec whose permutations change the outputs.
-
-    Arguments:
-        net: as it was watched.
-        reference: its outputs then.
+def prove_spec(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
+    """Refuse a spec whose permutations change the outputs ``reference`` of ``net``.
 
     Raises:
         Unproven: names the layers of the groups that break it.
@@ -211,7 +175,7 @@ def prove(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
 
     def gap(chosen: Permutations) -> float:
         net.permute(spec, chosen)
-        return difference(reference, net.run())
+        return output_gap(reference, net.run())
 
     found = gap(perms)
     names = list(spec.axes)
@@ -222,7 +186,7 @@ def prove(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
         # they must. Two choices of the part, because one alone can be a symmetry by chance.
         for part in (names[::2], names[: len(names) // 2]):
             net.permute(spec, spec.inverse(perms), part)
-            if len(names) == 1 or difference(reference, net.run()) > 10 * spec.tolerance:
+            if len(names) == 1 or output_gap(reference, net.run()) > 10 * spec.tolerance:
                 return
             net.permute(spec, perms, part)
         if again == DRAWS or not net.shaken:
@@ -233,7 +197,7 @@ def prove(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
         reference = net.run()
         found = gap(perms)
     net.permute(spec, spec.inverse(perms))
-    if not difference(reference, net.run()) <= spec.tolerance:
+    if not output_gap(reference, net.run()) <= spec.tolerance:
         raise Unproven(
             "forward gives other outputs for the same input and weights (or none that are finite), "
             "in eval mode: nothing can be proven of it."
@@ -262,7 +226,7 @@ def check_equal(module: nn.Module, a: Theta, b: Theta, spec: Spec) -> float:
     net = Subject(module, spec.example, a)
     reference = net.run()
     net.load(b)
-    found = difference(reference, net.run())
+    found = output_gap(reference, net.run())
     if not found <= spec.tolerance:
         raise Unproven(
             f"the permuted network is not the same function: outputs differ by {found:.2g} of "

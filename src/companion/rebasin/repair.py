@@ -4,34 +4,43 @@ The average of two aligned units that correlate by rho has less variance than ei
 rho) / 2 at the midpoint, and the loss of each layer adds to that of the ones before, until the
 logits are nearly constant: *variance collapse*. The cure is one scale and one shift for each
 channel, found from unlabelled data and written back into weights and biases, so the architecture
-stays. Where BatchNorm keeps running statistics, estimating them again does the same.
+stays. Where BatchNorm keeps running statistics, estimating them again does the same. Statistics
+are over all inputs and positions of a channel, in float64, one batch of features at a time.
 
 Source: REPAIR (Jordan, Sedghi, Saukh, Entezari, Neyshabur, ICLR 2023); for BatchNorm also Git
-Re-Basin, Appendix A.3.3; our chapter 2. Read top to bottom: :mod:`companion.rebasin.moments` says
-which layers there are and streams their statistics, :func:`repair` decides and writes back.
+Re-Basin, Appendix A.3.3; our chapter 2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
 
-from companion.core import codec
+from companion.connectivity.batches import examples_a_pass
+from companion.core import codec, deadline
 from companion.core.errors import BadParameter, one_of
-from companion.core.theta import Theta, affine, check, layout
-from companion.rebasin.moments import Copy, Layer, Moments, batches, correction, measure
+from companion.core.numerics import exact_evaluation
+from companion.core.theta import Theta, affine, check_theta, layout, with_aliases
+from companion.rebasin.trace import private
 
 FORMS = ("forward", "closed")
 """``forward``: the merged network is run, with its corrections. ``closed``: a formula in the
 statistics of the two ends, without a forward pass of the merged network."""
 
-Corrections = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""Layer -> (scale, shift), float64, shape (channels,) each."""
+Channelwise = tuple[Tensor, Tensor]
+"""(scale, shift), or (mean, standard deviation): float64, shape (channels,) each."""
+
+Hook = Callable[[str, Tensor], Channelwise | None]
+"""(layer, its outputs (channels, values) in float64) -> (scale, shift) to apply, or None."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,9 @@ class Repaired:
         scale, shift: corrected layer -> what its channels were multiplied by, and what was then
             added; float64, shape (channels,). They are part of ``theta`` already.
         before, after: layer -> standard deviation in the merged network as a share of its target
-            ``(1 - alpha) s_A + alpha s_B``, mean over channels (:func:`collapse`); ``before``: of
-            the plain interpolation, ``after``: of ``theta``. NaN: a layer without a channel that
+            ``(1 - alpha) s_A + alpha s_B``, mean over channels: 1 is
+            no variance collapse, 0 a network of constants. ``before``: of the plain interpolation,
+            ``after``: of ``theta``. NaN: a layer without a channel that
             varies in an end.
         reset: BatchNorm layers whose running statistics were estimated again.
         skipped: layer that was neither corrected nor reset -> why.
@@ -54,8 +64,8 @@ class Repaired:
     """
 
     theta: Theta
-    scale: Mapping[str, torch.Tensor]
-    shift: Mapping[str, torch.Tensor]
+    scale: Mapping[str, Tensor]
+    shift: Mapping[str, Tensor]
     before: Mapping[str, float]
     after: Mapping[str, float]
     reset: tuple[str, ...]
@@ -92,200 +102,11 @@ class Repaired:
         )
 
 
-def merge(module: nn.Module, a: Theta, b: Theta, alpha: float) -> dict[str, torch.Tensor]:
-    """``(1 - alpha) A + alpha B`` with every entry of the state dict, those of integers from A."""
-    lay = layout(module)
-    moved = affine(
-        (a, {k: v.to(a[k].device) for k, v in b.items() if k in a}),
-        (1 - alpha, alpha),
-        lay.floating,
-    )
-    whole = dict(moved) | {n: a[n].clone() for n in lay.integers}
-    return whole | {alias: whole[name] for alias, name in lay.ties.items()}
-
-
-def _checked(
-    module: nn.Module, a: Theta, b: Theta, inputs: torch.Tensor, alpha: float, batch: int | None
-) -> list[torch.Tensor]:
-    """The batches, after everything that can be refused before the first forward pass was."""
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not number or not 0 <= alpha <= 1:
-        raise BadParameter(
-            f"alpha: {alpha!r} must be a number from 0 (network A) to 1 (network B)."
-        )
-    check(module, a, "A")
-    check(module, b, "B")
-    return batches(inputs, batch)
-
-
-def _chosen(
-    layers: Mapping[str, Layer], names: Sequence[str] | None
-) -> tuple[list[str], dict[str, str]]:
-    """Which layers to correct, in the order of the forward pass, and why not the others."""
-    refused = {n: layer.refused for n, layer in layers.items() if layer.refused}
-    if names is None:
-        logits = "its outputs are the network's own (the logits)"
-        skipped = refused | {n: logits for n, v in layers.items() if v.last and n not in refused}
-        return [n for n in layers if n not in skipped], skipped
-    if isinstance(names, str):
-        raise BadParameter(f"layers: a list of layer names is needed, got the text {names!r}.")
-    for name in names:
-        if one_of("layer", name, layers) in refused:
-            raise BadParameter(f"layer {name!r} cannot be corrected: {refused[name]}.")
-    left = "not among the layers that were asked for"
-    return [n for n in layers if n in names], {
-        n: refused.get(n, left) for n in layers if n not in names
-    }
-
-
-def _shares(
-    found: Mapping[str, Moments], targets: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-) -> dict[str, float]:
-    """Layer -> mean over channels of std / target std, where there is a target to compare with."""
-    out = {}
-    for name, (_, std) in targets.items():
-        alive = std > 0
-        ratio = found[name].std[alive] / std[alive]
-        out[name] = float(ratio.mean()) if len(ratio) else math.nan
-    return out
-
-
-def _targets(
-    of_a: Mapping[str, Moments], of_b: Mapping[str, Moments], alpha: float
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Layer -> (mean, std): both interpolated linearly; the std, not the variance."""
-    for end, found in (("A", of_a), ("B", of_b)):
-        for name, m in found.items():
-            if not bool(torch.isfinite(m.mean).all() and torch.isfinite(m.std).all()):
-                raise BadParameter(
-                    f"network {end}: layer {name!r} puts out NaN or infinite values on these "
-                    "inputs."
-                )
-
-    def mix(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (1 - alpha) * x + alpha * y
-
-    return {n: (mix(of_a[n].mean, of_b[n].mean), mix(of_a[n].std, of_b[n].std)) for n in of_a}
-
-
-def collapse(
-    module: nn.Module,
-    a: Theta,
-    b: Theta,
-    inputs: torch.Tensor,
-    *,
-    alpha: float = 0.5,
-    batch: int | None = None,
-) -> dict[str, float]:
-    """How much variance collapses between A and B: 1 is none, 0 a network of constants.
-
-    Arguments:
-        module: the architecture.
-        a, b: state dicts, B permuted to A (or not, to compare).
-        inputs: (N, …), unlabelled, on the device to compute on.
-        alpha: where to look.
-        batch: inputs a forward pass, at most.
-
-    Returns:
-        layer -> standard deviation of its outputs in the interpolated network divided by the
-        interpolated standard deviation, mean over channels; in the order of the forward pass.
-
-    Raises:
-        BadParameter: as :func:`repair`.
-
-    Source: REPAIR, Section 3 (variance collapse); our chapter 2.
-    """
-    parts = _checked(module, a, b, inputs, alpha, batch)
-    net = Copy(module, parts[0])
-    of_a, of_b = (net.moments(theta, parts) for theta in (a, b))
-    return _shares(net.moments(merge(module, a, b, alpha), parts), _targets(of_a, of_b, alpha))
-
-
-def reset_batchnorm(
-    module: nn.Module, theta: Theta, inputs: torch.Tensor, batch: int | None = None
-) -> dict[str, torch.Tensor]:
-    """``theta`` with BatchNorm's running statistics estimated again: reset, cumulative average.
-
-    The numbers are those of the walker's mode ``reestimate`` on the same inputs. REPAIR found the
-    reset itself necessary for stability, and augmented training images to work somewhat better than
-    plain ones.
-
-    Arguments:
-        module: the architecture, not changed.
-        theta: a state dict of it, not changed.
-        inputs: (N, …), unlabelled training data, on the device to compute on.
-        batch: inputs a forward pass, at most; the data is cut into batches of equal size.
-
-    Returns:
-        a new state dict on ``theta``'s device.
-
-    Raises:
-        BadParameter: the network keeps no running statistics; ``theta`` does not fit the module;
-            fewer than two inputs.
-
-    Source: REPAIR, Section 4; Git Re-Basin, Appendix A.3.3; our chapter 2.
-    """
-    check(module, theta, "to reset")
-    parts = batches(inputs, batch)
-    net = Copy(module, parts[0])
-    if not net.norms:
-        raise BadParameter(
-            "reset_batchnorm: the network has no BatchNorm with running statistics; "
-            "repair() corrects other networks."
-        )
-    return net.reestimated(theta, parts)
-
-
-def _forward(
-    net: Copy,
-    theta: Theta,
-    parts: Sequence[torch.Tensor],
-    targets: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    passes: int,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Corrections from running the merged network: in the first pass, as BatchNorm would in
-    training, every batch is corrected by its own statistics while those of all data add up; in
-    further passes by what the pass before found."""
-    known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for _ in range(passes):
-        found = {name: Moments() for name in targets}
-
-        def hook(
-            name: str,
-            x: torch.Tensor,
-            found: dict[str, Moments] = found,
-            known: Corrections = known,
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            mine = found[name].add(x)
-            return known[name] if known else correction(*targets[name], mine.mean, mine.std)
-
-        with net.batch_statistics():
-            net.run(theta, parts, list(targets), hook)
-        known = {n: correction(*targets[n], m.mean, m.std) for n, m in found.items()}
-    return known
-
-
-def fuse(theta: Theta, corrections: Corrections) -> dict[str, torch.Tensor]:
-    """A new state dict with ``scale`` and ``shift`` of each layer in its weight and bias.
-
-    ``y -> scale * y + shift`` after a layer is ``weight * scale`` and ``bias * scale + shift`` in
-    it: along the first axis of a linear or convolution weight, entry by entry of a norm's.
-    """
-    out = dict(theta)
-    for name, (scale, shift) in corrections.items():
-        weight, bias = theta[f"{name}.weight"], theta[f"{name}.bias"]
-        scale, shift = scale.to(weight.device), shift.to(weight.device)
-        rows = scale.view(-1, *[1] * (weight.ndim - 1))
-        out[f"{name}.weight"] = (weight.double() * rows).to(weight.dtype)
-        out[f"{name}.bias"] = (bias.double() * scale + shift).to(bias.dtype)
-    return out
-
-
 def repair(
     module: nn.Module,
     a: Theta,
     b: Theta,
-    inputs: torch.Tensor,
+    inputs: Tensor,
     *,
     alpha: float = 0.5,
     layers: Sequence[str] | None = None,
@@ -333,7 +154,14 @@ def repair(
     one_of("form", form, FORMS)
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise BadParameter(f"passes: {passes!r} must be a whole number of 1 or more.")
-    parts = _checked(module, a, b, inputs, alpha, batch)
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 0 <= alpha <= 1:
+        raise BadParameter(
+            f"alpha: {alpha!r} must be a number from 0 (network A) to 1 (network B)."
+        )
+    check_theta(module, a, "A")
+    check_theta(module, b, "B")
+    parts = even_batches(inputs, batch)
     net = Copy(module, parts[0])
     names, skipped = _chosen(net.layers, layers)
     for name in names:
@@ -345,13 +173,14 @@ def repair(
     if not names and not net.norms:
         why = "; ".join(f"{n}: {w}" for n, w in list(skipped.items())[:3])
         raise BadParameter(f"repair: no layer can be corrected, and no BatchNorm be reset ({why}).")
-    of_a, of_b, rho = measure(net, a, b, parts, correlated=names if form == "closed" else ())
+    of_a, of_b = net.moments(a, parts), net.moments(b, parts)
     targets = _targets(of_a, of_b, alpha)
-    merged = merge(module, a, b, alpha)
+    merged = interpolated(module, a, b, alpha)
     wanted = {n: targets[n] for n in names}
     if form == "forward":
         found = _forward(net, merged, parts, wanted, passes) if wanted else {}
     else:
+        rho = net.correlations(a, b, parts, names)
         found = {}
         for name, (mean, std) in wanted.items():
             s_a, s_b = (1 - alpha) * of_a[name].std, alpha * of_b[name].std
@@ -363,13 +192,414 @@ def repair(
         theta = net.reestimated(theta, parts)
     return Repaired(
         theta,
-        {n: c[0] for n, c in found.items()},
-        {n: c[1] for n, c in found.items()},
-        _shares(net.moments(merged, parts), targets),
-        _shares(net.moments(theta, parts), targets),
-        reset,
-        {n: why for n, why in skipped.items() if n not in reset},
-        form,
-        alpha,
-        sum(map(len, parts)),
+        scale={n: scale for n, (scale, _) in found.items()},
+        shift={n: shift for n, (_, shift) in found.items()},
+        before=_shares(net.moments(merged, parts), targets),
+        after=_shares(net.moments(theta, parts), targets),
+        reset=reset,
+        skipped={n: why for n, why in skipped.items() if n not in reset},
+        form=form,
+        alpha=alpha,
+        samples=sum(map(len, parts)),
     )
+
+
+def _forward(
+    net: Copy,
+    theta: Theta,
+    parts: Sequence[Tensor],
+    targets: Mapping[str, Channelwise],
+    passes: int,
+) -> dict[str, Channelwise]:
+    """Corrections from running the merged network.
+
+    In the first pass, as BatchNorm would in training, every batch is corrected by its own
+    statistics while those of all data add up; in further passes by what the pass before found.
+    """
+    known: dict[str, Channelwise] = {}
+    for _ in range(passes):
+        found = {name: Moments() for name in targets}
+
+        def hook(name: str, x: Tensor, found: Any = found, known: Any = known) -> Channelwise:
+            mine = found[name].add(x)
+            return known[name] if known else correction(*targets[name], mine.mean, mine.std)
+
+        with net.batch_statistics():
+            net.run(theta, parts, list(targets), hook)
+        known = {n: correction(*targets[n], m.mean, m.std) for n, m in found.items()}
+    return known
+
+
+def reset_batchnorm(
+    module: nn.Module, theta: Theta, inputs: Tensor, batch: int | None = None
+) -> dict[str, Tensor]:
+    """``theta`` with BatchNorm's running statistics estimated again: reset, cumulative average.
+
+    The numbers are those of the walker's mode ``reestimate`` on the same inputs. REPAIR found the
+    reset itself necessary for stability, and augmented training images to work somewhat better than
+    plain ones.
+
+    Arguments:
+        module: the architecture, not changed.
+        theta: a state dict of it, not changed.
+        inputs: (N, …), unlabelled training data, on the device to compute on.
+        batch: inputs a forward pass, at most; the data is cut into batches of equal size.
+
+    Returns:
+        a new state dict on ``theta``'s device.
+
+    Raises:
+        BadParameter: the network keeps no running statistics; ``theta`` does not fit the module;
+            fewer than two inputs.
+
+    Source: REPAIR, Section 4; Git Re-Basin, Appendix A.3.3; our chapter 2.
+    """
+    check_theta(module, theta, "to reset")
+    parts = even_batches(inputs, batch)
+    net = Copy(module, parts[0])
+    if not net.norms:
+        raise BadParameter(
+            "reset_batchnorm: the network has no BatchNorm with running statistics; "
+            "repair() corrects other networks."
+        )
+    return net.reestimated(theta, parts)
+
+
+def _chosen(
+    layers: Mapping[str, Layer], names: Sequence[str] | None
+) -> tuple[list[str], dict[str, str]]:
+    """Which layers to correct, in the order of the forward pass, and why not the others."""
+    left = "not among the layers that were asked for"
+    if names is None:
+        names = [n for n, layer in layers.items() if not layer.refused and not layer.last]
+        left = "its outputs are the network's own (the logits)"
+    if isinstance(names, str):
+        raise BadParameter(f"layers: a list of layer names is needed, got the text {names!r}.")
+    for name in names:
+        if why := layers[one_of("layer", name, layers)].refused:
+            raise BadParameter(f"layer {name!r} cannot be corrected: {why}.")
+    skipped = {n: layer.refused or left for n, layer in layers.items() if n not in names}
+    return [n for n in layers if n in names], skipped
+
+
+def _shares(found: Mapping[str, Moments], targets: Mapping[str, Channelwise]) -> dict[str, float]:
+    """Layer -> mean over channels of std / target std, where there is a target to compare with."""
+    out = {}
+    for name, (_, std) in targets.items():
+        alive = std > 0
+        ratio = found[name].std[alive] / std[alive]
+        out[name] = float(ratio.mean()) if len(ratio) else math.nan
+    return out
+
+
+def _targets(
+    of_a: Mapping[str, Moments], of_b: Mapping[str, Moments], alpha: float
+) -> dict[str, Channelwise]:
+    """Layer -> (mean, std): both interpolated linearly; the std, not the variance."""
+    for end, found in (("A", of_a), ("B", of_b)):
+        for name, m in found.items():
+            if not bool(torch.isfinite(m.mean).all() and torch.isfinite(m.std).all()):
+                raise BadParameter(
+                    f"network {end}: layer {name!r} puts out NaN or infinite values on these "
+                    "inputs."
+                )
+
+    return {
+        n: ((1 - alpha) * m.mean + alpha * of_b[n].mean, (1 - alpha) * m.std + alpha * of_b[n].std)
+        for n, m in of_a.items()
+    }
+
+
+def interpolated(module: nn.Module, a: Theta, b: Theta, alpha: float) -> dict[str, Tensor]:
+    """``(1 - alpha) A + alpha B`` with every entry of the state dict, those of integers from A."""
+    lay = layout(module)
+    there = {k: v.to(a[k].device) for k, v in b.items() if k in a}
+    mixed = affine((a, there), (1 - alpha, alpha), lay.floating)
+    return with_aliases({**mixed, **{n: a[n].clone() for n in lay.integers}}, lay.ties)
+
+
+def fuse(theta: Theta, corrections: Mapping[str, Channelwise]) -> dict[str, Tensor]:
+    """A new state dict with ``scale`` and ``shift`` of each layer in its weight and bias.
+
+    ``y -> scale * y + shift`` after a layer is ``weight * scale`` and ``bias * scale + shift`` in
+    it: along the first axis of a linear or convolution weight, entry by entry of a norm's.
+    """
+    out = dict(theta)
+    for name, (scale, shift) in corrections.items():
+        weight, bias = theta[f"{name}.weight"], theta[f"{name}.bias"]
+        scale, shift = scale.to(weight.device), shift.to(weight.device)
+        rows = scale.view(-1, *[1] * (weight.ndim - 1))
+        out[f"{name}.weight"] = (weight.double() * rows).to(weight.dtype)
+        out[f"{name}.bias"] = (bias.double() * scale + shift).to(bias.dtype)
+    return out
+
+
+class Moments:
+    """Mean and standard deviation (population) of each channel, batch by batch.
+
+    Batches are joined by the sums of squares about their own means (Chan et al.), which loses no
+    digits where the mean is large beside the spread.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros(())
+
+    @property
+    def std(self) -> Tensor:
+        """float64, shape (channels,)."""
+        return (self.squares / max(self.count, 1)).sqrt()
+
+    def add(self, x: Tensor) -> Moments:
+        """Take in a batch, shape (channels, values); returns the moments of that batch alone."""
+        mine = Moments()
+        mine.count, mine.mean = x.shape[1], x.mean(1)
+        mine.squares = (x - mine.mean[:, None]).square().sum(1)
+        if self.count == 0:
+            self.mean, self.squares = mine.mean, mine.squares
+        else:
+            gap, weight = mine.mean - self.mean, mine.count / (self.count + mine.count)
+            self.mean = self.mean + gap * weight
+            self.squares = self.squares + mine.squares + gap**2 * self.count * weight
+        self.count += mine.count
+        return mine
+
+
+class Comoments:
+    """Covariance of each channel of A with the same channel of B, batch by batch."""
+
+    def __init__(self) -> None:
+        self.x, self.y = Moments(), Moments()
+        self.products = torch.zeros(())
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in a batch of both, shapes (channels, values)."""
+        count, at_x, at_y = self.x.count, self.x.mean, self.y.mean
+        mine, other = self.x.add(x), self.y.add(y)
+        own = ((x - mine.mean[:, None]) * (y - other.mean[:, None])).sum(1)
+        gap = (mine.mean - at_x) * (other.mean - at_y) * (count * mine.count / self.x.count)
+        self.products = self.products + own + gap
+
+    @property
+    def correlation(self) -> Tensor:
+        """float64, shape (channels,), from -1 to 1; 0 where a channel is constant."""
+        scale = (self.x.squares * self.y.squares).sqrt()
+        return torch.where(scale > 0, self.products / scale, 0.0).clamp(-1, 1)
+
+
+def correction(target_mean: Tensor, target_std: Tensor, mean: Tensor, std: Tensor) -> Channelwise:
+    """(scale, shift) that take channels of mean and std to their targets, shapes (channels,).
+
+    A channel that is constant, up to what rounding makes of a constant, keeps its scale.
+    """
+    dead = (std <= 1e-12 * mean.abs()) | (std <= 1e-6 * target_std)
+    scale = torch.where(dead, 1.0, target_std / torch.where(dead, 1.0, std))
+    return scale, target_mean - scale * mean
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that scales channels, in the private copy of the network."""
+
+    module: nn.Module
+    axis: int  # of the channels in its outputs
+    runs: int  # in one forward pass
+    last: bool  # the network's outputs are its own
+    refused: str  # why a scale and a shift cannot be written into it, or ""
+
+
+def _axis(module: nn.Module) -> int | None:
+    """Where the channels of a module's outputs are; None: no module that scales channels."""
+    if isinstance(module, nn.Linear):
+        return -1
+    if isinstance(module, nn.LayerNorm):
+        # Subclasses norm feature maps over their channels: ours, and torchvision's LayerNorm2d.
+        return -1 if type(module) is nn.LayerNorm else 1
+    return 1 if isinstance(module, _ConvNd | nn.GroupNorm | _BatchNorm) else None
+
+
+def _refusal(name: str, module: nn.Module, entries: set[str], tied: set[str]) -> str:
+    """Why a scale and a shift for each channel cannot be written into a layer, or ``""``."""
+    if isinstance(module, _BatchNorm):
+        if module.running_mean is None:
+            return "BatchNorm without running statistics: each batch is normalised by itself"
+        return "BatchNorm: its running statistics are estimated again instead"
+    if isinstance(module, _ConvTransposeNd):
+        return "transposed convolutions are not supported"
+    if getattr(module, "weight", None) is None:
+        return "it has no weight to take the scale"
+    if getattr(module, "bias", None) is None:
+        return "it has no bias to take the shift"
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        return "its weight has a value for each position, not for each channel"
+    own = {f"{name}.weight", f"{name}.bias"}
+    if not own <= entries:
+        return "its weight or bias is computed from other tensors (a parametrisation)"
+    if own & tied:
+        return "its weight or bias is tied to another layer's"
+    return ""
+
+
+def even_batches(inputs: Tensor, batch: int | None) -> list[Tensor]:
+    """``inputs`` in the fewest batches of at most ``batch``, of equal size give or take one."""
+    if not isinstance(inputs, Tensor) or inputs.ndim < 2 or len(inputs) < 2:
+        what = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise BadParameter(f"inputs: a tensor (N, …) with N of 2 or more is needed, got {what}.")
+    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+        raise BadParameter("inputs: they hold NaN or infinite values.")
+    batch = examples_a_pass(inputs) if batch is None else batch
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 2:
+        raise BadParameter(f"batch: {batch!r} must be a whole number of 2 or more.")
+    # Never a batch of one: it has no spread, and BatchNorm refuses it.
+    parts = min(-(-len(inputs) // batch), len(inputs) // 2)
+    return list(inputs.tensor_split(parts))
+
+
+@contextmanager
+def _hooks(calls: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Forward hooks, inside."""
+    hooks = [module.register_forward_hook(call) for module, call in calls.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Copy:
+    """A private copy of a network in eval mode, and its layers in the order in which they run.
+
+    ``example`` is a batch of its inputs, on the device to compute on.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor):
+        self.module = private(module, example)
+        norms = (m for m in self.module.modules() if isinstance(m, _BatchNorm))
+        self.norms = [m for m in norms if m.running_mean is not None]
+        for m in self.norms:
+            m.momentum = None  # PyTorch's cumulative average
+        self.layers = self._find(example[:2])
+
+    @torch.no_grad()
+    def _find(self, example: Tensor) -> dict[str, Layer]:
+        """Run the network once and see which layers put out what."""
+        seen: dict[nn.Module, list[Tensor]] = {}
+
+        def look(module: nn.Module, args: Any, out: Any) -> None:
+            seen.setdefault(module, []).append(out)
+
+        names = {m: n for n, m in self.module.named_modules()}
+        with _hooks({m: look for m in names if _axis(m) is not None}):
+            final = self.module(example)
+        # By memory, so that a view of a layer's outputs still counts as its outputs. All features
+        # are alive here, so none of them can lie where another one was.
+        final = [t for t in pytree.tree_leaves(final) if isinstance(t, Tensor)]
+        ends = {t.untyped_storage().data_ptr() for t in final}
+        lay = layout(self.module)
+        entries = set(self.module.state_dict())
+        tied = set(lay.ties) | set(lay.ties.values())
+        found = {}
+        for module, outs in seen.items():
+            name, axis = names[module], _axis(module)
+            assert axis is not None
+            last = any(o.untyped_storage().data_ptr() in ends for o in outs)
+            found[name] = Layer(
+                module, axis, len(outs), last, _refusal(name, module, entries, tied)
+            )
+        return found
+
+    @torch.no_grad()
+    def load(self, theta: Theta) -> None:
+        """Put a state dict into the copy."""
+        state = self.module.state_dict()
+        for name, value in theta.items():
+            state[name].copy_(value)
+
+    @exact_evaluation()
+    @torch.no_grad()
+    def run(
+        self,
+        theta: Theta,
+        parts: Iterable[Tensor],
+        names: Sequence[str] = (),
+        hook: Hook | None = None,
+    ) -> None:
+        """Load ``theta`` and run it on each batch, ``hook`` seeing the outputs of layers ``names``.
+
+        What the hook returns is applied to the outputs before the network goes on.
+        """
+        self.load(theta)
+
+        def attach(name: str) -> Any:
+            layer = self.layers[name]
+
+            def call(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+                assert hook is not None
+                # A copy even where it is float64 already: the next layer may write in place.
+                x = out.movedim(layer.axis, 0).flatten(1).to(torch.float64, copy=True)
+                found = hook(name, x)
+                if found is None:
+                    return None
+                shape = [1] * out.ndim
+                shape[layer.axis] = -1
+                scale, shift = (v.to(out.dtype).view(shape) for v in found)
+                return out * scale + shift
+
+            return call
+
+        with _hooks({self.layers[name].module: attach(name) for name in names}):
+            for part in parts:
+                deadline.stop_if_passed()
+                self.module(part)
+
+    @contextmanager
+    def batch_statistics(self) -> Iterator[None]:
+        """Inside, BatchNorm normalises each batch by itself, as in training."""
+        for m in self.norms:
+            m.train()
+        try:
+            yield
+        finally:
+            for m in self.norms:
+                m.eval()
+
+    def moments(self, theta: Theta, parts: Sequence[Tensor]) -> dict[str, Moments]:
+        """Layer -> moments of its outputs in network ``theta``, if it runs once."""
+        once = [n for n, layer in self.layers.items() if layer.runs == 1]
+        found = {n: Moments() for n in once}
+
+        def hook(name: str, x: Tensor) -> None:
+            found[name].add(x)
+
+        self.run(theta, parts, once, hook)
+        return found
+
+    def correlations(
+        self, a: Theta, b: Theta, parts: Iterable[Tensor], names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Layer -> correlation of each channel of A with the same channel of B."""
+        both = {n: Comoments() for n in names}
+        held: dict[str, Tensor] = {}
+        for part in parts if names else ():
+            self.run(a, [part], names, held.__setitem__)
+            self.run(b, [part], names, lambda name, x: both[name].add(held.pop(name), x))
+        return {n: c.correlation for n, c in both.items()}
+
+    def reestimated(self, theta: Theta, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``theta`` with running statistics that are cumulative averages over ``parts``."""
+        self.load(theta)
+        for m in self.norms:
+            m.reset_running_stats()
+        fresh = {n: v for n, v in theta.items() if not self._is_statistic(n)}
+        with self.batch_statistics():
+            self.run(fresh, parts)
+        state = self.module.state_dict()
+        return {
+            n: state[n].to(v.device, copy=True) if self._is_statistic(n) else v
+            for n, v in theta.items()
+        }
+
+    def _is_statistic(self, entry: str) -> bool:
+        owner, _, what = entry.rpartition(".")
+        stands = what in ("running_mean", "running_var", "num_batches_tracked")
+        return stands and self.module.get_submodule(owner) in self.norms

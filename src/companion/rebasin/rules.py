@@ -8,46 +8,58 @@ rule pins every axis it touches, which is always right. Explained in our chapter
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from companion.rebasin.axes import Atom, Axes, Axis, total
+from companion.rebasin.axes import Atom, AtomAxis, Axes
 
 SPATIAL = "positions of an image"
-KERNEL = "positions of a kernel"
-ONE: Axis = ((Atom(1, pinned="one unit"),),)
+FILTER = "positions of a kernel"
+ONE: AtomAxis = ((Atom(1, pinned="one unit"),),)
 
 
-class Watch(Protocol):
-    """What a rule sees."""
+class TensorAxes(Axes):
+    """The algebra, and the axes of every tensor of a forward pass: what a rule works on."""
 
-    axes: Axes
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: Any = WeakIdKeyDictionary()
 
-    def of(self, tensor: Tensor) -> list[Axis]:
-        """The axes of a tensor."""
-        ...
+    def of(self, tensor: Tensor) -> list[AtomAxis]:
+        """The axes of a tensor; one made outside of any operation is a constant."""
+        if tensor not in self.known:
+            self.known[tensor] = self.fix(tensor.shape, "a constant")
+        found: list[AtomAxis] = self.known[tensor]
+        return found
 
-    def refuse(self, tensors: Iterable[Tensor], why: str) -> None:
-        """Pin every axis of these tensors, and note why as a refusal."""
-        ...
+    def fix(self, shape: Sequence[int], why: str) -> list[AtomAxis]:
+        """New axes of ``shape`` whose positions stay."""
+        return [self.fixed(n, why) for n in shape]
+
+    def pin_all(self, axes: Iterable[AtomAxis], why: str) -> None:
+        """The positions of these axes stay in order."""
+        for axis in axes:
+            self.pin(axis, why)
 
 
 Named = Mapping[str, Any]
 """The arguments of an operation by the names of its schema, in its order, defaults filled in."""
-Out = list[Axis] | list[list[Axis]] | None
+Out = list[Any] | None
 """Axes of the output; of each output, where there are several; None: no rule after all."""
-Rule = Callable[[Watch, Named, Any], Out]
+Rule = Callable[[TensorAxes, Named, Any], Out]
 RULES: dict[str, Rule] = {}
+"""ATen's name, without the underscore of an in-place form -> rule."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operations by ATen's names, their in-place forms included."""
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operations by ATen's names."""
 
     def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
-            RULES[name + "_"] = function
+        RULES.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
@@ -64,55 +76,393 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def fixed_like(w: Watch, shape: Sequence[int], why: str) -> list[Axis]:
-    """Axes of ``shape`` whose positions stay."""
-    return [w.axes.fixed(n, why) for n in shape]
-
-
-def broadcast(w: Watch, tensors: Sequence[Tensor], shape: Sequence[int]) -> list[Axis]:
+def broadcast(w: TensorAxes, tensors: Sequence[Tensor], shape: Sequence[int]) -> list[AtomAxis]:
     """Element by element, aligned at the last axis: what lies at one place is one unit."""
-    out: list[Axis] = [() for _ in shape]
-    pairs: list[tuple[Axis, int]] = []
+    out: list[AtomAxis] = [() for _ in shape]
+    pairs: list[tuple[AtomAxis, int]] = []
     for tensor in tensors:
         for back, axis in enumerate(reversed(w.of(tensor)), 1):
             if tensor.shape[-back] != 1:
                 pairs.append((axis, len(shape) - back))
     # Outer units first: whether inner ones share an order depends on them.
-    pairs.sort(key=lambda p: any(a.within is not None for a in w.axes.atoms(p[0])))
+    pairs.sort(key=lambda p: any(a.within is not None for a in w.atoms(p[0])))
     for axis, dim in pairs:
         if out[dim]:
-            w.axes.unify(out[dim], axis)
+            w.unify(out[dim], axis)
         else:
             out[dim] = axis
     return [
-        axis if axis or size == 1 else w.axes.free(size)
-        for axis, size in zip(out, shape, strict=True)
+        axis if axis or size == 1 else w.free(size) for axis, size in zip(out, shape, strict=True)
     ]
 
 
-def pointwise(w: Watch, n: Named, out: Any) -> Out:
+@rule(
+    """clone _to_copy detach alias contiguous lift lift_fresh to copy dropout _prelu_kernel where
+    masked_fill lerp fill zero hardswish hardsigmoid rrelu rrelu_with_noise"""
+)
+def pointwise(w: TensorAxes, n: Named, out: Any) -> Out:
     """Element by element."""
     return broadcast(w, tensors_in(n.values()), out.shape)
 
 
-rule(
-    *("clone", "_to_copy", "detach", "alias", "contiguous", "lift", "lift_fresh", "to", "copy"),
-    *("dropout", "_prelu_kernel", "where", "masked_fill", "lerp", "fill", "zero"),
-    *("hardswish", "hardsigmoid", "rrelu", "rrelu_with_noise"),
-)(pointwise)
+# Moving, cutting and joining numbers
 
 
-@rule("empty", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "new_empty")
-def constant(w: Watch, n: Named, out: Any) -> Out:
-    """One number everywhere looks the same in any order."""
-    return [w.axes.free(n) for n in out.shape]
+@rule("transpose")
+def transpose(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Two axes change places."""
+    axes = list(w.of(n["self"]))
+    i, j = n["dim0"], n["dim1"]
+    if axes:
+        axes[i], axes[j] = axes[j], axes[i]
+    return axes
 
 
-rule(*("empty_like", "zeros_like", "ones_like", "full_like", "scalar_tensor"))(constant)
+@rule("repeat")
+def repeat(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Copies one behind the other: the copies, times the units."""
+    axes: list[AtomAxis] = [()] * (out.ndim - n["self"].ndim) + list(w.of(n["self"]))
+    found = []
+    for axis, times in zip(axes, n["repeats"], strict=True):
+        copies = w.free(times)
+        found.append(w.merge([copies, axis]) if copies and axis else copies or axis)
+    return found
 
 
-def fits(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
-    """True if the axes have the sizes of a tensor of ``shape``."""
-    return len(axes) == len(shape) and all(
-        size in (0, total(axis)) for axis, size in zip(axes, shape, strict=True)
-    )
+@rule("cat")
+def cat(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Along the axis one behind the other, along the others element by element."""
+    tensors = [t for t in n["tensors"] if t.ndim == out.ndim]
+    dim = n["dim"] % out.ndim
+    axes: list[AtomAxis] = list(w.of(tensors[0]))
+    for tensor in tensors[1:]:
+        for i, (mine, other) in enumerate(zip(axes, w.of(tensor), strict=True)):
+            if i != dim:
+                w.unify(mine, other)
+    parts = [w.of(t)[dim] or ONE for t in tensors if t.shape[dim]]
+    axes[dim] = tuple(block for part in parts for block in part)
+    return axes
+
+
+@rule("stack")
+def stack(w: TensorAxes, n: Named, out: Any) -> Out:
+    """A new axis; along the others element by element."""
+    dim = n["dim"] % out.ndim
+    axes = broadcast(w, n["tensors"], n["tensors"][0].shape)
+    axes.insert(dim, w.fixed(out.shape[dim], "stacked in order"))
+    return axes
+
+
+def _piece(w: TensorAxes, tensor: Tensor, dim: int, start: int, size: int) -> list[AtomAxis]:
+    axes = list(w.of(tensor))
+    if size != tensor.shape[dim]:
+        _, rest = w.cut(axes[dim], start)
+        axes[dim], _ = w.cut(rest, size)
+        if size == 1:
+            w.pin(axes[dim], "one unit is picked out")
+            axes[dim] = ()
+    return axes
+
+
+@rule("slice")
+def slice_(w: TensorAxes, n: Named, out: Any) -> Out:
+    """A stretch of an axis."""
+    x, dim = n["self"], n["dim"]
+    if n["step"] != 1:
+        return _put_in_order(w, x, [dim], out, "every so many are picked out")
+    low, high, _ = slice(n["start"], n["end"]).indices(x.shape[dim])
+    return _piece(w, x, dim, low, high - low)
+
+
+@rule("split split_with_sizes chunk unsafe_split unsafe_chunk")
+def split(w: TensorAxes, n: Named, out: Any) -> Out:
+    """An axis cut into stretches."""
+    dim, found, start = n["dim"], [], 0
+    for piece in out:
+        found.append(_piece(w, n["self"], dim, start, piece.shape[dim]))
+        start += piece.shape[dim]
+    return found
+
+
+def _select(w: TensorAxes, x: Tensor, dim: int, i: int) -> list[AtomAxis]:
+    axes = list(w.of(x))
+    axis = w.normal(axes.pop(dim))
+    i %= x.shape[dim]
+    w.pin(axis, "one unit is picked out")
+    if len(axis) != 1 or len(axis[0]) != 1:
+        return axes
+    outer = axis[0][0]
+
+    def own(atom: Atom) -> Atom:
+        return w.member(atom, outer, i) if w.lies_within(atom, outer) else atom
+
+    return [tuple(tuple(own(a) for a in b) for b in w.normal(other)) for other in axes]
+
+
+@rule("glu")
+def glu(w: TensorAxes, n: Named, out: Any) -> Out:
+    """The first half times the sigmoid of the second: unit by unit."""
+    dim, axes = n["dim"], list(w.of(n["self"]))
+    axes[dim], gates = w.cut(axes[dim], out.shape[dim])
+    w.unify(axes[dim], gates)
+    return axes
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Channels in blocks become pixels; the blocks keep their inside."""
+    axes = list(w.of(n["self"]))
+    channels, inside = w.divide(axes[-3], [out.shape[-3], n["upscale_factor"] ** 2])
+    w.pin_all([inside, *axes[-2:]], SPATIAL)
+    return [*axes[:-3], channels, *w.fix(out.shape[-2:], SPATIAL)]
+
+
+@rule("constant_pad_nd")
+def pad(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Equal numbers before and after: new units, in any order among themselves."""
+    axes = list(w.of(n["self"]))
+    for i in range(len(n["pad"]) // 2):
+        before, after = n["pad"][2 * i : 2 * i + 2]
+        dim = len(axes) - 1 - i
+        if before < 0 or after < 0:
+            return None
+        if before or after:
+            ends = [((Atom(size),),) if size else () for size in (before, after)]
+            axes[dim] = (*ends[0], *(axes[dim] or ONE), *ends[1])
+    return axes
+
+
+def _put_in_order(
+    w: TensorAxes, x: Tensor, dims: Iterable[int], out: Any, why: str
+) -> list[AtomAxis]:
+    """Axes ``dims`` are seen in order, before and after."""
+    axes = list(w.of(x))
+    for dim in dims:
+        w.pin(axes[dim], why)
+        axes[dim] = w.fixed(out.shape[dim], why)
+    return axes
+
+
+# Products
+
+
+def _product(w: TensorAxes, x: Tensor, y: Tensor) -> list[AtomAxis]:
+    a, b = list(w.of(x)), list(w.of(y))
+    batch = a[:1] if len(a) == 3 else []
+    if batch:
+        w.unify(a[0], b[0])
+    summed = b[-2] if len(b) > 1 else b[0]
+    # Every row meets every column: inner units may depend on the batch axis, not on either of them.
+    w.close([*batch, a[-1]])
+    w.close([*batch, summed])
+    w.unify(a[-1], summed)
+    return a[:-1] + (b[-1:] if len(b) > 1 else [])
+
+
+def _plus(w: TensorAxes, term: Tensor, axes: list[AtomAxis]) -> list[AtomAxis]:
+    for back, axis in enumerate(reversed(w.of(term)), 1):
+        if term.shape[-back] != 1:
+            w.unify(axes[-back], axis)
+    return axes
+
+
+@rule("convolution")
+def convolution(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Channels mix like the units of a linear layer, position by position."""
+    x, weight, bias = n["input"], n["weight"], n["bias"]
+    transposed, groups = n["transposed"], n["groups"]
+    a, k = w.of(x), w.of(weight)
+    w.pin_all(k[2:], FILTER)
+    w.pin_all(a[2:], SPATIAL)
+    if groups == 1:
+        channels, made = (k[0], k[1]) if transposed else (k[1], k[0])
+        w.unify(a[1], channels)
+    elif groups == x.shape[1] and not transposed:
+        # Depth-wise: output channel c * m + i reads input channel c alone.
+        made = w.merge([a[1], w.fixed(weight.shape[0] // groups, FILTER)])
+        w.unify(k[0], made)
+    else:
+        why = f"grouped convolution ({groups} groups) in {w.where}"
+        w.pin_all((a[1], k[0], k[1]), why)
+        made = w.fixed(out.shape[1], why)
+    if bias is not None:
+        w.unify(made, w.of(bias)[0])
+    return [a[0], made, *w.fix(out.shape[2:], SPATIAL)]
+
+
+@rule("embedding")
+def embedding(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Rows looked up by number: their order is the vocabulary's."""
+    rows, units = w.of(n["weight"])
+    w.pin(rows, "entries of a vocabulary")
+    return [*w.of(n["indices"]), units]
+
+
+@rule("index")
+def index(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Rows looked up by number in the first axis; the other axes go along."""
+    x, indices = n["self"], n["indices"]
+    if len(indices) != 1 or indices[0] is None or indices[0].dtype == torch.bool:
+        return None
+    axes = w.of(x)
+    w.pin(axes[0], "looked up by number")
+    return [*w.fix(indices[0].shape, "looked up by number"), *axes[1:]]
+
+
+@rule(
+    """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math
+    _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
+    _scaled_dot_product_cudnn_attention scaled_dot_product_attention
+    _scaled_dot_product_fused_attention_overrideable"""
+)
+def attention(w: TensorAxes, n: Named, out: Any) -> Out:
+    """softmax(q k^T) v: heads in any order, units of q and k in a common one, units of v in one."""
+    inputs = [n["query"], n["key"], n["value"]]
+    q, k, v = (list(w.of(t)) for t in inputs)
+    if len({t.shape[:-2] for t in inputs}) > 1:
+        return None  # heads that share keys
+    for i in range(len(q) - 2):
+        w.unify(q[i], k[i])
+        w.unify(q[i], v[i])
+    w.unify(q[-1], k[-1])
+    w.unify(k[-2], v[-2])
+    w.pin_all((q[-2], k[-2]), "positions of a sequence")
+    for mask in tensors_in([n.get("attn_mask"), n.get("attn_bias")]):
+        _plus(w, mask, [*q[:-1], k[-2]])
+    made = [*q[:-1], v[-1]]
+    if not isinstance(out, tuple):
+        return made
+    others = [[*q[:-1]] if isinstance(t, Tensor) and t.ndim == len(q) - 1 else [] for t in out[1:]]
+    return [made, *others]
+
+
+# Norms, reductions and pooling
+
+
+@rule("native_layer_norm")
+def layer_norm(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Statistics over the last axes: their units may be in any order, with scale and shift."""
+    axes, shape = w.of(n["input"]), n["normalized_shape"]
+    for tensor in tensors_in([n["weight"], n["bias"]]):
+        _plus(w, tensor, list(axes))
+    kept = [*axes[: -len(shape)], *[() for _ in shape]]
+    return [axes, kept, kept]
+
+
+@rule(
+    """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    cudnn_batch_norm miopen_batch_norm batch_norm _batch_norm_with_update _batch_norm_no_update"""
+)
+def batch_norm(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Channel by channel, with scale, shift and running statistics."""
+    x, *others = tensors_in(n.values())
+    axes = w.of(x)
+    for tensor in others:
+        w.unify(axes[1], w.of(tensor)[0])
+    if not isinstance(out, tuple | list):
+        return axes
+    return [axes, *[[axes[1] if len(t) else ()] if t.ndim == 1 else [] for t in out[1:]]]
+
+
+@rule("native_group_norm")
+def group_norm(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Statistics over groups of channels: groups in any order, channels within each as well."""
+    axes, channels, groups = w.of(n["input"]), n["C"], n["group"]
+    for tensor in tensors_in([n["weight"], n["bias"]]):
+        w.unify(axes[1], w.of(tensor)[0])
+    if 1 < groups < channels:
+        outer = Atom(groups, inner=True)
+        w.unify(axes[1], ((outer, Atom(channels // groups, within=outer)),))
+    other = [axes[0], () if groups == 1 else w.fixed(groups, "groups of a norm")]
+    return [axes, other, other]
+
+
+@rule(
+    """mean sum amax amin var std logsumexp prod any all nansum linalg_vector_norm norm
+    count_nonzero max min"""
+)
+def reduce(w: TensorAxes, n: Named, out: Any) -> Out:
+    """A symmetric function along some axes: in any order there."""
+    x, dim = n["self"], n.get("dim")
+    if isinstance(out, tuple) and isinstance(dim, int):  # with indices, which see the order
+        w.pin(w.of(x)[dim], "its order is seen")
+        return [reduce(w, n, out[0])] * 2
+    if isinstance(out, tuple):
+        return None
+    if "other" in n:
+        return pointwise(w, n, out)  # maximum of two
+    dims = range(x.ndim) if dim in (None, []) else [dim] if isinstance(dim, int) else dim
+    gone = {d % max(x.ndim, 1) for d in dims}
+    kept = bool(n.get("keepdim"))
+    axes = enumerate(w.of(x))
+    return [() if i in gone else axis for i, axis in axes if kept or i not in gone]
+
+
+@rule("cumsum cumprod argsort sort topk argmax argmin")
+def ordered(w: TensorAxes, n: Named, out: Any) -> Out:
+    """The order of an axis is seen; where the others only go along, they may move."""
+    x, dim = n["self"], n.get("dim")
+    if dim is None or isinstance(out, tuple) or out.shape != x.shape:
+        return None
+    w.pin(w.of(x)[dim], "its order is seen")
+    return list(w.of(x))
+
+
+def pool(w: TensorAxes, n: Named, out: Any, dims: int) -> Out:
+    """Neighbouring positions become one; channels go along."""
+    axes = list(w.of(tensors_in(n.values())[0]))
+    w.pin_all(axes[-dims:], SPATIAL)
+    first = out[0] if isinstance(out, tuple) else out
+    found = [*axes[:-dims], *w.fix(first.shape[-dims:], SPATIAL)]
+    return [found] * len(out) if isinstance(out, tuple) else found
+
+
+# Rules that are a line
+
+RULES_IN_A_LINE: dict[str, Rule] = {
+    # One number everywhere, or copies along an axis, look the same in any order.
+    """empty zeros ones full new_zeros new_ones new_full new_empty empty_like zeros_like ones_like
+    full_like scalar_tensor""": lambda w, n, out: [w.free(size) for size in out.shape],
+    "expand": lambda w, n, out: broadcast(w, [n["self"]], out.shape),
+    # The same numbers in row-major order under another shape; axes in another order.
+    "view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten": (
+        lambda w, n, out: w.reshape(w.of(n["self"]), n["self"].shape, out.shape)
+    ),
+    # Only where it changes nothing but the memory behind the numbers.
+    "as_strided": lambda w, n, out: w.of(n["self"]) if n["self"].shape == out.shape else None,
+    "t numpy_T": lambda w, n, out: w.of(n["self"])[::-1],
+    "permute": lambda w, n, out: [w.of(n["self"])[i] for i in n["dims"]],
+    "narrow": lambda w, n, out: _piece(w, n["self"], n["dim"], n["start"], n["length"]),
+    "select": lambda w, n, out: _select(w, n["self"], n["dim"], n["index"]),
+    "unbind": lambda w, n, out: [_select(w, n["self"], n["dim"], i) for i in range(len(out))],
+    "roll flip": lambda w, n, out: _put_in_order(
+        w, n["self"], n["dims"] or range(out.ndim), out, "positions change places"
+    ),
+    "mm bmm mv dot vdot matmul": lambda w, n, out: _product(w, *tensors_in(n.values())[:2]),
+    # A product, plus a term that is broadcast.
+    "addmm baddbmm addmv": lambda w, n, out: _plus(
+        w, tensors_in(n.values())[0], _product(w, *tensors_in(n.values())[1:3])
+    ),
+    # In any order, along its axis and along the others.
+    "_softmax _log_softmax softmax log_softmax _safe_softmax": lambda w, n, out: w.of(n["self"]),
+    # With a buffer of the same shape or none.
+    "log_sigmoid_forward": lambda w, n, out: [
+        w.of(n["self"]),
+        w.of(n["self"]) if out[1].numel() else [()] * out[1].ndim,
+    ],
+    # Directions times lengths: the norm is over all axes but one.
+    "_weight_norm_interface": lambda w, n, out: [
+        broadcast(w, [n["v"], n["g"]], out[0].shape),
+        w.of(n["g"]),
+    ],
+    "var_mean std_mean": lambda w, n, out: [reduce(w, n, out[0])] * 2,
+    "upsample_bilinear2d upsample_bicubic2d": lambda w, n, out: pool(w, n, out, 2),
+}
+for _dims in (1, 2, 3):
+    RULES_IN_A_LINE |= {
+        f"""avg_pool{_dims}d _adaptive_avg_pool{_dims}d max_pool{_dims}d adaptive_max_pool{_dims}d
+        max_pool{_dims}d_with_indices upsample_nearest{_dims}d reflection_pad{_dims}d
+        replication_pad{_dims}d""": partial(pool, dims=_dims)
+    }
+for _names, _rule in RULES_IN_A_LINE.items():
+    rule(_names)(_rule)

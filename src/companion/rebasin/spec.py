@@ -23,12 +23,13 @@ p[i] of network B. Source: Git Re-Basin (Ainsworth et al. 2023), Sections 2 and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta
@@ -37,7 +38,7 @@ Factor = str | int
 Block = tuple[Factor, ...]
 Axis = tuple[Block, ...]
 
-Permutations = Mapping[str, torch.Tensor]
+Permutations = Mapping[str, Tensor]
 """Group -> index vector, int64 on the CPU: shape (size,), or (outer size, size) for a group within
 another, whose row i says which unit of the *old* outer unit goes where in the new outer unit i."""
 
@@ -59,40 +60,23 @@ class Group:
 
 @dataclass(frozen=True)
 class Use:
-    """One place where a block with a certain group lies.
-
-    Arguments:
-        tensor: name in the state dict.
-        dim: its axis.
-        start: first position of the block there.
-        block: the block, of which the group is a factor.
-    """
+    """One place where a block with a certain group lies."""
 
     tensor: str
     dim: int
-    start: int
+    start: int  # first position of the block there
     block: Block
 
 
 @dataclass(frozen=True)
-class Site:
-    """An activation whose units are those of a group: where activation matching looks.
+class ActivationSite:
+    """An activation whose units are those of a group: where activation matching looks."""
 
-    Arguments:
-        module: path of the module that was running (``""``: the network itself).
-        op: name of the operation, such as ``"relu"``.
-        nth: how many of that name came before it
-            in this module, in one forward pass.
-        dim: axis of the activation, counted from the end (negative).
-        start: the block's position.
-        block: the block there.
-    """
-
-    module: str
-    op: str
-    nth: int
-    dim: int
-    start: int
+    module: str  # path of the module that was running ("": the network itself)
+    op: str  # name of the operation, such as "relu"
+    nth: int  # how many of that name came before it in this module, in one forward pass
+    dim: int  # axis of the activation, counted from the end (negative)
+    start: int  # the block's position
     block: Block
 
 
@@ -120,7 +104,7 @@ class Spec:
     groups: Mapping[str, Group]
     axes: Mapping[str, tuple[Axis, ...]]
     objective: tuple[str, ...]
-    sites: Mapping[str, Site] = field(default_factory=dict)
+    sites: Mapping[str, ActivationSite] = field(default_factory=dict)
     held: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tolerance: float = 1e-8
@@ -132,22 +116,21 @@ class Spec:
         found: dict[str, list[Use]] = {name: [] for name in self.groups}
         for tensor, axes in self.axes.items():
             for dim, axis in enumerate(axes):
-                start = 0
-                for block in axis:
+                for start, block in self.blocks(axis):
                     for factor in block:
                         if isinstance(factor, str):
                             found[factor].append(Use(tensor, dim, start, block))
-                    start += self.length(block)
         return {name: tuple(uses) for name, uses in found.items()}
 
     @cached_property
     def families(self) -> tuple[tuple[str, ...], ...]:
         """Groups that have to be matched together: each outer group with its inner ones."""
-        inner: dict[str, list[str]] = {n: [] for n, g in self.groups.items() if g.within is None}
-        for name, group in self.groups.items():
-            if group.within is not None:
-                inner[group.within].append(name)
-        return tuple((outer, *names) for outer, names in inner.items())
+        groups = self.groups.values()
+        return tuple(
+            (outer.name, *(g.name for g in groups if g.within == outer.name))
+            for outer in groups
+            if outer.within is None
+        )
 
     def hold(self, *names: str) -> Spec:
         """The same spec with the units of these groups, and of groups within them, left in place.
@@ -165,36 +148,41 @@ class Spec:
             return tuple(self.groups[f].size if f in out else f for f in block)
 
         axes = {t: tuple(tuple(map(still, x)) for x in xs) for t, xs in self.axes.items()}
+        sites = {n: replace(s, block=still(s.block)) for n, s in self.sites.items()}
         asked = {f"{u.tensor}[{u.dim}]": "held on request" for g in out for u in self.uses[g]}
         return replace(
             self,
             groups={n: g for n, g in self.groups.items() if n not in out},
             axes={t: xs for t, xs in axes.items() if any(map(self.moves, xs))},
-            sites={
-                n: replace(s, block=still(s.block)) for n, s in self.sites.items() if n not in out
-            },
+            sites={n: s for n, s in sites.items() if n not in out},
             held={**self.held, **asked},
         )
 
+    def sizes(self, block: Block) -> tuple[int, ...]:
+        """Of the block's factors."""
+        return tuple(f if isinstance(f, int) else self.groups[f].size for f in block)
+
     def length(self, block: Block) -> int:
         """Positions of a block."""
-        return math.prod(f if isinstance(f, int) else self.groups[f].size for f in block)
+        return math.prod(self.sizes(block))
 
-    def identity(self) -> dict[str, torch.Tensor]:
+    def blocks(self, axis: Axis) -> Iterator[tuple[int, Block]]:
+        """The blocks of an axis, each with its first position."""
+        start = 0
+        for block in axis:
+            yield start, block
+            start += self.length(block)
+
+    def identity(self) -> dict[str, Tensor]:
         """The permutations that leave everything in place."""
-        out = {}
-        for name, group in self.groups.items():
-            stay = torch.arange(group.size)
-            outer = self.groups[group.within].size if group.within else None
-            out[name] = stay if outer is None else stay.repeat(outer, 1)
-        return out
+        return self._each(torch.arange)
 
-    def random(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def random(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Uniformly random permutations."""
+        return self._each(lambda size: torch.randperm(size, generator=generator))
 
-        def draw(size: int) -> torch.Tensor:
-            return torch.randperm(size, generator=generator)
-
+    def _each(self, draw: Callable[[int], Tensor]) -> dict[str, Tensor]:
+        """One permutation for each group; for one within another, of each outer unit."""
         out = {}
         for name, group in self.groups.items():
             if group.within is None:
@@ -227,7 +215,7 @@ class Spec:
             if not torch.equal(p.cpu().sort(-1).values, like):
                 raise BadParameter(f"permutation {name!r} repeats units: it is no permutation.")
 
-    def compose(self, first: Permutations, then: Permutations) -> dict[str, torch.Tensor]:
+    def compose(self, first: Permutations, then: Permutations) -> dict[str, Tensor]:
         """``first``, then ``then``, as one set: permute(permute(x, first), then)."""
         out = {}
         for name, group in self.groups.items():
@@ -237,7 +225,7 @@ class Spec:
                 out[name] = first[name][then[group.within]].gather(1, then[name])
         return out
 
-    def inverse(self, perms: Permutations) -> dict[str, torch.Tensor]:
+    def inverse(self, perms: Permutations) -> dict[str, Tensor]:
         """The set that undoes ``perms``."""
         out = {}
         for name, group in self.groups.items():
@@ -247,17 +235,14 @@ class Spec:
                 out[name] = out[name][perms[group.within].argsort()]
         return out
 
-    def index(self, axis: Axis, perms: Permutations) -> torch.Tensor:
+    def index(self, axis: Axis, perms: Permutations) -> Tensor:
         """The index vector of a whole axis, int64 (positions,): ``new[i] = old[index[i]]``."""
-        parts, start = [], 0
-        for block in axis:
-            parts.append(start + self.block_index(block, perms))
-            start += self.length(block)
+        parts = [start + self.block_index(block, perms) for start, block in self.blocks(axis)]
         return torch.cat(parts)
 
-    def block_index(self, block: Block, perms: Permutations) -> torch.Tensor:
+    def block_index(self, block: Block, perms: Permutations) -> Tensor:
         """The index vector of one block, counted from its start."""
-        sizes = [f if isinstance(f, int) else self.groups[f].size for f in block]
+        sizes = self.sizes(block)
         new = torch.meshgrid(*(torch.arange(s) for s in sizes), indexing="ij")
         out = torch.zeros(sizes, dtype=torch.int64)
         for factor, size, at in zip(block, sizes, new, strict=True):
@@ -273,22 +258,15 @@ class Spec:
         """True if any factor of the axis is a group."""
         return any(isinstance(f, str) for block in axis for f in block)
 
-    def permute_tensor(
-        self,
-        tensor: torch.Tensor,
-        name: str,
-        perms: Permutations,
-        *,
-        skip: int | None = None,
-    ) -> torch.Tensor:
-        """One entry with the permutations of its axes applied, all but axis ``skip``."""
+    def permute_tensor(self, tensor: Tensor, name: str, perms: Permutations) -> Tensor:
+        """One entry with the permutations of its axes applied."""
         for dim, axis in enumerate(self.axes.get(name, ())):
-            if dim != skip and self.moves(axis):
+            if self.moves(axis):
                 index = self.index(axis, perms)
                 tensor = tensor.index_select(dim, index.to(tensor.device))
         return tensor
 
-    def permute(self, theta: Theta, perms: Permutations) -> dict[str, torch.Tensor]:
+    def permute(self, theta: Theta, perms: Permutations) -> dict[str, Tensor]:
         """``theta`` with its units in another order; entries that do not move are the same tensors.
 
         The function that the network computes stays the same. Nothing is checked here:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,76 +28,15 @@ from companion.core.errors import BadParameter
 from companion.core.losses import mean_loss
 from companion.core.numerics import exact_evaluation
 from companion.core.seeds import Key
-from companion.core.theta import Theta, affine, check, layout, without_aliases
+from companion.core.theta import Theta, affine, check_theta, layout, without_aliases
 from companion.data import Split
 from companion.rebasin.matching import Matching
-from companion.rebasin.spec import Permutations, Spec
+from companion.rebasin.spec import Spec
 from companion.rebasin.trace import private
 from companion.rebasin.weights import objective, weight_matching
 
-Score = Callable[[Tensor, Tensor], Tensor]
+MeanLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> mean loss, a number with a gradient."""
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best candidate so far: the step it was judged at, its loss, and its permutations."""
-
-    step: int
-    loss: float
-    perms: Mapping[str, Tensor]
-
-
-class Midpoint:
-    """The network half-way between A and a permuted B.
-
-    Arguments:
-        module: the architecture; copied, never changed. In eval mode but for BatchNorm, which uses
-            the statistics of each batch: interpolated running statistics let the activations'
-            variance collapse at the midpoint (Jordan et al. 2023), and with it the gradient.
-        a: network A, on the device to compute on.
-        score: the loss.
-    """
-
-    def __init__(self, module: nn.Module, a: Theta, inputs: Tensor, score: Score):
-        self.module = private(module, inputs)
-        for m in self.module.modules():
-            if isinstance(m, _BatchNorm):
-                m.train()
-        spec = layout(self.module)
-        self.names, self.trainable, self.ties = spec.floating, set(spec.parameters), spec.ties
-        self.module.load_state_dict(dict(a), strict=False)  # for the integer buffers
-        self.a, self.score = a, score
-
-    def weights(self, b: Theta) -> dict[str, Tensor]:
-        """Half of A and half of ``b``, new tensors. Integer buffers stay in the module's copy."""
-        own = self.module.state_dict()
-        middle = affine((self.a, b), (0.5, 0.5), self.names)
-        return {n: x.to(own[n].dtype) for n, x in middle.items()}
-
-    def _outputs(self, theta: Theta, x: Tensor) -> Tensor:
-        out: Tensor = functional_call(self.module, without_aliases(theta, self.ties), (x,))
-        return out
-
-    def gradient(self, b: Theta, x: Tensor, y: Tensor, names: list[str]) -> tuple[Tensor, Theta]:
-        """Loss of one batch, and its gradient at the midpoint with respect to ``names``."""
-        theta = self.weights(b)
-        with torch.enable_grad():
-            leaves = {n: theta[n].requires_grad_() for n in names}
-            loss = self.score(self._outputs({**theta, **leaves}, x), y)
-            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        found = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
-        return loss.detach(), found
-
-    @torch.no_grad()
-    def loss(self, b: Theta, batches: list[tuple[Tensor, Tensor]]) -> float:
-        """Mean loss over fixed batches; infinite where it is no number."""
-        theta = self.weights(b)
-        total = torch.zeros((), device=batches[0][0].device)
-        for x, y in batches:
-            total += self.score(self._outputs(theta, x), y) * len(x)
-        mean = float(total) / sum(len(x) for x, _ in batches)
-        return mean if math.isfinite(mean) else math.inf
 
 
 STEPS = 200
@@ -120,7 +59,7 @@ def straight_through(
     judge_every: int = 10,
     key: Key = Key("ste"),  # noqa: B008 - an immutable value
     max_passes: int = 100,
-    score: Score = mean_loss,
+    score: MeanLoss = mean_loss,
 ) -> Matching:
     """Algorithm 2: search the permutation with the lowest loss half-way between A and B.
 
@@ -160,63 +99,61 @@ def straight_through(
     Source: Git Re-Basin (Ainsworth et al. 2023), Section 3.3 and Appendix A.9; our chapter 2.
     """
     begin = time.perf_counter()
-    _check_numbers(steps, batch, judge_every, lr, momentum)
-    check(module, a, "A")
-    check(module, b, "B")
+    for name, whole in (("steps", steps), ("batch", batch), ("judge_every", judge_every)):
+        if isinstance(whole, bool) or not isinstance(whole, int) or whole < 1:
+            raise BadParameter(f"{name}: {whole!r} must be a whole number of 1 or more.")
+    if not (math.isfinite(lr) and lr > 0):
+        raise BadParameter(f"lr: {lr!r} must be finite and above 0.")
+    if not 0 <= momentum < 1:
+        raise BadParameter(f"momentum: {momentum!r} must lie in [0, 1).")
+    check_theta(module, a, "A")
+    check_theta(module, b, "B")
     train, judges = _parts(train, held_out, batch, key)
     device = train.x.device
     a, b = ({n: x.detach().to(device) for n, x in theta.items()} for theta in (a, b))
     middle = Midpoint(module, a, train.x, score)
-    first = middle.ties
-    learnt = [n for n in spec.objective if first.get(n, n) in middle.trainable]
+    # Entry of the objective -> its first name, if its tensor is tied.
+    learnt = {
+        n: first for n in spec.objective if (first := middle.ties.get(n, n)) in middle.trainable
+    }
     # Half-precision networks: small steps would be lost in rounding.
     free = {n: a[n].to(torch.promote_types(a[n].dtype, torch.float32), copy=True) for n in learnt}
     speed = {n: torch.zeros_like(x) for n, x in free.items()}
     projected = weight_matching(spec, a, b, max_passes=max_passes)
     before, bound = projected.before, projected.bound
-    perms = projected.perms
-    best: Best | None = None
     judged: list[tuple[int, float]] = []
     losses: list[Tensor] = []
     stopped = None
     batches = _batches(train, batch, key)
     for step in range(steps + 1):
-        deadline.check()
+        deadline.stop_if_passed()
         if step:
-            again = weight_matching(
-                spec,
-                {**a, **free},
-                b,
-                start=perms,
-                key=key.fold("project", step),
-                max_passes=max_passes,
-            )
-            perms = again.perms
-        now = spec.permute(b, perms)
+            how: Any = {"key": key.fold("project", step), "max_passes": max_passes}
+            projected = weight_matching(spec, {**a, **free}, b, start=projected.perms, **how)
+        now = spec.permute(b, projected.perms)
         if step % judge_every == 0 or step == steps:
             value = middle.loss(now, judges)
+            if not judged or value < min(v for _, v in judged):
+                best, perms = step, {n: p.clone() for n, p in projected.perms.items()}
             judged.append((step, value))
-            if best is None or value < best.loss:
-                best = Best(step, value, _copied(perms))
         if step == steps:
             break
-        loss, slope = middle.gradient(now, *next(batches), [first.get(n, n) for n in learnt])
+        loss, slope = middle.gradient(now, *next(batches), list(learnt.values()))
         losses.append(loss)
         # Straight through: the midpoint moves by half of what t moves, as if t were the permuted B.
         for n, x in free.items():
-            g = slope.get(first.get(n, n))
+            g = slope.get(learnt[n])
             if g is not None:
                 speed[n].mul_(momentum).add_(g.to(x.dtype), alpha=0.5)
                 x.sub_(speed[n], alpha=lr)
         if not all(bool(torch.isfinite(x).all()) for x in free.values()):
             stopped = step + 1
             break
-    assert best is not None
     return Matching(
         spec,
-        best.perms,
+        perms,
         "ste",
-        objective(spec, a, b, best.perms),
+        objective(spec, a, b, perms),
         before,
         bound,
         passes=len(losses),
@@ -225,7 +162,7 @@ def straight_through(
             {
                 "loss": losses,
                 "held out": judged,
-                "best": best.step,
+                "best": best,
                 "weight matching": judged[0][1],
                 "stopped": stopped,
             }
@@ -233,14 +170,55 @@ def straight_through(
     )
 
 
-def _check_numbers(steps: int, batch: int, judge_every: int, lr: float, momentum: float) -> None:
-    for name, whole in (("steps", steps), ("batch", batch), ("judge_every", judge_every)):
-        if isinstance(whole, bool) or not isinstance(whole, int) or whole < 1:
-            raise BadParameter(f"{name}: {whole!r} must be a whole number of 1 or more.")
-    if not (math.isfinite(lr) and lr > 0):
-        raise BadParameter(f"lr: {lr!r} must be finite and above 0.")
-    if not 0 <= momentum < 1:
-        raise BadParameter(f"momentum: {momentum!r} must lie in [0, 1).")
+class Midpoint:
+    """The network half-way between A and a permuted B.
+
+    Arguments:
+        module: the architecture; copied, never changed. In eval mode but for BatchNorm, which uses
+            the statistics of each batch: interpolated running statistics let the activations'
+            variance collapse at the midpoint (Jordan et al. 2023), and with it the gradient.
+        a: network A, on the device to compute on.
+        score: the loss.
+    """
+
+    def __init__(self, module: nn.Module, a: Theta, inputs: Tensor, score: MeanLoss):
+        self.module = private(module, inputs)
+        for m in self.module.modules():
+            if isinstance(m, _BatchNorm):
+                m.train()
+        spec = layout(self.module)
+        self.names, self.trainable, self.ties = spec.floating, set(spec.parameters), spec.ties
+        self.module.load_state_dict(dict(a), strict=False)  # for the integer buffers
+        self.a, self.score = a, score
+
+    def weights(self, b: Theta) -> dict[str, Tensor]:
+        """Half of A and half of ``b``, new tensors. Integer buffers stay in the module's copy."""
+        own = self.module.state_dict()
+        middle = affine((self.a, b), (0.5, 0.5), self.names)
+        return {n: x.to(own[n].dtype) for n, x in middle.items()}
+
+    def _loss(self, theta: Theta, x: Tensor, y: Tensor) -> Tensor:
+        return self.score(functional_call(self.module, without_aliases(theta, self.ties), (x,)), y)
+
+    def gradient(self, b: Theta, x: Tensor, y: Tensor, names: list[str]) -> tuple[Tensor, Theta]:
+        """Loss of one batch, and its gradient at the midpoint with respect to ``names``."""
+        theta = self.weights(b)
+        with torch.enable_grad():
+            leaves = {n: theta[n].requires_grad_() for n in names}
+            loss = self._loss({**theta, **leaves}, x, y)
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        found = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+        return loss.detach(), found
+
+    @torch.no_grad()
+    def loss(self, b: Theta, batches: list[tuple[Tensor, Tensor]]) -> float:
+        """Mean loss over fixed batches; infinite where it is no number."""
+        theta = self.weights(b)
+        total = torch.zeros((), device=batches[0][0].device)
+        for x, y in batches:
+            total += self._loss(theta, x, y) * len(x)
+        mean = float(total) / sum(len(x) for x, _ in batches)
+        return mean if math.isfinite(mean) else math.inf
 
 
 def _parts(
@@ -273,7 +251,3 @@ def _batches(split: Split, batch: int, key: Key) -> Iterator[tuple[Tensor, Tenso
         for part in order[: len(order) // size * size].split(size):
             yield split.x[part], split.y[part]
         epoch += 1
-
-
-def _copied(perms: Permutations) -> dict[str, Tensor]:
-    return {n: p.clone() for n, p in perms.items()}

@@ -2,19 +2,21 @@
 
 Below autograd every network, whatever Python it is written in, is a sequence of a few dozen
 operations on tensors (``aten``). :class:`Tracer` sees each of them with its real arguments, so
-nothing has to be symbolically traceable. Both the derivation of a spec and activation matching
-read networks through it; they name an operation by module, kind and count, see :class:`Site`.
+nothing has to be symbolically traceable. The derivation of a spec and activation matching read
+networks through it; they name an operation by module, kind and count.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -31,6 +33,28 @@ def private(module: nn.Module, inputs: torch.Tensor) -> nn.Module:
     return own.float() if kinds & {torch.float16, torch.bfloat16} else own
 
 
+@contextmanager
+def taken_apart(attention: bool = False) -> Iterator[None]:
+    """Inside, attention layers of torch.nn are many operations and not one.
+
+    With ``attention`` the product of queries, keys and values and recurrent layers are, too.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    onednn = torch.backends.mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if attention:
+            # And recurrent layers, which oneDNN runs as one operation in float32.
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mkldnn.enabled = onednn
+
+
 class Tracer(TorchDispatchMode):
     """Calls :meth:`seen` for every operation of the forward passes run inside.
 
@@ -40,7 +64,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self._module = module
+        self.module = module
         self._stack: list[str] = []
         self._hooks: list[Any] = []
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -50,19 +74,15 @@ class Tracer(TorchDispatchMode):
         """Path of the submodule that is running, ``""`` for the network itself."""
         return self._stack[-1] if self._stack else ""
 
-    def begin(self) -> None:
-        """A new forward pass begins: count operations from 0 again."""
+    def forward(self, args: tuple[Any, ...]) -> None:
+        """One forward pass, operations counted from 0. What it returns is not needed."""
         self._counts.clear()
         self._stack.clear()
+        with self:
+            self.module(*args)
 
     def seen(
-        self,
-        func: Any,
-        op: str,
-        nth: int,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        out: Any,
+        self, func: Any, op: str, nth: int, args: tuple[Any, ...], kwargs: Any, out: Any
     ) -> None:
         """One operation: the overload, its name (``"relu"``), how many of that name came before it
         in :attr:`where`, its arguments and what it returned. To be overridden."""
@@ -89,7 +109,7 @@ class Tracer(TorchDispatchMode):
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             self._stack.pop()
 
-        for name, module in self._module.named_modules():
+        for name, module in self.module.named_modules():
             self._hooks.append(module.register_forward_pre_hook(enter(name)))
             self._hooks.append(module.register_forward_hook(leave))
         super().__enter__()

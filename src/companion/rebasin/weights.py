@@ -3,6 +3,8 @@
 Maximises ``<A, P(B)>``, the sum over parameters of their inner products, which is the same as to
 minimise the distance ``|A - P(B)|``. Finding the best P is NP-hard (Lemma 1); Algorithm 1 solves
 one group at a time exactly, as a linear assignment with all others fixed, until nothing rises.
+As a function of one group alone the objective is a sum over :class:`Term` s, one for each block
+with that group: row i of A's block times row p[i] of B's.
 Source: Git Re-Basin (Ainsworth et al. 2023), Section 3.2 and Appendix A.7; our chapter 2.
 """
 
@@ -10,8 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,46 +21,16 @@ from torch import Tensor
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
 from companion.core.theta import Theta
-from companion.rebasin.descent import State, device_of, dot
+from companion.rebasin.assignment import assign_nested, assign_units, prices
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec
-from companion.rebasin.terms import Family, families
 
+THIN = 16
+"""Columns up to which terms are gathered into one product: biases and norm scales have one each,
+and adding n x n outer products one by one costs more than multiplying them together."""
 
-def norms(spec: Spec, theta: Theta, name: str) -> dict[str, float]:
-    """The norm of every entry of the objective; refuses what is no finite point of the spec.
-
-    Arguments:
-        theta: a state dict.
-        name: what messages call it.
-
-    Raises:
-        BadParameter: an entry is missing, has another shape, or is not finite.
-    """
-    missing = [t for t in spec.objective if t not in theta]
-    if missing:
-        raise BadParameter(
-            f"network {name} does not fit the spec: missing {', '.join(missing[:5])}. Both "
-            "networks must be the architecture that the spec was derived from."
-        )
-    for t, axes in spec.axes.items():
-        if t not in theta:
-            continue  # a buffer or a second name of a tied tensor: not needed here
-        shape = tuple(sum(spec.length(block) for block in axis) for axis in axes)
-        if tuple(theta[t].shape) != shape:
-            raise BadParameter(
-                f"network {name}: {t} has shape {tuple(theta[t].shape)}, the spec {shape}."
-            )
-    found = {}
-    for t in spec.objective:
-        x = theta[t].detach()
-        if not x.is_floating_point():
-            raise BadParameter(f"network {name}: {t} is {x.dtype}; only real numbers can match.")
-        x = x.to(device_of(x))
-        found[t] = float(torch.linalg.vector_norm(x, dtype=torch.float64))
-        if not math.isfinite(found[t]):
-            raise BadParameter(f"network {name}: {t} holds NaN or infinite values; it diverged.")
-    return found
+ROOM = 0.25
+"""Of the size of both networks: what gains may take that are kept from the anchored pass."""
 
 
 def objective(spec: Spec, a: Theta, b: Theta, perms: Permutations | None = None) -> float:
@@ -72,6 +44,16 @@ def objective(spec: Spec, a: Theta, b: Theta, perms: Permutations | None = None)
     for t in spec.objective:
         total += dot(a[t], b[t] if perms is None else spec.permute_tensor(b[t], t, perms))
     return total
+
+
+def bound(theta_a: Theta, theta_b: Theta, spec: Spec) -> float:
+    """What ``<A, P(B)>`` cannot exceed for any P: the sum of ``|A| |B|`` over tensors.
+
+    Raises:
+        BadParameter: the networks do not fit the spec, or hold NaN or infinite values.
+    """
+    size_a, size_b = checked_norms(spec, theta_a, "A"), checked_norms(spec, theta_b, "B")
+    return sum(size_a[t] * size_b[t] for t in spec.objective)
 
 
 def weight_matching(
@@ -129,23 +111,41 @@ def weight_matching(
         raise BadParameter(f"rtol must lie in [0, 1), got {rtol}.")
     one_of("begin", begin, ("anchored", "identity"))
     one_of("order", order, ("random", "forward"))
-    size_a, size_b = norms(spec, a, "A"), norms(spec, b, "B")
-    bound = sum(size_a[t] * size_b[t] for t in spec.objective)
+    most = bound(a, b, spec)
+    tol = rtol * most
     if start is not None:
         spec.check(start)
     before = objective(spec, a, b)
-    plan = families(spec)
+    plan = families_of(spec)
     best: tuple[float, dict[str, Tensor], list[float]] | None = None
-    log: list[dict[str, Any]] = []
+    log = []
     for n in range(starts):
         own = key.fold("start", n)
         if n == 0 and start is None:
-            state, value = _first(spec, a, b, plan, before, begin)
+            state, value = Descent(spec, a, b, spec.identity()), before
+            if begin == "anchored":
+                anchored = _one_pass(spec, a, b, plan, anchored=True)
+                if (reached := anchored.product(anchored.now)) > before:
+                    state, value = anchored, reached
         else:
             there = start if n == 0 and start is not None else spec.random(own.generator())
-            state = State(spec, a, b, there)
+            state = Descent(spec, a, b, there)
             value = state.product(state.now)
-        history, ended = _descend(state, value, plan, bound, own, max_passes, rtol, order)
+        history = [value]
+        todo = set(range(len(plan)))
+        # Nothing to gain: an optimum of every group, or the bound itself.
+        while not (ended := not todo or most - value <= tol) and len(history) <= max_passes:
+            visit: Sequence[int] = range(len(plan))
+            if order == "random":
+                visit = own.fold("pass", len(history) - 1).permutation(len(plan)).tolist()
+            for k in visit:
+                if k in todo:
+                    todo.discard(k)
+                    rise = state.improve(plan[k], tol)
+                    if rise:
+                        value += rise
+                        todo |= plan[k].neighbours | (set() if plan[k].linear else {k})
+            history.append(value)
         if len(history) > 1:  # steps were summed up; what is reported is the objective itself
             value = state.product(state.now)
         log.append({"objective": value, "passes": len(history) - 1, "converged": ended})
@@ -159,7 +159,7 @@ def weight_matching(
         "weights",
         value,
         before,
-        bound,
+        most,
         passes=len(history) - 1,
         starts=starts,
         seconds=time.perf_counter() - clock,
@@ -167,25 +167,15 @@ def weight_matching(
     )
 
 
-def _first(
-    spec: Spec, a: Theta, b: Theta, plan: Sequence[Family], before: float, begin: str
-) -> tuple[State, float]:
-    """Where the first descent begins: after one anchored pass, unless the identity is better."""
-    if begin == "anchored":
-        state = _one_pass(spec, a, b, plan, anchored=True)
-        value = state.product(state.now)
-        if value > before:
-            return state, value
-    return State(spec, a, b, spec.identity()), before
-
-
-def _one_pass(spec: Spec, a: Theta, b: Theta, plan: Sequence[Family], *, anchored: bool) -> State:
+def _one_pass(
+    spec: Spec, a: Theta, b: Theta, plan: Sequence[FamilyTerms], *, anchored: bool
+) -> Descent:
     """Every family once, forward, by the tensors whose other families have been visited.
 
     Of these, those that make its units; and, if ``anchored``, those that read them as well, but
     none that depend on where the family itself is now, which says nothing yet.
     """
-    state = State(spec, a, b, spec.identity())
+    state = Descent(spec, a, b, spec.identity())
     for k, family in enumerate(plan):
         known = {t for t, others in family.others.items() if all(j < k for j in others)}
         known -= family.twice if anchored else family.readers
@@ -199,41 +189,6 @@ def _one_pass(spec: Spec, a: Theta, b: Theta, plan: Sequence[Family], *, anchore
     return state
 
 
-def _descend(
-    state: State,
-    value: float,
-    plan: Sequence[Family],
-    bound: float,
-    key: Key,
-    max_passes: int,
-    rtol: float,
-    order: str,
-) -> tuple[list[float], bool]:
-    """One descent from ``value``. Returns that and the objective after each pass; if it ended."""
-    tol = rtol * bound
-    history = [value]
-    todo = set(range(len(plan)))
-    for n in range(max_passes):
-        if not todo or bound - value <= tol:
-            return history, True  # nothing to gain: that is the bound, or an optimum of every group
-        if order == "random":
-            visit = key.fold("pass", n).permutation(len(plan)).tolist()
-        else:
-            visit = list(range(len(plan)))
-        for k in visit:
-            if k not in todo:
-                continue
-            todo.discard(k)
-            rise = state.improve(plan[k], tol)
-            if rise:
-                value += rise
-                todo |= plan[k].neighbours
-                if not plan[k].linear:
-                    todo.add(k)
-        history.append(value)
-    return history, not todo or bound - value <= tol
-
-
 def greedy(spec: Spec, a: Theta, b: Theta) -> Matching:
     """One pass from the input to the output: the baseline that weight matching improves on.
 
@@ -245,16 +200,293 @@ def greedy(spec: Spec, a: Theta, b: Theta) -> Matching:
         BadParameter: the networks do not fit the spec, or hold NaN or infinite values.
     """
     clock = time.perf_counter()
-    size_a, size_b = norms(spec, a, "A"), norms(spec, b, "B")
-    bound = sum(size_a[t] * size_b[t] for t in spec.objective)
-    state = _one_pass(spec, a, b, families(spec), anchored=False)
+    most = bound(a, b, spec)
+    state = _one_pass(spec, a, b, families_of(spec), anchored=False)
     return Matching(
         spec,
         state.perms,
         "greedy",
         state.product(state.now),
         objective(spec, a, b),
-        bound,
+        most,
         passes=1,
         seconds=time.perf_counter() - clock,
     )
+
+
+def checked_norms(spec: Spec, theta: Theta, name: str) -> dict[str, float]:
+    """The norm of every entry of the objective; refuses what is no finite point of the spec."""
+    missing = [t for t in spec.objective if t not in theta]
+    if missing:
+        raise BadParameter(
+            f"network {name} does not fit the spec: missing {', '.join(missing[:5])}. Both "
+            "networks must be the architecture that the spec was derived from."
+        )
+    for t, axes in spec.axes.items():
+        if t not in theta:
+            continue  # a buffer or a second name of a tied tensor: not needed here
+        shape = tuple(sum(spec.length(block) for block in axis) for axis in axes)
+        if tuple(theta[t].shape) != shape:
+            raise BadParameter(
+                f"network {name}: {t} has shape {tuple(theta[t].shape)}, the spec {shape}."
+            )
+    found = {}
+    for t in spec.objective:
+        x = theta[t].detach()
+        if not x.is_floating_point():
+            raise BadParameter(f"network {name}: {t} is {x.dtype}; only real numbers can match.")
+        x = x.to(sums_on(x))
+        found[t] = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+        if not math.isfinite(found[t]):
+            raise BadParameter(f"network {name}: {t} holds NaN or infinite values; it diverged.")
+    return found
+
+
+class Descent:
+    """State of the coordinate descent: permutations, permuted B, and gains that are kept."""
+
+    def __init__(self, spec: Spec, a: Theta, b: Theta, perms: Permutations):
+        self.spec, self.a = spec, a
+        self.perms = {n: p.detach().cpu().clone() for n, p in perms.items()}
+        self.stay = spec.identity()
+        self.price: dict[str, Tensor] = {}  # of B's units where they are now
+        self.kept: dict[str, tuple[frozenset[Term], Tensor]] = {}
+        self.last: Tensor | None = None
+        size = sum(x.numel() * x.element_size() for n in spec.objective for x in (a[n], b[n]))
+        self.room = size * ROOM
+        moved = any(not torch.equal(self.perms[n], p) for n, p in self.stay.items())
+        self.now = {
+            t: spec.permute_tensor(b[t], t, self.perms) if moved else b[t] for t in spec.objective
+        }
+
+    def best(
+        self, family: FamilyTerms, terms: Mapping[str, tuple[Term, ...]], tol: float
+    ) -> tuple[dict[str, Tensor], float] | None:
+        """The best step for one family, relative to where it is, and what ``terms`` gain by it.
+
+        None if that is not above ``tol``.
+        """
+        outer = self._gains(family, terms[family.outer])
+        if not family.inner:
+            if outer is None:
+                return None
+            here = float(outer.trace())
+            price = self.price.get(family.outer)
+            # No assignment exceeds the sum of the rows' maxima, nor that of the columns', nor what
+            # the rows can have at any prices.
+            tops = [outer.amax(1).sum(), outer.amax(0).sum()]
+            if price is not None:
+                tops.append((outer - price).amax(1).sum() + price.sum())
+            if min(map(float, tops)) - here <= tol:
+                return None
+            p = assign_units(outer, price)
+            rise = float(outer[torch.arange(len(p)), p].sum()) - here
+            if family.linear:
+                self.price[family.outer] = prices(outer, p, price)
+            return ({family.outer: p}, rise) if rise > tol else None
+        grams = {g: gains_of(terms[g], self.a, self.now) for g in family.inner}
+        known = {g: m for g, m in grams.items() if m is not None}
+        units = self.spec.groups[family.outer].size
+        here = sum(float(m.trace()) for m in (outer, *known.values()) if m is not None)
+        p, inner, value = assign_nested(outer, known, units)
+        if value - here <= tol:
+            return None
+        step = {g: inner.get(g, self.stay[g]) for g in family.inner}
+        return {family.outer: p, **step}, value - here
+
+    def _gains(self, family: FamilyTerms, terms: Sequence[Term]) -> Tensor | None:
+        """Gains of the outer units, from where :meth:`keep` has left them."""
+        done, total = self.kept.pop(family.outer, (frozenset(), None))
+        if total is not None:
+            self.room += total.nbytes
+        more = gains_of([t for t in terms if t not in done], self.a, self.now)
+        if total is not None and more is not None:
+            total += more
+        self.last = more if total is None else total
+        return self.last
+
+    def keep(self, family: FamilyTerms, terms: Sequence[Term], p: Tensor | None) -> None:
+        """Keep the gains just summed over ``terms``, for the units where step ``p`` leaves them.
+
+        As long as no neighbour takes a step, and as far as there is room.
+        """
+        total, self.last = self.last, None
+        if total is None or family.inner or not family.linear or total.nbytes > self.room:
+            return
+        self.room -= total.nbytes
+        if p is not None:
+            total = total[:, p.to(total.device)]
+        self.kept[family.outer] = (frozenset(terms), total)
+
+    def stepped(self, family: FamilyTerms, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that a step of one family moves, moved along the axes that hold it."""
+        relative = {**self.stay, **step}
+        out = {}
+        for t in family.others:
+            out[t] = self.now[t]
+            for dim, axis in enumerate(self.spec.axes[t]):
+                if any(f in step for block in axis for f in block):
+                    whole = len(axis) == 1 and len(axis[0]) == 1
+                    p = relative[str(axis[0][0])] if whole else self.spec.index(axis, relative)
+                    out[t] = out[t].index_select(dim, p.to(out[t].device))
+        return out
+
+    def product(self, tensors: Mapping[str, Tensor]) -> float:
+        """``<A, tensors>`` over the given entries, in float64."""
+        return sum(dot(self.a[t], x) for t, x in tensors.items())
+
+    def take(
+        self, family: FamilyTerms, step: Mapping[str, Tensor], moved: dict[str, Tensor]
+    ) -> None:
+        """Make the step."""
+        self.now.update(moved)
+        for outer, (terms, total) in list(self.kept.items()):
+            if any(t.tensor in moved for t in terms):
+                del self.kept[outer]
+                self.room += total.nbytes
+        p = step[family.outer]
+        self.perms[family.outer] = self.perms[family.outer][p]
+        if family.outer in self.price:
+            self.price[family.outer] = self.price[family.outer][p]
+        for g in family.inner:
+            self.perms[g] = self.perms[g][p].gather(1, step[g])
+
+    def improve(self, family: FamilyTerms, tol: float) -> float:
+        """Solve one family; step if the objective rises by more than ``tol``. Returns the rise."""
+        found = self.best(family, family.terms, tol)
+        if found is None:
+            return 0.0
+        step, rise = found
+        moved = self.stepped(family, step)
+        if not family.linear:  # the assignment saw the other axes as they were: look again
+            rise = self.product(moved) - self.product({t: self.now[t] for t in family.others})
+            if rise <= tol:
+                return 0.0
+        self.take(family, step, moved)
+        return rise
+
+
+def gains_of(terms: Sequence[Term], a: Theta, b: Theta) -> Tensor | None:
+    """Gains of all pairs of rows: what unit i of A gets from unit j of B. Float64."""
+    total: Tensor | None = None
+    thin: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(x: Tensor, y: Tensor) -> Tensor:
+        if total is None:
+            return x @ y.T
+        if total.device == x.device:
+            return total.addmm_(x, y.T)
+        return total.add_((x @ y.T).to(total.device))
+
+    for term in terms:
+        device = sums_on(a[term.tensor])
+        x, y = (term.rows(theta[term.tensor], device) for theta in (a, b))
+        if x.shape[1] <= THIN:
+            thin.setdefault(device, []).append((x, y))
+        else:
+            total = add(x, y)
+    for pairs in thin.values():
+        total = add(*(torch.cat(part, 1) for part in zip(*pairs, strict=True)))
+    return total
+
+
+def sums_on(x: Tensor) -> torch.device:
+    """Where sums over ``x`` are done: its own device, but the CPU for one without float64."""
+    return torch.device("cpu") if x.device.type == "mps" else x.device
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    device = sums_on(x)
+    x = x.detach().to(device).double().reshape(-1)
+    return float(x.dot(y.detach().to(device).double().reshape(-1)))
+
+
+@dataclass(frozen=True)
+class Term:
+    """A block of one axis, seen as rows to be matched."""
+
+    tensor: str
+    dim: int
+    start: int
+    sizes: tuple[int, ...]  # of its factors
+    front: tuple[int, ...]  # those that make up the rows; the others stay, and join the columns
+
+    def rows(self, x: Tensor, device: torch.device) -> Tensor:
+        """The block as a float64 matrix, (units, everything else). Copied only where it has to."""
+        x = x.detach().narrow(self.dim, self.start, math.prod(self.sizes)).movedim(self.dim, 0)
+        x = x.to(device)
+        if len(self.sizes) > 1:
+            x = x.unflatten(0, self.sizes)
+            rest = [d for d in range(x.dim()) if d not in self.front]
+            x = x.permute(*self.front, *rest)
+        n = math.prod(self.sizes[f] for f in self.front)
+        if x.dim() > 1 and len(self.front) == 1 and math.prod(x.shape[2:]) == 1:
+            return x.reshape(x.shape[:2]).double()  # a transposed matrix stays a view of one
+        if x.dtype != torch.float64:
+            # One pass for both: the axes into row-major order, and the numbers into float64.
+            x = torch.empty(x.shape, dtype=torch.float64, device=device).copy_(x)
+        return x.reshape(n, -1)
+
+
+@dataclass(frozen=True)
+class FamilyTerms:
+    """An outer group, its inner groups, and where in the objective they occur."""
+
+    outer: str
+    inner: tuple[str, ...]
+    # Group -> its blocks. An inner group's have outer and inner units as rows; the outer group's
+    # are those without inner units.
+    terms: Mapping[str, tuple[Term, ...]]
+    # Tensors that it moves along two axes, or by two factors of one block. The objective is
+    # quadratic there, and a term is its linear part with the family where it is now.
+    twice: frozenset[str]
+    # Tensor that it moves -> the other families that move it.
+    others: Mapping[str, frozenset[int]]
+    # Tensors that take the units in and do not make them: weights with the family on another axis
+    # than the first, that are not of the layer it is named after.
+    readers: frozenset[str]
+
+    @property
+    def linear(self) -> bool:
+        """True if the gain of an assignment is by how much the objective rises."""
+        return not self.twice
+
+    @property
+    def neighbours(self) -> frozenset[int]:
+        """Families whose best permutation depends on this one's."""
+        return frozenset().union(*self.others.values())
+
+
+def families_of(spec: Spec) -> tuple[FamilyTerms, ...]:
+    """The families of ``spec`` in forward order, with all places where the objective sees them."""
+    owner = {g: k for k, names in enumerate(spec.families) for g in names}
+    movers = {
+        t: {
+            owner[f] for axis in spec.axes.get(t, ()) for block in axis for f in block if f in owner
+        }
+        for t in spec.objective
+    }
+    out = []
+    for k, (outer, *inner) in enumerate(spec.families):
+        others = {t: frozenset(by - {k}) for t, by in movers.items() if k in by}
+        terms: dict[str, list[Term]] = {g: [] for g in (outer, *inner)}
+        twice, readers = set(), set()
+        for t in others:
+            dims = set()
+            for dim, axis in enumerate(spec.axes[t]):
+                for start, block in spec.blocks(axis):
+                    at = [i for i, f in enumerate(block) if f in inner]
+                    fronts: list[tuple[int, ...]] = [(block.index(outer), i) for i in at]
+                    fronts = fronts or [(i,) for i, f in enumerate(block) if f == outer]
+                    for front in fronts:
+                        dims.add(dim)
+                        term = Term(t, dim, start, spec.sizes(block), front)
+                        terms[str(block[front[-1]])].append(term)
+                    if len(fronts) > 1 or (fronts and len(dims) > 1):
+                        twice.add(t)
+            if max(dims) and t.rpartition(".")[0] != outer:
+                readers.add(t)
+        mine = {g: tuple(found) for g, found in terms.items()}
+        sets = (frozenset(twice), others, frozenset(readers))
+        out.append(FamilyTerms(outer, tuple(inner), mine, *sets))
+    return tuple(out)

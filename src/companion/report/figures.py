@@ -107,8 +107,6 @@ def publish(
     *,
     data: Mapping[str, Any] | None = None,
     values: Mapping[str, Any] | None = None,
-    caption: str | None = None,
-    alt: str | None = None,
 ) -> None:
     """Show a figure and hand it to the book: label, the data behind it, and what its caption says.
 
@@ -120,29 +118,19 @@ def publish(
             NaN and infinities become null. It is offered for download beside the figure.
         values: Numbers and strings for the placeholders of this figure's ``{caption}`` block; they
             come before those of :func:`companion.report.page.fill`.
-        caption, alt: MyST text and alternative text, for a figure that has no ``{caption}`` block.
 
     Raises:
-        BadParameter: A malformed name, one that another cell already used, an empty caption or
-            alt text, one without the other, or data that JSON cannot hold.
+        BadParameter: A malformed name, one that another cell already used, or data that JSON
+            cannot hold.
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
         raise BadParameter(
             f"figure name {name!r}: use lower-case letters, digits and single hyphens, "
             "such as 'barrier-by-k'."
         )
-    entry: dict[str, Any] = {"name": name}
-    for what, text in (("caption", caption), ("alt", alt)):
-        if caption is None and alt is None:
-            break
-        if text is None or not text.strip():
-            raise BadParameter(
-                f"figure {name!r}: {what} is empty. Say what the figure shows"
-                + (", for somebody who does not see it." if what == "alt" else ".")
-            )
-        entry[what] = " ".join(text.split())
     where = f"figure {name!r}, data"
-    entry["data"] = None if data is None else codec.to_json(data, where, null=True)
+    drawn = None if data is None else codec.to_json(data, where, null=True)
+    entry: dict[str, Any] = {"name": name, "data": drawn}
     if values:
         entry["values"] = page.fillable(values, f"figure {name!r}, values")
     _claim_name(name)
@@ -152,8 +140,7 @@ def publish(
     import matplotlib.pyplot as plt
 
     plt.close(fig)
-    said = f"Figure {name}: {entry['alt']}" if alt else f"Figure {name}"
-    page.emit({"image/svg+xml": picture, "text/plain": said}, {"figure": entry})
+    page.emit({"image/svg+xml": picture, "text/plain": f"Figure {name}"}, {"figure": entry})
 
 
 @contextmanager

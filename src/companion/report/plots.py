@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from companion.core import codec
+from companion.report.words import said
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -287,8 +288,8 @@ def sweep(
             )
         drawn[label] = {"k": list(points), "mean": mean, "low": low, "high": high}
         drawn[label]["pairs"] = [p.n for p in points.values()]
-    said = {k: f"{k}\n{100 * k / total:.3g} %" if total else str(k) for k in numbers}
-    ax.set_xticks([place[k] for k in numbers], [(ticks or said).get(k, str(k)) for k in numbers])
+    shares = {k: f"{k}\n{100 * k / total:.3g} %" if total else str(k) for k in numbers}
+    ax.set_xticks([place[k] for k in numbers], [(ticks or shares).get(k, str(k)) for k in numbers])
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return drawn
 
@@ -392,7 +393,7 @@ def conditions(
             linestyle="none",
         )
         ax.annotate(
-            _number(row.value, form),
+            said(row.value, form),
             (row.value, -place),
             xytext=(0, 7),
             textcoords="offset points",
@@ -412,14 +413,6 @@ def conditions(
     return {
         n: {"mean": r.value, "low": r.low, "high": r.high, "pairs": r.n} for n, r in rows.items()
     }
-
-
-def _number(value: float, form: str) -> str:
-    """With a minus sign, and none before a zero."""
-    text = form.format(value)
-    if set(text) <= set("-0."):
-        text = text.lstrip("-")
-    return text.replace("-", "−")
 
 
 # --- maps
@@ -513,7 +506,7 @@ def heat(
         picture = ax.imshow(np.ma.masked_invalid(table), cmap=MAP, aspect="auto", **scale)
         shades = picture.to_rgba(np.nan_to_num(table))[..., :3] @ (0.3, 0.59, 0.11)
         for (row, column), value in np.ndenumerate(table):
-            text = missing if np.isnan(value) else _number(value, form)
+            text = missing if np.isnan(value) else said(value, form)
             size = 7.0 if len(text) > 6 else 7.5 if len(table) > 25 else 8.5
             dark = np.isfinite(value) and shades[row, column] < 0.5
             ax.text(
@@ -527,8 +520,8 @@ def heat(
             )
         if apart:
             ax.axhline(0.5, color="white", linewidth=3)
-        said = columns[key] if isinstance(columns, Mapping) else columns
-        ax.set_xticks(range(len(said)), [str(c) for c in said])
+        ticks = columns[key] if isinstance(columns, Mapping) else columns
+        ax.set_xticks(range(len(ticks)), [str(c) for c in ticks])
         ax.set_yticks(range(len(table)), list(maps[key]))
         named = ax is axes[0] or list(maps[key]) != rows_of_first
         ax.tick_params(length=0, labelleft=named)

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from companion.core import closing, codec
+from companion.core import closing, codec, plainyaml
 from companion.core.errors import BadParameter
 from companion.core.locations import checkout
 from companion.report import page
@@ -54,7 +54,7 @@ def record(**extra: Any) -> dict[str, Any]:
     if clash := sorted(set(entry) & set(extra)):
         raise BadParameter(f"provenance.record: {', '.join(clash)} is filled in already.")
     # While a recording is closed: of where its numbers come from.
-    entry |= closing.origin()
+    entry |= closing.measured_on()
     return entry | {k: codec.to_json(v, k, null=True) for k, v in extra.items()}
 
 
@@ -76,45 +76,25 @@ def show(entry: Mapping[str, Any]) -> None:
     )
 
 
-def rerun(
-    chapter: str, parameters: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> str:
-    """The command that runs a chapter's notebook again with these parameters.
+def rerun(chapter: str, parameters: Mapping[str, Any], separator: str = " ") -> str:
+    """The papermill command that runs a chapter's notebook again with these parameters.
+
+    papermill reads the values back with the same type and content.
 
     Arguments:
-        chapter: The chapter's name, such as ``"01_instability"``.
-        parameters: The values to run with.
-        defaults: The chapter's own values; parameters that equal them are left out. Without
-            them, all are given.
-
-    Returns:
-        One papermill command. papermill reads the values back with the same type and content.
+        separator: between the options.
     """
-    return " ".join(_command(chapter, parameters, defaults))
+    options = [_option(name, codec.to_json(v, name, null=True)) for name, v in parameters.items()]
+    command = ["papermill", f"build/notebooks/{chapter}.ipynb", "out.ipynb"]
+    return separator.join(shlex.join(words) for words in (command, *options))
 
 
-def show_rerun(
-    chapter: str, parameters: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> None:
+def show_rerun(chapter: str, parameters: Mapping[str, Any]) -> None:
     """Display :func:`rerun`'s command, one option a line, after what makes the notebook."""
-    command = " \\\n    ".join(_command(chapter, parameters, defaults))
+    command = rerun(chapter, parameters, " \\\n    ")
     text = f"make notebooks\nsource .venv/bin/activate\n{command}"
     html = f'<pre class="companion-rerun"><code>{escape(text)}</code></pre>'
     page.emit({"text/html": html, "text/plain": text}, {"rerun": text})
-
-
-def _command(
-    chapter: str, parameters: Mapping[str, Any], defaults: Mapping[str, Any] | None
-) -> list[str]:
-    """The command's start, then one quoted option for each parameter that is not at its default."""
-    words = [shlex.join(["papermill", f"build/notebooks/{chapter}.ipynb", "out.ipynb"])]
-    for name, value in parameters.items():
-        if defaults is not None and name in defaults:
-            default = defaults[name]
-            if type(default) is type(value) and default == value:
-                continue
-        words.append(shlex.join(_option(name, codec.to_json(value, name, null=True))))
-    return words
 
 
 def _option(name: str, value: Any) -> list[str]:
@@ -144,11 +124,7 @@ def _flow(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_flow(v) for v in value) + "]"
     text = json.dumps(value)
-    if isinstance(value, float) and "e" in text:
-        mantissa, exponent = text.split("e")
-        sign = "" if exponent.startswith("-") else "+"
-        return f"{mantissa}{'' if '.' in mantissa else '.0'}e{sign}{exponent.lstrip('+')}"
-    return text
+    return plainyaml.number(text) if isinstance(value, float) and "e" in text else text
 
 
 def _rows(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

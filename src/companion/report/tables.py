@@ -17,9 +17,8 @@ def show(
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
     *,
-    name: str | None = None,
+    name: str,
     values: Mapping[str, Any] | None = None,
-    caption: str | None = None,
 ) -> None:
     """Display a table; wide ones scroll on a small screen.
 
@@ -30,22 +29,19 @@ def show(
         name: of the ``{caption}`` block in the chapter's Markdown.
         values: numbers and strings for the placeholders of that block; they come before those of
             :func:`companion.report.page.fill`.
-        caption: plain text, for a table that has no ``{caption}`` block.
 
     Raises:
-        BadParameter: a row of another length, or neither a name nor a caption.
+        BadParameter: a row of another length.
     """
-    if not (caption or name or "").strip() or any(len(row) != len(columns) for row in rows):
-        raise BadParameter(
-            "tables.show needs a name or a caption, and as many values a row as columns."
-        )
+    if any(len(row) != len(columns) for row in rows):
+        raise BadParameter(f"table {name!r}: a row needs as many values as there are columns.")
     text = "\n".join("\t".join(map(str, row)) for row in [columns, *rows])
-    entry: dict[str, Any] = {"columns": list(columns), "rows": [[*map(str, r)] for r in rows]}
-    entry |= {key: word for key, word in (("name", name), ("caption", caption)) if word}
+    cells = [[*map(str, row)] for row in rows]
+    entry: dict[str, Any] = {"name": name, "columns": list(columns), "rows": cells}
     if values:
         entry["values"] = page.fillable(values, f"table {name!r}, values")
     page.emit(
-        {"text/html": html(columns, entry["rows"], caption or str(name)), "text/plain": text},
+        {"text/html": html(columns, cells, name), "text/plain": text},
         {"table": entry},
     )
 

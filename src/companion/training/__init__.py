@@ -5,18 +5,10 @@ A :class:`Recipe` says how, a :class:`Run` which randomness, a :class:`Fork` fro
 once, and :func:`load_weights` hands them out. Used in every chapter; explained in chapter 1.
 """
 
-from companion.training.engine import (
-    entry_of,
-    load_state,
-    load_weights,
-    made_by,
-    train,
-    train_one,
-)
+from companion.training.engine import entry_of, load_state, load_weights, made_by, train, train_one
 from companion.training.engines import ENGINES, using
-from companion.training.jobs import Job, merge
 from companion.training.loop import State, advance, build, check_fit, make_optimizer
-from companion.training.recipe import SEMANTICS, Fork, Recipe, Run, recipe_from
+from companion.training.recipe import SEMANTICS, Fork, Job, Recipe, Run, merge_jobs, recipe_from
 from companion.training.replicas import advance_many
 from companion.training.speed import Throughput, throughput
 
@@ -38,7 +30,7 @@ __all__ = [
     "load_weights",
     "made_by",
     "make_optimizer",
-    "merge",
+    "merge_jobs",
     "recipe_from",
     "throughput",
     "train",

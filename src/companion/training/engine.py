@@ -25,9 +25,8 @@ from companion.core.runs import Entry, Store
 from companion.core.theta import snapshot
 from companion.data import Dataset
 from companion.training import engines, loop, replicas
-from companion.training.jobs import Job, merge
 from companion.training.loop import State
-from companion.training.recipe import Recipe, Run
+from companion.training.recipe import Job, Recipe, Run, merge_jobs
 
 log = logging.getLogger("companion")
 
@@ -125,10 +124,6 @@ class _Work:
             self.entry.write_tensors(weights_name, reached.tensors(full=False))
 
 
-_Groups = dict[tuple[int, int, int, int], list[_Work]]
-"""(step, length of the trace, last step, width so far) -> runs that can be trained together."""
-
-
 def _begin(job: Job, data: Dataset, where: torch.device, store: Store) -> _Work | None:
     """The work that ``job`` needs; None if all its states exist. Its entry must be locked."""
     entry = entry_of(job.run, data, where, store)
@@ -153,7 +148,7 @@ def _clock() -> Callable[[int], bool]:
         nonlocal last, cost, saved
         now = time.monotonic()
         if saved:
-            deadline.check()
+            deadline.stop_if_passed()
             last, cost, saved = now, now - last, False
         if now - last < RESUME_EVERY_S * max(1.0, cost) and not deadline.passed():
             return False
@@ -181,29 +176,7 @@ def train_one(
         StoreUnwritable: no space, or no permission.
         OutOfTime: see :mod:`companion.core.deadline`; the next call goes on from here.
     """
-    store, where = store or Store(), datasets.resolve_device(device)
-    if _on_gpu(where):
-        _train_together(([job], store, str(where), like or {}))
-        return
-    data = datasets.load(job.run.recipe.data, str(where))
-    entry = entry_of(job.run, data, where, store)
-    if not _missing(entry, job):
-        return
-    loop.check_fit(job.run.recipe, data)
-    with entry.lock():
-        work = _begin(job, data, where, store)
-        if work is None:
-            return
-        stop = max(work.missing)
-        if stop > work.state.step:
-            reached = loop.advance(
-                *(job.run, work.state, stop, data),
-                checkpoints=work.missing - {stop},
-                save=work.save,
-                tick=_clock(),
-            )
-            work.save(reached)
-        entry.remove(_RESUME)
+    _train_together(([job], store or Store(), device, like or {}))
 
 
 def made_by(run: Run, *, store: Store | None = None, device: str = "cpu") -> dict[str, Any]:
@@ -226,7 +199,7 @@ def _made_by(entry: Entry) -> dict[str, Any]:
 
 
 def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -> None:
-    """:func:`train_one` for jobs of one recipe, as replicas on one device."""
+    """:func:`train_one` for jobs of one recipe, on one device: on a GPU as replicas."""
     jobs, store, device, like = item
     where, recipe = datasets.resolve_device(device), jobs[0].run.recipe
     data = datasets.load(recipe.data, str(where))
@@ -236,9 +209,12 @@ def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -
         return
     loop.check_fit(recipe, data)
     module = loop.build(jobs[0].run, data, where)
-    engine = _engine(recipe, module, data, where, str(like.get("engine", "auto")))
+    engine = "loop"
+    if _on_gpu(where):
+        engine = _engine(recipe, module, data, where, str(like.get("engine", "auto")))
     with contextlib.ExitStack() as locks:
-        groups: _Groups = {}
+        # (step, length of the trace, last step, width so far) -> runs to train together
+        groups: dict[tuple[int, int, int, int], list[_Work]] = {}
         for key in sorted(todo):  # in one order everywhere: nobody waits in a circle
             locks.enter_context(entry_of(todo[key].run, data, where, store).lock())
         for job in todo.values():
@@ -259,7 +235,7 @@ def _engine(
     What a caller asks for by name it gets, or an error. What :func:`companion.training.using` asks
     for is meant for many networks, and one of them may need a simpler engine.
     """
-    wish = engines.current()
+    wish = engines.asked_for()
     if asked != "auto" or wish == "auto":
         return replicas.choose(module, where, asked, data)
     wish = engines.working(recipe, wish)
@@ -354,7 +330,7 @@ def _advance(
             module=module,
             checkpoints={s for w in group for s in w.missing} - {stop},
             # A state that only another run of the group wants is not this one's.
-            save=functools.partial(_save_of, group, how),
+            save=functools.partial(_save_of, group, how if _on_gpu(where) else {}),
             tick=_clock(),
             width=width,
         )
@@ -362,22 +338,18 @@ def _advance(
             work.save(reached)
     how |= {"steps": stop - first, "seconds": round(time.monotonic() - begun, 3)}
     for work in group:
-        work.entry.write_json(_MADE_BY, how)
+        if _on_gpu(where):
+            work.entry.write_json(_MADE_BY, how)
         work.entry.remove(_RESUME)
 
 
 def _save_of(group: Sequence[_Work], how: Mapping[str, Any], m: int, reached: State) -> None:
     wanted = any(reached.step in work.missing for work in group)
     if reached.step in group[m].missing or not wanted:
-        if group[m].made != how:  # whoever goes on from here does it in the same way
+        if how and group[m].made != how:  # whoever goes on from here does it in the same way
             group[m].entry.write_json(_MADE_BY, how)
             group[m].made = dict(how)
         group[m].save(reached)
-
-
-def _train(item: tuple[Job, Store, str]) -> None:
-    job, store, device = item
-    train_one(job, store=store, device=device)
 
 
 def _chunks(jobs: Sequence[Job], where: str, at_once: int) -> list[list[Job]]:
@@ -422,32 +394,27 @@ def train(
     store = store or Store()
     where = str(datasets.resolve_device(device))
     generations: list[list[Job]] = []
-    wave = merge(jobs)
+    wave = merge_jobs(jobs)
     while wave:
         generations.append(wave)
-        wave = merge(p for job in wave if (p := job.parents()))
+        wave = merge_jobs(p for job in wave if (p := job.parents()))
     for recipe in {job.run.recipe for wave in generations for job in wave}:
         loop.check_fit(recipe, datasets.load(recipe.data, where))
     for wave in reversed(generations):
-        todo = [
-            job
-            for job in wave
-            if _missing(
-                entry_of(job.run, datasets.load(job.run.recipe.data, where), where, store), job
-            )
-        ]
+        todo = []
+        for job in wave:
+            data = datasets.load(job.run.recipe.data, where)
+            if _missing(entry_of(job.run, data, where, store), job):
+                todo.append(job)
         if todo:
-            closing.check()
+            closing.refuse_work()
         todo.sort(key=lambda j: j.run.first_step - max((*j.weights, *j.states), default=0))
-        if _on_gpu(torch.device(where)):
-            alike: Mapping[str, Any] = {"engine": engine}
-            items = [(chunk, store, where, alike) for chunk in _chunks(todo, where, at_once)]
-            with engines.using("auto"):  # an engine that fails is not tried again in this call
-                run_all(_train_together, items, workers=1, device=where, label=label)
-            continue
-        run_all(
-            _train, [(j, store, where) for j in todo], workers=workers, device=where, label=label
-        )
+        gpu = _on_gpu(torch.device(where))
+        chunks = _chunks(todo, where, at_once) if gpu else [[job] for job in todo]
+        items = [(chunk, store, where, {"engine": engine}) for chunk in chunks]
+        with engines.using("auto"):  # an engine that fails is not tried again in this call
+            count = 1 if gpu else workers
+            run_all(_train_together, items, workers=count, device=where, label=label)
 
 
 def load_state(run: Run, step: int, *, store: Store | None = None, device: str = "cpu") -> State:
@@ -470,7 +437,7 @@ def _load(
     run: Run, step: int, job: Job, kinds: tuple[int, ...], store: Store | None, device: str
 ) -> State:
     # What is made of weights is a measurement too, and would be of this machine.
-    closing.check(what="a checkpoint")
+    closing.refuse_work(what="a checkpoint")
     store, where = store or Store(), datasets.resolve_device(device)
     entry = entry_of(run, datasets.load(run.recipe.data, where), where, store)
     for _ in range(3):

@@ -54,7 +54,7 @@ def using(engine: str) -> Iterator[None]:
         _choice.reset(token)
 
 
-def current() -> str:
+def asked_for() -> str:
     """The engine asked for here; ``auto`` without a choice."""
     return (_choice.get() or _Choice()).engine
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from companion.data import Augmentation, Dataset
-from companion.data.augmentation import Draws, draw
+from companion.data.augmentation import Draws, draw_epoch
 from companion.training.recipe import Run
 
 _THREADS = 4
@@ -55,18 +54,13 @@ class Feed:
     def __enter__(self) -> Feed:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _one(self, run: Run, epoch: int) -> Epoch:
         used, batch = self.per_epoch * self.recipe.batch, self.recipe.batch
         rows = run.order_key().fold("epoch", epoch).permutation(self.n)[:used].view(-1, batch)
-        made = draw(self.augmentation, run.augment_key(), epoch, self.n, self.window)
+        made = draw_epoch(self.augmentation, run.augment_key(), epoch, self.n, self.window)
         return Epoch(rows, made.of(rows))
 
     def _start(self, epoch: int) -> list[Future[Epoch]]:

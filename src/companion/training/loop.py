@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,8 +21,9 @@ from companion.core.pool import one_thread
 from companion.core.seeds import Key
 from companion.core.theta import check_ties, layout, snapshot
 from companion.data import Augmentation, Augmenter, Dataset
-from companion.training.compiled import compiled
 from companion.training.recipe import Recipe, Run
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _LOOK_EVERY = 200  # steps between checks that the loss is finite: each one waits for the device
 
@@ -160,6 +163,30 @@ def own_generator(device: torch.device) -> Iterator[Callable[[Key], None]]:
         yield seed
 
 
+_COMPILED: dict[Any, Any] = {}
+"""What torch.compile made, by everything it depends on: a minute's work, done once a process."""
+
+
+def compiled(key: Any, function: F, backend: str) -> F:
+    """``function`` compiled for ``key``, and the same again for the same key.
+
+    Code that was compiled for eight different networks is left uncompiled by torch from then on,
+    and little is said. So every key gets code of its own.
+
+    Arguments:
+        key: everything that the compiled code depends on: architecture, precision, shapes, device.
+        function: a plain function; what it closes over is that of the first call with this key.
+        backend: of ``torch.compile``.
+    """
+    if key not in _COMPILED:
+        assert isinstance(function, FunctionType)
+        code = function.__code__.replace(co_name=f"{function.__name__}_{len(_COMPILED)}")
+        own = FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+        _COMPILED[key] = torch.compile(own, backend=backend, dynamic=False)
+    made: F = _COMPILED[key]
+    return made
+
+
 def forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A forward pass as a function of the network: what ``torch.compile`` is given."""
     out: torch.Tensor = module(x)
@@ -209,6 +236,23 @@ def check_fit(recipe: Recipe, data: Dataset) -> None:
         )
 
 
+def diverged(what: str, step: int, run: Run) -> Diverged:
+    """The error of a run in which ``what`` is not finite."""
+    recipe = run.recipe
+    return Diverged(
+        f"training diverged: {what} not finite at step {step} of {recipe.steps} "
+        f"(init {run.init!r}, order {run.order!r}, {recipe.optimizer}, lr {recipe.lr:g}). "
+        "Nothing of it was stored. Lower lr, or add warmup."
+    )
+
+
+def check_finite(theta: Mapping[str, torch.Tensor], data: Dataset, step: int, run: Run) -> None:
+    """Refuse weights that are not finite: a loss that was can still have a gradient that is not."""
+    for name, value in theta.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise diverged(f"{name} of {run.recipe.net} on {data.name} is", step, run)
+
+
 def advance(
     run: Run,
     state: State,
@@ -241,7 +285,7 @@ def advance(
         BadParameter: a state whose two names of a tied tensor hold different values.
         Diverged: the loss is not finite. Nothing of the broken state was handed to ``save``.
     """
-    closing.check()
+    closing.refuse_work()
     recipe, device = run.recipe, data.train.x.device
     module = module if module is not None else build(run, data, device)
     check_ties(state.theta, layout(module).ties, f"{run.recipe.net} at step {state.step}")
@@ -270,28 +314,18 @@ def advance(
     )
     epoch, looked = -1, state.step
 
-    def diverged(what: str, step: int) -> Diverged:
-        return Diverged(
-            f"training diverged: {what} not finite at step {step} of {recipe.steps} "
-            f"(init {run.init!r}, order {run.order!r}, {recipe.optimizer}, lr {recipe.lr:g}). "
-            "Nothing of it was stored. Lower lr, or add warmup."
-        )
-
     def look(step: int) -> None:
         nonlocal looked
         bad = ~torch.isfinite(trace[looked - first : step - first])
         if bool(bad.any()):
             at = looked + int(bad.nonzero()[0, 0])
-            raise diverged(f"the loss of {recipe.net} on {data.name} is", at)
+            raise diverged(f"the loss of {recipe.net} on {data.name} is", at, run)
         looked = step
 
     def here(step: int) -> State:
         look(step)
         theta = snapshot(module)
-        for name, value in theta.items():
-            # A loss that was finite can still have a gradient that is not.
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise diverged(f"{name} of {recipe.net} on {data.name} is", step)
+        check_finite(theta, data, step, run)
         return State(
             step, theta, _optimizer_tensors(optimizer, places), trace[: step - first].clone()
         )

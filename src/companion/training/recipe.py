@@ -1,5 +1,6 @@
-"""What a training run is, as values: recipe, noise, fork. Their JSON is the run's identity.
+"""What a training run is, as values: recipe, noise, fork, and the states wanted of it.
 
+Their JSON is the run's identity.
 Source: Frankle et al. 2020, Algorithm 1 and Table 1; our chapter 1.
 """
 
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +16,7 @@ from companion import models
 from companion.core import codec
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
-from companion.data import Augmentation
-from companion.data import canonical as canonical_data
+from companion.data import Augmentation, canonical_data
 
 SEMANTICS = 1
 """Raised by hand when a recipe would train to other weights: old runs then no longer count."""
@@ -130,7 +130,7 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The fields that differ from their defaults, so a new field keeps old hashes."""
-        return codec.changed(self)
+        return codec.changed_fields(self)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step ``step`` (0-based). Closed form, so a fork needs no replay."""
@@ -283,3 +283,44 @@ class Run:
         """
         own = models.is_own(self.recipe.net) and self.recipe.augment == "none"
         return (self.order_key() if own else self.augment_key()).fold("dropout")
+
+
+@dataclass(frozen=True)
+class Job:
+    """States wanted of a run.
+
+    Arguments:
+        run: which run.
+        weights: steps whose state dict is wanted; ``T`` is ``run.last_step``.
+        states: steps whose full state is wanted (optimiser included), to fork from.
+    """
+
+    run: Run
+    weights: tuple[int, ...] = ()
+    states: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for step in (*self.weights, *self.states):
+            if not self.run.first_step <= step <= self.run.last_step:
+                raise BadParameter(
+                    f"checkpoint at step {step}: the run has steps "
+                    f"{self.run.first_step} to {self.run.last_step}."
+                )
+
+    def parents(self) -> Job | None:
+        """The job that must be done before this one."""
+        fork = self.run.fork
+        return Job(fork.parent, states=(fork.step,)) if fork else None
+
+
+def merge_jobs(jobs: Iterable[Job]) -> list[Job]:
+    """One job a run, with the union of the wanted states, in first-seen order."""
+    merged: dict[Run, Job] = {}
+    for job in jobs:
+        old = merged.get(job.run, Job(job.run))
+        merged[job.run] = Job(
+            job.run,
+            tuple(sorted({*old.weights, *job.weights})),
+            tuple(sorted({*old.states, *job.states})),
+        )
+    return list(merged.values())

@@ -1,19 +1,14 @@
 """Many replicas of one recipe on one device at once: M runs in little more than the time of one.
 
-A step of a ResNet-20 is some hundred kernels too small to fill a large GPU, and a host that starts
-them one by one is slower than the device. The engines:
+A step of a ResNet-20 is some hundred kernels too small to fill a large GPU, started one by one by a
+host that is slower than the device. ``loop`` trains one run after the other, the reference;
+``loop-compile`` fuses each network's pass, for one that fills the device. ``vmap`` makes all
+replicas one network with a leading axis, for fully connected networks (grouped convolutions are
+slow). ``graphs`` has M networks, each on a stream of its own, and one CUDA graph for a step of all;
+``compile`` is that with loss and gradient fused by ``torch.compile``.
 
-- ``loop``: :func:`companion.training.advance`, one run after the other. The reference.
-- ``loop-compile``: the same, each network's pass fused by ``torch.compile``. For one network that
-  is large enough to fill the device.
-- ``vmap``: all replicas as one network with a leading axis; matrix products become batched ones.
-  For fully connected networks. Convolutions would become grouped ones, which are slow.
-- ``graphs``: M networks, each on a stream of its own, one CUDA graph for a step of all.
-- ``compile``: as ``graphs``, each network's loss and gradient fused by ``torch.compile``.
-
-Same recipe, same keys: the same batches in the same order on every engine. Bits differ between
-engines, as kernels round differently; means over runs do not (tests/training). Which engine
-is fastest is measured by ``benchmarks/engine.py``. Source: our benchmarks/README.md, "Engine".
+Same recipe, same keys: the same batches in the same order on every engine. Bits differ, as kernels
+round differently; means over runs do not (tests/training). Source: benchmarks/README.md, "Engine".
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion import models
 from companion.core import closing
-from companion.core.errors import BadParameter, Diverged, one_of
+from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_float32, fix_cublas_workspace
 from companion.core.pool import one_thread
 from companion.data import Dataset
@@ -174,14 +169,11 @@ def most_replicas(recipe: Recipe, data: Dataset, device: torch.device) -> int:
 def reproducible(device: torch.device, on: bool = True, *, strict: bool = False) -> Iterator[None]:
     """Inside, the same work gives the same bits; with ``on=False``, cuDNN may time its kernels.
 
-    Turns on :func:`torch.use_deterministic_algorithms` and turns ``cudnn.benchmark`` off. cuBLAS
-    wants ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the environment before its first call of the
-    process; it is set here if nobody set it, and :func:`companion.data.resolve_device`, which comes
-    earlier, sets it too. Operations without a deterministic form are let
-    through: in our networks that is at most max-pooling's gradient, a sum of one term as our
-    windows do not overlap. Attention has deterministic kernels but uses them only when ``strict``:
-    then an operation without a deterministic form is an error. Whether the bits are the same is
-    what the null control checks (gate G1).
+    Turns on :func:`torch.use_deterministic_algorithms` and turns ``cudnn.benchmark`` off; cuBLAS
+    gets its workspace. Operations without a deterministic form are let through: in our networks
+    that is at most max-pooling's gradient, a sum of one term as our windows do not overlap.
+    Attention has deterministic kernels but uses them only when ``strict``: then an operation
+    without one is an error. Whether the bits are the same the null control checks (gate G1).
     """
     if device.type != "cuda":
         yield
@@ -249,7 +241,7 @@ def advance_many(
         Diverged: a loss is not finite; the first such run is named. Nothing of a broken state was
             handed to ``save``, of any run.
     """
-    closing.check()
+    closing.refuse_work()
     if not runs or len(runs) != len(states):
         raise BadParameter(f"advance_many: {len(runs)} runs and {len(states)} states.")
     if len({run.recipe for run in runs}) > 1:
@@ -304,7 +296,7 @@ def _train(
     tick: Callable[[int], bool] | None,
 ) -> list[State]:
     first, count = states[0].step, len(runs)
-    recipe, name_of_data = runs[0].recipe, stepper.data.name
+    what = f"the loss of {runs[0].recipe.net} on {stepper.data.name} is"
     before = len(states[0].trace)
     trace = torch.full((len(runs), before + stop - first), float("nan"), device=stepper.device)
     trace[:, :before] = torch.stack([s.trace.to(stepper.device) for s in states])
@@ -318,7 +310,7 @@ def _train(
         bad = ~torch.isfinite(losses)
         if bool(bad.any()):
             at, m = (int(i) for i in bad.nonzero()[0])
-            raise _diverged(f"the loss of {recipe.net} on {name_of_data} is", looked + at, runs[m])
+            raise loop.diverged(what, looked + at, runs[m])
         looked = step
 
     def here(step: int) -> list[State]:
@@ -326,9 +318,7 @@ def _train(
             look(step)
         found = stepper.stack.states(step, list(trace[:, : before + step - first].cpu()))
         for run, state in zip(runs, found, strict=True):
-            for name, value in state.theta.items():
-                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                    raise _diverged(f"{name} of {recipe.net} on {name_of_data} is", step, run)
+            loop.check_finite(state.theta, stepper.data, step, run)
         return found
 
     for step in range(first, stop):
@@ -344,12 +334,3 @@ def _train(
             for m, state in enumerate(here(done)):
                 save(m, state)
     return here(stop)
-
-
-def _diverged(what: str, step: int, run: Run) -> Diverged:
-    recipe = run.recipe
-    return Diverged(
-        f"training diverged: {what} not finite at step {step} of {recipe.steps} "
-        f"(init {run.init!r}, order {run.order!r}, {recipe.optimizer}, lr {recipe.lr:g}). "
-        "Nothing of it was stored. Lower lr, or add warmup."
-    )

@@ -48,11 +48,6 @@ class Throughput:
         """Tokens trained on in a second; 0 for images."""
         return self.tokens / self.seconds
 
-    @property
-    def examples_per_second(self) -> float:
-        """Images or windows trained on in a second."""
-        return self.examples / self.seconds
-
 
 def throughput(
     recipe: Recipe,

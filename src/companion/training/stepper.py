@@ -22,17 +22,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from companion.core.losses import mean_loss, mean_losses
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.data.augmentation import Draws
-from companion.training.compiled import compiled
 from companion.training.feed import Epoch
-from companion.training.loop import State
+from companion.training.loop import State, compiled
 from companion.training.recipe import Recipe
-from companion.training.stack import Stack
-from companion.training.update import coefficients, update
+from companion.training.stack import Stack, coefficients, update
 
 _WARM = 3  # steps before a capture: libraries choose and load their kernels, compilers compile
 
-Logits = Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
-Loss = Callable[[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor], Tensor]
+Tensors = dict[str, Tensor]
 
 
 def cast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -41,29 +38,6 @@ def cast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextMana
         return contextlib.nullcontext()
     # A graph may not keep autocast's cache, whose tensors would be freed between replays.
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-
-
-def logits_of(template: nn.Module, recipe: Recipe, device: torch.device) -> Logits:
-    """(parameters, buffers, x) -> logits of one replica; buffers may be written."""
-
-    def logits(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        with cast(recipe, device):
-            out: Tensor = functional_call(template, (parameters, buffers), (x,))
-            return out
-
-    return logits
-
-
-def loss_of(template: nn.Module, recipe: Recipe, device: torch.device) -> Loss:
-    """(parameters, buffers, x, y) -> mean cross-entropy of one replica; buffers may be written."""
-
-    def loss(
-        parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor
-    ) -> Tensor:
-        with cast(recipe, device):
-            return mean_loss(functional_call(template, (parameters, buffers), (x,)), y)
-
-    return loss
 
 
 def template_of(module: nn.Module) -> nn.Module:
@@ -112,8 +86,20 @@ class Stepper:
         black = data.black.to(data.train.x) if data.kind == "images" else None
         self._augmenter = Augmenter(data.train, Augmentation.parse(recipe.augment), black)
         template = template_of(module)
-        self._logits = logits_of(template, recipe, self.device)
-        self._loss = loss_of(template, recipe, self.device)
+        device = self.device
+
+        def logits(parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+            with cast(recipe, device):
+                out: Tensor = functional_call(template, (parameters, buffers), (x,))
+                return out
+
+        def loss(parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> Tensor:
+            with cast(recipe, device):
+                return mean_loss(functional_call(template, (parameters, buffers), (x,)), y)
+
+        # Of one replica; the buffers may be written.
+        self._logits: Callable[[Tensors, Tensors, Tensor], Tensor] = logits
+        self._loss: Callable[[Tensors, Tensors, Tensor, Tensor], Tensor] = loss
         if engine == "compile":
             key = (recipe.net, recipe.precision, data.in_shape, data.classes, recipe.batch)
             self._loss = compiled(
@@ -135,20 +121,10 @@ class Stepper:
         self._losses = torch.zeros(count, device=self.device)
         self._epoch: list[Tensor] = []
         self._has: tuple[bool, ...] = ()
-        self._leaves = self._make_leaves()
-
-    def _make_leaves(self) -> list[dict[str, Tensor]]:
-        """Per replica (``vmap``: for all at once) the tensors that gradients are taken of."""
-        stack = self.stack
-
-        def leaf(view: Tensor) -> Tensor:
-            return view.detach().requires_grad_()
-
-        if self._stacked:
-            return [{p.name: leaf(p.view(stack.source(p))) for p in stack.places}]
-        return [
-            {p.name: leaf(p.view(stack.source(p)[m])) for p in stack.places}
-            for m in range(len(stack))
+        # Per replica (``vmap``: for all at once) the tensors that gradients are taken of.
+        self._leaves: list[Tensors] = [
+            {p.name: p.view(stack.source(p)[m]).detach().requires_grad_() for p in stack.places}
+            for m in ([slice(None)] if self._stacked else range(count))
         ]
 
     # ---- the step
@@ -261,10 +237,7 @@ class Stepper:
         return self._window.clone()
 
     def _mutable(self) -> list[Tensor]:
-        return [
-            *self.stack.mutable(),
-            *(self._taken, self._position, self._slot, self._window),
-        ]
+        return [*self.stack.mutable(), *(self._taken, self._position, self._slot, self._window)]
 
     def warm_up(self) -> None:
         """Run the step a few times and put everything back: it takes no step."""
