@@ -14,6 +14,7 @@ ARGS ?=
 PORT ?= 8000
 # Processes that share the tests, a file each; 0: none, for a debugger.
 WORKERS ?= auto
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 VENV ?= .venv
 # Any Python from 3.11 to 3.13; the first that is found.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; print("yes" * ((3, 11) <= sys.version_info < (3, 14)))' 2>/dev/null),$(p))))
@@ -42,10 +43,10 @@ book: $(BUILT) ## the site: PROFILE=quick (default: minutes on a CPU), gpu or pa
 notebooks: $(NOTEBOOKS) ## build/notebooks/*.ipynb, for papermill or Jupyter
 
 test: $(READY) ## all tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) $(ARGS)
 
 test-quick: $(READY) ## the tests that take no more than a few seconds each: for daily work
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m 'not slow' $(ARGS)
 
 lint: $(READY) $(NOTEBOOKS) ## ruff, formatting, types and the direction of imports, of the package and the chapters' cells
 	$(BIN)/ruff check . $(NOTEBOOKS)

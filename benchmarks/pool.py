@@ -43,7 +43,7 @@ def plain(net: nn.Module, recipe: Recipe, batches: Batches) -> list[torch.Tensor
         x, y = next(batches)
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         scheduler.step()
         losses.append(loss.detach())

@@ -136,7 +136,7 @@ def peer(path: Path | None) -> tuple[Align, str] | None:
     sys.path = [str(path)] if path else []
     sys.path += [p for p in searched if Path(p or ".").resolve() != HERE.resolve()]
     try:
-        from rebasin import PermutationCoordinateDescent  # type: ignore[attr-defined]
+        from rebasin import PermutationCoordinateDescent  # type: ignore[attr-defined]  # the peer's, not this file's
 
         version = importlib.metadata.version("rebasin")
     except ImportError:

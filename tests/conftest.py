@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from commands import BATCHNORM, NET, Nets, files, trained
 
 from companion.core.runs import Store
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` need a CUDA device; elsewhere they are skipped, and say so."""
+    """Files with slow tests come first, so that no process is left with a long one at the end.
+
+    Tests marked ``gpu`` need a CUDA device; elsewhere they are skipped, and say so.
+    """
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -65,6 +71,17 @@ def store(runs_root: Path) -> Store:
 def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store that lives as long as the session: what one test trained there, others find."""
     return Store(tmp_path_factory.mktemp("shared-runs"))
+
+
+@pytest.fixture(scope="session")
+def nets(tmp_path_factory: pytest.TempPathFactory) -> Nets:
+    """Two MLPs and two with BatchNorm, trained a little on digits, as files: a, b, bn_a, bn_b."""
+    found = {
+        prefix + end: trained(net, order)
+        for prefix, net in (("", NET), ("bn_", BATCHNORM))
+        for order, end in enumerate("ab", 1)
+    }
+    return files(tmp_path_factory.mktemp("checkpoints"), found)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,8 @@
-"""A chapter of this repository under plain papermill, and what its cells handed to the book."""
+"""A chapter of this repository, run, and what its cells handed to the book.
+
+Once under plain papermill (:func:`run`), as a reader runs it; every further time in the test's own
+process (:func:`run_here`), which saves a kernel and its import of torch.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,24 @@ import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import matplotlib
 import nbformat
 import papermill
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from PIL import Image
+from sklearn.datasets import load_digits
+from traitlets.config import Config
 
 from companion.book import notebooks, recording
+from companion.book.finish import finish
 from companion.book.layout import Book
 from companion.core.runs import Store
 from companion.experiments.measurement import kinds
 from companion.report import provenance
+from companion.report.figures import _published as published
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +50,36 @@ def run(source: Path, folder: Path, **parameters: Any) -> Any:
     return nbformat.read(out, as_version=4)
 
 
+def run_here(source: Path, only_design: bool = False, **parameters: Any) -> Any:
+    """The notebook executed in this process. What a cell raises is raised.
+
+    ``only_design``: as far as the cell that makes the study of the parameters; nothing trains.
+    """
+    notebook = nbformat.read(source, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if only_design:
+        calls = ("parameters.values(", "parameters.check(")
+        ends = [n for call in calls for n, cell in enumerate(cells) if call in cell.source]
+        cells = cells[: ends[0] + 1]
+    shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+    try:
+        with matplotlib.rc_context(), patch.dict(published, clear=True):
+            for cell in cells:
+                with capture_output() as said:
+                    done = shell.run_cell(cell.source, store_history=True)
+                done.raise_error()
+                shown = [
+                    nbformat.v4.new_output("display_data", out.data, metadata=out.metadata or {})
+                    for out in said.outputs
+                ]
+                cell.outputs = [nbformat.v4.new_output("stream", text=said.stdout), *shown]
+                if "parameters" in cell.metadata.get("tags", []):
+                    shell.user_ns.update(parameters)
+    finally:
+        InteractiveShell.clear_instance()
+    return notebook
+
+
 def entries(notebook: Any, kind: str) -> list[Any]:
     """What the chapter handed to the book."""
     found = [
@@ -46,6 +89,46 @@ def entries(notebook: Any, kind: str) -> list[Any]:
         if "companion" in output.get("metadata", {})
     ]
     return [entry[kind] for entry in found if kind in entry]
+
+
+def figures(notebook: Any) -> dict[str, Any]:
+    """Name to data of the figures that this run drew, in their order; recorded ones left out."""
+    drawn = {figure["name"]: figure["data"] for figure in entries(notebook, "figure")}
+    return {name: data for name, data in drawn.items() if "recorded" not in name}
+
+
+def judged(notebook: Any) -> dict[str, Any]:
+    """The chapter's verdicts by claim."""
+    (verdicts,) = entries(notebook, "claims")
+    return {v["claim"]["id"]: v for v in verdicts}
+
+
+def values(notebook: Any) -> dict[str, Any]:
+    """What fills the placeholders of the prose."""
+    return {k: v for entry in entries(notebook, "values") for k, v in entry.items()}
+
+
+def printed(notebook: Any) -> str:
+    """What its cells printed."""
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    return "".join(o.get("text", "") for o in outputs)
+
+
+def filled(notebook: Any, chapter: str) -> str:
+    """The page's Markdown with its captions and numbers; fails on what nobody filled."""
+    cells = finish(Book(ROOT), "quick", chapter, notebook).notebook.cells
+    return "\n".join(c.source for c in cells if c.cell_type == "markdown").replace("\\", "")
+
+
+def pictures(folder: Path, number: int) -> str:
+    """The name of a data set of one's own: ``number`` coloured digits of three classes."""
+    digits = load_digits()
+    for i in range(number):
+        home = folder / "pictures" / f"class{digits.target[i] % 3}"
+        home.mkdir(parents=True, exist_ok=True)
+        grey = (digits.images[i] * 15).astype("uint8")
+        Image.fromarray(grey).convert("RGB").save(home / f"{i}.png")
+    return f"images:{folder / 'pictures'}"
 
 
 GOLDEN = ROOT / "tests" / "book" / "golden"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import papermill
 import pytest
-from papermilled import build, check_golden, entries, run
+from papermilled import build, check_golden, entries, figures, judged, run, run_here
 
 from companion import data, models
-from companion.core.errors import MissingData
+from companion.core.errors import BadParameter, MissingData
 from companion.core.runs import Store
 from companion.experiments.instability import analyse
 from companion.experiments.pairs import Evaluation
@@ -44,13 +43,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     notebook = run(source, tmp_path, **TINY)
     check_golden(CHAPTER, notebook)
-    names = [figure["name"] for figure in entries(notebook, "figure")]
+    drawn = figures(notebook)
     kinds = ("instability", "matching", "heatmap", "parts", "groups", "features")
-    expected = [f"gpt-{kind}" for kind in kinds]
-    assert [name for name in names if name != "gpt-recorded"] == expected
-    (verdicts,) = entries(notebook, "claims")
-    assert [v["claim"]["id"] for v in verdicts] == ["B13", *(f"G{n:02d}" for n in range(1, 10))]
-    by_id = {v["claim"]["id"]: v for v in verdicts}
+    assert list(drawn) == [f"gpt-{kind}" for kind in kinds]
+    by_id = judged(notebook)
+    assert list(by_id) == ["B13", *(f"G{n:02d}" for n in range(1, 10))]
     assert by_id["G01"]["verdict"] == "reproduced" and by_id["G01"]["n"] == 2
     # Ten steps teach nothing: there is no barrier to compare with.
     for name in ("B13", "G03", "G05", "G06", "G07", "G08"):
@@ -69,15 +66,14 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     assert list(tables) == ["gpt-text", "gpt-trained"] and tables["gpt-text"]["digest"] == digest
     assert len(data.text.load_windows(digest, Store())) == TINY["windows"]
     # Layers as the paper counts them, and the tied embedding once.
-    figures = {f["name"]: f["data"] for f in entries(notebook, "figure")}
     for kind in ("same", "different"):
-        layers = figures["gpt-parts"][kind]["layers"]
+        layers = drawn["gpt-parts"][kind]["layers"]
         assert len(layers) == len(set(layers)) == 3 + 2 * 3
         assert layers[0] == "embedding = output" and "output" not in layers
 
 
 @pytest.mark.slow
-def test_wikitext_by_one_command(source: Path, tmp_path: Path) -> None:
+def test_wikitext_by_one_command(source: Path) -> None:
     """WikiText-2 as it is for development: validation and test text, under a data root."""
     name = "wikitext2?train=test&vocab=320&window=16"
     try:
@@ -85,58 +81,26 @@ def test_wikitext_by_one_command(source: Path, tmp_path: Path) -> None:
     except MissingData as e:
         pytest.skip(str(e))
     small = {**TINY, "dataset": name, "inits": 2, "steps": 6, "ks": [2]}
-    notebook = run(source, tmp_path, **small)
+    notebook = run_here(source, **small)
     (record,) = entries(notebook, "provenance")
     assert record["dataset"] == {"name": text.label, "sha256": text.fingerprint}
     assert "WikiText-2" in text.label and "test" in text.label
 
 
 @pytest.mark.slow
-def test_an_untied_network_with_one_head_and_no_biases(source: Path, tmp_path: Path) -> None:
+def test_an_untied_network_with_one_head_and_no_biases(source: Path) -> None:
     net = "gpt:layers=1,width=16,heads=1,bias=false,tied=false"
-    notebook = run(source, tmp_path, **{**TINY, "net": net, "steps": 6, "ks": [2]})
-    figures = {f["name"]: f["data"] for f in entries(notebook, "figure")}
-    assert figures["gpt-features"]["places"] == ["block 1", "last norm", "output"]
-    assert {"output", "embedding"} <= set(figures["gpt-heatmap"]["same"])
+    drawn = figures(run_here(source, **{**TINY, "net": net, "steps": 6, "ks": [2]}))
+    assert drawn["gpt-features"]["places"] == ["block 1", "last norm", "output"]
+    assert {"output", "embedding"} <= set(drawn["gpt-heatmap"]["same"])
 
 
 @pytest.mark.slow
-def test_networks_that_did_not_train_end_in_a_sentence(source: Path, tmp_path: Path) -> None:
+def test_networks_that_did_not_train_end_in_a_sentence(source: Path) -> None:
     """With the check as it is by default, and too few steps to beat the commonest token."""
     small = {k: v for k, v in TINY.items() if k != "max_error"}
-    with pytest.raises(papermill.PapermillExecutionError) as caught:
-        run(source, tmp_path, **{**small, "steps": 4, "ks": [2]})
-    assert caught.value.ename == "BadParameter" and "no pair trained" in caught.value.evalue
-
-
-@pytest.mark.parametrize(
-    ("parameters", "words"),
-    [
-        ({"datset": "pydoc"}, ["datset", "Did you mean 'dataset'"]),
-        ({"dataset": "digits"}, ["digits", "needs a text"]),
-        ({"dataset": "wikitext2"}, ["wikitext2"]),
-        ({"inits": 1}, ["inits", "2 or more"]),
-        ({"ks": [0]}, ["ks", "above 0"]),
-        ({"looks": [11]}, ["looks", "11"]),
-        ({"neighbours": 9}, ["neighbours", "9", "5"]),
-        ({"net": "resnet20"}, ["resnet20", "image"]),
-        ({"batch": 100_000}, ["batch", "100000"]),
-    ],
-)
-def test_bad_parameters_end_before_anything_trains(
-    source: Path,
-    tmp_path: Path,
-    store: Store,
-    monkeypatch: pytest.MonkeyPatch,
-    parameters: dict[str, Any],
-    words: list[str],
-) -> None:
-    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "no-data"))
-    with pytest.raises(papermill.PapermillExecutionError) as caught:
-        run(source, tmp_path, **{**TINY, **parameters})
-    for word in words:
-        assert word in caught.value.evalue
-    assert [e for e in store.entries() if e.identity["kind"] != "windows"] == []
+    with pytest.raises(BadParameter, match="no pair trained"):
+        run_here(source, **{**small, "steps": 4, "ks": [2]})
 
 
 @pytest.mark.slow

@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import papermill
 import pytest
-from papermilled import build, check_golden, entries, run
-from PIL import Image
-from sklearn.datasets import load_digits
+from papermilled import (
+    ROOT,
+    build,
+    check_golden,
+    entries,
+    figures,
+    judged,
+    pictures,
+    run,
+    run_here,
+    values,
+)
 
 from companion import data, models
 from companion.book import recording
@@ -23,7 +31,6 @@ from companion.report import claims
 from companion.training import Recipe
 
 CHAPTER, FEDERATED = "04_layerwise", "04b_federated"
-ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
     "net": "resnet8:width=4,norm=none",
     "plain": "vgg11:width=2,norm=layer",
@@ -65,21 +72,11 @@ def federated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(FEDERATED, tmp_path_factory.mktemp("book"))
 
 
-def judged(notebook: Any) -> dict[str, Any]:
-    (verdicts,) = entries(notebook, "claims")
-    return {v["claim"]["id"]: v for v in verdicts}
-
-
-def values(notebook: Any) -> dict[str, Any]:
-    """What fills the placeholders of the prose."""
-    return {k: v for entry in entries(notebook, "values") for k, v in entry.items()}
-
-
+@pytest.mark.slow
 def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     notebook = run(source, tmp_path, **TINY)
     check_golden(CHAPTER, notebook)
-    names = [figure["name"] for figure in entries(notebook, "figure")]
-    assert [name for name in names if "recorded" not in name] == [
+    assert list(figures(notebook)) == [
         "toy",
         "layers",
         "cumulative",
@@ -112,12 +109,13 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     assert filled["middle"] == 40 and "the costliest is window" in filled["where"]
 
 
+@pytest.mark.slow
 def test_plain_papermill_runs_the_page_on_federated_learning(
     federated: Path, tmp_path: Path
 ) -> None:
     notebook = run(federated, tmp_path, **CLIENTS)
     check_golden(FEDERATED, notebook)
-    assert [figure["name"] for figure in entries(notebook, "figure")] == ["federated"]
+    assert list(figures(notebook)) == ["federated"]
     by_id = judged(notebook)
     assert {c.id for c in claims.registry().values() if c.chapter == FEDERATED} == set(by_id)
     assert "fewer than three seeds" in by_id["B15"]["note"]
@@ -125,38 +123,31 @@ def test_plain_papermill_runs_the_page_on_federated_learning(
     assert [row[0] for row in table["rows"]] == ["very different", "similar"]
     (record,) = entries(notebook, "provenance")
     assert record["residual"]["steps"] == 10 and record["clients"]["steps"] == 4
-    notebook = run(federated, tmp_path, **{**CLIENTS, "pairs": 0})
+    notebook = run_here(federated, **{**CLIENTS, "pairs": 0})
     assert "never average were left out" in judged(notebook)["B14"]["note"]
     assert not entries(notebook, "table") and "left out" in values(notebook)["below"]
 
 
+@pytest.mark.slow
 def test_both_pages_run_on_images_of_the_users_own(
     source: Path, federated: Path, tmp_path: Path
 ) -> None:
-    digits = load_digits()
-    for i in range(240):
-        folder = tmp_path / "pictures" / f"class{digits.target[i] % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        grey = (digits.images[i] * 15).astype("uint8")
-        Image.fromarray(grey).convert("RGB").save(folder / f"{i}.png")
-    name = f"images:{tmp_path / 'pictures'}"
-    notebook = run(source, tmp_path, **{**TINY, "dataset": name})
+    name = pictures(tmp_path, 240)
+    notebook = run_here(source, **{**TINY, "dataset": name})
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load(name).fingerprint
-    notebook = run(federated, tmp_path, **{**CLIENTS, "dataset": name, "clients": 3, "pairs": 0})
+    notebook = run_here(federated, **{**CLIENTS, "dataset": name, "clients": 3, "pairs": 0})
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load(name).fingerprint
 
 
-def test_chapter_1s_networks_with_chosen_checkpoints_and_no_controls(
-    source: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_chapter_1s_networks_with_chosen_checkpoints_and_no_controls(source: Path) -> None:
     few = {**TINY, "net": "resnet8:width=4", "others": [], "checkpoints": [10], "controls": False}
-    notebook = run(source, tmp_path, **{**few, "steps": 24, "together": False})
-    names = [figure["name"] for figure in entries(notebook, "figure")]
-    assert "layers" in names and not {"cumulative", "directions"} & set(names)
-    heat = next(f for f in entries(notebook, "figure") if f["name"] == "heatmap")
-    assert heat["data"]["steps"] == [0, 10, 24]
+    notebook = run_here(source, **{**few, "steps": 24, "together": False})
+    drawn = figures(notebook)
+    assert "layers" in drawn and not {"cumulative", "directions"} & set(drawn)
+    assert drawn["heatmap"]["steps"] == [0, 10, 24]
     by_id = judged(notebook)
     assert "controls were left out" in by_id["B11"]["note"]
     for name in ("B04", "B05", "B06", "B10"):
@@ -173,32 +164,6 @@ def test_the_budget_counts_the_clients(store: Store) -> None:
     recording.record(ready, dry_run=True, say=said.append)
     assert "60 of 60 runs to train" in said[0] and said[0].endswith("federated 12 of 12")
     assert "8 of 8 runs to train" in said[1] and said[1].endswith("federated 4 of 4")
-
-
-@pytest.mark.parametrize(
-    ("parameters", "words"),
-    [
-        ({"datset": "mnist"}, ["datset", "Did you mean 'dataset'"]),
-        ({"inits": 1.5}, ["inits", "1.5"]),
-        ({"window": 50}, ["window", "50"]),
-        ({"batch": 5000}, ["batch", "5000", "1437"]),
-        ({"dataset": "cifar100"}, ["cifar100", "companion data get cifar100"]),
-    ],
-)
-def test_bad_parameters_end_before_anything_trains(
-    source: Path,
-    tmp_path: Path,
-    store: Store,
-    monkeypatch: pytest.MonkeyPatch,
-    parameters: dict[str, Any],
-    words: list[str],
-) -> None:
-    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "no-data"))
-    with pytest.raises(papermill.PapermillExecutionError) as caught:
-        run(source, tmp_path, **{**TINY, **parameters})
-    for word in words:
-        assert word in caught.value.evalue
-    assert list(store.entries()) == []
 
 
 # The residual network of the chapter.

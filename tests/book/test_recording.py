@@ -17,13 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 import toybook
-from typer.testing import CliRunner
+from commands import run
 
 from companion import training
 from companion.book import chapter, prose, recording
 from companion.book.chapter import cells
 from companion.book.layout import Book, BookError
-from companion.cli import app
 from companion.connectivity.gates import Gate
 from companion.core import archive, closing, deadline
 from companion.core.errors import (
@@ -173,10 +172,6 @@ def content(path: Path) -> dict:
 
 def stable(path: Path) -> dict:
     return {k: v for k, v in content(path).items() if k not in UNSTABLE}
-
-
-def cli(*words: object):
-    return CliRunner().invoke(app, [str(w) for w in words])
 
 
 @pytest.fixture(autouse=True)
@@ -329,8 +324,7 @@ def as_if_cuda(monkeypatch):
 def test_the_engine_reaches_every_training(root, store, monkeypatch, as_if_cuda):
     """Trunks, copies and the null control, and no cell of the chapter says a word about it."""
     monkeypatch.chdir(root)
-    done = cli("record", "01_toy", "--profile", "other", "--engine", "graphs")
-    assert done.exit_code == 0, done.output
+    run("record", "01_toy", "--profile", "other", "--engine", "graphs")
     runs = [e for e in store.entries() if e.identity["kind"] == "run"]
     trained = [e.read_json("made-by.json") for e in runs if "made-by.json" in e.files()]
     assert len(runs) == 10 and {t["engine"] for t in trained} == {"graphs"} and len(trained) == 10
@@ -367,15 +361,13 @@ def test_the_limit_stops_training_in_other_processes(store):
 def test_the_command_stops_with_75_and_goes_on(root, monkeypatch):
     monkeypatch.chdir(root)
     words = ["record", "01_toy", "--profile", "other", "-p", "ks=[0]"]
-    stopped = cli(*words, "--time-limit", "0.001")
-    assert stopped.exit_code == 75, stopped.output
+    stopped = run(*words, "--time-limit", "0.001", code=75)
     assert "To continue: companion " in stopped.stdout and "estimate" not in stopped.stdout
     assert not (root / "data").exists()
-    done = cli(*words)
-    assert done.exit_code == 0 and "estimate" in done.stdout, done.output
+    assert "estimate" in run(*words).stdout
     (path,) = (root / "data/recorded/01_toy").iterdir()
     assert path.name == "other-ks-0.json" and content(path)["pieces"] == 2
-    assert "75" in cli("record", "--help").stdout
+    assert "75" in run("record", "--help").stdout
 
 
 def test_measured_pairs_need_no_networks(root, tmp_path, monkeypatch):
@@ -482,8 +474,7 @@ def test_a_stopped_recording_is_closed_on_another_machine(root, far, monkeypatch
     """The numbers and the machine of the GPU, on one that has none; nothing is computed."""
     monkeypatch.chdir(root)
     before = [e.key for e in far.entries()]
-    done = cli("record", "01_toy", "--profile", "other", "--close", "--time-limit", "1")
-    assert done.exit_code == 0, done.output
+    done = run("record", "01_toy", "--profile", "other", "--close", "--time-limit", "1")
     assert "closed; missing: nothing" in done.output and "to train" not in done.output
     found = content(root / "data/recorded/01_toy/other.json")
     assert found["closed"] is True and found["missing"] == {}
@@ -537,10 +528,8 @@ def test_closing_under_the_parameters_that_are_whole(root, far):
 
 def test_what_cannot_be_closed(root, far, store, monkeypatch):
     monkeypatch.chdir(root)
-    assert (
-        "leave --dry-run out"
-        in cli("record", "01_toy", "--profile", "other", "--close", "--dry-run").output
-    )
+    words = ("record", "01_toy", "--profile", "other", "--close", "--dry-run")
+    assert "leave --dry-run out" in run(*words, code=2).output
     for entry in list(far.entries()):
         if entry.identity["kind"] == "pair":
             entry.discard()
@@ -698,14 +687,14 @@ def test_an_archive_comes_back_and_what_is_here_stays(filled, tmp_path):
 
 def test_the_commands_move_a_part(filled, tmp_path, monkeypatch):
     path = tmp_path / "a.tar"
-    done = cli("runs", "export", path, "--kind", "pair")
-    assert done.exit_code == 0 and done.stdout.startswith("1 entries, 1 files"), done.output
-    assert cli("runs", "export", path).exit_code == 2  # never over an older one
+    done = run("runs", "export", path, "--kind", "pair")
+    assert done.stdout.startswith("1 entries, 1 files")
+    run("runs", "export", path, code=2)  # never over an older one
     monkeypatch.setenv("COMPANION_RUNS", str(tmp_path / "o"))
-    assert "1 entries: 1 files" in cli("runs", "import", path).stdout
-    assert cli("runs", "import", tmp_path / "gone.tar").exit_code == 2
-    assert cli("runs", "export", tmp_path / "b.tar", "--kind", "pear").exit_code == 2
-    assert cli("runs", "export", tmp_path / "no" / "b.tar").exit_code == 2
+    assert "1 entries: 1 files" in run("runs", "import", path).stdout
+    run("runs", "import", tmp_path / "gone.tar", code=2)
+    run("runs", "export", tmp_path / "b.tar", "--kind", "pear", code=2)
+    run("runs", "export", tmp_path / "no" / "b.tar", code=2)
 
 
 def rewritten(source: Path, target: Path, change) -> Path:
@@ -889,8 +878,7 @@ def test_the_real_profiles_fit_their_chapters():
 )
 def test_typing_errors_cost_nothing(root, monkeypatch, store, words, message):
     monkeypatch.chdir(root)
-    done = cli("record", *words)
-    assert done.exit_code == 2 and message in done.output, done.output
+    assert message in run("record", *words, code=2).output
     assert not list(store.entries()) and not (root / "data").exists()
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import BATCHNORM, NET, run, spoilt
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from companion import __version__, data, models, training
-from companion.cli import app
 from companion.cli import instability as instability_command
 from companion.cli.console import size
 from companion.cli.instability import numbers
@@ -32,46 +31,7 @@ from companion.experiments import pairs
 from companion.experiments.instability import NOISE, analyse
 from companion.experiments.measurement import EVALUATION
 from companion.experiments.pairs import Evaluation
-from companion.training import Recipe, Run, State, advance, build
-
-NET = "mlp:widths=16x2"
-BATCHNORM = "mlp:norm=batch,widths=16x2"
-
-
-def run(*words: str | Path, code: int = 0, **options):
-    """Invoke the command line and check its exit code; the rest of the message on failure."""
-    result = CliRunner().invoke(app, [str(w) for w in words], **options)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def trained(net: str, order: int, steps: int = 80) -> dict[str, torch.Tensor]:
-    """A small network on digits, trained without the store."""
-    digits = data.load("digits")
-    one = Run(Recipe(net=net, data="digits", steps=steps, batch=60), order=order)
-    start = State(0, snapshot(build(one, digits, torch.device("cpu"))))
-    return advance(one, start, steps, digits).theta
-
-
-@pytest.fixture(scope="session")
-def nets(tmp_path_factory) -> dict[str, Path]:
-    """Two MLPs and two with BatchNorm, as files: name -> path."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    out = {}
-    for name, net, order in (("a", NET, 1), ("b", NET, 2), ("bn_a", BATCHNORM, 1)):
-        out[name] = folder / f"{name}.safetensors"
-        save_file(trained(net, order), out[name])
-    out["bn_b"] = folder / "bn_b.safetensors"
-    save_file(trained(BATCHNORM, 2), out["bn_b"])
-    return out
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch) -> Store:
-    monkeypatch.setenv("COMPANION_RUNS", str(tmp_path / "runs"))
-    return Store()
+from companion.training import Recipe, Run
 
 
 @pytest.fixture
@@ -290,11 +250,7 @@ def broken(nets, tmp_path_factory) -> Path:
     (folder / "empty").write_bytes(b"")
     torch.save(theta, folder / "pickle")
     save_file({}, folder / "none")
-    save_file({**theta, "head.bias": theta["head.bias"] * float("nan")}, folder / "nan")
-    save_file({k: v for k, v in theta.items() if k != "head.bias"}, folder / "less")
-    save_file({**theta, "more": torch.zeros(1)}, folder / "more")
-    save_file({k: v.to(torch.int8) for k, v in theta.items()}, folder / "int8")
-    return folder
+    return spoilt(theta, folder)
 
 
 MLP = f"--model {NET} --data digits"
@@ -711,6 +667,7 @@ def test_help_imports_nothing_heavy():
     assert "instability" in done.stdout
 
 
+@pytest.mark.slow
 def test_no_command_imports_the_tools_of_the_book(nets, tmp_path):
     book = ["IPython", "ipykernel", "jupyter_book", "jupyter_core", "jupytext", "nbformat"]
     book += ["papermill", "sphinx", "docutils", "transformers", "companion.book"]

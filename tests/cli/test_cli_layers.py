@@ -3,52 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from typer.testing import CliRunner
+from commands import BATCHNORM, NET, run, trained
 
 from companion import data, models
-from companion.cli import app
 from companion.core import codec
-from companion.core.theta import snapshot
 from companion.layerwise import KINDS, Sweep, sweep
-from companion.training import Recipe, Run, State, advance, build
 
-NET = "mlp:widths=16x2"
-BATCHNORM = "mlp:norm=batch,widths=16x2"
 WORDS = ("--model", NET, "--data", "digits", "--train-examples", "200", "--test-examples", "100")
-
-
-def run(*words: str | Path, code: int = 0):
-    """Invoke the command line and check its exit code."""
-    result = CliRunner().invoke(app, [str(w) for w in words])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def trained(net: str, order: int) -> dict[str, torch.Tensor]:
-    digits = data.load("digits")
-    one = Run(Recipe(net=net, data="digits", steps=80, batch=60), order=order)
-    start = State(0, snapshot(build(one, digits, torch.device("cpu"))))
-    return advance(one, start, 80, digits).theta
-
-
-@pytest.fixture(scope="module")
-def nets(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    out = {}
-    for name, net, order in (
-        *(("a", NET, 1), ("b", NET, 2)),
-        *(("bn_a", BATCHNORM, 1), ("bn_b", BATCHNORM, 2)),
-    ):
-        out[name] = folder / f"{name}.safetensors"
-        save_file(trained(net, order), out[name])
-    return out
 
 
 def test_it_prints_and_writes_the_numbers_of_the_library(nets, tmp_path):

@@ -3,50 +3,35 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from commands import BATCHNORM, Nets, files, run, same, spoilt, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from companion import data, models, rebasin, training
-from companion.cli import app
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
-from companion.training import Recipe, Run, State, advance, build
+from companion.training import Recipe, Run, build
 
 NET = "mlp:widths=32x2"
-BATCHNORM = "mlp:norm=batch,widths=16x2"
 SHORT = ("--points", "3", "--train-examples", "200")
 
 
-def run(*words: object, code: int = 0):
-    """Invoke the command line and check its exit code."""
-    result = CliRunner().invoke(app, ["rebasin", *map(str, words)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def trained(net: str, seed: int) -> dict[str, torch.Tensor]:
-    digits = data.load("digits")
-    one = Run(Recipe(net=net, data="digits", steps=150, batch=60), init=seed, order=seed)
-    start = State(0, snapshot(build(one, digits, torch.device("cpu"))))
-    return advance(one, start, 150, digits).theta
+align = partial(run, "rebasin")
 
 
 @pytest.fixture(scope="module")
-def nets(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    out = {}
-    for name, net in (("", NET), ("bn_", BATCHNORM)):
-        for seed, end in enumerate("ab"):
-            out[name + end] = folder / f"{name}{end}.safetensors"
-            save_file(trained(net, seed), out[name + end])
-    return out
+def nets(tmp_path_factory) -> Nets:
+    found = {
+        prefix + end: trained(net, order=seed, init=seed, steps=150)
+        for prefix, net in (("", NET), ("bn_", BATCHNORM))
+        for seed, end in enumerate("ab")
+    }
+    return files(tmp_path_factory.mktemp("checkpoints"), found)
 
 
 def planted(net: str, theta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -57,16 +42,10 @@ def planted(net: str, theta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {k: v.contiguous() for k, v in moved.items()}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        v.dtype == b[k].dtype and torch.equal(v, b[k]) for k, v in a.items()
-    )
-
-
 def test_report_numbers_and_files(nets, tmp_path):
     files = {n: tmp_path / n for n in ("out.safetensors", "x.json", "x.svg", "m.safetensors")}
     out, numbers, plot, matching = files.values()
-    result = run(
+    result = align(
         *(nets["a"], nets["b"], "--model", NET, "--data", "digits", "--points", "5", "-o", out),
         *("--json", numbers, "--plot", plot, "--matching", matching),
     )
@@ -103,7 +82,7 @@ def test_report_numbers_and_files(nets, tmp_path):
 )
 def test_every_method_lowers_the_barrier(nets, tmp_path, method):
     out, numbers = tmp_path / "out.safetensors", tmp_path / "x.json"
-    result = run(
+    result = align(
         *(nets["a"], nets["b"], "--model", NET, "--data", "digits", "-o", out, "--json", numbers),
         *("--points", "5", "--method", *method),
     )
@@ -121,19 +100,19 @@ def test_a_planted_permutation_is_undone_and_said(nets, tmp_path):
     a = load_file(nets["bn_a"])
     save_file(planted(BATCHNORM, a), moved)
     words = ("--model", BATCHNORM, "--data", "digits", *SHORT)
-    result = run(nets["bn_a"], moved, *words, "-o", out)
+    result = align(nets["bn_a"], moved, *words, "-o", out)
     assert same(load_file(out), a)  # running statistics included
     assert "the aligned B is A, bit for bit" in result.stdout
     assert "after:  barrier train 0.00 points, test 0.00 points" in result.stdout
     again = tmp_path / "again.safetensors"
-    result = run(nets["bn_a"], out, *words, "-o", again)
+    result = align(nets["bn_a"], out, *words, "-o", again)
     assert "already aligned: no unit moves" in result.stdout
     assert same(load_file(again), a)
 
 
 def test_batchnorm_is_measured_in_all_modes(nets, tmp_path):
     out, numbers = tmp_path / "out.safetensors", tmp_path / "x.json"
-    result = run(
+    result = align(
         *(nets["bn_a"], nets["bn_b"], "--model", BATCHNORM, "--data", "digits", *SHORT),
         *("-o", out, "--json", numbers, "--bn", "reestimate"),
     )
@@ -155,25 +134,25 @@ def test_names_and_types_of_the_file_are_kept(nets, tmp_path, dtype):
     b = {f"module._orig_mod.{k}": v.to(dtype) for k, v in load_file(nets["b"]).items()}
     save_file(b, given)
     words = ("--model", NET, "--in-shape", "1,8,8", "--classes", "10")
-    result = run(nets["a"], given, *words, "-o", out)
+    result = align(nets["a"], given, *words, "-o", out)
     assert "the prefix 'module.'" in result.stderr
     aligned = load_file(out)
     assert aligned.keys() == b.keys() and {v.dtype for v in aligned.values()} == {dtype}
     for name, value in b.items():
         assert torch.equal(aligned[name].flatten().sort().values, value.flatten().sort().values)
-    assert run(nets["a"], out, *words, "-o", tmp_path / "again.safetensors").stdout.count(
+    assert align(nets["a"], out, *words, "-o", tmp_path / "again.safetensors").stdout.count(
         "already aligned"
     )
 
 
 def test_without_data(nets, tmp_path):
     out = tmp_path / "out.safetensors"
-    result = run(
+    result = align(
         *(nets["a"], nets["b"], "--model", NET, "--in-shape", "1,8,8", "--classes", "10", "-o", out)
     )
     assert "equal outputs: yes" in result.stdout and "barrier" not in result.stdout
     with_data = tmp_path / "with.safetensors"
-    run(nets["a"], nets["b"], "--model", NET, "--data", "digits", *SHORT, "-o", with_data)
+    align(nets["a"], nets["b"], "--model", NET, "--data", "digits", *SHORT, "-o", with_data)
     assert same(load_file(out), load_file(with_data))
 
 
@@ -183,7 +162,7 @@ def test_runs_of_the_store_say_what_they_are(store, tmp_path):
     digits = data.load("digits")
     a, b = (training.entry_of(r, digits, "cpu", store).key for r in runs)
     out = tmp_path / "out.safetensors"
-    result = run(f"run:{a[:8]}", f"run:{b}@60", "-o", out, "--max-error", "100", *SHORT)
+    result = align(f"run:{a[:8]}", f"run:{b}@60", "-o", out, "--max-error", "100", *SHORT)
     assert "mlp:widths=32x2 on digits" in result.stdout and "after:  barrier" in result.stdout
     assert load_file(out).keys() == build(runs[0], digits, torch.device("cpu")).state_dict().keys()
 
@@ -205,7 +184,7 @@ def test_runs_on_data_that_is_not_here_are_matched_without(nets, tmp_path, monke
 
     monkeypatch.setattr(checkpoints, "_file", known)
     ends = (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    result = run(*ends, "-o", tmp_path / "out.safetensors")
+    result = align(*ends, "-o", tmp_path / "out.safetensors")
     assert "no barrier is measured: MNIST is not in" in result.stderr
     assert "equal outputs: yes" in result.stdout
 
@@ -251,29 +230,23 @@ def test_factories_whose_units_cannot_move(tmp_path, monkeypatch):
     for end in "ab":
         theta = snapshot(models.build(name, (1, 2, 2), 3, Key("init", end)))
         save_file(theta, f"{end}.safetensors")
-    run("a.safetensors", "b.safetensors", *words, name)
+    align("a.safetensors", "b.safetensors", *words, name)
     Path("out.safetensors").unlink()
-    result = run("a.safetensors", "b.safetensors", *words, f"{name}?order=True", code=2)
+    result = align("a.safetensors", "b.safetensors", *words, f"{name}?order=True", code=2)
     assert "Error: model 'own.net_of_test_rebasin:make?order=True': no unit can" in result.stderr
     assert not Path("out.safetensors").exists()
 
     name = "own.net_of_test_rebasin:grouped"
     for end in "ab":
         save_file(snapshot(models.build(name, (1, 2, 2), 3, Key(end))), f"{end}.safetensors")
-    result = run("a.safetensors", "b.safetensors", *words, name)
+    result = align("a.safetensors", "b.safetensors", *words, name)
     assert "held in place: 0.weight[0]" in result.stdout and "and 2 more: grouped" in result.stdout
 
 
 @pytest.fixture(scope="module")
 def broken(nets, tmp_path_factory) -> Path:
     """A folder of checkpoints that are none of :data:`NET`."""
-    folder = tmp_path_factory.mktemp("broken")
-    theta = load_file(nets["a"])
-    save_file({**theta, "head.bias": theta["head.bias"] * float("nan")}, folder / "nan")
-    save_file({k: v for k, v in theta.items() if k != "head.bias"}, folder / "less")
-    save_file({**theta, "more": torch.zeros(1)}, folder / "more")
-    save_file({k: v.to(torch.int8) for k, v in theta.items()}, folder / "int8")
-    return folder
+    return spoilt(load_file(nets["a"]), tmp_path_factory.mktemp("broken"))
 
 
 SHAPE = "--in-shape 1,8,8 --classes 10"
@@ -325,7 +298,7 @@ def test_bad_input(case, nets, broken, tmp_path):
     out = tmp_path / "out.safetensors"
     before = {name: path.read_bytes() for name, path in nets.items()}
     paths = {"a": nets["a"], "b": nets["b"], "bn": nets["bn_b"], "x": broken, "o": out}
-    result = run(*(w.format(**paths) for w in words.split()), code=2)
+    result = align(*(w.format(**paths) for w in words.split()), code=2)
     assert result.stderr.startswith("Error: ") and "Traceback" not in result.stderr
     for text in expected:
         assert text in result.stderr
@@ -348,7 +321,7 @@ def test_merging_two_checkpoints_with_one_command(nets, tmp_path, repair):
     net = BATCHNORM if prefix else NET
     a, b = nets[prefix + "a"], nets[prefix + "b"]
     merged, numbers = tmp_path / "merged.safetensors", tmp_path / "x.json"
-    run(
+    align(
         *(a, b, "--model", net, "--data", "digits", "-o", tmp_path / "out.safetensors", *SHORT),
         *("--merge", merged, "--repair", repair, "--json", numbers),
     )
@@ -363,7 +336,7 @@ def test_merging_two_checkpoints_with_one_command(nets, tmp_path, repair):
 
 def test_alpha_0_is_a(nets, tmp_path):
     merged = tmp_path / "merged.safetensors"
-    run(
+    align(
         *(nets["a"], nets["b"], "--model", NET, "--data", "digits", *SHORT),
         *("-o", tmp_path / "out.safetensors", "--merge", merged, "--alpha", 0),
     )
@@ -381,7 +354,7 @@ def test_alpha_0_is_a(nets, tmp_path):
 )
 def test_merging_with_bad_options(nets, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    result = run(
+    result = align(
         *(nets["a"], nets["b"], "--model", NET, "--data", "digits", *SHORT),
         *("-o", "out.safetensors", *words),
         code=2,

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import said
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 from companion import data, models
-from companion.cli import app
 from companion.cli.checkpoints import fit, read_checkpoint
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
@@ -29,14 +28,6 @@ NET = "gpt:heads=2,layers=1,width=8"
 FOLDED = "gpt:bias=false,heads=2,layers=1,tied=false,width=8"
 SHORT = ("--points", "3", "--train-examples", "40", "--test-examples", "40", "--max-error", "100")
 Theta = dict[str, Tensor]
-
-
-def said(*words: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [*map(str, words)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")

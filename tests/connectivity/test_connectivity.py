@@ -116,7 +116,7 @@ def exact_loss(alpha: float) -> float:
 
 
 def toy(n: int = 7, **options: Any) -> Walker:
-    split = Split(torch.zeros(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))  # type: ignore[arg-type]
+    split = Split(torch.zeros(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))
     return Walker(Point(A), {"test": split}, score=quadratic, **options)
 
 
@@ -637,7 +637,7 @@ def test_options_that_do_not_exist_are_refused() -> None:
         segment(module, a, b, SPLITS, groups=["layer3"])
     with pytest.raises(BadParameter, match=r"points: 10"):
         barrier(module, a, b, SPLITS, points=10)
-    for empty in ({}, {"test": Split(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))}):  # type: ignore[arg-type]
+    for empty in ({}, {"test": Split(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))}):
         with pytest.raises(BadParameter, match="no data to evaluate on"):
             Walker(module, empty)
     with pytest.raises(BadParameter, match=r"all three modes.*needs bn_data=, or a split"):

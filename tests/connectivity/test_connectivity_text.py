@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import said
 from reread import reread
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 from companion import data, models
-from companion.cli import app
 from companion.connectivity import Barrier, Walker, barrier, classification, gates, segment
 from companion.connectivity.batches import default_batch
 from companion.core import codec
@@ -318,12 +317,6 @@ def test_middle_of_the_path_is_the_mean_network() -> None:
 
 
 # ---- the command line
-
-
-def said(*words: str | Path, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(w) for w in words])
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_self_gap_is_measured_on_a_real_mixture(monkeypatch: pytest.MonkeyPatch)
 
 def orders(key_of: object, n: int = 60) -> dict[str, Tensor]:
     return {
-        f"seed {seed} epoch {epoch}": key_of(seed, epoch, n)  # type: ignore[operator]
+        f"seed {seed} epoch {epoch}": key_of(seed, epoch, n)  # type: ignore[operator]  # one of several functions
         for seed, epoch in itertools.product(range(4), range(5))
     }
 

@@ -215,7 +215,7 @@ def outcome(in_processes: Any) -> dict[str, Any]:
     answers, _ = in_processes(
         "killed_writes", "many_writers", "reader_and_writer", "file_size_limit", "no_rights"
     )
-    return answers  # type: ignore[no-any-return]
+    return answers
 
 
 def test_kill_9_in_the_middle_of_writes(outcome: dict[str, Any]) -> None:

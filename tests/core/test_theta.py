@@ -226,7 +226,7 @@ def test_check_accepts_what_fits() -> None:
     ],
     ids=["missing", "extra", "shape", "NaN", "infinite buffer"],
 )
-def test_check_says_which_entry_is_wrong(change, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_check_says_which_entry_is_wrong(change, message: str) -> None:
     net = Tied()
     theta = snapshot(net)
     change(theta)

@@ -15,12 +15,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from companion import data
-from companion.cli import app
 from companion.core.errors import BadParameter, CorruptData, MissingData
 from companion.core.runs import Store
 from companion.data import Split, corpus, registry, text, tokens
@@ -300,6 +299,7 @@ def test_no_paragraph_of_pydocs_test_text_is_in_its_training_text():
     assert text.tokenizer("pydoc").decode(data.load("pydoc").train.stream) == train
 
 
+@pytest.mark.slow
 def test_pydoc_is_the_same_in_another_process_and_on_one_core(tmp_path):
     code = "from companion import data; d = data.load('pydoc'); "
     code += "from companion.data.text import windows_digest as w; print(d.fingerprint, w(d.test))"
@@ -493,9 +493,8 @@ def test_what_is_missing_of_a_text_is_reported_too(root, tmp_path):
     }.items():
         report = data.check_dataset(name)
         assert not report.present and report.missing and said in report.notes[0]
-        result = CliRunner().invoke(app, ["data", "check", name])
-        assert result.exit_code == 1 and said in " ".join(result.output.split())
-        assert "not in None" not in result.output
+        told = run("data", "check", name, code=1).output
+        assert said in " ".join(told.split()) and "not in None" not in told
 
 
 def test_one_form_is_never_taken_for_the_other(root, published):
@@ -520,8 +519,8 @@ def test_what_is_missing_is_reported(root):
     assert not report.present and report.missing == ("train text", "valid text")
     assert report.where == root / "wikitext-103-raw" and report.label == "WikiText-103 (raw)"
     assert "wikitext-103-raw-v1" in report.notes[0]
-    result = CliRunner().invoke(app, ["data", "check", "wikitext2"])
-    assert result.exit_code == 1 and "train text, valid text missing" in result.output
+    told = run("data", "check", "wikitext2", code=1).output
+    assert "train text, valid text missing" in told
     assert not root.exists()
 
 
@@ -701,7 +700,7 @@ def fake_datasets(monkeypatch, answer) -> list[tuple[str, str]]:
         return {s.replace("valid", "validation"): Rows(body) for s, body in answer.items()}
 
     module = ModuleType("datasets")
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]  # a made-up module
     monkeypatch.setitem(sys.modules, "datasets", module)
     return calls
 
@@ -739,13 +738,12 @@ def test_get_without_library_or_network(root, monkeypatch):
 
 
 def test_the_command_line_shows_tokens():
-    result = CliRunner().invoke(app, ["data", "check", "pydoc?window=32"])
-    assert result.exit_code == 0, result.output
+    shown = run("data", "check", "pydoc?window=32").output
     for part in ("windows of 32 tokens", "bytes per token", "512 tokens in its", "fingerprint"):
-        assert part in result.output
-    assert "images" not in result.output
-    result = CliRunner().invoke(app, ["data", "list"])
-    assert "wikitext103" in result.output and "text:PATH" in result.output
+        assert part in shown
+    assert "images" not in shown
+    listed = run("data", "list").output
+    assert "wikitext103" in listed and "text:PATH" in listed
 
 
 # --- real text

@@ -314,7 +314,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_trains(
     store: Store, make: object, words: str
 ) -> None:
     with pytest.raises(BadParameter, match=words):
-        make()  # type: ignore[operator]
+        make()  # type: ignore[operator]  # any callable
     assert list(store.entries()) == []
 
 

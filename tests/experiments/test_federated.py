@@ -144,7 +144,7 @@ def test_the_groups_of_the_chapter() -> None:
 )
 def test_bad_federations_are_refused(change: dict[str, object], words: str) -> None:
     with pytest.raises(BadParameter, match=words):
-        replace(SMALL, **change)  # type: ignore[arg-type]
+        replace(SMALL, **change)  # type: ignore[arg-type]  # a field by name
 
 
 def test_splits_that_cannot_be_made_are_refused() -> None:

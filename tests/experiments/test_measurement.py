@@ -9,10 +9,9 @@ from typing import Any
 
 import on_gpu
 import pytest
+from commands import run
 from everykind import ASKED, COPIES, FEDERATION, FEW, STRANGERS, A, B
-from typer.testing import CliRunner
 
-from companion.cli import app
 from companion.cli.runs import describe_entry, is_current
 from companion.core import closing
 from companion.core.errors import NotMeasured
@@ -108,9 +107,9 @@ def test_what_older_code_measured_is_stale(kind: str, store: Store) -> None:
         changes.append({"evaluation": identity["evaluation"] | {"semantics": 0}})
     old = {write(store, kind, **change).key for change in changes}
     assert old and is_current(store)(current.identity)
-    done = CliRunner().invoke(app, ["runs", "gc", "--dry-run"])
-    assert f"{len(old)} to remove" in done.stdout
-    assert all(key in done.stdout for key in old) and current.key not in done.stdout
+    told = run("runs", "gc", "--dry-run").stdout
+    assert f"{len(old)} to remove" in told
+    assert all(key in told for key in old) and current.key not in told
 
 
 @every_kind

@@ -167,7 +167,7 @@ def test_commutativity_is_what_four_products_give(name: str) -> None:
 def test_networks_built_for_the_theorem_meet_both_conditions() -> None:
     """And broken ones are as far off as plain algebra on their features says."""
     for kw in ({}, {"additive": False}, {"commuting": False}):
-        built = exact((20, 48, 32, 5), samples=70, **kw)  # type: ignore[arg-type]
+        built = exact((20, 48, 32, 5), samples=70, **kw)  # type: ignore[arg-type]  # options by name
         split = Examples(built.x, torch.zeros(len(built.x), dtype=torch.int64))
         one = weak_additivity(built.module, built.a, built.b, split, alphas=ALPHAS, batch=32)
         two = commutativity(built.module, built.a, built.b, split, batch=32)

@@ -63,7 +63,7 @@ def test_any_widths_and_any_data(
 
 
 def _run(built: Built, theta: object) -> torch.Tensor:
-    return torch.func.functional_call(built.module, dict(theta), (built.x,))  # type: ignore[call-overload, no-any-return]
+    return torch.func.functional_call(built.module, dict(theta), (built.x,))  # type: ignore[call-overload]  # theta is typed as an object
 
 
 def test_the_instrument_finds_llfc_exact_too() -> None:
@@ -139,7 +139,7 @@ def test_the_check_agrees_with_the_theorem_on_how_much_is_missing() -> None:
 
 
 def _hidden(theta: object) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in dict(theta).items() if not k.startswith("head")}  # type: ignore[call-overload]
+    return {k: v for k, v in dict(theta).items() if not k.startswith("head")}  # type: ignore[call-overload]  # theta is typed as an object
 
 
 def test_json_and_messages() -> None:
@@ -148,7 +148,7 @@ def test_json_and_messages() -> None:
     assert reread(found) == found
     for widths in ((3, 2), (3, 1, 2), (0, 4, 2), (3, 4.0, 2)):
         with pytest.raises(BadParameter, match="widths"):
-            exact(widths)  # type: ignore[arg-type]
+            exact(widths)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(BadParameter, match=r"moving: 1\.0"):
         exact(WIDTHS, moving=1.0)
     with pytest.raises(BadParameter, match=r"are \(N, 20\)"):

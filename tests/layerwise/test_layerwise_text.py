@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import said
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 from companion import models
-from companion.cli import app
 from companion.connectivity import segment
 from companion.core.seeds import Key
 from companion.core.theta import layout, snapshot
@@ -107,7 +106,7 @@ def test_blocks_and_parts_of_other_networks() -> None:
 
 
 def test_the_command_line_takes_them() -> None:
-    assert "block" in CliRunner().invoke(app, ["layers", "--help"]).output
+    assert "block" in said("layers", "--help")
 
 
 # ---- the tied embedding

@@ -90,7 +90,7 @@ def test_logits_are_those_of_transformers(
         mine = net(tokens())
         assert mine.shape == (3, L, K)
         torch.testing.assert_close(mine, other(tokens()).logits, rtol=1e-5, atol=1e-5)
-        net.config._attn_implementation = "eager"  # type: ignore[union-attr]
+        net.config._attn_implementation = "eager"  # type: ignore[union-attr]  # of transformers
         torch.testing.assert_close(net(tokens()), mine, rtol=1e-5, atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_number_of_parameters(
 
 def test_the_papers_network_has_123_8_million_parameters() -> None:
     with torch.device("meta"):
-        net = gpt((256,), 50304, **PAPER)  # type: ignore[arg-type]
+        net = gpt((256,), 50304, **PAPER)  # type: ignore[arg-type]  # options by name
     assert parameter_count(net) == 50304 * 768 + 256 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768
     assert round(parameter_count(net) / 1e6, 1) == 123.8
     assert not any(name.endswith("bias") for name, _ in net.named_parameters())

@@ -162,7 +162,7 @@ def test_it_is_not_reproduced(design: paper.Study, id: str, otherwise: dict[str,
 
 
 def test_every_claim_that_is_judged_has_both_tests() -> None:
-    marks = test_it_is_not_reproduced.pytestmark  # type: ignore[attr-defined]
+    marks = test_it_is_not_reproduced.pytestmark
     assert {id for id, _ in marks[0].args[1]} == set(paper.CLAIMS) - {*SHOWN}
 
 

@@ -294,7 +294,7 @@ P = Z.softmax(1)
         (lambda: temperature(Z / 0, Y), "logits: they hold NaN"),
         (lambda: ece(Z + 2, Y), "sum to 1"),
         (lambda: ece(P, Y, 0), "bins: 0"),
-        (lambda: reliability(P, Y, 1.5), "bins: 1.5"),  # type: ignore[arg-type]
+        (lambda: reliability(P, Y, 1.5), "bins: 1.5"),  # type: ignore[arg-type]  # wrong on purpose
         (lambda: prior_shift(Z, torch.ones(2), torch.ones(3)), r"train_prior: \(3,\)"),
         (lambda: prior_shift(Z, torch.ones(3), torch.zeros(3)), "test_prior.*above 0"),
         (lambda: ensemble_logprobs([]), "a list of logits"),

@@ -482,7 +482,7 @@ def test_nothing_is_changed() -> None:
     module = conv(nn.BatchNorm2d).train()
     a, b = theta(module, 1), theta(module, 2)
     before, inputs = [copy.deepcopy(v) for v in (snapshot(module), a, b)], X.clone()
-    momentum = module[1].momentum  # type: ignore[index]
+    momentum = module[1].momentum  # type: ignore[index]  # Sequential indexed
     for form in ("forward", "closed"):
         assert isinstance(repair(module, a, b, X, form=form), Repaired)
 
@@ -490,7 +490,7 @@ def test_nothing_is_changed() -> None:
     for was, now in zip(before, (module.state_dict(), a, b), strict=True):
         assert all(torch.equal(v, now[n]) for n, v in was.items())
     assert torch.equal(inputs, X)
-    assert module.training and module[1].momentum == momentum  # type: ignore[index]
+    assert module.training and module[1].momentum == momentum  # type: ignore[index]  # Sequential indexed
     assert not any(m._forward_hooks for m in module.modules())
     assert all(p.requires_grad for p in module.parameters())
 

@@ -313,7 +313,7 @@ def test_one_legend_stands_for_those_of_all_panels():
 
 def barrier(words, *errors):
     class Fake(SimpleNamespace):
-        __str__ = lambda _: words  # noqa: E731
+        __str__ = lambda _: words  # noqa: E731 - a method of one word
 
     return Fake(curve=curve(*errors))
 

@@ -132,7 +132,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 # vmap has no rule of its own for one operation in ChannelLayerNorm's gradient, and says it is slow.
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] * ("compile" in CASES[c][1])) for c in CASES],
+)
 def test_engines_agree_with_the_loop_in_float64(case: str) -> None:
     changes, engines = CASES[case]
     what = recipe(**changes)
@@ -216,6 +219,7 @@ def test_checkpoints_and_resume_points(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gap(state, alone) < 1e-5
 
 
+@pytest.mark.slow
 def test_loss_curves_and_errors_agree_within_noise() -> None:
     """float32, a real schedule: the engines' mean curves differ by less than the runs do."""
     what = recipe(

@@ -316,7 +316,7 @@ def test_everything_that_changes_the_bits_changes_the_identity() -> None:
         Run(recipe(augment="crop1"), order=1),
         Run(recipe(augment="crop1"), augment=1),
         *(
-            Run(recipe(augment="crop1"), fork=Fork(parent, k, o, s))  # type: ignore[arg-type]
+            Run(recipe(augment="crop1"), fork=Fork(parent, k, o, s))
             for k in (5, 6)
             for o in ("reset", "restore")
             for s in ("continue", "restart")
@@ -662,7 +662,7 @@ def test_a_restored_fork_with_the_same_noise_is_the_undisturbed_run(
 def test_a_reset_fork_starts_with_a_fresh_optimiser(store: Store) -> None:
     parent = Run(recipe(momentum=0.0))  # nothing to lose: reset and restore are the same
     found = [
-        load_weights(Run(recipe(momentum=0.0), fork=Fork(parent, 20, o)), store=store)  # type: ignore[arg-type]
+        load_weights(Run(recipe(momentum=0.0), fork=Fork(parent, 20, o)), store=store)
         for o in ("reset", "restore")
     ]
     assert same(*found) and same(found[0], load_weights(parent, store=store))
@@ -686,7 +686,7 @@ def test_schedule_continues_or_restarts(store: Store, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Recipe, "learning_rate", spy)
     for schedule, steps in (("continue", range(15, 40)), ("restart", range(40))):
         seen.clear()
-        run = Run(recipe(), order="other", fork=Fork(parent, 15, schedule=schedule))  # type: ignore[arg-type]
+        run = Run(recipe(), order="other", fork=Fork(parent, 15, schedule=schedule))  # type: ignore[arg-type]  # refused at run time
         state = load_state(run, 40, store=store)
         assert seen == list(steps)
         assert len(state.trace) == len(steps) and state.step == 40 == run.last_step
@@ -709,7 +709,7 @@ def test_a_fork_at_0_is_a_root_run(store: Store) -> None:
     parent = Run(recipe(), init=4, order="trunk")
     for optimizer in ("reset", "restore"):
         for schedule in ("continue", "restart"):
-            copy = Run(recipe(), init=0, order="own", fork=Fork(parent, 0, optimizer, schedule))  # type: ignore[arg-type]
+            copy = Run(recipe(), init=0, order="own", fork=Fork(parent, 0, optimizer, schedule))
             assert copy.fork is None and copy == Run(recipe(), init=4, order="own")
     deep = Run(recipe(), order="own", fork=Fork(parent, 5))
     assert deep.init == 4, "a copy has its parent's init"
@@ -724,14 +724,14 @@ def test_a_fork_at_0_is_a_root_run(store: Store) -> None:
         (lambda p: Run(recipe(), fork=Fork(p, 41)), "fork at k = 41: .*steps 0 to 40"),
         (lambda p: Run(recipe(), fork=Fork(p, -1)), "fork at k = -1: .*steps 0 to 40"),
         (lambda p: Run(recipe(), fork=Fork(p, 40)), "k = 40: no step is left of T = 40"),
-        (lambda p: Run(recipe(), fork=Fork(p, 2.0)), "k = 2.0: a whole number is needed"),  # type: ignore[arg-type]
+        (lambda p: Run(recipe(), fork=Fork(p, 2.0)), "k = 2.0: a whole number is needed"),  # type: ignore[arg-type]  # refused at run time
         (lambda p: Run(recipe(), fork=Fork(p, True)), "k = True: a whole number is needed"),
         (
             lambda p: Run(recipe(), fork=Fork(Run(recipe(), fork=Fork(p, 20)), 10)),
             "fork at k = 10: the run it leaves has steps 20 to 40",
         ),
-        (lambda p: Run(recipe(), fork=Fork(p, 5, "keep")), "fork optimizer.*reset, restore"),  # type: ignore[arg-type]
-        (lambda p: Run(recipe(), fork=Fork(p, 5, "reset", "again")), "fork schedule.*continue"),  # type: ignore[arg-type]
+        (lambda p: Run(recipe(), fork=Fork(p, 5, "keep")), "fork optimizer.*reset, restore"),  # type: ignore[arg-type]  # refused at run time
+        (lambda p: Run(recipe(), fork=Fork(p, 5, "reset", "again")), "fork schedule.*continue"),  # type: ignore[arg-type]  # refused at run time
         (
             lambda p: Run(recipe(net="mlp:widths=8"), fork=Fork(p, 5)),
             "network 'mlp:widths=8' is not its parent's 'mlp:widths=16'",

@@ -144,7 +144,7 @@ def test_order_and_shift_are_two_sources(differ: str, monkeypatch: pytest.Monkey
     orders, shifts = [], []
     for label in (1, 2):
         seen.clear()
-        run = Run(recipe(), **{differ: label})  # type: ignore[arg-type]
+        run = Run(recipe(), **{differ: label})  # type: ignore[arg-type]  # fields by name
         advance(run, start(run), PER_EPOCH, TEXT)
         rows, by = (torch.cat(each) for each in zip(*seen, strict=True))
         orders.append(rows.tolist())
@@ -451,6 +451,7 @@ def test_engines_train_the_same_text(engine: str) -> None:
             assert same_state(mine, other)
 
 
+@pytest.mark.slow
 def test_every_architecture_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch gives up on code that it has compiled for eight networks; ours share a forward."""
     made = []
@@ -463,7 +464,7 @@ def test_every_architecture_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None
     for number in range(1, 11):
         one = Run(recipe(net=f"gpt:layers=1,width={2 * number},heads=1", steps=1))
         for _ in range(2):
-            advance(one, start(one), 1, TEXT, compiler=backend)  # type: ignore[arg-type]
+            advance(one, start(one), 1, TEXT, compiler=backend)  # type: ignore[arg-type]  # a stand-in for a compiler
         assert len(made) == number, "once for both runs"
 
 
@@ -585,7 +586,7 @@ def test_a_stored_fork_with_its_parents_noise_is_its_parent(written: str, store:
     text = data.load(written)
     straight = advance(trunk, start(trunk, text), 12, text)
     for kept, equal in (("restore", True), ("reset", False)):
-        twin = Run(one, order="trunk", augment="trunk", fork=Fork(trunk, 4, kept))  # type: ignore[arg-type]
+        twin = Run(one, order="trunk", augment="trunk", fork=Fork(trunk, 4, kept))  # type: ignore[arg-type]  # a plain str
         assert same(load_weights(twin, store=store), straight.theta) is equal
     begun = load_state(trunk, 4, store=store)
     assert same(advance(trunk, begun, 12, text).theta, straight.theta)

@@ -380,7 +380,7 @@ def _idx(name: str, label: str, cls: str, mean: float, std: float) -> Source:
 
 def _cifar(classes: int, folder: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Source:
     name, cls = f"cifar{classes}", f"CIFAR{classes}"
-    files = lambda root: files_below(folder, _cifar_md5(cls), root)  # noqa: E731
+    files = lambda root: files_below(folder, _cifar_md5(cls), root)  # noqa: E731 - one line, named
     read = partial(_read_cifar, cls, folder, mean, std)
     how = f"companion data get {name}"
     return Source(name, f"CIFAR-{classes}", classes, (3, 32, 32), folder, files, read, how, cls)

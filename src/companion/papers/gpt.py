@@ -434,7 +434,7 @@ def design(
     )
     changed = {"net": net, "steps": steps, "batch": batch, "lr": lr, "precision": precision}
     recipe = replace(recipe, warmup=min(recipe.warmup, (steps or recipe.steps) // 10))
-    recipe = replace(recipe, **{k: v for k, v in changed.items() if v is not None})  # type: ignore[arg-type]
+    recipe = replace(recipe, **{k: v for k, v in changed.items() if v is not None})  # type: ignore[arg-type]  # each value has its field's type
     last = recipe.steps
     for name, value, least in (
         ("inits", inits, 2),

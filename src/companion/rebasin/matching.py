@@ -127,7 +127,7 @@ class Matching(Found):
         try:
             with safe_open(str(path), "pt") as f:
                 meta = f.metadata() or {}
-                perms = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+                perms = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - f is no dict
         except FileNotFoundError:
             raise BadParameter(f"matching {path}: no such file.") from None
         except SafetensorError as e:

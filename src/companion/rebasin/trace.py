@@ -45,7 +45,7 @@ def taken_apart(attention: bool = False) -> Iterator[None]:
     try:
         if attention:
             # And recurrent layers, which oneDNN runs as one operation in float32.
-            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # typed as torch's property
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         else:

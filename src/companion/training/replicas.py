@@ -262,7 +262,7 @@ def advance_many(
                     *(run, state, stop, data),
                     module=module,
                     checkpoints=wanted,
-                    save=(lambda s, m=m: save(m, s)) if save else None,  # type: ignore[misc]
+                    save=(lambda s, m=m: save(m, s)) if save else None,  # type: ignore[misc]  # mypy infers no lambda with a default
                     tick=tick,
                     compiler=backend if engine == "loop-compile" else None,
                 ).cpu()

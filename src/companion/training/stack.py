@@ -46,7 +46,7 @@ class Place:
         part = flat.narrow(-1, self.start, math.prod(self.shape))
         if self.channels_last:
             out, channels, height, width = self.shape
-            return part.unflatten(-1, (out, height, width, channels)).movedim(-1, -3)  # type: ignore[no-any-return]
+            return part.unflatten(-1, (out, height, width, channels)).movedim(-1, -3)  # type: ignore[no-any-return]  # untyped in torch
         return part.view(*part.shape[:-1], *self.shape)
 
 
