@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,18 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from companion.core.seeds import Key
-
 Statistic = Callable[[NDArray[np.float64]], float]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its bootstrap interval.
+    """An estimate with its confidence interval.
 
     Arguments:
         value: the statistic of all values (same unit as they).
-        low, high: percentile interval at ``level``.
+        low, high: Student's t interval at ``level``; both the value where there is one cluster
+            only, which says nothing about others.
         n: number of values (pairs).
         clusters: number of independent groups (inits).
     """
@@ -47,38 +45,41 @@ def clustered(
     *,
     statistic: Statistic = _mean,
     level: float = 0.95,
+    of: int = 1,
 ) -> Interval:
-    """Cluster bootstrap: whole clusters are drawn with replacement, their values kept together.
+    """Student's t interval from a jackknife that leaves out one whole cluster at a time.
 
-    With six clusters or fewer every possible draw is enumerated (27 for three inits), so the
-    interval is exact and the same on every machine; with three clusters it spans from the lowest
-    to the highest cluster mean, which is as wide as three inits deserve.
+    For the mean of clusters of one size it is the t interval of the cluster means. With three
+    clusters it reaches 2.5 times their standard deviation to either side, and holds the true mean
+    of normal values in 95 of 100 cases; from the lowest to the highest of three it would be 75.
 
     Arguments:
         values: one number a pair.
         clusters: the init (any label) of each, same length.
-        statistic: of a 1-d array; default the mean.
+        statistic: of a 1-d array, smooth; default the mean.
+        of: how many such intervals are looked at together, of which any may decide: each is
+            wider then (Bonferroni), so that the level holds for all of them.
 
     Raises:
         ValueError: no values, or lengths that differ.
+
+    Source: Miller 1974, The jackknife (Biometrika 61).
     """
     if not values or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values in {len(clusters)} clusters")
-    groups: dict[Hashable, list[float]] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        groups.setdefault(cluster, []).append(float(value))
-    members = [np.asarray(g) for g in groups.values()]
-    count = len(members)
-    if count**count <= 50_000:
-        draws: Sequence[Sequence[int]] = list(itertools.product(range(count), repeat=count))
-    else:
-        flat = Key("bootstrap", count).integers(10_000 * count, count)
-        draws = flat.reshape(10_000, count).tolist()
-    samples = [statistic(np.concatenate([members[i] for i in draw])) for draw in draws]
-    tail = (1 - level) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail], method="inverted_cdf")
-    value = statistic(np.asarray([float(v) for v in values]))
-    return Interval(value, float(low), float(high), len(values), count, level)
+    every = np.asarray(values, dtype=np.float64)
+    names = list(dict.fromkeys(clusters))
+    value, count = statistic(every), len(names)
+    if count < 2:
+        return Interval(value, value, value, len(every), count, level)
+    from scipy.stats import t
+
+    place = np.asarray([names.index(c) for c in clusters])
+    without = np.asarray([statistic(every[place != i]) for i in range(count)])
+    spread = float(np.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2)))
+    reach = spread * float(t.ppf(1 - (1 - level) / (2 * of), count - 1))
+    reach = math.inf if math.isnan(reach) else reach  # without one cluster there is no value
+    return Interval(value, value - reach, value + reach, len(every), count, level)
 
 
 def over_pairs(values: Iterable[float]) -> Interval | None:
