@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 from scipy.stats import t as student
 
-from companion.core.stats import Interval, auc, clustered, spearman
+from companion.core.stats import Interval, auc, clustered, from_range, spearman
 
 numbers = st.floats(-1e3, 1e3)
 
@@ -49,14 +49,14 @@ def coverage(n: int, make: Callable[..., Interval], truth: float, times: int = 2
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10])
 def test_the_interval_holds_its_level(n: int) -> None:
-    """Two pairs an init that share its luck: 95 of 100 intervals hold the mean, for any number of
-    inits. The range of three would hold it in 75."""
+    """Two pairs an init that share its luck: 90 of 100 intervals hold the mean, for any number of
+    inits, and each end is passed in 5. The range of three would hold it in 75."""
 
     def one(rng: np.random.Generator, n: int) -> Interval:
         luck = rng.normal(5, 1, n).repeat(2) + rng.normal(0, 0.5, 2 * n)
         return clustered(luck.tolist(), np.arange(n).repeat(2).tolist())
 
-    assert coverage(n, one, 5.0) == pytest.approx(0.95, abs=0.015)
+    assert coverage(n, one, 5.0) == pytest.approx(0.9, abs=0.02)
 
 
 def test_a_ratio_of_means_holds_its_level_about() -> None:
@@ -70,7 +70,7 @@ def test_a_ratio_of_means_holds_its_level_about() -> None:
         return clustered(list(rows), rows, statistic=ratio)
 
     for n in (3, 6):
-        assert 0.92 <= coverage(n, one, 0.5) <= 0.98
+        assert 0.86 <= coverage(n, one, 0.5) <= 0.94
 
 
 def test_any_of_several_intervals_holds_the_level_together() -> None:
@@ -80,7 +80,7 @@ def test_any_of_several_intervals_holds_the_level_together() -> None:
         four = [clustered(rng.normal(0, 1, 3).tolist(), range(3), of=4) for _ in range(4)]
         return any(not one.low <= 0 <= one.high for one in four)
 
-    assert np.mean([hit() for _ in range(1000)]) <= 0.065
+    assert np.mean([hit() for _ in range(1000)]) <= 0.12
 
 
 def test_pairs_of_one_init_are_not_independent() -> None:
@@ -104,13 +104,21 @@ def test_one_cluster_has_no_spread() -> None:
     assert found == Interval(2.0, 2.0, 2.0, 2, 1)
 
 
+@pytest.mark.parametrize("means", [[1.0, 4.0], [1.0, 2.0, 6.0], [3.0], [-1.0, -1.0, -1.0]])
+def test_an_interval_follows_from_mean_and_range(means: list[float]) -> None:
+    asked = clustered(means, range(len(means)))
+    found = from_range(float(np.mean(means)), min(means), max(means), len(means))
+    assert (found.n, found.clusters) == (asked.n, asked.clusters)
+    assert (found.low, found.high) == pytest.approx((asked.low, asked.high))
+
+
 def test_a_statistic_that_one_cluster_carries_alone_has_no_bounds() -> None:
     def first_known(values: np.ndarray) -> float:
         return float(values[0]) if len(values) > 2 else math.nan
 
     found = clustered([1.0, 2.0, 3.0], range(3), statistic=first_known)
     assert (found.value, found.low, found.high) == (1.0, -math.inf, math.inf)
-    assert str(clustered([1.0, 2.0, 3.0], range(3))) == "2.00 [-0.48, 4.48]"
+    assert str(clustered([1.0, 2.0, 3.0], range(3))) == "2.00 [0.31, 3.69]"
 
 
 def test_clustered_refuses_what_makes_no_sense() -> None:

@@ -266,6 +266,14 @@ def test_one_independent_sample_decides_nothing(judged):
     assert judged({"op": "<", "value": 2}, one, note="why").note == "why"
 
 
+def test_a_verdict_of_another_time_is_judged_by_the_rule_of_today(judged):
+    found = judged({"op": "<", "value": 2}, Interval(1.0, 0.5, 1.5, 3, 3))
+    assert claims.again(found) == found
+    now = claims.again(replace(found, verdict="not reproduced", interval=(0.5, 2.5)))
+    assert (now.verdict, now.clusters) == ("undetermined", 3)
+    assert claims.again(replace(found, clusters=1)).verdict == claims.NOT_TESTABLE
+
+
 def test_show_refuses_an_empty_scale_and_a_claim_twice(judged):
     found = judged({"op": "<", "value": 2}, 1.0)
     with pytest.raises(BadParameter, match="scale"):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
@@ -241,15 +241,17 @@ def again(verdict: Verdict, dataset: str = "") -> Verdict:
     """
     claim = registry()[verdict.claim.id]
     other = bool(dataset) and not claim.takes(dataset)
-    return judge(
+    single = verdict.clusters == 1 and claim.test["op"] != "report"
+    found = judge(
         verdict.claim.id,
         verdict.value,
         n=verdict.n,
         interval=verdict.interval,
         detail=verdict.detail,
         note=claim.about if other else verdict.note,
-        testable=verdict.verdict != NOT_TESTABLE and not other,
+        testable=verdict.verdict != NOT_TESTABLE and not other and not single,
     )
+    return replace(found, clusters=verdict.clusters)
 
 
 def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Recorded] = ()) -> None:
