@@ -236,6 +236,44 @@ def test_the_tally_counts_in_a_fixed_order(judged):
     assert claims.tally([no, yes, yes]) == "3 claims: 2 reproduced, 1 not reproduced."
 
 
+def test_the_headline_counts_kinds_apart_and_says_what_rests_on_few(judged, monkeypatch):
+    known = {kind: replace(claims.registry()["C01"], kind=kind) for kind in claims_file.KINDS}
+    three = Interval(1.0, 0.5, 1.5, 9, 3)
+    found = [
+        claims.Verdict(known["empirical"], "reproduced", 1.0, n=9, clusters=three.clusters),
+        claims.Verdict(known["empirical"], "not reproduced", 1.0, n=9, clusters=9),
+        claims.Verdict(known["empirical"], "undetermined", 1.0, n=9, clusters=2),
+        claims.Verdict(known["theorem"], "reproduced", 1.0),
+        claims.Verdict(known["ours"], "reported", 1.0),
+    ]
+    assert claims.headline(found) == (
+        "**Claims that the papers draw from experiments (3): 1 reproduced, 1 not reproduced, "
+        "1 undetermined.** Theorems, constructions and counts (1): 1 reproduced. "
+        "Questions and controls of our own (1): 1 reported. 1 of the 3 verdicts that are decided "
+        "rest on three independent samples or fewer; their intervals are as wide as that makes "
+        "them."
+    )
+    assert claims.headline([]) == ""
+
+
+def test_one_independent_sample_decides_nothing(judged):
+    one, two = Interval(1.0, 1.0, 1.0, 5, 1), Interval(1.0, 0.9, 1.1, 5, 2)
+    found = judged({"op": "<", "value": 2}, one)
+    assert (found.verdict, found.note) == (claims.NOT_TESTABLE, "one sample has no interval")
+    assert judged({"op": "<", "value": 2}, two).verdict == "reproduced"
+    assert judged({"op": "<", "value": 2}, two).clusters == 2
+    assert judged({"op": "report"}, one).verdict == "reported"
+    assert judged({"op": "<", "value": 2}, one, note="why").note == "why"
+
+
+def test_a_verdict_of_another_time_is_judged_by_the_rule_of_today(judged):
+    found = judged({"op": "<", "value": 2}, Interval(1.0, 0.5, 1.5, 3, 3))
+    assert claims.again(found) == found
+    now = claims.again(replace(found, verdict="not reproduced", interval=(0.5, 2.5)))
+    assert (now.verdict, now.clusters) == ("undetermined", 3)
+    assert claims.again(replace(found, clusters=1)).verdict == claims.NOT_TESTABLE
+
+
 def test_show_refuses_an_empty_scale_and_a_claim_twice(judged):
     found = judged({"op": "<", "value": 2}, 1.0)
     with pytest.raises(BadParameter, match="scale"):

@@ -115,7 +115,7 @@ def _with_scoreboard(text: str, pages: list[Page], profile: str) -> str:
         verdicts, caption=f"Profile {profile}: {scale}", links=links, recorded=records
     )
     line = (
-        f"**{claims.tally(verdicts)}** All of it as data: "
+        f"{claims.headline(verdicts)} All of it as data: "
         '<a href="results.json" download>results.json</a>.'
     )
     if records:

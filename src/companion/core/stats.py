@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-
-from companion.core.seeds import Key
 
 Statistic = Callable[[NDArray[np.float64]], float]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its bootstrap interval.
+    """An estimate with its confidence interval.
 
     Arguments:
         value: the statistic of all values (same unit as they).
-        low, high: percentile interval at ``level``.
+        low, high: Student's t interval at ``level``; both the value where there is one cluster
+            only, which says nothing about others. At 90 % each end is a bound that the truth
+            passes in 5 of 100 cases, which is what a rule ("below 2 points") asks for.
         n: number of values (pairs).
         clusters: number of independent groups (inits).
     """
@@ -31,7 +30,7 @@ class Interval:
     high: float
     n: int
     clusters: int
-    level: float = 0.95
+    level: float = 0.9
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
@@ -46,39 +45,61 @@ def clustered(
     clusters: Sequence[Hashable],
     *,
     statistic: Statistic = _mean,
-    level: float = 0.95,
+    level: float = 0.9,
+    of: int = 1,
 ) -> Interval:
-    """Cluster bootstrap: whole clusters are drawn with replacement, their values kept together.
+    """Student's t interval from a jackknife that leaves out one whole cluster at a time.
 
-    With six clusters or fewer every possible draw is enumerated (27 for three inits), so the
-    interval is exact and the same on every machine; with three clusters it spans from the lowest
-    to the highest cluster mean, which is as wide as three inits deserve.
+    For the mean of clusters of one size it is the t interval of the cluster means. With three
+    clusters it reaches 1.7 times their standard deviation to either side, and holds the true mean
+    of normal values in 90 of 100 cases; from the lowest to the highest of three it would be 75.
 
     Arguments:
         values: one number a pair.
         clusters: the init (any label) of each, same length.
-        statistic: of a 1-d array; default the mean.
+        statistic: of a 1-d array, smooth; default the mean.
+        of: how many such intervals are looked at together, of which any may decide: each is
+            wider then (Bonferroni), so that the level holds for all of them.
 
     Raises:
         ValueError: no values, or lengths that differ.
+
+    Source: Miller 1974, The jackknife (Biometrika 61).
     """
     if not values or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values in {len(clusters)} clusters")
-    groups: dict[Hashable, list[float]] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        groups.setdefault(cluster, []).append(float(value))
-    members = [np.asarray(g) for g in groups.values()]
-    count = len(members)
-    if count**count <= 50_000:
-        draws: Sequence[Sequence[int]] = list(itertools.product(range(count), repeat=count))
+    every = np.asarray(values, dtype=np.float64)
+    names = list(dict.fromkeys(clusters))
+    value, count = statistic(every), len(names)
+    if count < 2:
+        return Interval(value, value, value, len(every), count, level)
+    from scipy.stats import t
+
+    place = np.asarray([names.index(c) for c in clusters])
+    without = np.asarray([statistic(every[place != i]) for i in range(count)])
+    spread = float(np.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2)))
+    reach = spread * float(t.ppf(1 - (1 - level) / (2 * of), count - 1))
+    reach = math.inf if math.isnan(reach) else reach  # without one cluster there is no value
+    return Interval(value, value - reach, value + reach, len(every), count, level)
+
+
+def from_range(value: float, low: float, high: float, n: int) -> Interval:
+    """The interval of up to three clusters of which the mean and the range are known.
+
+    Records made until 2026-11-27 hold the range: the third cluster's mean follows from it.
+
+    Arguments:
+        value: mean of the clusters' means.
+        low, high: the smallest and the largest of them.
+        n: values in all.
+    """
+    if low == high:
+        means = [value] * min(n, 3)
+    elif n == 2 or math.isclose(value, (low + high) / 2, rel_tol=1e-9, abs_tol=1e-12):
+        means = [low, high]  # the third may lie in the middle: two are wider
     else:
-        flat = Key("bootstrap", count).integers(10_000 * count, count)
-        draws = flat.reshape(10_000, count).tolist()
-    samples = [statistic(np.concatenate([members[i] for i in draw])) for draw in draws]
-    tail = (1 - level) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail], method="inverted_cdf")
-    value = statistic(np.asarray([float(v) for v in values]))
-    return Interval(value, float(low), float(high), len(values), count, level)
+        means = [low, 3 * value - low - high, high]
+    return replace(clustered(means, range(len(means))), n=n)
 
 
 def over_pairs(values: Iterable[float]) -> Interval | None:

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from companion.core import closing, codec
 from companion.core.errors import BadParameter, CompanionError, NotMeasured
 from companion.report import page
-from companion.report.claims_file import EVIDENCE, Claim, papers, registry
+from companion.report.claims_file import EVIDENCE, KINDS, Claim, papers, registry
 
 if TYPE_CHECKING:
     from companion.core.stats import Interval  # not imported: it takes torch along
@@ -34,6 +34,7 @@ __all__ = [
     "Statistic",
     "Verdict",
     "again",
+    "headline",
     "judge",
     "papers",
     "registry",
@@ -85,7 +86,12 @@ class Recorded(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome for one claim: a word of :data:`SIGNS`, and the number it rests on."""
+    """The outcome for one claim: a word of :data:`SIGNS`, and the number it rests on.
+
+    Arguments:
+        n: pairs, or whatever the statistic counts.
+        clusters: how many of them are independent (networks that share an initialisation are not).
+    """
 
     claim: Claim
     verdict: str
@@ -94,6 +100,7 @@ class Verdict:
     n: int | None = None
     detail: str = ""
     note: str = ""
+    clusters: int | None = field(default=None, metadata=codec.OMIT_DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,7 @@ def judge(
 
     With an interval, the whole interval has to lie on one side of the threshold; where it straddles
     it, the verdict is "undetermined". A statistic that is NaN is undetermined too: no valid number.
+    An interval of one independent sample has no width, and tests nothing.
 
     Arguments:
         id: The claim, such as ``"C01"``.
@@ -203,12 +211,15 @@ def judge(
         raise BadParameter(f"claim {id!r} is not in data/claims.yaml. It has: {', '.join(claims)}.")
     claim = claims[id]
     given: Any = statistic  # a number of any library, or an interval
+    clusters = getattr(given, "clusters", None)
     if hasattr(given, "low"):
         if interval is not None:
             raise BadParameter(f"{id}: give the interval once, in the statistic or as interval=.")
         interval, n = (given.low, given.high), given.n if n is None else n
         given = given.value
     value = None if given is None else float(given)
+    if clusters == 1 and claim.test["op"] != "report":
+        testable, note = False, note or "one sample has no interval"
     if interval is not None:
         interval = (float(interval[0]), float(interval[1]))
         if value is not None and not math.isnan(value) and not interval[0] <= value <= interval[1]:
@@ -219,7 +230,7 @@ def judge(
         word = "reported"
     else:
         word = _apply(claim.test, value, interval)
-    return Verdict(claim, word, value, interval, n, detail, note)
+    return Verdict(claim, word, value, interval, n, detail, note, clusters)
 
 
 def again(verdict: Verdict, dataset: str = "") -> Verdict:
@@ -230,15 +241,17 @@ def again(verdict: Verdict, dataset: str = "") -> Verdict:
     """
     claim = registry()[verdict.claim.id]
     other = bool(dataset) and not claim.takes(dataset)
-    return judge(
+    single = verdict.clusters == 1 and claim.test["op"] != "report"
+    found = judge(
         verdict.claim.id,
         verdict.value,
         n=verdict.n,
         interval=verdict.interval,
         detail=verdict.detail,
         note=claim.about if other else verdict.note,
-        testable=verdict.verdict != NOT_TESTABLE and not other,
+        testable=verdict.verdict != NOT_TESTABLE and not other and not single,
     )
+    return replace(found, clusters=verdict.clusters)
 
 
 def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Recorded] = ()) -> None:
@@ -297,8 +310,11 @@ def table(
         reported, tag = _reported(claim, names)
         tags |= tag
         here = escape(_measured(v) or "—") + _small(v.detail)
+        text = escape(claim.text)
+        if claim.kind != "empirical":
+            text += _small({"theorem": "no experiment", "ours": "our own question"}[claim.kind])
         rows.append(
-            f'<tr><th scope="row">{name} <span class="claim-text">{escape(claim.text)}</span></th>'
+            f'<tr><th scope="row">{name} <span class="claim-text">{text}</span></th>'
             f"<td>{reported}</td>"
             f"<td>{here}{_small('rule: ' + claim.rule)}{_small(_changed(claim))}</td>"
             f'<td class="verdict {kind}"><span aria-hidden="true">'
@@ -325,8 +341,31 @@ def table(
 def tally(verdicts: Iterable[Verdict]) -> str:
     """One sentence: ``13 claims: 8 reproduced, 1 not reproduced, 4 not testable at this scale.``"""
     words = [v.verdict for v in verdicts]
-    parts = [f"{words.count(word)} {word}" for word in SIGNS if word in words]
-    return f"{len(words)} claim{'s' * (len(words) != 1)}: {', '.join(parts)}."
+    return f"{len(words)} claim{'s' * (len(words) != 1)}: {_counts(words)}."
+
+
+def headline(verdicts: Iterable[Verdict]) -> str:
+    """What held, as Markdown: what the papers measured first, theorems and our questions apart.
+
+    It also says how many of the verdicts rest on three independent samples or fewer.
+    """
+    verdicts = list(verdicts)
+    parts = []
+    for kind, name in KINDS.items():
+        words = [v.verdict for v in verdicts if v.claim.kind == kind]
+        if words:
+            parts.append(f"{name[0].upper() + name[1:]} ({len(words)}): {_counts(words)}.")
+    decided = [v for v in verdicts if v.verdict in ("reproduced", "not reproduced")]
+    small = sum(1 for v in decided if v.clusters is not None and v.clusters <= 3)
+    few = (
+        f"{small} of the {len(decided)} verdicts that are decided rest on three independent "
+        "samples or fewer; their intervals are as wide as that makes them."
+    )
+    return " ".join([f"**{parts[0]}**", *parts[1:], *([few] if small else [])]) if parts else ""
+
+
+def _counts(words: Sequence[str]) -> str:
+    return ", ".join(f"{words.count(word)} {word}" for word in SIGNS if word in words)
 
 
 def _apply(test: Mapping[str, Any], value: float, interval: tuple[float, float] | None) -> str:

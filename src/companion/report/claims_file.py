@@ -27,6 +27,12 @@ EVIDENCE = {
     "E": "measured by us beforehand",
     "U": "unverified",
 }
+#: What kind of statement a claim is, and how the front page calls several of them.
+KINDS = {
+    "empirical": "claims that the papers draw from experiments",
+    "theorem": "theorems, constructions and counts",
+    "ours": "questions and controls of our own",
+}
 #: The operators of a rule, and the numbers each needs.
 OPERATORS: dict[str, set[str]] = {op: {"value"} for op in ("<", "<=", ">", ">=")} | {
     "between": {"low", "high"},
@@ -61,6 +67,7 @@ class Claim:
     data: tuple[str, ...] = field(
         default=(), metadata=OMIT_DEFAULT
     )  # names of the datasets that can test it; empty: any
+    kind: str = field(default="empirical", metadata=OMIT_DEFAULT)  # a key of KINDS
 
     def takes(self, dataset: str) -> bool:
         """Whether a dataset can test it; a part (``mnist@split-a``) stands for the whole."""
@@ -147,7 +154,7 @@ def _claim(entry: Any, where: str, names: Mapping[str, str]) -> Claim:
         raise BadParameter(
             f"{where}: unknown field {', '.join(unknown)}. Allowed: {', '.join(_FIELDS)}."
         )
-    optional = {"unit", "format", "changed", "data"}
+    optional = {"unit", "format", "changed", "data", "kind"}
     missing = [name for name in _FIELDS if name not in entry and name not in optional]
     if missing:
         raise BadParameter(f"{where}: missing field {', '.join(missing)}.")
@@ -162,6 +169,10 @@ def _claim(entry: Any, where: str, names: Mapping[str, str]) -> Claim:
     if entry["evidence"] not in EVIDENCE:
         raise BadParameter(
             f"{where}: evidence {entry['evidence']!r} is not known. Allowed: {', '.join(EVIDENCE)}."
+        )
+    if entry.get("kind", "empirical") not in KINDS:
+        raise BadParameter(
+            f"{where}: kind {entry['kind']!r} is not known. Allowed: {', '.join(KINDS)}."
         )
     if not entry["reported"].strip() and entry["evidence"] != "U":
         raise BadParameter(f"{where}: reported is empty; only a claim tagged U may leave it so.")

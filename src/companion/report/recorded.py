@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,12 +144,27 @@ def _read(path: Path, chapter: str) -> Record:
     try:
         found = codec.from_json(tuple[claims.Verdict, ...], data["claims"], "claims")
         known = claims.registry()
-        # The number was recorded; the word follows from the rule, as everywhere.
+        # The number was recorded; the word follows from the rule, as everywhere. A statistic that
+        # is another one today was not measured.
         dataset = str(data["parameters"].get("dataset", ""))
-        verdicts = {v.claim.id: claims.again(v, dataset) for v in found if v.claim.id in known}
+        verdicts = {
+            v.claim.id: claims.again(_with_student(v), dataset)
+            for v in found
+            if v.claim.id in known and v.claim.statistic == known[v.claim.id].statistic
+        }
     except (CorruptData, BadParameter) as error:
         raise broken(f"its claims are unreadable ({error})") from error
     return Record(chapter, data["profile"], data["name"], verdicts, data)
+
+
+def _with_student(verdict: claims.Verdict) -> claims.Verdict:
+    """Until 2026-11-27 the interval of two or three samples was their range."""
+    if verdict.value is None or verdict.interval is None or verdict.clusters is not None:
+        return verdict
+    from companion.core.stats import from_range
+
+    found = from_range(verdict.value, *verdict.interval, verdict.n or 1)
+    return replace(verdict, interval=(found.low, found.high), clusters=found.clusters)
 
 
 def sentence(chapter: str, records: Sequence[Record]) -> str:
