@@ -264,17 +264,23 @@ def independent(recipe: Recipe, number: int) -> Run:
 
 
 def pairs_of(
-    recipe: Recipe, count: int, *, step: int | None = None, other: Recipe | None = None
+    recipe: Recipe,
+    count: int,
+    *,
+    step: int | None = None,
+    other: Recipe | None = None,
+    first: int = 0,
 ) -> list[Pair]:
     """``count`` pairs of independent runs that share no network: 0 and 1, 2 and 3, ….
 
     Arguments:
         step: at which they are taken (None: T).
         other: the recipe of B, if it is not A's.
+        first: number of the first pair; pairs of other numbers share nothing with them.
     """
     return [
         Pair(independent(recipe, 2 * i), independent(other or recipe, 2 * i + 1), step=step)
-        for i in range(count)
+        for i in range(first, first + count)
     ]
 
 

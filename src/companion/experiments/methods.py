@@ -112,7 +112,7 @@ class MethodKind:
         data: it looks at training data.
         folds: LayerNorm is folded away first.
         nets: the only networks it is for: ``gpt``, ``mlp``, or "" for any.
-        control: it is no way to make networks match, and the command line does not offer it.
+        control: it is there to be compared with, and the command line does not offer it.
     """
 
     name: str
@@ -172,6 +172,15 @@ def _weights(method: Method, problem: Problem) -> Matching:
 
     p = problem
     return weight_matching(p.spec, p.a, p.b, starts=method.starts, key=p.key)
+
+
+@register("authors", "label", control=True)
+def _authors(method: Method, problem: Problem) -> Matching:
+    """Algorithm 1 as its authors run it: from the identity, the groups in random order."""
+    from companion.rebasin import weight_matching
+
+    p = problem
+    return weight_matching(p.spec, p.a, p.b, begin="identity", order="random", key=p.key)
 
 
 @register("activations", "statistic", "examples", data=True)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from companion.connectivity import gates
 from companion.core.errors import BadParameter
 from companion.core.stats import over_pairs
 from companion.data import load
@@ -48,26 +47,34 @@ class Study(Setting):
     Arguments:
         many: networks of the same data that are merged into one.
         halves: networks of random halves of the data; 0 leaves either out.
+        merges: of each kind, no network in two of them.
         merge_width: width of both.
         split: whether to train networks of two biased halves.
     """
 
     many: int
     halves: int
+    merges: int
     merge_width: int
     split: bool
 
     @property
-    def groups(self) -> dict[str, list[Run]]:
-        """What is merged: the name of the data -> the networks."""
-        recipe = self.at_width(self.merge_width)
-        parts = [replace(recipe, data=f"{recipe.data}@random-50-{i}") for i in range(self.halves)]
-        found = {"same data": [recipe] * self.many, "random halves": parts}
-        return {
-            name: [independent(one, n) for n, one in enumerate(recipes)]
-            for name, recipes in found.items()
-            if recipes
-        }
+    def groups(self) -> dict[str, list[list[Run]]]:
+        """What is merged: the name of the data -> for each merge the networks."""
+        recipe, found = self.at_width(self.merge_width), {}
+        for name, size in (("same data", self.many), ("random halves", self.halves)):
+            runs = [
+                independent(
+                    replace(recipe, data=f"{recipe.data}@random-50-{n}")
+                    if name == "random halves"
+                    else recipe,
+                    n,
+                )
+                for n in range(size * self.merges)
+            ]
+            if runs:
+                found[name] = [runs[i : i + size] for i in range(0, len(runs), size)]
+        return found
 
     @property
     def split_pairs(self) -> list[Pair]:
@@ -84,18 +91,20 @@ class Study(Setting):
         """All that this page trains and measures, for its budget."""
         evaluation, on, pairs = self.evaluation, self.main.data, self.split_pairs
         tasks = [
-            *(Merge(tuple(runs), evaluation, on) for runs in self.groups.values()),
+            *(Merge(tuple(runs), evaluation, on) for g in self.groups.values() for runs in g),
             *lines_of(pairs, evaluation=evaluation, on=on),
             *(Halves(p, full, evaluation) for p, full in zip(pairs, self.full, strict=True)),
         ]
         return [tasks]
 
     @cached_property
-    def merges(self) -> Mapping[str, Readings]:
-        """The name of the data -> readings of inputs, merged network, plain mean and ensemble."""
-        runs, on = list(self.groups.values()), self.main.data
+    def merged(self) -> Mapping[str, list[Readings]]:
+        """The name of the data -> for each merge the readings of inputs, merged network, plain
+        mean and ensemble."""
+        runs, on = [g for groups in self.groups.values() for g in groups], self.main.data
         found = merge_runs(runs, self.evaluation, on=on, device=self.device, workers=self.workers)
-        return dict(zip(self.groups, found, strict=True))
+        each = iter(found)
+        return {data: [next(each) for _ in groups] for data, groups in self.groups.items()}
 
     @cached_property
     def halfway(self) -> Results:
@@ -115,10 +124,11 @@ class Study(Setting):
 
     # ---- what the readings say
 
-    def worth(self, data: str, predictor: str, what: str, split: str = "test") -> float:
-        """One number of a merge; ``input``: mean over the inputs."""
-        found = [r[split] for n, r in self.merges[data].items() if n.startswith(predictor)]
-        return float(np.mean([getattr(reading, what) for reading in found]))
+    def worth(self, data: str, predictor: str, what: str) -> list[float]:
+        """A number of each merge, on test images; ``input``: mean over its inputs."""
+        found = self.merged.get(data, [])
+        read = ([r["test"] for n, r in one.items() if n.startswith(predictor)] for one in found)
+        return [float(np.mean([getattr(reading, what) for reading in one])) for one in read]
 
     def read(self, predictor: str, what: str = "loss") -> list[float]:
         """One number a pair; ``corrected``: of A or B, the one with less loss on train images."""
@@ -128,11 +138,13 @@ class Study(Setting):
         return [getattr(one["test"], what) for one in found]
 
 
-def design(*, many: int, halves: int, merge_width: int | None, split: bool, **common: Any) -> Study:
+def design(
+    *, many: int, halves: int, merges: int, merge_width: int | None, split: bool, **common: Any
+) -> Study:
     """The study that the page's parameters ask for; refused before anything trains.
 
     Arguments:
-        many, halves, split: as :class:`Study` has them.
+        many, halves, merges, split: as :class:`Study` has them.
         merge_width: None: the main width, on ``digits`` 128 (merging takes many passes).
         common: as :func:`companion.papers.rebasin.setting` takes them.
 
@@ -141,12 +153,15 @@ def design(*, many: int, halves: int, merge_width: int | None, split: bool, **co
     """
     if 1 in (many, halves) or min(many, halves) < 0:
         raise BadParameter("many, halves: 0, or 2 or more.")
+    if merges < 1:
+        raise BadParameter("merges: 1 or more.")
     shared = rebasin.setting(**common)
     digits = shared.main.data == "digits"
     width = merge_width or (min(shared.width, 128) if digits else shared.width)
-    study = Study(**vars(shared), many=many, halves=halves, merge_width=width, split=split)
+    own = {"many": many, "halves": halves, "merges": merges, "merge_width": width, "split": split}
+    study = Study(**(vars(shared) | own))
     first = [run for pair in study.split_pairs[:1] for run in (pair.a, pair.b)]
-    for run in (*(runs[0] for runs in study.groups.values()), *first):
+    for run in (*(groups[0][0] for groups in study.groups.values()), *first):
         check_fit(run.recipe, load(run.recipe.data, study.device))
     return study
 
@@ -157,12 +172,26 @@ Number = Callable[..., float]
 """Of a predictor and what is read of it."""
 
 
-def merge(study: Study, data: str, value: Callable[[Number], float]) -> Statistic:
-    """A number of one merge, of what :meth:`Study.worth` says of it."""
-    if data not in study.merges:
-        return statistic(None, (False, WHY[data]))
-    detail = f"{study.halves} networks" if data == "random halves" else ""
-    return statistic(value(partial(study.worth, data)), detail=detail)
+def merge(
+    study: Study, data: str, value: Callable[..., float], *of: tuple[str, str], needs: str = ""
+) -> Statistic:
+    """Over the merges of this data: a number of what the predictors read.
+
+    Arguments:
+        of: predictor, and what is read of it; ``value`` takes them in this order.
+        needs: names of :meth:`companion.papers.rebasin.Setting.trained` and of the network's kind.
+    """
+    read = [study.worth(data, *one) for one in of]
+    known = {
+        "trained": study.trained,
+        "mlp": (study.is_mlp, "the claim is about perceptrons"),
+    }
+    there = (data in study.groups, WHY[data])
+    found = over_pairs(value(*row) for row in zip(*read, strict=True))
+    several = (study.merges >= 2, "one merge decides nothing")
+    asked = [known[name] for name in needs.split()]
+    size = study.many if data == "same data" else study.halves
+    return statistic(found, there, several, *asked, detail=f"{size} networks each" if size else "")
 
 
 def halves(study: Study, value: Callable[[Aligned, Number], float]) -> Statistic:
@@ -173,26 +202,25 @@ def halves(study: Study, value: Callable[[Aligned, Number], float]) -> Statistic
     return statistic(over_pairs(found), split, (study.pairs >= 2, "one pair decides nothing"))
 
 
-def r12(study: Study) -> Statistic:
-    """Test loss of the network merged from many, over the mean of its inputs."""
-    if "same data" not in study.merges:
-        return statistic(None, (False, WHY["same data"]))
-    merged, own = (study.worth("same data", p, "loss") for p in ("merged", "input"))
-    wrong = study.worth("same data", "input", "error", "train")
-    short = f"training was cut short: {wrong:.0f} % error on training images"
-    needs = (wrong <= gates.UNLEARNED, short)
-    return statistic(merged / own, needs, detail=f"{merged:.4f} against {own:.4f}")
-
-
 CLAIMS: dict[str, Callable[[Study], Statistic]] = {
     # Merged from many: test loss over that of the inputs, test error minus theirs.
-    "R12": r12,
-    "R13": lambda s: merge(s, "same data", lambda of: of("merged", "error") - of("input", "error")),
+    "R12": lambda s: merge(
+        *(s, "same data", lambda merged, own: merged / own),
+        *(("merged", "loss"), ("input", "loss")),
+        needs="mlp trained",
+    ),
+    "R13": lambda s: merge(
+        *(s, "same data", lambda merged, own: merged - own),
+        *(("merged", "error"), ("input", "error")),
+        needs="mlp",
+    ),
     # Random halves: calibration error against the ensemble's, test error of the plain mean.
     "R14": lambda s: merge(
-        s, "random halves", lambda of: abs(of("merged", "ece") - of("ensemble", "ece"))
+        *(s, "random halves", lambda merged, other: abs(merged - other)),
+        *(("merged", "ece"), ("ensemble", "ece")),
+        needs="mlp trained",
     ),
-    "R15": lambda s: merge(s, "random halves", lambda of: of("mean", "error")),
+    "R15": lambda s: merge(s, "random halves", lambda error: error, ("mean", "error")),
     # Biased halves, the chosen point of the line: test loss and error minus those of the better
     # end; the loss of one corrected network minus its own; its loss minus that of the worse of
     # ensemble and full data. Calibration error of the midpoint minus that of the better input.
@@ -213,16 +241,14 @@ CLAIMS: dict[str, Callable[[Study], Statistic]] = {
 
 def show_merges(study: Study) -> None:
     """What merging many networks gives, beside one input and the ensemble."""
-    if not study.merges:
+    if not study.groups:
         return
     fig, axes = plots.grid(3, columns=3, height=3.4)
     drawn = {}
     for ax, (metric, (label, form)) in zip(axes, METRICS.items(), strict=True):
         rows = {
-            f"{len(study.groups[data])} of {data}: {text}": over_pairs(
-                [study.worth(data, predictor, metric)]
-            )
-            for data in study.merges
+            f"{len(groups[0])} of {data}: {text}": over_pairs(study.worth(data, predictor, metric))
+            for data, groups in study.groups.items()
             for predictor, text in PREDICTORS.items()
         }
         drawn[metric] = plots.conditions(
@@ -276,16 +302,14 @@ def show_predictors(study: Study) -> None:
 def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
     """All numbers and sentences of the page's prose and captions."""
     told = {
-        f"{short}_{predictor}_{what}": said(
-            study.worth(data, predictor, what) if data in study.merges else None, form
-        )
+        f"{short}_{predictor}_{what}": said(over_pairs(study.worth(data, predictor, what)), form)
         for data, short in (("same data", "same"), ("random halves", "half"))
         for predictor in (*PREDICTORS, "mean")
         for what, (_, form) in METRICS.items()
     }
     merging = "was not tried here"
-    if "same data" in study.merges:
-        after, before = (study.worth("same data", p, "loss") for p in ("merged", "input"))
+    if "same data" in study.groups:
+        after, before = (np.mean(study.worth("same data", p, "loss")) for p in ("merged", "input"))
         merging = f"{'raises' if after >= before else 'lowers'} the test loss here"
         merging += ", too" * (after < before)
     read = {
@@ -311,6 +335,8 @@ def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
         **study.words(),
         "merged_network": study.named(study.merge_width),
         "many": counted(study.many, "network") if study.many else "several networks",
+        "merges": counted(study.merges, "merge"),
+        "epochs": study.main.steps * study.main.batch / len(study.images.train),
         **told,
         "merging": merging,
         **{n: said(v, forms[n.rpartition("_")[2]], missing) for n, v in read.items()},
