@@ -311,7 +311,7 @@ def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
     if "same data" in study.groups:
         after, before = (np.mean(study.worth("same data", p, "loss")) for p in ("merged", "input"))
         merging = f"{'raises' if after >= before else 'lowers'} the test loss here"
-        merging += ", too" * (after < before)
+        merging += ", too" if after < before else ""
     read = {
         "ensemble_loss": over_pairs(study.read("ensemble")),
         "full_loss": over_pairs(study.read("full data")),

@@ -61,7 +61,7 @@ NAMES = {
 """What figures and tables call the methods, in their order."""
 
 MAP_WIDTHS = (32, 64, 128)
-RATES = {"sgd": (0.01, 0.03, 0.1), "adam": (3e-4, 1e-3, 1e-2)}
+RATES = {"sgd": (0.01, 0.1), "adam": (1e-3, 1e-2)}
 LIMIT = 2.0
 """Points of error: a barrier below it counts as none (the stability margin of chapter 1)."""
 
@@ -257,7 +257,7 @@ class Study(Setting):
 
         A late copy leaves its network half-way and sees the data in another order. The many pairs
         of time and of the map have a coarser line on fewer images. Where a barrier is expected to
-        be left, on the narrowest and on young networks, the paper's solver is asked, too.
+        be left, on the narrowest and on the youngest networks, the paper's solver is asked, too.
         """
         both = pairs_of(self.main, self.pairs)
         late = []
@@ -279,7 +279,10 @@ class Study(Setting):
             for w in self.widths
         }
         steps = {
-            f"step {s}": (pairs_of(self.main, self.pairs, step=s), short | both_solvers)
+            f"step {s}": (
+                pairs_of(self.main, self.pairs, step=s),
+                short | (both_solvers if s in self.looks[:2] else {}),
+            )
             for s in self.looks
         }
         return {
@@ -466,7 +469,7 @@ class Study(Setting):
                 at = aligned.placed(result, device=self.device)
                 mended = repair(at.module, at.a, at.b, x)
                 before, after = (
-                    float(np.nanmean([shares[n] for n in mended.scale]))
+                    float(np.nanmean([shares[n] for n in mended.scale or mended.before]))
                     for shares in (mended.before, mended.after)
                 )
                 out.append((before, after))
@@ -626,7 +629,8 @@ def along(found: Mapping[int, Results], method: str, value: Value = ERROR) -> di
 
 def early(study: Study, method: str = "weights") -> tuple[int, Interval] | tuple[None, None]:
     """The first step at which two pairs or more are valid, and their barrier after matching."""
-    found = along(study.by_step, method).items()
+    asked = {step: results for step, results in study.by_step.items() if method in results}
+    found = along(asked, method).items()
     return next(((step, v) for step, v in found if v.n >= 2), (None, None))
 
 
@@ -764,7 +768,7 @@ def r36(study: Study) -> Statistic:
     """Early in training: barrier with the paper's solver at the first step to be judged."""
     first, found = early(study, "authors")
     if first is None:
-        return statistic(None, (False, "at no step two valid pairs"))
+        return statistic(None, (False, "at no early step two valid pairs"))
     ours = interval(study.by_step[first]["weights"], ERROR)
     return with_ours(study, "pairs", found, ours, f"step {first} of {study.main.steps}")
 
