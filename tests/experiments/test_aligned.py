@@ -171,7 +171,7 @@ def test_a_trend_is_read_pair_by_pair() -> None:
     got = trend(found, lambda r: r.barrier.curve.values["test"]["loss"][0])
     assert got is not None
     # One falls, one rises, one does not move: a mean over pairs would have called it a trend.
-    assert (got.value, got.low, got.high, got.n) == (0.0, -1.0, 1.0, 3)
+    assert (got.value, got.n) == (0.0, 3) and got.low < -1 and got.high > 1
     assert trend(dict(list(found.items())[:3]), lambda r: r.midpoint()) is None
 
 
@@ -192,7 +192,7 @@ def test_failures_count_only_settings_that_trained_under_both_conditions() -> No
     nan = math.nan
     got = failures([5.0, 2.0, nan, 9.0, 1.0], [1.9, 0.0, 0.0, nan, 1.0])
     assert got is not None and got.n == 3 and got.value == pytest.approx(2 / 3)
-    assert got.low == 0.0  # one of three settings does not differ: not decided
+    assert got.low < 0 < got.high  # one of three settings does not differ: not decided
     same = failures([5.0, 2.0, 3.0], [1.0, 1.0, 1.0])
     assert same is not None and (same.low, same.value, same.high) == (1.0, 1.0, 1.0)
     assert failures([nan], [1.0]) is None

@@ -35,6 +35,7 @@ NOTHING: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 IDENTITIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "naive": NOTHING,
     "weights": STARTS,
+    "authors": ({"label": 0}, {"label": "other"}),
     "activations": (
         {"statistic": "moment", "examples": None},
         {"statistic": "correlation", "examples": 50},

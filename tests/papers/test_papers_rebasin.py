@@ -551,6 +551,13 @@ def test_young_and_narrow_networks_are_judged_with_the_papers_solver() -> None:
         assert found.value == value and found.detail.endswith("our solver: 0.1")
 
 
+def test_a_sentence_says_what_young_and_narrow_networks_keep() -> None:
+    found = [verdict(rebasin, "R10", narrowest(0.5, 9.0)), verdict(rebasin, "R36", young(8.0, 9.0))]
+    words = "Young networks keep a barrier; whether narrow networks keep one, the pairs do not"
+    assert rebasin.keeps(found) == f"{words} decide."
+    assert rebasin.keeps([]) == ""
+
+
 def test_repair_is_judged_over_all_widths_that_keep_a_barrier() -> None:
     study = study_with(
         by_width={

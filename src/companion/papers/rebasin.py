@@ -32,7 +32,7 @@ from companion.experiments import aligned, measurement
 from companion.experiments.aligned import Aligned, Method, independent, interval, pairs_of
 from companion.experiments.budget import Plan
 from companion.experiments.pairs import Evaluation, Pair
-from companion.rebasin import Spec, chain, derive, weight_matching
+from companion.rebasin import Matching, Spec, chain, derive, weight_matching
 from companion.rebasin.repair import repair
 from companion.report import claims, figures, plots, provenance, recorded, tables
 from companion.report.claims import Need, Statistic, statistic
@@ -440,39 +440,48 @@ class Study(Setting):
 
     @cached_property
     @one_thread()  # as for the plane
+    def matched(self) -> list[tuple[Pair, Theta, Theta, Matching]]:
+        """Of each valid main pair A, B, and once more what weight matching finds."""
+        out: list[tuple[Pair, Theta, Theta, Matching]] = []
+        for result in self.first["weights"]:
+            if result.valid:
+                pair = result.pair
+                a, b = (load_weights(run, device=self.device) for run in (pair.a, pair.b))
+                found = aligned.match(result.method, self.module, a, b, self.images)
+                out.append((pair, a, b, found))
+        return out
+
+    @cached_property
+    @one_thread()
     def initial(self) -> list[tuple[float, float]]:
         """Test loss barrier of the initialisations of A and B: as they are, and in the order that
         weight matching finds at the end of training."""
         few, out = {"test": self.images.test.head(2000)}, []
-        for result in self.first["weights"]:
-            if result.valid:
-                pair, device = result.pair, self.images.train.x.device
-                a, b = (load_weights(run, device=self.device) for run in (pair.a, pair.b))
-                found = aligned.match(result.method, self.module, a, b, self.images)
-                a, b = (build(run, self.images, device).state_dict() for run in (pair.a, pair.b))
-                moved = found.spec.permute(b, found.perms)
-                naive, matched = (
-                    segment(self.module, a, end, few, points=13).height("test", "loss", "linear")
-                    for end in (b, moved)
-                )
-                out.append((naive, matched))
+        for pair, _, _, found in self.matched:
+            device = self.images.train.x.device
+            a, b = (build(run, self.images, device).state_dict() for run in (pair.a, pair.b))
+            moved = found.spec.permute(b, found.perms)
+            naive, matched = (
+                segment(self.module, a, end, few, points=13).height("test", "loss", "linear")
+                for end in (b, moved)
+            )
+            out.append((naive, matched))
         return out
 
     @cached_property
-    @one_thread()  # as for the plane
+    @one_thread()
     def spread(self) -> list[tuple[float, float]]:
         """Standard deviation of the midpoint's features, as a share of what lies between A's and
         B's, mean over layers: after weight matching, and after REPAIR on top."""
         x, out = self.images.train.head(self.evaluation.train_examples or 10_000).x, []
-        for result in self.first["weights"]:
-            if result.valid:
-                at = aligned.placed(result, device=self.device)
-                mended = repair(at.module, at.a, at.b, x)
-                before, after = (
-                    float(np.nanmean([shares[n] for n in mended.scale or mended.before]))
-                    for shares in (mended.before, mended.after)
-                )
-                out.append((before, after))
+        for _, a, b, found in self.matched:
+            mended = repair(self.module, a, found.spec.permute(b, found.perms), x)
+            names = mended.scale or mended.before  # BatchNorm is reset, and nothing corrected
+            before, after = (
+                float(np.nanmean([shares[n] for n in names]))
+                for shares in (mended.before, mended.after)
+            )
+            out.append((before, after))
         return out
 
     # ---- what needs no training
@@ -1039,7 +1048,7 @@ def curve(points: Mapping[int, Interval], form: str = "{:.1f}") -> str:
     return ", ".join(f"{x}: {told(v, form)}" for x, v in points.items()) or NO_PAIR
 
 
-def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
+def values(study: Study, verdicts: Sequence[claims.Verdict]) -> Values:
     """All numbers and sentences of the chapter's prose and captions."""
     lines, naive, matched = study.lines, study.first["naive"], study.first["weights"]
     after = along(study.by_width, "weights")
@@ -1111,8 +1120,23 @@ def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
             for name, found in (("initial", study.initial), ("spread", study.spread))
             for i, when in enumerate(("before", "after"))
         },
+        "keeps": keeps(verdicts),
         "untested": untested(verdicts),
     }
+
+
+def keeps(verdicts: Iterable[claims.Verdict]) -> str:
+    """Whether young and narrow networks keep a barrier after matching: a sentence."""
+    words = {
+        "reproduced": "{} networks keep a barrier",
+        "not reproduced": "{} networks keep none",
+        "undetermined": "whether {} networks keep one, the pairs do not decide",
+        claims.NOT_TESTABLE: "{} networks were not judged here",
+    }
+    kinds = {"R36": "young", "R10": "narrow"}
+    word = {v.claim.id: v.verdict for v in verdicts if v.claim.id in kinds}
+    text = "; ".join(words[word[id]].format(kind) for id, kind in kinds.items() if id in word)
+    return text[:1].upper() + text[1:] + "." * bool(text)
 
 
 def search(study: Study) -> str:
