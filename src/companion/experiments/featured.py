@@ -375,7 +375,7 @@ def examine(
     Arguments:
         pairs: each with the method that brings B to A; None, or ``naive``: as it is.
         scope: what is measured.
-        reference_error, max_error: percent, of gate G0; by default the reference is the median
+        reference_error, max_error: percent, of trained ends; by default the reference is the median
             error of all ends of this call that have the same recipe.
 
     Returns:
