@@ -204,7 +204,8 @@ def curves(
         drawn = {n: (f or {}).get("data") or {} for n, f in record.data["figures"].items()}
         data = drawn.get(figure, {})
         # Until 2026-11-27 the interval of two or three samples was their range: see _with_student.
-        old = not any("clusters" in claim for claim in record.data["claims"])
+        judged = record.data.get("claims", [])
+        old = bool(judged) and not any("clusters" in claim for claim in judged)
         series = {
             _for_people(label): {
                 k: from_range(mean, low, high, n) if old else Interval(mean, low, high, n, 0)
