@@ -189,7 +189,7 @@ class Study:
         inits: pairs.
         sets: what is measured between two networks: groups and random directions, too, or single
             layers alone.
-        max_error: percent, of a trained network.
+        max_error: percent, for gate G0.
     """
 
     images: Dataset
@@ -285,7 +285,7 @@ class Study:
 
     @cached_property
     def along(self) -> Mapping[int, list[LayerBarriers]]:
-        """Step -> the pairs of the residual network there; half-trained ones count."""
+        """Step -> the pairs of the residual network there; half-trained ones pass gate G0."""
         points = [p for step in self.places for p in pairs_of(self.residual, self.inits, step)]
         found = iter(self._swept(self.residual, points, self.alone))
         return {
@@ -377,7 +377,7 @@ class Study:
         found = self.good(self.residual)
         if not found:
             raise BadParameter(
-                f"no pair of {self.residual.net} trained: all {self.inits} err too often. "
+                f"no pair of {self.residual.net} trained: gate G0 failed for all {self.inits}. "
                 "More steps, or another lr?"
             )
         return found
