@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from companion.connectivity import Measure
 from companion.core import closing
 from companion.core.errors import BadParameter, MissingData
 from companion.core.runs import Store
-from companion.core.stats import Interval
+from companion.core.stats import Interval, clustered
 from companion.core.theta import snapshot
 from companion.experiments.aligned import Method, pairs_of
 from companion.experiments.featured import Featured
@@ -298,6 +299,18 @@ def test_the_harder_of_two_means_decides() -> None:
     wide = Interval(5.0, 0.0, 10.0, 4, 2)
     assert llfc.hardest([wide, hard], min) == Interval(2.0, 0.0, 3.0, 3, 2)
     assert llfc.hardest([None], max) is None
+
+
+@pytest.mark.parametrize("other", [0.0, 9.0])
+def test_a_rule_for_both_kinds_is_met_by_chance_in_one_of_twenty(other: float) -> None:
+    """The true mean of one kind lies on the threshold; that of the other too, or far above it."""
+    rng = np.random.default_rng(0)
+    times, met = 600, 0
+    for _ in range(times):
+        kinds = (clustered(rng.normal(mean, 1, 3).tolist(), range(3)) for mean in (0.0, other))
+        found = llfc.hardest(kinds, min)
+        met += found is not None and found.low > 0
+    assert met / times <= 0.05 + 2 * (0.05 * 0.95 / times) ** 0.5
 
 
 def test_other_networks_than_the_papers_are_named_beside_the_verdict() -> None:
