@@ -466,6 +466,20 @@ def test_what_failed_its_gates_leaves_gaps_and_no_error() -> None:
     assert figure["data"][llfc.called(TREE.net)] == {"layers": []}
 
 
+@pytest.mark.parametrize("show", [llfc.show_fork, llfc.show_ratios])
+def test_an_interval_below_0_leaves_a_log_axis_readable(
+    show: Callable[[Study], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(llfc.figures, "publish", lambda fig, *_, **__: drawn.append(fig))
+    some = [0.3, 0.001, 0.001]
+    with page.captured():
+        show(study(along=lambda i: {"height": 1.0, "gap": some}, copies={"gap": some}))
+    axis = drawn[0].axes[1]
+    low = axis.get_ylim()[0] if show is llfc.show_fork else axis.get_xlim()[0]
+    assert low > 1e-6
+
+
 def test_captions_say_the_numbers_of_the_pairs() -> None:
     made = study()
     _, ratios = shown(llfc.show_ratios, made)

@@ -950,8 +950,10 @@ def show_ratios(study: Study) -> None:
         name: plots.conditions(ax, {row: side[row] for row in shown}, xlabel=f"R, {name}", **how)
         for ax, (name, side) in zip(axes, sides.items(), strict=True)
     }
-    axes[1].set_xscale("log")
     one, two = sides.values()
+    if positive := [two[row].value for row in shown if two[row].value > 0]:
+        axes[1].set_xscale("log")
+        axes[1].set_xlim(left=min(positive) / 3)  # an interval may reach below 0
     words = (f"{row}: {one[row].value:.2f} and {two[row].value:.2f}" for row in shown)
     figures.publish(fig, "llfc-ratios", data=drawn, values={"told": "; ".join(words)})
     # Where R is small without connectivity: independent pairs of the matched networks.
@@ -1016,8 +1018,12 @@ def show_fork(study: Study) -> None:
     drawn = plots.against_k(left, heights, ylabel="test error barrier (points)", **how)
     drawn["gap"] = plots.against_k(right, gaps, ylabel="E[1 − cos½], mean over layers", **how)
     plots.dashed(left, THRESHOLD, text=f"{THRESHOLD:g} points: connected")
-    if any(gaps.values()):  # some pair is valid
+    shown = [x.value for one in gaps.values() for x in one.values() if x.value > 0]
+    if shown:  # some pair is valid; an interval may reach below 0, which a log axis has not
         right.set_yscale("log")
+        right.set_ylim(
+            min(shown) / 2, 2 * max(x.high for one in gaps.values() for x in one.values())
+        )
     plots.legend(fig, columns=2)
     both = {k: (h.value, gaps[labels[0]][k].value) for k, h in heights[labels[0]].items()}
     steps = (f"k = {k}: {height:.1f} points, {gap:.3f}" for k, (height, gap) in both.items())
