@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 from scipy.stats import t as student
 
-from companion.core.stats import Interval, auc, clustered, from_range, spearman
+from companion.core.stats import Interval, auc, clustered, from_range, shared, spearman
 
 numbers = st.floats(-1e3, 1e3)
 
@@ -81,6 +81,28 @@ def test_any_of_several_intervals_holds_the_level_together() -> None:
         return any(not one.low <= 0 <= one.high for one in four)
 
     assert np.mean([hit() for _ in range(1000)]) <= 0.12
+
+
+@pytest.mark.parametrize(("of_inits", "of_pairs"), [(1.0, 0.1), (0.5, 0.5), (0.0, 1.0)])
+def test_a_cycle_of_inits_holds_its_level(of_inits: float, of_pairs: float) -> None:
+    """Each init has part in two pairs; as if they were independent it would be 70 of 100
+    where the inits are what differs."""
+
+    def one(rng: np.random.Generator, n: int) -> Interval:
+        luck = rng.normal(0, of_inits, n)
+        values = luck + np.roll(luck, -1) + rng.normal(0, of_pairs, n)
+        return shared(values.tolist(), [(i, (i + 1) % n) for i in range(n)])
+
+    for n in (3, 5):
+        assert coverage(n, one, 0.0, 500) >= 0.87
+
+
+def test_two_inits_make_one_pair() -> None:
+    assert shared([1.0, 3.0], [(0, 1), (1, 0)]) == Interval(2.0, 2.0, 2.0, 2, 1)
+    found = shared([1.0, 3.0], [(0, 1), (1, 2)])  # without init 1 there is no pair
+    assert (found.value, found.low, found.high) == (2.0, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="1 values of 0 pairs"):
+        shared([1.0], [])
 
 
 def test_pairs_of_one_init_are_not_independent() -> None:

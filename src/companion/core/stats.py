@@ -68,15 +68,58 @@ def clustered(
     """
     if not values or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values in {len(clusters)} clusters")
-    every = np.asarray(values, dtype=np.float64)
     names = list(dict.fromkeys(clusters))
-    value, count = statistic(every), len(names)
+    place = np.asarray([names.index(c) for c in clusters])
+    return _jackknife(values, [place != i for i in range(len(names))], statistic, level, of)
+
+
+def shared(
+    values: Sequence[float],
+    parts: Sequence[Sequence[Hashable]],
+    *,
+    statistic: Statistic = _mean,
+    level: float = 0.9,
+) -> Interval:
+    """Student's t interval where one init has part in several pairs, as in a cycle of inits.
+
+    The jackknife leaves out one init at a time, with every pair that it has part in. In a cycle of
+    three it holds the true mean in about 90 of 100 cases if what differs is the inits, and in more
+    if it is the pairs.
+
+    Arguments:
+        values: one number a pair.
+        parts: the inits of each, same length.
+        statistic, level: as for :func:`clustered`.
+
+    Raises:
+        ValueError: no values, or lengths that differ.
+
+    Source: Arvesen 1969, Jackknifing U-statistics (Annals of Mathematical Statistics 40).
+    """
+    if not values or len(values) != len(parts):
+        raise ValueError(f"{len(values)} values of {len(parts)} pairs")
+    names = list(dict.fromkeys(name for pair in parts for name in pair))
+    kept = [np.asarray([name not in pair for pair in parts]) for name in names]
+    if not any(k.any() for k in kept):  # two inits, which both have part in every pair
+        kept = kept[:1]
+    return _jackknife(values, kept, statistic, level, 1)
+
+
+def _jackknife(
+    values: Sequence[float],
+    kept: Sequence[NDArray[np.bool_]],
+    statistic: Statistic,
+    level: float,
+    of: int,
+) -> Interval:
+    """The interval from the statistic of what is kept in turn."""
+    every = np.asarray(values, dtype=np.float64)
+    value, count = statistic(every), len(kept)
     if count < 2:
         return Interval(value, value, value, len(every), count, level)
     from scipy.stats import t
 
-    place = np.asarray([names.index(c) for c in clusters])
-    without = np.asarray([statistic(every[place != i]) for i in range(count)])
+    without = np.asarray([statistic(every[k]) if k.any() else math.nan for k in kept])
     spread = float(np.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2)))
     reach = spread * float(t.ppf(1 - (1 - level) / (2 * of), count - 1))
     reach = math.inf if math.isnan(reach) else reach  # without one cluster there is no value
