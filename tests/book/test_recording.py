@@ -352,6 +352,7 @@ def test_on_a_gpu_only_a_dry_run_probes(root, monkeypatch):
     assert "nothing is left to compute" in said[-1]
 
 
+@pytest.mark.slow
 def test_the_limit_stops_training_in_other_processes(store):
     with deadline.until(time.monotonic()), pytest.raises(OutOfTime):
         run_all(abs, [1, 2], workers=2)
@@ -613,6 +614,7 @@ def test_windows_have_their_name_while_a_recording_is_closed(store):
 # Without the book's tools
 
 
+@pytest.mark.slow
 def test_no_notebook_tools_are_needed(root, tmp_path):
     program = """
 import sys
@@ -781,6 +783,7 @@ def test_a_cut_archive_is_refused(filled, tmp_path, cut):
 # What the book makes of it
 
 
+@pytest.mark.slow
 def test_a_page_draws_what_is_recorded(root):
     """Recorded here, then executed, staged and built: figure, column, front page."""
     made = ready(root, "lr=0.2", name="far")
@@ -802,6 +805,7 @@ def test_a_page_draws_what_is_recorded(root):
     assert results["chapters"]["01_toy"]["recorded"][0]["name"] == "far"
 
 
+@pytest.mark.slow
 def test_without_records_the_pages_say_so(root):
     assert recorded.load("01_toy", root) == []
     said = recorded.sentence("01_toy", [])
