@@ -69,61 +69,80 @@ def clustered(
     if not values or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values in {len(clusters)} clusters")
     names = list(dict.fromkeys(clusters))
-    place = np.asarray([names.index(c) for c in clusters])
-    return _jackknife(values, [place != i for i in range(len(names))], statistic, level, of)
+    parts = [np.asarray([c == name for c in clusters]) for name in names]
+    return _jackknife(values, parts, statistic, level, of)
 
 
-def shared(
+def over_networks(
     values: Sequence[float],
-    parts: Sequence[Sequence[Hashable]],
+    pairs: Sequence[tuple[Hashable, Hashable]],
     *,
     statistic: Statistic = _mean,
     level: float = 0.9,
 ) -> Interval:
-    """Student's t interval where one init has part in several pairs, as in a cycle of inits.
+    """The same where pairs share networks: leaves out a network, with all of its pairs, at a time.
 
-    The jackknife leaves out one init at a time, with every pair that it has part in. In a cycle of
-    three it holds the true mean in about 90 of 100 cases if what differs is the inits, and in more
-    if it is the pairs.
+    All pairs of n networks are not independent, and have no clusters either. If pairs differ by
+    more than their two networks do, the interval is wider than it need be.
 
     Arguments:
         values: one number a pair.
-        parts: the inits of each, same length.
-        statistic, level: as for :func:`clustered`.
+        pairs: the two networks (any labels) of each, same length.
+        statistic, level: as :func:`clustered`.
 
     Raises:
         ValueError: no values, or lengths that differ.
 
     Source: Arvesen 1969, Jackknifing U-statistics (Annals of Mathematical Statistics 40).
     """
-    if not values or len(values) != len(parts):
-        raise ValueError(f"{len(values)} values of {len(parts)} pairs")
-    names = list(dict.fromkeys(name for pair in parts for name in pair))
-    kept = [np.asarray([name not in pair for pair in parts]) for name in names]
-    if not any(k.any() for k in kept):  # two inits, which both have part in every pair
-        kept = kept[:1]
-    return _jackknife(values, kept, statistic, level, 1)
+    if not values or len(values) != len(pairs):
+        raise ValueError(f"{len(values)} values of {len(pairs)} pairs")
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    parts = [np.asarray([name in pair for pair in pairs]) for name in names]
+    return _jackknife(values, parts if len(pairs) > 1 else parts[:1], statistic, level, 1)
 
 
 def _jackknife(
     values: Sequence[float],
-    kept: Sequence[NDArray[np.bool_]],
+    parts: Sequence[NDArray[np.bool_]],
     statistic: Statistic,
     level: float,
     of: int,
 ) -> Interval:
-    """The interval from the statistic of what is kept in turn."""
-    every = np.asarray(values, dtype=np.float64)
-    value, count = statistic(every), len(kept)
+    """``parts``: for each independent thing, which of the values go with it."""
+    every, count = np.asarray(values, dtype=np.float64), len(parts)
+    value = statistic(every)
     if count < 2:
         return Interval(value, value, value, len(every), count, level)
     from scipy.stats import t
 
-    without = np.asarray([statistic(every[k]) if k.any() else math.nan for k in kept])
+    left = [every[~part] for part in parts]
+    without = np.asarray([statistic(one) if one.size else math.nan for one in left])
     spread = float(np.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2)))
     reach = spread * float(t.ppf(1 - (1 - level) / (2 * of), count - 1))
-    reach = math.inf if math.isnan(reach) else reach  # without one cluster there is no value
+    reach = math.inf if math.isnan(reach) else reach  # without one part there is no value
     return Interval(value, value - reach, value + reach, len(every), count, level)
+
+
+def highest(groups: Sequence[tuple[Sequence[float], Sequence[Hashable]]]) -> Interval:
+    """The largest of several means, such as those at several steps of training.
+
+    Its high end is the highest of theirs: all lie below a line where it does. One that lies above a
+    line is enough, so the low end is the highest of theirs as well, each as low as several need.
+
+    Arguments:
+        groups: values and clusters of each, as :func:`clustered` takes them.
+
+    Raises:
+        ValueError: no group, or one without values.
+    """
+    plain = [clustered(*group) for group in groups]
+    if not plain:
+        raise ValueError("the highest of no means")
+    top = max(plain, key=lambda one: one.value)
+    low = max(clustered(*group, of=len(groups)).low for group in groups)
+    clusters = min(one.clusters for one in plain)
+    return replace(top, low=low, high=max(one.high for one in plain), clusters=clusters)
 
 
 def from_range(value: float, low: float, high: float, n: int) -> Interval:

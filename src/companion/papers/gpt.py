@@ -508,7 +508,9 @@ def over_inits(values: Sequence[float]) -> Interval | None:
     Each initialisation has part in two of them, and the interval is over initialisations.
     """
     rows = [(v, (i, (i + 1) % len(values))) for i, v in enumerate(values) if math.isfinite(v)]
-    return stats.shared([v for v, _ in rows], [inits for _, inits in rows]) if rows else None
+    if not rows:
+        return None
+    return stats.over_networks([v for v, _ in rows], [inits for _, inits in rows])
 
 
 def of_group(results: Sequence[LayerBarriers], label: str) -> Interval | None:
@@ -569,7 +571,7 @@ def ratio(
     both = np.array([*some, *others])
     rows = [i for i in range(2 * count) if math.isfinite(both[i] + both[(i + count) % len(both)])]
     cycle = [(i, (i + 1) % count) for i in range(count)]
-    parts = [*cycle, *([(i,) for i in range(count)] if copies else cycle)]
+    parts = [*cycle, *([(i, i) for i in range(count)] if copies else cycle)]
 
     def of(kept: Any) -> float:
         at = kept.astype(int)
@@ -580,7 +582,7 @@ def ratio(
 
     if not rows or math.isnan(of(np.array(rows))):
         return None
-    found = stats.shared(rows, [parts[i] for i in rows], statistic=of)
+    found = stats.over_networks(rows, [parts[i] for i in rows], statistic=of)
     return replace(found, n=len(rows) // 2)
 
 
