@@ -417,7 +417,7 @@ for _old, _new in (  # device as a parameter, weights and the onset in a caption
     ("at k = 0: {{first:.3f}}.", "has its onset at {{onset}}; {{tensors}} tensors."),
     (
         "return Statistic(None)\n",
-        "return Statistic(found.onset() is None)\ndef c03(found): return Statistic(0.5)\n",
+        "return Statistic(found.onset().value)\ndef c03(found): return Statistic(0.5)\n",
     ),
     ('"C02": c02}', '"C02": c02, "C03": c03}'),
     ('{recipe.net}",', "{recipe.net}, {provenance.record()['gpu']['name']}\","),

@@ -348,7 +348,9 @@ def test_instability_prints_and_writes_the_numbers_of_the_library(tmp_path, stor
     interval = found.interval(20, "train", "loss")
     assert interval is not None
     assert written["ks"][1]["train"]["loss"] == dataclasses.asdict(interval)
-    assert written["onset"]["test"] == found.onset()
+    steps = {"k": found.onset().value, "earliest": found.onset().low, "latest": found.onset().high}
+    assert written["onset"]["test"] == {n: k if k < 60 else None for n, k in steps.items()}
+    assert "by the verdicts: k = " in first.stdout
     for sample, pair in zip(found.samples, written["pairs"], strict=True):
         barrier_ = codec.to_json(sample.result.barrier)
         assert (pair["k"], pair["init"], pair["barrier"]) == (sample.k, sample.init, barrier_)

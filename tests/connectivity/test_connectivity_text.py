@@ -200,7 +200,7 @@ def test_of_two_names_of_a_tensor_the_first_counts() -> None:
         barrier(net(), a, mixed, SPLITS, points=3)
 
 
-# ---- gate G0
+# ---- the check of quality
 
 
 def test_the_commonest_token() -> None:

@@ -118,9 +118,10 @@ def test_one_network_is_left_out_at_a_time() -> None:
     assert over_networks([4.0], [("a", "b")]) == Interval(4.0, 4.0, 4.0, 1, 1)
     star = over_networks([1.0, 2.0], [("a", "b"), ("a", "c")])
     assert (star.low, star.high) == (-math.inf, math.inf), "without a there is no pair left"
-    for values, pairs in (([], []), ([1.0], [])):
-        with pytest.raises(ValueError, match="pairs"):
-            over_networks(values, pairs)
+    with pytest.raises(ValueError, match="1 values of 0 pairs"):
+        over_networks([1.0], [])
+    with pytest.raises(ValueError, match="0 values of 0 pairs"):
+        over_networks([], [])
 
 
 def test_the_highest_of_several_means_holds_its_level() -> None:

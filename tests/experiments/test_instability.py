@@ -18,6 +18,7 @@ from companion.connectivity.gates import Gate
 from companion.core.errors import BadParameter
 from companion.core.runs import Store
 from companion.core.seeds import Key
+from companion.core.stats import Interval
 from companion.core.theta import cosine_distance, distance, layout
 from companion.data import Augmentation, Augmenter
 from companion.experiments import measurement
@@ -363,7 +364,7 @@ def test_dead_networks_count_nowhere(store: Store) -> None:
     for k in found.ks:
         assert found.values(k) == [] and found.interval(k) is None
         assert found.verdict(k) == "invalid"
-    assert found.onset() is None
+    assert found.onset().value == found.onset().high == math.inf
 
 
 def test_a_dead_pair_among_good_ones(found: Instability, shared_store: Store) -> None:
@@ -515,11 +516,11 @@ NONE = math.nan
 @pytest.mark.parametrize(
     ("inits", "verdict"),
     [
-        ([[0.1, 0.2], [0.5, 0.4], [1.9, 1.9]], "stable"),
-        ([[0.1, 0.2], [0.5, 0.4], [2.0, 2.0]], "undetermined"),
+        ([[0.1, 0.2], [0.5, 0.4], [0.9, 0.9]], "stable"),
+        ([[0.1, 0.2], [0.5, 0.4], [1.9, 1.9]], "undetermined"),  # all below 2, but few
         ([[0.0, 0.0], [30.0, 40.0], [25.0, 20.0]], "undetermined"),
-        ([[2.0, 2.0], [30.0, 40.0], [25.0, 20.0]], "unstable"),
-        ([[1.0, 3.1], [30.0, 40.0], [25.0, 20.0]], "unstable"),
+        ([[30.0, 31.0], [30.0, 40.0], [25.0, 20.0]], "unstable"),
+        ([[1.0, 3.1], [30.0, 40.0], [25.0, 20.0]], "undetermined"),
         ([[NONE, NONE], [NONE, NONE], [NONE, NONE]], "invalid"),
         ([[NONE, 30.0], [NONE, 40.0], [25.0, 20.0]], "unstable"),
         ([[NONE, 0.1], [NONE, 0.2], [0.3, NONE]], "stable"),
@@ -531,8 +532,8 @@ def test_verdict(inits: list[list[float]], verdict: str) -> None:
 
 
 def test_verdict_at_another_threshold() -> None:
-    found = made_of({0: [[1.0], [2.0], [3.0]]})
-    assert [found.verdict(0, threshold=t) for t in (0.5, 1.0, 2.5, 3.0, 3.1)] == [
+    found = made_of({0: [[1.8], [2.0], [2.2]]})  # 2 ± 0.34
+    assert [found.verdict(0, threshold=t) for t in (0.5, 1.65, 1.7, 2.3, 2.35)] == [
         "unstable",
         "unstable",
         "undetermined",
@@ -547,11 +548,17 @@ def test_interval_takes_valid_pairs_by_init() -> None:
     assert interval is not None
     assert (interval.n, interval.clusters) == (3, 2)
     assert interval.value == pytest.approx(11 / 3)
-    assert (interval.low, interval.high) == (1.0, 5.0)
+    # Without one init the mean is 5, without the other 1: Student's t of two.
+    assert (interval.low, interval.high) == pytest.approx(
+        (11 / 3 - 12.63, 11 / 3 + 12.63), abs=0.01
+    )
     loss = found.interval(5, "train", "loss")
     assert loss is not None and loss.value == pytest.approx(1.1 / 3)
     assert found.values(5) == [(0, 1.0), (2, 4.0), (2, 6.0)]
     assert len(found.invalid()) == 3 and found.interval(6) is None
+
+
+NEVER = math.inf
 
 
 @pytest.mark.parametrize(
@@ -560,21 +567,58 @@ def test_interval_takes_valid_pairs_by_init() -> None:
         ([30.0, 9.0, 1.9, 0.3], 50),
         ([30.0, 1.0, 9.0, 0.3], 100),  # it has to stay below
         ([1.0, 1.0, 1.0, 1.0], 0),
-        ([30.0, 1.0, 1.0, 2.0], None),
-        ([30.0, 9.0, NONE, 0.3], 100),  # a step without a valid pair proves nothing
-        ([30.0, 9.0, 0.3, NONE], None),
-        ([NONE, NONE, NONE, NONE], None),
+        ([30.0, 1.0, 1.0, 2.0], NEVER),
+        ([30.0, 9.0, 0.3, NONE], NEVER),
+        ([NONE, NONE, NONE, NONE], NEVER),
     ],
 )
-def test_onset(means: list[float], onset: int | None) -> None:
+def test_onset(means: list[float], onset: float) -> None:
     found = made_of({k: [[m], [m]] for k, m in zip((0, 25, 50, 100), means, strict=True)})
-    assert found.onset() == onset and found.onset("train") == onset
+    assert found.onset() == found.onset("train")
+    assert (found.onset().value, found.onset().high) == (onset, onset)
+    assert (found.onset().n, found.onset().clusters) == (2, 2)
+
+
+def test_a_step_without_a_valid_pair_proves_nothing() -> None:
+    found = made_of({k: [[m], [m]] for k, m in ((0, 30.0), (25, 9.0), (50, NONE), (100, 0.3))})
+    assert found.onset() == Interval(100, 50, 100, 2, 2)
+
+
+LOW, OPEN, HIGH = [0.3, 0.3, 0.4], [0.5, 1.5, 3.5], [30.0, 31.0, 32.0]
+
+
+@pytest.mark.parametrize(
+    ("inits", "onset"),
+    [
+        ([HIGH, HIGH, LOW, LOW], (50, 50, 50)),
+        ([HIGH, OPEN, OPEN, LOW], (25, 25, 100)),  # its mean lies below
+        ([HIGH, OPEN, HIGH, LOW], (100, 100, 100)),  # no later k may be unstable
+        ([HIGH, LOW, OPEN, OPEN], (25, 25, NEVER)),
+        ([HIGH, LOW, LOW, HIGH], (NEVER, NEVER, NEVER)),
+        ([OPEN, OPEN, OPEN, OPEN], (0, 0, NEVER)),
+        ([LOW, LOW, LOW, LOW], (0, 0, 0)),
+    ],
+)
+def test_the_interval_of_the_onset_agrees_with_the_verdicts(
+    inits: list[list[float]], onset: tuple[float, float, float]
+) -> None:
+    ks = (0, 25, 50, 100)
+    found = made_of({k: [[h] for h in of] for k, of in zip(ks, inits, strict=True)})
+    got = found.onset()
+    assert (got.value, got.low, got.high) == onset and got.clusters == 3
+    words = [found.verdict(k) for k in ks]
+    assert all(word == "stable" for k, word in zip(ks, words, strict=True) if k >= got.high)
+    assert all(word != "unstable" for k, word in zip(ks, words, strict=True) if k >= got.low)
 
 
 def test_onset_looks_at_the_mean_and_the_threshold() -> None:
     found = made_of({0: [[3.0], [0.5]], 10: [[3.0], [1.5]]})
-    assert found.onset() is None and found.onset(threshold=2.5) == 0
-    assert made_of({0: [[3.0], [0.5]], 10: [[2.0], [1.5]]}).onset() == 0
+    assert found.onset().value == NEVER and found.onset(threshold=2.5).value == 0
+    assert made_of({0: [[3.0], [0.5]], 10: [[2.0], [1.5]]}).onset().value == 0
+
+
+def test_one_init_decides_nothing_about_the_onset() -> None:
+    assert made_of({0: [[30.0]], 10: [[0.1]]}).onset() == Interval(10, 0, NEVER, 1, 1)
 
 
 def test_only_networks_with_batchnorm_are_stored_by_what_it_averages_over() -> None:

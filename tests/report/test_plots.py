@@ -392,3 +392,26 @@ def test_records_against_the_width_say_the_steps_of_their_networks():
     assert found[1] == (0, {"matched, test": {8: Interval(9.0, 8.0, 9.5, 3, 0)}})
     del kept["by-time"]
     assert list(recorded.curves([record], "by-width")) == ["cpu-mnist: MNIST\nCPU, 2026-01-01"]
+
+
+def test_panels_show_the_highest_of_their_curves_whole():
+    """The scale is shared, and was that of the first panel."""
+    runs = {
+        "low": (
+            100,
+            {"a, test": {0: Interval(10.0, 9.0, 11.0, 3, 3), 5: Interval(1, -2, 4, 3, 3)}},
+        ),
+        "high": (
+            100,
+            {"a, test": {0: Interval(60.0, 50.0, 70.0, 3, 3), 5: Interval(1, 0, 2, 3, 3)}},
+        ),
+        "middle": (
+            100,
+            {"a, test": {0: Interval(30.0, 29.0, 31.0, 3, 3), 5: Interval(1, 0, 2, 3, 3)}},
+        ),
+    }
+    fig, _ = plots.panels(runs)
+    fig.canvas.draw()
+    for ax in fig.axes[:3]:
+        low, high = ax.get_ylim()
+        assert low <= -2 and high >= 70

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from companion.core import codec
+from companion.core.stats import from_range
 from companion.report import claims, recorded
 
 CHAPTER = "01_instability"
@@ -43,3 +44,16 @@ def test_a_range_of_three_becomes_an_interval(kept: recorded.Record) -> None:
 
 def test_a_statistic_that_is_another_one_today_was_not_measured(kept: recorded.Record) -> None:
     assert "C07" not in kept.verdicts
+
+
+def test_the_bars_of_an_old_figure_become_intervals_too(kept: recorded.Record) -> None:
+    drawn = kept.data["figures"]["instability"]["data"]
+    series = next(s for label, s in drawn.items() if label.startswith("mlp"))
+    (_, curves), *_ = recorded.curves([kept], "instability").values()
+    bars = curves["six-layer perceptron, test"][0]
+    asked = from_range(*(series[name][0] for name in ("mean", "low", "high", "pairs")))
+    assert bars == asked and bars.low < series["low"][0] < series["high"][0] < bars.high
+    for claim in kept.data["claims"]:
+        claim["clusters"] = 3  # as it is written today
+    (_, curves), *_ = recorded.curves([kept], "instability").values()
+    assert curves["six-layer perceptron, test"][0].low == series["low"][0]

@@ -6,6 +6,7 @@ the threshold (a sign, a size), or there is no order in it (a trend), or none of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -39,6 +40,17 @@ def mean(values: list[float]) -> Interval:
     return stats.clustered(values, np.arange(N).repeat(len(values) // N).tolist())
 
 
+def all_pairs(rng: np.random.Generator) -> Interval:
+    """Every pair of three networks, each of which has the luck of both."""
+    luck, pairs = rng.normal(0, 1, N), list(itertools.combinations(range(N), 2))
+    return stats.over_networks([float(luck[i] + luck[j]) for i, j in pairs], pairs)
+
+
+def largest(rng: np.random.Generator) -> Interval:
+    """The largest of five means, all of which lie on the threshold."""
+    return stats.highest([(normal(rng), range(N)) for _ in range(5)])
+
+
 def trend(rng: np.random.Generator) -> Interval:
     """Rank correlation of four widths with numbers that have no order, a pair each."""
     found = [stats.spearman(range(4), rng.normal(0, 1, 4).tolist()) for _ in range(N)]
@@ -55,6 +67,8 @@ CASES: dict[str, tuple[dict[str, object], Callable[[np.random.Generator], Interv
     "sign": ({"op": ">", "value": 0.0}, lambda rng: mean(normal(rng))),
     "size": ({"op": "<=", "value": 0.0}, lambda rng: mean(normal(rng))),
     "pairs of shared networks": ({"op": "<", "value": 0.0}, lambda rng: mean(paired(rng))),
+    "all pairs of some networks": ({"op": ">", "value": 0.0}, all_pairs),
+    "the largest lies below": ({"op": "<", "value": 0.0}, largest),
     "band": ({"op": "between", "low": 0.0, "high": 9.0}, lambda rng: mean(normal(rng))),
     "trend": ({"op": "<", "value": -0.5}, trend),
     "any of many": ({"op": "true"}, any_of_four),

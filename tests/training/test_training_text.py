@@ -623,8 +623,8 @@ def test_instability_end_to_end(written: str, store: Store) -> None:
     early, late = (found.interval(k, metric="loss") for k in (0, 30))
     assert early and late and early.value > late.value
     assert found.verdict(0, metric="loss") == "undetermined", "one init has no interval"
-    assert found.onset(threshold=early.value, metric="loss") == 30
-    assert found.onset(threshold=1e9, metric="loss") == 0
+    assert found.onset(threshold=early.value, metric="loss").value == 30
+    assert found.onset(threshold=1e9, metric="loss").value == 0
     with pytest.raises(BadParameter, match="metric"):
         found.onset(metric="accuracy")
 

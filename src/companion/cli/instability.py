@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -85,7 +86,7 @@ def measure_instability(
     max_error: Annotated[
         float | None,
         typer.Option(
-            help="Gate G0: a test error, in percent, that counts as trained "
+            help="A test error, in percent, that counts as trained "
             "(default: 1.5 times the median of all copies; of text, right half as often as it, and "
             "better than always the commonest token)."
         ),
@@ -176,7 +177,7 @@ def measure_instability(
             "device": where,
             "metric": metric,
             "threshold": limit,
-            "onset": {split: found.onset(split, limit, metric) for split in ("test", "train")},
+            "onset": {split: _onset(found, split, limit, metric) for split in ("test", "train")},
             "ks": [_row(found, k, limit, metric) for k in found.ks],
             "pairs": [
                 {
@@ -207,7 +208,7 @@ def measure_instability(
             counts = sorted({len(found.values(k)) for k in found.ks})
             pairs = "–".join(str(c) for c in dict.fromkeys((counts[0], counts[-1])))
             title = f"{found.recipe.net} on {found.recipe.data}"
-            ax.set_title(f"{title}: mean of {pairs} pairs, 95 % interval", fontsize=10)
+            ax.set_title(f"{title}: mean of {pairs} pairs, 90 % interval", fontsize=10)
         say(f"figure drawn in {plot}")
 
 
@@ -248,7 +249,7 @@ def _show(found: Instability, label: str, threshold: float, metric: str) -> None
         [">k", ">barrier test", ">barrier train", ">valid pairs", "verdict"],
         rows,
         title=f"{found.recipe.net} on {label}: {metric} barrier in {UNITS[metric]}, "
-        "mean [95 % interval]; "
+        "mean [90 % interval]; "
         f"stable = below {threshold:g}",
     )
     say()
@@ -260,7 +261,16 @@ def _show(found: Instability, label: str, threshold: float, metric: str) -> None
         failed = "; ".join(str(g) for g in sample.result.barrier.gates if g.passed is False)
         say(f"  INVALID k={sample.k}, init {sample.init}, copies {sample.copies}: {failed}")
     onset, below = found.onset("test", threshold, metric), f"{threshold:g} {UNITS[metric]}"
-    if onset is None:
+    if math.isinf(onset.value):
         say(f"onset: at no k of this grid the mean test barrier stays below {below}")
     else:
-        say(f"onset: from k = {onset} on the mean test barrier stays below {below}")
+        say(f"onset: from k = {onset.value} on the mean test barrier stays below {below}")
+    ends = [f"k = {k}" if math.isfinite(k) else "after this grid" for k in (onset.low, onset.high)]
+    say(f"by the verdicts: {ends[0]} at the earliest, {ends[1]} at the latest")
+
+
+def _onset(found: Instability, split: str, threshold: float, metric: str) -> dict[str, Any]:
+    """By the means, at the earliest, and at the latest; null: at no k of the grid."""
+    onset = found.onset(split, threshold, metric)
+    steps = {"k": onset.value, "earliest": onset.low, "latest": onset.high}
+    return {name: k if math.isfinite(k) else None for name, k in steps.items()}

@@ -55,7 +55,7 @@ TestExamples = Annotated[
 MaxError = Annotated[
     float | None,
     typer.Option(
-        help="Gate G0: the largest test error, in percent, of a network that counts as trained "
+        help="The largest test error, in percent, of a network that counts as trained "
         "(default: half the error of guessing; for text, that of always predicting the most "
         "frequent token)."
     ),

@@ -152,10 +152,10 @@ class Barrier:
         bn: the headline mode.
         gates: outcomes of G0, G0b, G2, G5 and of the controls that were :meth:`recorded` (G1, G3).
         distance: Euclidean distance of the two networks' parameters.
-        classes: number of classes, for gate G0's default.
-        errors: of the two networks themselves, in percent, as gate G0 saw them. Where only some
+        classes: number of classes, for the default bound on errors.
+        errors: of the two networks themselves, in percent, as the gates saw them. Where only some
             layers move, the ends of the curve are other networks.
-        guess: of a text, the error of always saying its commonest token (gate G0); else None.
+        guess: of a text, the error of always saying its commonest token; else None.
     """
 
     curves: Mapping[str, Curve]
@@ -210,7 +210,7 @@ class Barrier:
     def judged(
         self, *, reference_error: float | None = None, max_error: float | None = None
     ) -> Barrier:
-        """This barrier with gate G0 asked again under other bounds.
+        """This barrier with its ends' quality checked again, under other bounds.
 
         An experiment knows what error is normal for its recipe only after all ends are measured.
         """
@@ -258,9 +258,9 @@ def barrier(
         data, points, groups, rest: as :func:`segment`.
         bn: the headline BatchNorm mode; all three are measured where the network has BatchNorm.
         bn_data, bn_examples: as :class:`Walker` takes them.
-        classes: number of classes, for the default of gate G0 (default: the dataset's own,
+        classes: number of classes, for the default of ``max_error`` (default: the dataset's own,
             or one more than the largest label).
-        max_error: percent, for gate G0 (:func:`companion.connectivity.gates.quality`), on the
+        max_error: percent, of a trained end (:func:`companion.connectivity.gates.quality`), on the
             split ``test`` (or the last one).
         same_noise: the two are a null control and may be equal.
 

@@ -51,7 +51,7 @@ def exact_float32(on: bool = True) -> Iterator[None]:
 def exact_evaluation() -> Iterator[None]:
     """Inside, evaluating the same network on the same batches gives the same bits, in float32.
 
-    Gate G2 asks for that. Also a decorator: ``@exact_evaluation()``.
+    The check of self and symmetry asks for that. Also a decorator: ``@exact_evaluation()``.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic

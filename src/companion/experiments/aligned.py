@@ -228,7 +228,7 @@ def align(
         extras: of :data:`EXTRAS`, measured with every method.
         on: dataset to measure on, such as ``digits`` for pairs trained on parts of it; default:
             the one A was trained on.
-        reference_error, max_error: of gate G0, as in
+        reference_error, max_error: of trained ends, as in
             :func:`companion.experiments.pairs.measure_pairs`.
 
     Returns:

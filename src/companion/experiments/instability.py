@@ -191,8 +191,13 @@ class Instability:
 
     def onset(
         self, split: str = "test", threshold: float | None = None, metric: str | None = None
-    ) -> int | None:
-        """The smallest k of the grid from which on the mean barrier stays below the threshold.
+    ) -> Interval:
+        """The fork step from which on the network is stable, and what the verdicts leave open.
+
+        Returns:
+            value: the smallest k of the grid from which on the mean barrier stays below the
+            threshold. low: the smallest from which on no k is ``unstable``. high: the smallest from
+            which on all are ``stable``. Each is infinite where the grid has no such k.
 
         Raises:
             NotMeasured: while a recording is closed, if pairs are missing at a k.
@@ -201,14 +206,19 @@ class Instability:
             raise NotMeasured(f"the onset: pairs at k = {missing} are {closing.WHY}.")
         metric = metric or self.metric
         limit = threshold_of(metric, threshold)
-        below = []
-        for k in self.ks:
-            interval = self.interval(k, split, metric)
-            below.append(interval is not None and interval.value < limit)
-        for i, k in enumerate(self.ks):
-            if all(below[i:]):
-                return k
-        return None
+        means = [self.interval(k, split, metric) for k in self.ks]
+        words = [self.verdict(k, split, limit, metric) for k in self.ks]
+
+        def first(holds: Sequence[bool]) -> float:
+            return next((k for i, k in enumerate(self.ks) if all(holds[i:])), math.inf)
+
+        return Interval(
+            first([mean is not None and mean.value < limit for mean in means]),
+            first([word != "unstable" for word in words]),
+            first([word == "stable" for word in words]),
+            len(self.at(self.ks[0])),
+            len({s.init for s in self.samples}),
+        )
 
 
 def check_design(
@@ -335,10 +345,10 @@ def analyse(
         noise: what differs between copies, one of :data:`NOISE`.
         optimizer: what a copy starts with, ``reset`` (fresh) or ``restore`` (the trunk's momentum).
         schedule: ``continue``, or ``restart`` for the control of Fig. 4 (all T steps again).
-        evaluation, max_error: how barriers are measured, and the preset of gate G0.
-        controls: train one copy a second time (gate G1: the null control) and check the data orders
-            or, where copies differ in these alone, the draws of augmentation and dropout (gate G3);
-            both are recorded with every barrier.
+        evaluation, max_error: how barriers are measured, and the error of a trained network.
+        controls: train one copy a second time (the null control) and check that the data orders
+            or, where copies differ in these alone, the draws of augmentation and dropout are
+            independent; both are recorded with every barrier.
         store, device, workers: see :mod:`companion.training`.
 
     Raises:
@@ -394,8 +404,8 @@ def through_training(
         steps: where to look, each above k and at most T.
 
     Returns:
-        step -> (init, result) of every pair. Half-trained networks have high errors, so gate G0
-        asks only that they are better than half-way to guessing (of text: than always saying the
+        step -> (init, result) of every pair. Half-trained networks have high errors, so all that
+        is asked of them is to be better than half-way to guessing (of text: than always saying the
         commonest token); before that they count as INVALID.
     """
     for step in steps:

@@ -135,7 +135,7 @@ class Pair:
     start: tuple[Run, int] | None = None
 
     def equal_on_purpose(self, a: Theta, b: Theta) -> bool:
-        """One run twice, or two networks of one init at step 0: gate G0b does not apply."""
+        """One run twice, or two networks of one init at step 0: no need to be distinct."""
         equal = self.at == 0 and all(torch.equal(v, b[n]) for n, v in a.items())
         return self.a == self.b or equal
 
@@ -202,7 +202,7 @@ def _missing(pair: Pair, evaluation: Evaluation, device: str) -> PairResult:
     sizes = {name: len(split) for name, split in splits.items()}
     mode = evaluation.bn if models.may_have_batchnorm(pair.a.recipe.net) else "none"
     curve = Curve(alphas, dict.fromkeys(splits, unknown), mode, sizes)
-    # Gate G0 comes first, where it is asked again under other bounds.
+    # Quality comes first, where it is checked again under other bounds.
     gates = (Gate("G0 quality", False, closing.WHY), _MISSING)
     ends, guess = (math.nan, math.nan), guessing(splits["test"])
     found = Barrier({mode: curve}, mode, gates, math.nan, data.classes, ends, guess)
@@ -286,11 +286,11 @@ def measure_pairs(
     """Train what is missing, then measure every pair, in that order.
 
     Arguments:
-        reference_error: percent, for gate G0. Default: the median error of all ends of this call,
+        reference_error: percent, normal. Default: the median error of all ends of this call,
             which is the recipe's own normal error. Ends above half the error of guessing fail all
             the same, or a call whose runs are all dead would pass (of text: ends that are no better
             than always saying the commonest token).
-        max_error: percent; an end at or below it passes gate G0 whatever the reference.
+        max_error: percent; an end at or below it counts as trained whatever the reference.
 
     Raises:
         as :func:`companion.training.train`.
@@ -318,7 +318,7 @@ def measure_pairs(
 
 
 def normal_error(found: Sequence[Barrier]) -> float | None:
-    """The median error of all ends, in percent: gate G0's reference. None without any.
+    """The median error of all ends, in percent: what is normal for them. None without any.
 
     If most runs are dead, so is their median: G0 then asks for half the error of guessing; of text,
     for less than that of always saying the commonest token.
@@ -335,7 +335,7 @@ _FAILED = "failed.json"
 
 @dataclass(frozen=True)
 class NullControl(Measurement):
-    """Gate G1 of a run: trained once more under the same noise, it comes out the same."""
+    """The null control of a run: trained once more under the same noise, it comes out the same."""
 
     KIND = "null"
     SEMANTICS = None
@@ -361,7 +361,7 @@ class NullControl(Measurement):
 
     @staticmethod
     def describe(identity: Mapping[str, Any]) -> str:
-        return f"null control (gate G1) of {identity['run'][:12]}"
+        return f"null control of {identity['run'][:12]}"
 
     def measure(self, store: Store, device: str) -> object:
         return _null(self.run, self.evaluation, store, device)
@@ -374,7 +374,7 @@ def check_null(
     store: Store | None = None,
     device: str = "cpu",
 ) -> Gate:
-    """Gate G1: train ``run`` once more from its start, with the same noise, and compare.
+    """The null control: train ``run`` once more from its start, with the same noise, and compare.
 
     The stored copy may come from another process; both must agree in every bit, and the barrier
     between them must be exactly 0. A control that passed is kept in the store and not run again.
@@ -426,7 +426,7 @@ def _null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Gate:
 
 
 def check_noise(runs: Sequence[Run], *, device: str = "cpu", most: int = 200) -> Gate:
-    """Gate G3 over the data orders of ``runs``: the first epochs of each, ``most`` in all.
+    """Whether noise is independent: data orders of ``runs``, first epochs of each, ``most`` in all.
 
     Where more labels tell their augmentation apart than their order (``noise="augment"``), copies
     share orders on purpose: the draws of augmentation and dropout are compared as well.

@@ -311,7 +311,7 @@ class LayerBarriers:
     def judged(
         self, *, reference_error: float | None = None, max_error: float | None = None
     ) -> LayerBarriers:
-        """These with gate G0 asked again, see :meth:`companion.connectivity.Barrier.judged`."""
+        """These with quality checked again, see :meth:`companion.connectivity.Barrier.judged`."""
         full = self.full.judged(reference_error=reference_error, max_error=max_error)
         return replace(self, full=full)
 

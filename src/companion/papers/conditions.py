@@ -30,11 +30,10 @@ from companion.papers.llfc import (
     Layers,
     Number,
     Study,
-    called,
     mean,
 )
 from companion.report import page, tables
-from companion.report.claims import Need, Statistic
+from companion.report.claims import Statistic
 from companion.report.words import listed, said
 
 
@@ -76,22 +75,19 @@ def _over(above: Mapping[str, float], below: Mapping[str, float]) -> dict[str, f
         return {n: float(np.divide(above[n], below[n])) for n in above}
 
 
-def _largest(study: Study, left: Mapping[str, Mapping[str, float]], *needs: Need) -> Statistic:
-    """The largest over names and layers; NaN if one is NaN, which no order would hide."""
-    most = {name: float(np.max([*one.values()])) for name, one in left.items() if one}
-    value = float(np.max([*most.values()])) if most else None
-    return llfc.of_pairs(study, value, *needs, detail=listed(most))
-
-
 def a06(study: Study) -> Statistic:
-    """Median Dist_sigma of copies over that of independent pairs, the largest over ReLUs."""
-    found, *needs = llfc.contrast(study, ADDITIVITY)
-    left = {n: _over(near, far) for n, (far, near) in found.items()}
-    return _largest(study, left, *needs)
+    """Median Dist_sigma of copies over that of independent pairs, mean over ReLUs and pairs."""
+
+    def smaller(far: list[float], close: list[float]) -> float:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.mean(np.divide(close, far))) if far else math.nan
+
+    return llfc.contrast(study, ADDITIVITY, smaller, "{:.2f}")
 
 
 def a07(study: Study) -> Statistic:
-    """Share of the layers that commute, Dist_com a tenth of the others or less; the smallest."""
+    """Share of the layers that commute, Dist_com a tenth of the others or less; the smaller of
+    copies' and matched pairs'."""
     return llfc.least_share(study, lambda f: (x <= 0.1 for x in distances(f, "ratio").values()))
 
 
@@ -133,10 +129,14 @@ def remaining(study: Study, net: str, method: str, of: str) -> dict[str, float]:
 
 
 def a12(study: Study) -> Statistic:
-    """Mean Dist_com after matching over that before, the largest over layers and methods."""
-    return _largest(
-        study, {f"{called(n)}, {c}": remaining(study, n, c, "com") for n, c in study.joined}
-    )
+    """Dist_com after matching over that before, mean over layers, methods and pairs."""
+
+    def share(one: Featured, two: Featured) -> float:
+        return float(np.mean([*_over(distances(two, "com"), distances(one, "com")).values()]))
+
+    every, told = llfc.left(study, share)
+    need = (bool(every), "no pair was matched")
+    return llfc.of_pairs(study, every, need, detail=listed(told))
 
 
 CLAIMS = {f.__name__.upper(): f for f in (a06, a07, a08, a12)}

@@ -12,9 +12,11 @@ Explained in our chapter 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -42,11 +44,11 @@ from companion.experiments.instability import (
     trunk,
 )
 from companion.experiments.pairs import Evaluation, PairResult
-from companion.models import title
+from companion.models import may_have_batchnorm, title
 from companion.report import claims, figures, plots, provenance, recorded, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
-from companion.report.words import Values, listed, said
+from companion.report.words import Values, counted, listed, said
 from companion.training import Recipe, build, load_weights
 
 CHAPTER = "01_instability"
@@ -56,6 +58,9 @@ NOISES = {"both": "order and augmentation", "order": "order", "augment": "augmen
 
 MODES = {"interpolate": "interpolated", "reestimate": "re-estimated", "batch": "of the batch"}
 """BatchNorm's statistics on the line -> the same for people."""
+
+LARGER = 8
+"""How many times as many examples a large batch holds."""
 
 
 # The design
@@ -120,6 +125,13 @@ class Study:
         return replace(self.noisy, lr=self.noisy.lr / 10)
 
     @property
+    def large(self) -> Recipe | None:
+        """The noisy network with larger batches, for as many epochs; None: too few data."""
+        batch, steps = LARGER * self.noisy.batch, max(1, self.steps // LARGER)
+        fits = batch <= len(self.images.train)
+        return replace(self.noisy, batch=batch, steps=steps) if fits else None
+
+    @property
     def noises(self) -> tuple[str, ...]:
         """The sources of noise that are tried alone."""
         return ("order", "augment") if self.controls and self.noisy.augment != "none" else ()
@@ -161,6 +173,11 @@ class Study:
         return self._analyse(self.slow, [self.first]) if self.controls else None
 
     @cached_property
+    def enlarged(self) -> Instability | None:
+        """The noisy network with larger batches; None without controls, or with too few data."""
+        return self._analyse(self.large, [self.first]) if self.controls and self.large else None
+
+    @cached_property
     def strangers(self) -> list[PairResult]:
         """Pairs of different initialisations."""
         return independent_inits(
@@ -193,7 +210,11 @@ class Study:
             plan_forks(self.noisy, self.ks, how, **shape),
             plan_forks(self.gentle, self.gentle_ks, how, **shape),
             *(plan_forks(self.noisy, [k], how, schedule="restart", **few) for k in self.again),
-            *([plan_forks(self.slow, [self.first], how, **few)] if self.controls else []),
+            *(
+                plan_forks(recipe, [self.first], how, **few)
+                for recipe in (self.slow, self.large)
+                if self.controls and recipe
+            ),
             plan_independent(self.noisy, how, inits=max(self.inits, 2)),
             *(plan_forks(self.noisy, [self.first], how, noise=n, **few) for n in self.noises),
         ]
@@ -223,8 +244,18 @@ class Study:
         hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
         return (
             f"{self.images.label}, {self.network} and {self.calm}, T = {self.steps}, "
-            f"{self.inits} inits × {self.copies} copies, {hardware}"
+            f"{self.inits} inits × {self.copies} copies{self.statistics}, {hardware}"
         )
+
+    @property
+    def statistics(self) -> str:
+        """Which statistics BatchNorm has on a line, the headline; empty for a network without."""
+        return f", BatchNorm's statistics {MODES[mode]}" if (mode := self._mode) else ""
+
+    @property
+    def _mode(self) -> str:
+        """The headline's key in :data:`MODES`; empty without BatchNorm."""
+        return self.evaluation.bn if may_have_batchnorm(self.noisy.net) else ""
 
     def words(self) -> Values:
         """What captions and prose say of the whole page."""
@@ -236,6 +267,7 @@ class Study:
             "first": self.first,
             "last": self.last,
             "inits": self.inits,
+            "statistics": self.statistics,
         }
 
     def record(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,8 +384,9 @@ def _measured(study: Study, *ks: int) -> list[Sample]:
 
 
 def _at_onset(study: Study) -> list[Sample]:
-    onset = study.forks.onset()
-    return valid_pairs(study, study.last if onset is None else onset)
+    """The valid pairs of the step from which on copies are certainly stable; none without one."""
+    step = study.forks.onset().high
+    return valid_pairs(study, int(step)) if math.isfinite(step) else []
 
 
 def _over(pairs: Sequence[Sample], value: Callable[[Sample], float]) -> Interval | None:
@@ -362,34 +395,57 @@ def _over(pairs: Sequence[Sample], value: Callable[[Sample], float]) -> Interval
     return stats.clustered(values, inits) if pairs else None
 
 
+def _by_init(found: Instability, split: str = "test") -> dict[int, dict[int, float]]:
+    """Init -> fork step -> its mean barrier, of the inits that have a valid pair at every step."""
+    heights = {k: found.values(k, split) for k in found.ks}
+    inits = sorted(set.intersection(*({i for i, _ in each} for each in heights.values())))
+    return {
+        init: {k: float(np.mean([v for i, v in each if i == init])) for k, each in heights.items()}
+        for init in inits
+    }
+
+
 def distances(study: Study, name: str) -> dict[int, Interval]:
     """Fork step -> one distance in weight space (:class:`PairResult`), mean over pairs."""
     found = {k: _over(valid_pairs(study, k), lambda s: s.result.distances[name]) for k in study.ks}
     return {k: v for k, v in found.items() if v is not None}
 
 
-def _height(pairs: Iterable[tuple[int, PairResult]]) -> Interval | None:
-    """Mean barrier of (init, pair); None without a valid pair, or before all are measured."""
+def _heights(pairs: Iterable[tuple[Any, PairResult]]) -> tuple[list[float], list[Any]]:
+    """Barriers of the valid pairs, and their labels; nothing before all are measured."""
     pairs = list(pairs)
-    good = [(i, r.barrier.height()) for i, r in pairs if r.barrier.valid]
-    if not good or not all(r.measured for _, r in pairs):
-        return None
-    return stats.clustered([v for _, v in good], [i for i, _ in good])
+    good = [(label, r.barrier.height()) for label, r in pairs if r.barrier.valid]
+    whole = all(r.measured for _, r in pairs)
+    return ([v for _, v in good], [label for label, _ in good]) if whole else ([], [])
+
+
+def _along(study: Study, k: int) -> dict[int, tuple[list[float], list[int]]]:
+    """Training step -> barriers there of copies that part at k, and their inits."""
+    found = {step: _heights(pairs) for step, pairs in study.along[k].items()}
+    return {step: (values, inits) for step, (values, inits) in found.items() if values}
 
 
 def trail(study: Study, k: int) -> dict[int, Interval]:
     """Training step -> the test error barrier, at that step, of copies that part at k."""
-    return {step: v for step, pairs in study.along[k].items() if (v := _height(pairs))}
+    return {step: stats.clustered(*group) for step, group in _along(study, k).items()}
 
 
 def unrelated(study: Study) -> Interval | None:
-    """The test error barrier between different initialisations; None without a valid pair."""
-    return _height(enumerate(study.strangers))
+    """The test error barrier between different initialisations, each of which is in many pairs;
+    None without a valid pair."""
+    pairs = combinations(range(max(study.inits, 2)), 2)
+    values, labels = _heights(zip(pairs, study.strangers, strict=True))
+    return stats.over_networks(values, labels) if values else None
 
 
 def slowed(study: Study) -> Interval | None:
     """The barrier at the first fork step with a tenth of the learning rate."""
     return study.slowed.interval(study.first) if study.slowed else None
+
+
+def enlarged(study: Study) -> Interval | None:
+    """The barrier at the first fork step with larger batches."""
+    return study.enlarged.interval(study.first) if study.enlarged else None
 
 
 def both_ways(study: Study) -> dict[int, tuple[Interval, Interval]]:
@@ -400,13 +456,31 @@ def both_ways(study: Study) -> dict[int, tuple[Interval, Interval]]:
     return {k: (a, b) for k, (a, b) in pairs.items() if a and b}
 
 
-def _disagreement(study: Study) -> list[str]:
-    """The fork steps at which the two ways fall on different sides of 2 points, with numbers."""
-    return [
-        f"k = {k}: {a.value:.2f} against {b.value:.2f} points"
-        for k, (a, b) in both_ways(study).items()
-        if (a.value < THRESHOLD) != (b.value < THRESHOLD)
-    ]
+def changes(study: Study) -> dict[int, Interval]:
+    """Fork step -> by how much the barrier changes if copies train all T steps again, by pairs."""
+    if study.restarted is None:
+        return {}
+    left = {(s.k, s.init, s.copies): s.result.barrier.height() for s in _measured(study, *study.ks)}
+    found = {
+        k: [
+            (s.init, s.result.barrier.height() - left[k, s.init, s.copies])
+            for s in study.restarted.at(k)
+            if s.result.barrier.valid and (k, s.init, s.copies) in left
+        ]
+        for k in study.again
+        if study.restarted.measured(k)
+    }
+    return {
+        k: stats.clustered([v for _, v in rows], [init for init, _ in rows])
+        for k, rows in found.items()
+        if rows
+    }
+
+
+def _largest_change(study: Study) -> tuple[int, Interval] | None:
+    """The fork step whose interval reaches farthest from 0, and that interval."""
+    found = changes(study).items()
+    return max(found, key=lambda of: max(abs(of[1].low), abs(of[1].high)), default=None)
 
 
 def separation(study: Study) -> float:
@@ -422,8 +496,14 @@ _NEEDS: dict[str, tuple[Callable[[Study], bool], str]] = {
     "init": (lambda s: s.first == 0, "the grid has no k = 0"),
     "inits": (lambda s: s.inits >= 2, "one init decides nothing"),
     "controls": (lambda s: s.controls, "the controls were left out of this run"),
-    "stable": (lambda s: s.forks.onset() is not None, "it did not become stable on this grid"),
-    "unstable": (lambda s: s.forks.onset() != s.first, "it was stable from the smallest k on"),
+    "stable": (
+        lambda s: math.isfinite(s.forks.onset().high),
+        "at no k of this grid it is certainly stable from there on",
+    ),
+    "unstable": (
+        lambda s: s.forks.verdict(s.first) == "unstable",
+        "it was not certainly unstable at the smallest k",
+    ),
     "cifar": (lambda s: s.noisy.data in ("cifar10", "cifar10-jpeg"), "the claim is about CIFAR-10"),
 }
 
@@ -440,70 +520,85 @@ def _trained_to_the_end(study: Study) -> Need:
     return error <= gates.UNLEARNED, f"training was cut short: {told}"
 
 
+def _of(study: Study, network: str) -> Need:
+    return title(study.noisy.net) == network, f"the claim is about {network}"
+
+
 def c01(study: Study) -> Statistic:
     """The calm network's barrier at k = 0, the larger of train and test."""
-    found = [study.gentle_forks.interval(study.first, split) for split in ("train", "test")]
-    there = [v for v in found if v is not None]
+    found = [study.gentle_forks.values(study.first, split) for split in ("train", "test")]
+    groups = [([v for _, v in each], [i for i, _ in each]) for each in found if each]
     claim = claims.registry()["C01"]
     return statistic(
-        max(there, key=lambda v: v.value, default=None),
+        stats.highest(groups) if groups else None,
         *_needs(study, "init", "inits"),
-        (bool(there), f"no valid pair of {study.calm}"),
+        (bool(groups), f"no valid pair of {study.calm}"),
         (claim.takes(study.noisy.data), claim.about),
     )
 
 
 def c02(study: Study) -> Statistic:
-    """The noisy network's test barrier at k = 0, the smallest of the inits' means."""
-    values = study.forks.values(study.first)
-    means = [float(np.mean([v for i, v in values if i == init])) for init in {i for i, _ in values}]
-    needs = _needs(study, "init", "inits")
-    return statistic(min(means, default=None), *needs, n=len(means), detail="smallest init")
+    """The perceptron's test barrier at k = 0."""
+    perceptron = study.noisy.net.startswith("mlp"), "the question is about a perceptron"
+    found = study.forks.interval(study.first)
+    return statistic(found, *_needs(study, "init", "inits"), perceptron)
 
 
-def c03(study: Study) -> Statistic:
-    """The share of training from which on the mean barrier stays below 2 points."""
+def _onset(study: Study, *needs: Need) -> Statistic:
+    """The share of training from which on copies are stable."""
     onset = study.forks.onset()
-    early = any(0 < k / study.steps <= 0.05 for k in study.ks)
+    steps = [f"{k:g}" if math.isfinite(k) else "never" for k in (onset.low, onset.high)]
+    between = f"k = {steps[0]}" + (f" to {steps[1]}" if steps[0] != steps[1] else "")
+    never = "never on this grid"
     return statistic(
-        float("inf") if onset is None else onset / study.steps,
+        replace(onset, **{e: getattr(onset, e) / study.steps for e in ("value", "low", "high")}),
         (bool(_measured(study, *study.ks)), "no valid pair"),
         _trained_to_the_end(study),
-        (early, "the grid has no k up to 5 % of training"),
+        *needs,
         *_needs(study, "unstable"),
-        n=len(study.forks.at(study.first)),
-        detail="never on this grid" if onset is None else f"k = {onset} of {study.steps}",
+        detail=never if math.isinf(onset.low) else f"{between} of {study.steps}",
     )
 
 
+def c03(study: Study) -> Statistic:
+    """The share of training from which on copies are stable."""
+    early = any(0 < k / study.steps <= 0.05 for k in study.ks)
+    return _onset(study, (early, "the grid has no k up to 5 % of training"))
+
+
 def c04(study: Study) -> Statistic:
-    """Spearman's rank correlation of k and the mean test barrier."""
-    means = barriers(study.forks)
-    found = stats.spearman(list(means), [v.value for v in means.values()])
-    enough = len(means) >= 4, "a rank correlation needs four k or more"
-    return statistic(found, enough, n=len(means))
+    """Spearman's rank correlation of k and the test barrier, one an init."""
+    found = [stats.spearman(list(of), list(of.values())) for of in _by_init(study.forks).values()]
+    return statistic(
+        stats.clustered(found, range(len(found))) if found else None,
+        (len(study.forks.ks) >= 4, "a rank correlation needs four k or more"),
+        (not any(map(math.isnan, found)), "a barrier that is the same at every k has no trend"),
+    )
 
 
 def c05(study: Study) -> Statistic:
-    """The barrier at k = 0 with a tenth of the learning rate, over that with all of it."""
+    """The barrier at k = 0 with a tenth of the learning rate."""
     low, standard = slowed(study), study.forks.interval(study.first)
     return statistic(
-        low.value / standard.value if low and standard and standard.value else None,
-        *_needs(study, "init", "controls"),
-        n=len(study.forks.at(study.first)),
-        detail=f"{low.value:.2f} against {standard.value:.2f} points" if low and standard else "",
+        low,
+        *_needs(study, "init", "inits", "controls", "unstable"),
+        detail=f"{standard.value:.2f} points with all of it" if low and standard else "",
     )
 
 
 def c06(study: Study) -> Statistic:
-    """The share of the k at which both ways of training give one verdict."""
-    count, apart = len(both_ways(study)), _disagreement(study)
-    share = (count - len(apart)) / count if count else None
-    return statistic(share, *_needs(study, "controls"), n=count, detail=", ".join(apart))
+    """The barrier after all T steps again minus that after the steps that are left."""
+    found = _largest_change(study)
+    each = {f"k = {k}:": change for k, change in changes(study).items()}
+    return statistic(
+        found[1] if found else None,
+        *_needs(study, "controls", "inits", "unstable"),
+        detail=listed(each, "{:+.2f}") if found else "",
+    )
 
 
 def c07(study: Study) -> Statistic:
-    """At the first stable k: the copies' distance over their mean distance from init."""
+    """Where copies are stable: their distance over their mean distance from init."""
 
     def ratio(pair: Sample) -> float:
         d = pair.result.distances
@@ -517,54 +612,67 @@ def c08(study: Study) -> Statistic:
     return statistic(unrelated(study), (study.inits >= 3, "two inits make one pair"))
 
 
-def _near_guessing(study: Study, family: str, name: str) -> Statistic:
+def _near_guessing(study: Study, network: str) -> Statistic:
     """The highest test error on the line between copies that part at k = 0, mean over pairs."""
     pairs = _measured(study, study.first)
 
     def top(mode: str) -> Interval | None:
         return _over(pairs, lambda s: max(s.result.barrier.curves[mode].values["test"]["error"]))
 
-    tops = {MODES[mode]: top(mode) for mode in study.forks.modes if mode in MODES}
+    tops = {mode: top(mode) for mode in study.forks.modes}
     return statistic(
-        top(study.forks.headline),
+        tops["interpolate"] if "interpolate" in tops else top(study.forks.headline),
         *_needs(study, "init", "inits", "cifar"),
-        (study.noisy.net.startswith(family), f"the claim is about {name}"),
+        _of(study, network),
+        _trained_to_the_end(study),
         detail=f"{study.network}, T = {study.steps}"
-        + "".join(f"; statistics {mode} {v.value:.0f} %" for mode, v in tops.items() if v),
+        + "".join(
+            f"; statistics {MODES[mode]} {v.value:.0f} %"
+            for mode, v in tops.items()
+            if v and mode in MODES
+        ),
     )
 
 
 def c13(study: Study) -> Statistic:
     """The highest error on the line between copies of ResNet-20 that part at k = 0."""
-    return _near_guessing(study, "resnet20", "ResNet-20")
+    return _near_guessing(study, "ResNet-20")
 
 
 def c14(study: Study) -> Statistic:
     """The same of VGG-16."""
-    return _near_guessing(study, "vgg16", "VGG-16")
+    return _near_guessing(study, "VGG-16")
+
+
+def c15(study: Study) -> Statistic:
+    """The share of training from which on copies of ResNet-20 are stable."""
+    return _onset(study, *_needs(study, "cifar"), _of(study, "ResNet-20"))
+
+
+def c16(study: Study) -> Statistic:
+    """The same of VGG-16."""
+    return _onset(study, *_needs(study, "cifar"), _of(study, "VGG-16"))
 
 
 def c17(study: Study) -> Statistic:
-    """The mean absolute difference of train and test barrier over the fork steps."""
-    test, train = barriers(study.forks), barriers(study.forks, "train")
-    gaps = [abs(v.value - train[k].value) for k, v in test.items()]
+    """The absolute difference of train and test barrier over the fork steps, one an init."""
+    test, train = _by_init(study.forks), _by_init(study.forks, "train")
+    gaps = [np.mean([abs(v - train[i][k]) for k, v in of.items()]) for i, of in test.items()]
     convolutional = any(name in study.noisy.net for name in ("resnet", "vgg"))
     return statistic(
-        float(np.mean(gaps)) if gaps else None,
-        *_needs(study, "cifar"),
+        stats.clustered([float(gap) for gap in gaps], range(len(gaps))) if gaps else None,
+        *_needs(study, "cifar", "inits"),
         (convolutional, "the claim is about convolutional networks"),
-        n=len(gaps),
     )
 
 
 def c23(study: Study) -> Statistic:
     """The largest mean barrier, over training steps, of copies that part at the last k."""
-    end, way = study.forks.interval(study.last), trail(study, study.last)
-    connected = end is not None and end.value < THRESHOLD
+    way = _along(study, study.last)
+    connected = study.forks.verdict(study.last) == "stable"
     return statistic(
-        max((v.value for v in way.values()), default=None),
-        (connected, f"copies that part at k = {study.last} do not end connected"),
-        n=study.inits,
+        stats.highest(list(way.values())) if way else None,
+        (connected, f"copies that part at k = {study.last} do not certainly end connected"),
         detail=f"k = {study.last}, {len(way)} steps",
     )
 
@@ -574,18 +682,41 @@ def c24(study: Study) -> Statistic:
     return statistic(separation(study), n=len(_measured(study, *study.ks)))
 
 
+def c25(study: Study) -> Statistic:
+    """The barrier at k = 0 with batches 8 times as large, for as many epochs."""
+    enough = study.large is not None, f"the data have no batch of {LARGER * study.noisy.batch}"
+    trained = ""
+    if study.large:
+        trained = f"batches of {study.large.batch} for {study.large.steps} steps"
+    return statistic(
+        study.enlarged.interval(study.first) if study.enlarged else None,
+        *_needs(study, "init", "inits", "controls", "unstable"),
+        enough,
+        detail=trained,
+    )
+
+
+def c26(_: Study) -> Statistic:
+    """The barrier after a perturbation of one weight: nothing here trains one."""
+    return statistic(None, (False, "no run of this book perturbs a weight"))
+
+
 def c27(study: Study) -> Statistic:
-    """Test error at the first stable k over that at the end."""
+    """Where copies are stable: test error at the fork over that at the end."""
 
     def ratio(pair: Sample) -> float:
         end = float(np.mean(pair.result.barrier.curve.ends()))
         return pair.result.start["test"].error / max(end, 1e-9)
 
+    return _early(study, ratio)
+
+
+def _early(study: Study, value: Callable[[Sample], float]) -> Statistic:
+    """Something of the step from which on copies are stable, which they were not at first."""
     return statistic(
-        _over(_at_onset(study), ratio),
-        *_needs(study, "stable", "unstable"),
+        _over(_at_onset(study), value),
+        *_needs(study, "stable", "unstable", "inits"),
         _trained_to_the_end(study),
-        *_needs(study, "inits"),
     )
 
 
@@ -601,7 +732,25 @@ def c28(study: Study) -> Statistic:
     )
 
 
-_ALL = (c01, c02, c03, c04, c05, c06, c07, c08, c13, c14, c17, c23, c24, c27, c28)
+def c29(study: Study) -> Statistic:
+    """Where copies are stable: distance from init to fork over that from fork to copy."""
+
+    def ratio(pair: Sample) -> float:
+        d = pair.result.distances
+        return 2 * d["start_init"] / (d["a_start"] + d["b_start"])
+
+    return _early(study, ratio)
+
+
+def c30(_: Study) -> Statistic:
+    """How disagreement goes with instability: it is not measured."""
+    return statistic(None, (False, "what copies answer image by image is not kept here"))
+
+
+_ALL = (
+    *(c01, c02, c03, c04, c05, c06, c07, c08, c13, c14, c15),
+    *(c16, c17, c23, c24, c25, c26, c27, c28, c29, c30),
+)
 CLAIMS: dict[str, Callable[[Study], Statistic]] = {f.__name__.upper(): f for f in _ALL}
 """Claim id -> its statistic, in the order of the table."""
 
@@ -701,6 +850,7 @@ def show_controls(study: Study) -> None:
     found = {
         "same noise twice": None if null is None else Interval(null, 0.0, 0.0, 1, 1),
         "a tenth of the learning rate": slowed(study),
+        f"batches {LARGER} times as large": enlarged(study),
         f"the network itself, k = {study.first}": study.forks.interval(study.first),
         "other initialisations": unrelated(study),
     }
@@ -811,26 +961,34 @@ def onset_sentence(study: Study) -> str:
         onset = study.forks.onset()
     except NotMeasured as why:  # a recording that was closed still has its figures
         return str(why)
-    if onset is None:
+    if math.isinf(onset.low):
         return f"At no step of this grid does the barrier stay below {THRESHOLD:g} points."
-    share = _share(onset, study)
-    return f"From k = {onset} on ({share}) the barrier stays below {THRESHOLD:g} points."
+    above = max((k for k in study.ks if k < onset.low), default=None)
+    certain, line = math.isfinite(onset.high), f"{THRESHOLD:g} points"
+    few = counted(study.inits, "initialisation")
+    told = []
+    if above is not None:
+        told.append(f"At k = {above} the barrier still lies above {line}.")
+    if certain:
+        share = _share(int(onset.high), study)
+        told.append(f"From k = {onset.high} on ({share}) the barrier lies below {line}.")
+    if onset.low < onset.high:
+        known = above is not None, certain
+        where = {(False, True): "Before that", (True, False): "After that"}
+        where |= {(True, True): "In between", (False, False): f"Whether it lies below {line}"}
+        told.append(f"{where[known]}, {few} do not decide.")
+    return " ".join(told)
 
 
 def restart_sentence(study: Study) -> str:
     """How the two ways of training compare (Fig. 4)."""
-    pairs, disagree = both_ways(study), ", ".join(_disagreement(study))
-    if not pairs:
-        return "This run left it out."
-    apart = [str(k) for k, (a, b) in pairs.items() if a.high < b.low or b.high < a.low]
-    overlap = f"do not overlap at k = {', '.join(apart)}" if apart else "overlap at every k"
-    widest = max(abs(a.value - b.value) for a, b in pairs.values())
-    told = f"The intervals of the two ways {overlap}, and their means differ by {widest:.2f} points"
-    told += " at most"
-    if disagree:
-        told += f". They fall on different sides of {THRESHOLD:g} points at {disagree}"
-        told += "" if apart else "; a mean that lies on that line does so by chance"
-    return f"{told}."
+    found = _largest_change(study)
+    if found is None:
+        return "This run left it out." if study.restarted is None else "No pair is valid."
+    k, change = found
+    told = f"The barrier changes by {said(change)} points at k = {k}"
+    ends = f"90 % interval {said(change.low)} to {said(change.high)}"
+    return f"{told} ({ends}); no other fork step has an interval that reaches farther from 0."
 
 
 def noise_sentence(study: Study) -> str:
@@ -859,6 +1017,7 @@ def values(study: Study) -> Values:
         "last": found.interval(study.last),
         "calm": study.gentle_forks.interval(study.first),
         "slow": slowed(study),
+        "large": enlarged(study),
         "strangers": unrelated(study),
         "trail": trail(study, study.first).get(study.steps),
     }

@@ -25,7 +25,7 @@ import torch
 from companion import models
 from companion.core.errors import BadParameter
 from companion.core.pool import one_thread
-from companion.core.stats import Interval, over_pairs
+from companion.core.stats import Interval, clustered, over_pairs
 from companion.core.theta import snapshot
 from companion.experiments.aligned import Method, pairs_of
 from companion.experiments.budget import Plan
@@ -33,7 +33,6 @@ from companion.experiments.featured import (
     Featured,
     Scope,
     after_first,
-    averaged,
     looks_of,
     mean_gap,
     rank_correlation,
@@ -189,25 +188,28 @@ class Study(Setting):
         return {k: self.found[self.swept.net, COPIES] if k == own else seen[k] for k in self.ks}
 
     @cached_property
-    def spectra(self) -> dict[tuple[int, str], tuple[Spectrum, Spectrum]]:
-        """Width, when -> singular values of a middle matrix, and of a middle layer's features."""
-        few, out = self.images.train.head(2000), {}
+    def spectra(self) -> dict[tuple[int, str], list[tuple[Spectrum, Spectrum]]]:
+        """Width, when -> for A of every pair, the singular values of the weights of a middle layer,
+        chosen by name, and of the features after it."""
+        few, device = self.images.train.head(2000), torch.device(self.device)
+        out: dict[tuple[int, str], list[tuple[Spectrum, Spectrum]]] = {}
         for w in dict.fromkeys((min(self.widths), self.width)):
-            run = pairs_of(self.at_width(w), 1)[0].a
-            module = build(run, self.images, torch.device(self.device))
-            # By name: a stored state dict need not have the module's order.
-            matrices = [n for n, p in module.named_parameters() if p.ndim > 1]
-            inner = matrices[len(matrices) // 2].removesuffix(".weight")
-            ends = {START: snapshot(module), TRAINED: load_weights(run, device=self.device)}
-            for when, theta in ends.items():
-                with one_thread():
-                    theta = {n: v.to(self.device) for n, v in theta.items()}
-                    names = [s.name for s in sites(module, few.x[:2]) if not s.same]
-                    at = [n for n in names if n != "output"]
-                    where = (at[len(at) // 2],)
-                    (seen,) = feature_spectra(module, theta, few, layers=where, centred=True)
-                    (held,) = spectra_of_weights(module, theta, names=(inner,))
-                    out[w, when] = (held, seen)
+            runs = [pair.a for pair in pairs_of(self.at_width(w), self.pairs)]
+            for run in runs:
+                module = build(run, self.images, device)
+                matrices = [n for n, p in module.named_parameters() if p.ndim > 1]
+                inner = matrices[len(matrices) // 2].removesuffix(".weight")
+                ends = {START: snapshot(module), TRAINED: load_weights(run, device=self.device)}
+                at = [s.name for s in sites(module, few.x[:2]) if not s.same]
+                at.remove(at[-1])  # the output
+                for when, theta in ends.items():
+                    with one_thread():
+                        theta = {n: v.to(device) for n, v in theta.items()}
+                        (seen,) = feature_spectra(
+                            module, theta, few, layers=(at[len(at) // 2],), centred=True
+                        )
+                        (held,) = spectra_of_weights(module, theta, names=(inner,))
+                        out.setdefault((w, when), []).append((held, seen))
         return out
 
     # ---- what several claims and figures read
@@ -269,7 +271,7 @@ class Study(Setting):
         """What both pages say about their pairs."""
         return {
             "pairs": self.pairs,
-            "spread": "95 % interval over pairs" if self.pairs > 3 else "lowest and highest pair",
+            "spread": "90 % interval over pairs",
             "data": self.images.label,
             "train_images": len(self.images.train),
             "test_images": len(self.images.test),
@@ -310,7 +312,7 @@ def design(
     if not 0 <= fork < 1:
         raise BadParameter(f"fork: {fork} must be a share of training, from 0 to below 1.")
     if widths is None:
-        widths = [32, 128] if found.is_mlp else [16, 32]
+        widths = [32, 64, 128] if found.is_mlp else [16, 32]
     branch = Recipe(
         net="vgg16" if colour else "vgg11:width=8",
         data=main.data,
@@ -391,6 +393,11 @@ def of_pairs(study: Study, value: float | Interval | None, *needs: Need, **more:
     return claims.statistic(value, *needs, (study.pairs >= 2, "one pair decides nothing"), **more)
 
 
+def noted(found: Statistic, why: str) -> Statistic:
+    """The statistic with a caveat under its verdict; what it lacks comes first."""
+    return replace(found, note="; ".join(filter(None, (found.note, why))))
+
+
 def walls(study: Study) -> Need:
     """Independent pairs to compare with."""
     return bool(study.apart), "independent pairs are connected, too"
@@ -400,169 +407,281 @@ def _copied(study: Study) -> Need:
     return bool(study.connected), "no pair of copies is connected"
 
 
+def pooled(pairs: Iterable[Featured], value: Number) -> Interval | None:
+    """Mean over the valid pairs of several networks, where the value is finite, with its interval:
+    a pair that was matched twice is one sample."""
+    found = [(f.pair, v) for f in pairs if f.valid and math.isfinite(v := value(f))]
+    return clustered([v for _, v in found], [pair for pair, _ in found]) if found else None
+
+
+def hardest(
+    means: Iterable[Interval | None], which: Callable[[Iterable[float]], float]
+) -> Interval | None:
+    """The smallest (``min``) or largest (``max``) of several means: a rule passes if it does for
+    each of them."""
+    seen = [x for x in means if x]
+    if not seen:
+        return None
+    value, low, high = (which([getattr(x, end) for x in seen]) for end in ("value", "low", "high"))
+    n = next(x.n for x in seen if x.value == value)
+    return Interval(value, low, high, n, min(x.clusters for x in seen))
+
+
 def contrast(
-    study: Study, value: Layers
-) -> tuple[dict[str, tuple[dict[str, float], dict[str, float]]], Need, Need]:
-    """Network with pairs of both kinds -> layer -> mean over independent pairs, and over connected
-    copies; and what a comparison needs."""
-    found = {
-        called(n): (averaged(study.good[n, INDEPENDENT], value), averaged(pairs, value))
-        for n, pairs in study.forked.items()
-        if study.good[n, INDEPENDENT] and pairs
-    }
-    return found, (bool(found), "no network with connected and independent pairs"), walls(study)
+    study: Study, value: Layers, compare: Callable[[list[float], list[float]], float], form: str
+) -> Statistic:
+    """A number of an independent pair's layers and of those of the connected copies of the same
+    number, mean over all pairs."""
+    found: dict[str, list[float]] = {}
+    for n in study.forked:
+        both = zip(study.found[n, INDEPENDENT], study.found[n, COPIES], strict=True)
+        layers = [(value(x), value(y)) for x, y in both if x.valid and y.valid and not wall(y)]
+        numbers = [compare([far[i] for i in far], [near[i] for i in far]) for far, near in layers]
+        if numbers := [v for v in numbers if math.isfinite(v)]:
+            found[called(n)] = numbers
+    return of_pairs(
+        study,
+        over_pairs(v for numbers in found.values() for v in numbers),
+        (bool(found), "no network with connected and independent pairs"),
+        walls(study),
+        detail=listed({n: mean(numbers) for n, numbers in found.items()}, form),
+    )
+
+
+LAYERS = 5
+"""A share of fewer layers than these decides nothing."""
+
+
+def share(holds: Callable[[Featured], Iterable[bool]]) -> Number:
+    """Share of the layers for which something holds; NaN of fewer than :data:`LAYERS`."""
+
+    def of(found: Featured) -> float:
+        layers = list(holds(found))
+        return float(np.mean(layers)) if len(layers) >= LAYERS else math.nan
+
+    return of
 
 
 def least_share(study: Study, holds: Callable[[Featured], Iterable[bool]]) -> Statistic:
-    """Share of the layers for which something holds, the smallest over connected kinds of pairs."""
+    """Share of the layers for which something holds, mean over pairs: of copies, of matched pairs,
+    and the smaller of the two."""
+    value = share(holds)
     groups = {f"{called(n)}, copies": pairs for n, pairs in study.forked.items()}
     groups |= {f"{called(n)}, {c}": pairs for (n, c), pairs in study.joined.items()}
-    found = {k: mean(mean(holds(f)) for f in pairs) for k, pairs in groups.items() if pairs}
-    return of_pairs(study, min(found.values(), default=None), detail=listed(found, "{:.0%}"))
+    seen = {k: pooled(pairs, value) for k, pairs in groups.items() if pairs}
+    few = dict.fromkeys(k.rpartition(", ")[0] for k, one in seen.items() if not one)
+    kinds = (study.connected, [f for pairs in study.joined.values() for f in pairs])
+    return of_pairs(
+        study,
+        hardest((pooled(pairs, value) for pairs in kinds), min),
+        (bool(seen), "no pair is connected"),
+        (not seen or any(seen.values()), f"no network with {LAYERS} layers or more"),
+        detail=listed({k: one for k, one in seen.items() if one}, "{:.0%}")
+        + (f"; not counted, as of fewer than {LAYERS} layers: {', '.join(few)}" if few else ""),
+    )
 
 
-def heights_at_the_papers_share(study: Study) -> dict[str, list[float]]:
-    """Network -> barriers of copies that part after 1/32 of training, as far as there are any."""
+def near(found: Featured) -> float:
+    """Share of the layers with R of at most a quarter at every alpha (claims A02, A11, A17)."""
+    return ratios(found).near
+
+
+def copies_at_the_papers_share(study: Study) -> dict[str, list[Featured]]:
+    """Network -> valid copies that part after 1/32 of training, as far as there are any."""
     early = min(study.ks, key=lambda k: abs(k - study.swept.steps * SHARE))
     groups = [(r, study.forks[r], study.found[r.net, COPIES]) for r in study.trees]
     if study.trees:
         groups.append((study.swept, early, study.along[early]))
     out = {}
     for recipe, k, found in groups:
-        valid = [f.height() for f in found if f.valid]
+        valid = [f for f in found if f.valid]
         if abs(k / recipe.steps - SHARE) <= 0.005 and valid:
             out[called(recipe.net)] = valid
     return out
 
 
+def not_the_papers(study: Study, *nets: str) -> str:
+    """For a note: which networks and data stand in for the paper's own; empty if they are those."""
+    theirs = {"VGG-16", "ResNet-20"}
+    if study.images.name.partition("-")[0] == "cifar10" and theirs.issuperset(nets):
+        return ""
+    return (
+        f"{', '.join(nets)} on {study.images.label}, {study.swept.steps} steps; the paper has "
+        "VGG-16 and ResNet-20 on CIFAR-10, 160 epochs"
+    )
+
+
 def a01(study: Study) -> Statistic:
-    """Test error barrier of copies that part after the paper's share of training, the largest."""
-    found = heights_at_the_papers_share(study)
-    heights = {n: max(values) for n, values in found.items()}
-    good = {r.net: study.good[r.net, COPIES] for r in study.trees}
-    own = {called(n): max(f.height() for f in pairs) for n, pairs in good.items() if pairs}
-    return of_pairs(
-        study,
-        max(heights.values(), default=None),
-        (bool(study.trees), "no convolutional network was copied"),
-        (bool(heights), "no valid copies that part after 3 % of training"),
-        n=sum(map(len, found.values())),
-        detail=f"copies part after 1/32 of training, the paper's share: "
-        f"{listed(heights, '{:.1f}')}; after {said(study.fork, '{:.1%}')}: "
-        f"{listed(own, '{:.1f}')}",
+    """Test error barrier of copies that part after the paper's share of training."""
+    found = copies_at_the_papers_share(study)
+    own = {called(r.net): pooled(study.good[r.net, COPIES], Featured.height) for r in study.trees}
+    heights = {n: pooled(pairs, Featured.height) for n, pairs in found.items()}
+    return noted(
+        of_pairs(
+            study,
+            pooled((f for pairs in found.values() for f in pairs), Featured.height),
+            (bool(study.trees), "no convolutional network was copied"),
+            (bool(found), "no valid copies that part after 3 % of training"),
+            detail=f"copies part after 1/32 of training, the paper's share: "
+            f"{listed(heights, '{:.1f}')}; after {said(study.fork, '{:.1%}')}: "
+            f"{listed(own, '{:.1f}')}",
+        ),
+        not_the_papers(study, *found),
     )
 
 
 def a02(study: Study) -> Statistic:
-    """Whether every connected pair of copies has R of at most 1/4, and 1/2 in most layers."""
-    seen = [ratios(f) for f in study.connected]
-    most = max((r.median for r in seen), default=None)
-    fewest = min((r.low for r in seen), default=None)
+    """Share of the layers with R of at most 1/4 at every alpha, of connected copies."""
+    found = {called(n): pooled(pairs, near) for n, pairs in study.forked.items() if pairs}
+    alone = pooled(study.apart, near)
     return of_pairs(
         study,
-        all(r.holds for r in seen),
+        pooled(study.connected, near),
         _copied(study),
-        n=len(seen),
-        detail=f"copies that part after {said(study.fork, '{:.1%}')} of training; largest median "
-        f"{said(most)}, fewest layers {said(fewest, '{:.0%}')}",
+        detail=f"copies that part after {said(study.fork, '{:.1%}')} of training: "
+        f"{listed(found, '{:.0%}')}; independent pairs {said(alone, '{:.0%}')}",
     )
 
 
 def a03(study: Study) -> Statistic:
-    """Share of layers whose gap is 3 times larger for independent pairs; smallest over networks."""
-    gaps, *needs = contrast(study, lambda f: after_first(f.gaps()))
-    farther = {n: mean(far[x] >= 3 * near[x] for x in far) for n, (far, near) in gaps.items()}
-    least = min(farther.values(), default=None)
-    return of_pairs(study, least, *needs, detail=listed(farther, "{:.0%}"))
+    """Share of layers whose gap is 3 times larger for independent pairs than for copies."""
+
+    def farther(far: list[float], close: list[float]) -> float:
+        layers = [x >= 3 * y for x, y in zip(far, close, strict=True)]
+        return float(np.mean(layers)) if len(layers) >= LAYERS else math.nan
+
+    return contrast(study, lambda f: after_first(f.gaps()), farther, "{:.0%}")
 
 
 def a04(study: Study) -> Statistic:
-    """Share of the layers with c near 1, the smallest over connected kinds of pairs."""
+    """Share of the layers with c near 1, the smaller of copies' and matched pairs'."""
     return least_share(
         study, lambda f: (0.8 <= c <= 1.25 for c in after_first(f.coefficients()).values())
     )
 
 
 def a05(study: Study) -> Statistic:
-    """Error of the interpolated network above Err_A + Err_B, the largest over connected pairs."""
-    every = study.all_pairs
-    low = [f.lemma() for f in every if not wall(f)]
-    broken = sum(f.lemma().violations for f in every)
-    high = max((f.lemma().excess for f in every if wall(f)), default=None)
-    return of_pairs(
-        study,
-        max((x.excess for x in low), default=None),
-        n=len(low),
-        detail=f"0.2 points are {0.2 * low[0].examples / 100 if low else math.nan:.1f} images; "
-        f"above it: {sum(x.excess > 0.2 for x in low)} of the pairs; mixed logits exceed it at "
-        f"{broken} of {len(every) * study.evaluation.points} points; unconnected pairs by up to "
-        f"{said(high, '{:.0f}')} points",
+    """Error of the mixed logits above Err_A + Err_B, the largest over all pairs and alphas."""
+    lemmas = [f.lemma() for f in study.all_pairs]
+    low = [f.lemma() for f in study.all_pairs if not wall(f)]
+    above_it = sorted((x.images_above for x in low if x.images_above > 0), reverse=True)
+    broken = sum(x.violations for x in lemmas)
+    return claims.statistic(
+        max((x.mixed_excess for x in lemmas), default=None),
+        (bool(lemmas), "no valid pair"),
+        n=len(lemmas),
+        detail=f"above the bound at {broken} of {sum(len(x.alphas) for x in lemmas)} points. Not "
+        f"judged, as no mixture: the interpolated network of connected pairs is above it in "
+        f"{len(above_it)} of {len(low)}, by {above_it[0] if above_it else 0} of "
+        f"{lemmas[0].examples if lemmas else 0} images at most",
     )
 
 
 def a09(study: Study) -> Statistic:
-    """Stitched error above the worse end, the largest over layers of connected copies."""
+    """Stitched error above the worse end, the largest over layers, mean over connected copies."""
     groups = {called(n): pairs for n, pairs in study.forked.items() if pairs}
-    most = {n: max(max(above(f).values()) for f in pairs) for n, pairs in groups.items()}
+    most = {n: [max(above(f).values()) for f in pairs] for n, pairs in groups.items()}
     pairs = (*study.connected, *study.apart)
     exactly = all(f.stitching is not None and f.stitching.closed for f in pairs)
-    return of_pairs(
-        study,
-        max(most.values(), default=0) if exactly else math.inf,
-        _copied(study),
-        n=len(study.connected),
-        detail=f"{listed(most, '{:.1f}')}; last layer: {'exactly A' if exactly else 'NOT A'}",
+    found = pooled(study.connected, lambda f: max(above(f).values()))
+    told = {n: f"{min(v):.1f} to {max(v):.1f}" for n, v in most.items()}
+    return noted(
+        of_pairs(
+            study,
+            found if exactly else math.inf,
+            _copied(study),
+            detail=f"{'; '.join(f'{n} {v}' for n, v in told.items())}; last layer: "
+            f"{'exactly A' if exactly else 'NOT A'}",
+        ),
+        not_the_papers(study, *groups),
     )
 
 
 def a10(study: Study) -> Statistic:
-    """The same in the middle third of the layers of independent pairs, the smallest."""
-    middles: dict[str, list[float]] = {}
-    for f in study.apart:
-        values = list(above(f).values())
+    """The same, median over the middle third of the layers, mean over independent pairs."""
+
+    def middle(found: Featured) -> float:
+        values = list(above(found).values())
         third = len(values) // 3
-        middle = float(np.median(values[third : len(values) - third]))
-        middles.setdefault(called(f.pair.a.recipe.net), []).append(middle)
-    least = {n: min(each) for n, each in middles.items()}
-    value, detail = min(least.values(), default=None), listed(least, "{:.0f}")
-    return of_pairs(study, value, walls(study), n=len(study.apart), detail=detail)
+        return float(np.median(values[third : len(values) - third]))
+
+    kinds = {called(n): [f for f in study.apart if f.pair.a.recipe.net == n] for n in study.forked}
+    found = {n: pooled(pairs, middle) for n, pairs in kinds.items() if pairs}
+    return of_pairs(
+        study, pooled(study.apart, middle), walls(study), detail=listed(found, "{:.0f}")
+    )
+
+
+def left(
+    study: Study, compare: Callable[[Featured, Featured], float]
+) -> tuple[Interval | None, dict[str, float]]:
+    """What matching leaves: of a pair before and after, mean over pairs; and the mean of each
+    network and method."""
+    before = {f.pair: f for (_, c), pairs in study.good.items() if c == INDEPENDENT for f in pairs}
+    groups = {
+        f"{called(n)}, {c}": [f for f in study.good[n, c] if f.pair in before]
+        for n, c in study.joined
+    }
+
+    def value(found: Featured) -> float:
+        return compare(before[found.pair], found)
+
+    every = pooled((f for pairs in groups.values() for f in pairs), value)
+    return every, {name: mean(map(value, pairs)) for name, pairs in groups.items() if pairs}
 
 
 def a11(study: Study) -> Statistic:
-    """Whether matching leaves a tenth of the barrier, and A02's rule holds after it only."""
-    heights = intervals(study.found, Featured.height)
-    left, turned = {}, []
-    for n, c in study.joined:
-        if (n, INDEPENDENT) in heights and (n, c) in heights:
-            before = heights[n, INDEPENDENT].value
-            if before > 0:
-                left[f"{called(n)}, {c}"] = max(heights[n, c].value, 0) / before
-            turned.append(
-                not any(ratios(f).holds for f in study.good[n, INDEPENDENT])
-                and all(ratios(f).holds for f in study.good[n, c])
-            )
+    """What matching leaves of the barrier, and of the layers with R above 1/4; the larger."""
+
+    def of(value: Number) -> Callable[[Featured, Featured], float]:
+        def share(one: Featured, two: Featured) -> float:
+            before = value(one)
+            return max(value(two), 0.0) / before if wall(one) and before > 0 else math.nan
+
+        return share
+
+    barrier, told = left(study, of(Featured.height))
+    layers, _ = left(study, of(lambda f: 1 - near(f)))
     return of_pairs(
         study,
-        bool(left) and max(left.values()) <= 0.1 and all(turned),
-        (bool(left), "no valid pair"),
+        hardest((barrier, layers), max),
+        (bool(barrier and layers), "no valid pair with a barrier and layers to connect"),
         (study.is_mlp, "asked of perceptrons"),
         walls(study),
-        detail=f"barrier left: {listed(left, '{:.1%}')}; A02 only after matching: {sum(turned)} of "
-        f"{len(turned)}",
+        detail=f"barrier left: {listed(told, '{:.1%}')}; layers with R above ¼ left: "
+        f"{said(layers, '{:.0%}')}",
     )
 
 
 def along_the_fork(study: Study) -> Interval | None:
-    """Rank correlation of barrier and features over fork steps, mean over pairs."""
-    return rank_correlation(study.along, lambda k, f: f.height(), lambda k, f: mean_gap(f))
+    """Rank correlation of barrier and features over fork steps, mean over the pairs that are not
+    connected at every step. The interval covers those with any one step left out."""
+
+    def walled(found: Sequence[Featured]) -> list[bool]:
+        return [f.valid and wall(f) for f in found]
+
+    some = [any(column) for column in zip(*map(walled, study.along.values()), strict=True)]
+    steps = {k: [f for f, yes in zip(v, some, strict=True) if yes] for k, v in study.along.items()}
+
+    def without(step: int | None) -> Interval | None:
+        kept = {k: found for k, found in steps.items() if k != step}
+        return rank_correlation(kept, lambda k, f: f.height(), lambda k, f: mean_gap(f))
+
+    whole, fewer = without(None), [x for k in steps if (x := without(k))]
+    if not whole:
+        return None
+    every = [whole, *fewer]
+    return replace(whole, low=min(x.low for x in every), high=max(x.high for x in every))
 
 
 def a13(study: Study) -> Statistic:
     """Rank correlation of a pair's barrier and its mean E[1 − cos½] over fork steps."""
+    found = along_the_fork(study)
     return of_pairs(
         study,
-        along_the_fork(study),
-        (len(study.ks) >= 4, "fewer than four fork steps"),
+        found,
+        (len(study.ks) >= 5, "fewer than five fork steps, of which one can be left out"),
+        (bool(found), f"no pair with a barrier above {THRESHOLD:g} points at any fork step"),
         detail=f"{called(study.swept.net)}, {len(study.ks)} fork steps",
     )
 
@@ -570,20 +689,96 @@ def a13(study: Study) -> Statistic:
 def a14(study: Study) -> Statistic:
     """Rank correlation with width after weight matching, of the barrier and of the median R; the
     weaker of the two."""
-    along = partial(
-        rank_correlation, study.by_width[WEIGHTS], lambda w, f: w, least=min(4, len(study.widths))
-    )
+    groups = study.by_width[WEIGHTS]
+    along = partial(rank_correlation, groups, lambda w, f: w)
     barrier, ratio = along(lambda w, f: f.height()), along(lambda w, f: ratios(f).median)
-    gone = None if barrier is None or ratio is None else max(barrier, ratio, key=lambda v: v.high)
+    walled = any(f.valid and wall(f) for found in groups.values() for f in found)
     return of_pairs(
         study,
-        gone,
-        (len(study.widths) >= 3, "fewer than three widths"),
-        detail=f"barrier {barrier}, median R {ratio}; widths {list(study.widths)}" if gone else "",
+        hardest((barrier, ratio), max) if barrier and ratio else None,
+        (len(study.widths) >= 4, "fewer than four widths"),
+        (walled, f"no barrier above {THRESHOLD:g} points is left at any width"),
+        detail=f"barrier {barrier}, median R {ratio}; widths {list(study.widths)}"
+        if barrier and ratio
+        else "",
     )
 
 
-CLAIMS = {f.__name__.upper(): f for f in (a01, a02, a03, a04, a05, a09, a10, a11, a13, a14)}
+def low_rank(study: Study) -> dict[str, Interval | None]:
+    """Weights and features of the widest networks -> effective rank of the trained middle layer
+    over that of the same layer at initialisation, mean over networks."""
+    start, trained = (study.spectra[study.width, when] for when in (START, TRAINED))
+    return {
+        what: over_pairs(
+            t[i].effective_rank / s[i].effective_rank for s, t in zip(start, trained, strict=True)
+        )
+        for i, what in enumerate(("weights", "features"))
+    }
+
+
+def a15(study: Study) -> Statistic:
+    """Effective rank, trained over initial, of weights and of features; the larger."""
+    found = low_rank(study)
+    trained = study.spectra[study.width, TRAINED]
+    of_all = {
+        what: mean(both[i].effective_rank / len(both[i].values) for both in trained)
+        for i, what in enumerate(found)
+    }
+    return of_pairs(
+        study,
+        hardest(found.values(), max),
+        detail=f"{called(study.main.net)}: {listed(found, '{:.0%}')} of the rank at "
+        f"initialisation; of all dimensions {listed(of_all, '{:.0%}')}",
+    )
+
+
+def a16(study: Study) -> Statistic:
+    """LLFC after straight-through matching: no pair of this page is matched by it."""
+    return claims.statistic(
+        None,
+        (False, "no pair is matched by the straight-through estimator here (chapter 2 runs it)"),
+    )
+
+
+WIDEST = 512
+"""Channels of a ResNet-20 of 32 times the usual width."""
+
+
+def a17(study: Study) -> Statistic:
+    """A02's share of layers in ResNet-20s of 32 times the usual width, matched by weights."""
+    own = study.main.net.startswith("resnet20") and study.width >= WIDEST
+    pairs = study.good[study.main.net, WEIGHTS] if own else []
+    return of_pairs(
+        study,
+        pooled((f for f in pairs if not wall(f)), near),
+        (own, f"asked of a ResNet-20 of 32 times the usual width ({WIDEST} channels)"),
+    )
+
+
+def halvings(found: Featured) -> float:
+    """How often the output of the averaged network is halved for each layer after the first, beside
+    the average of the two outputs: 0 if that is what it is, 1 by the exponentially weighted sum."""
+    maps = sum(site.kind == "linear" for site in found.layers())
+    length = last(found.lengths())
+    return math.log2(length) / (maps - 1) if maps > 1 and length > 0 else math.nan
+
+
+def a18(study: Study) -> Statistic:
+    """Halvings of a feature's length a layer, mean over independent pairs of the widest network."""
+    pairs = {c: study.good[study.main.net, c] for c in (INDEPENDENT, COPIES, WEIGHTS)}
+    found = {kind(c): pooled(group, halvings) for c, group in pairs.items()}
+    return of_pairs(
+        study,
+        found[INDEPENDENT],
+        (study.is_mlp, "asked of perceptrons"),
+        detail=listed(found),
+    )
+
+
+CLAIMS = {
+    f.__name__.upper(): f
+    for f in (a01, a02, a03, a04, a05, a09, a10, a11, a13, a14, a15, a16, a17, a18)
+}
 
 
 # ---- figures
@@ -755,8 +950,10 @@ def show_ratios(study: Study) -> None:
         name: plots.conditions(ax, {row: side[row] for row in shown}, xlabel=f"R, {name}", **how)
         for ax, (name, side) in zip(axes, sides.items(), strict=True)
     }
-    axes[1].set_xscale("log")
     one, two = sides.values()
+    if positive := [two[row].value for row in shown if two[row].value > 0]:
+        axes[1].set_xscale("log")
+        axes[1].set_xlim(left=min(positive) / 3)  # an interval may reach below 0
     words = (f"{row}: {one[row].value:.2f} and {two[row].value:.2f}" for row in shown)
     figures.publish(fig, "llfc-ratios", data=drawn, values={"told": "; ".join(words)})
     # Where R is small without connectivity: independent pairs of the matched networks.
@@ -791,7 +988,7 @@ def show_lemma(study: Study) -> None:
     if curves:
         ax.legend(loc="upper left")
     figures.publish(fig, "llfc-lemma", data=drawn)
-    excess = [f.lemma().excess for f in study.all_pairs if not wall(f)]  # of connected pairs
+    excess = [f.lemma().images_above for f in study.all_pairs if not wall(f)]  # of connected pairs
     page.fill(
         bound=mean(x.bound for x in one),
         mixture=mean(max(x.mixture) for x in one),
@@ -800,8 +997,8 @@ def show_lemma(study: Study) -> None:
         violations=sum(f.lemma().violations for f in study.all_pairs),
         lines=len(study.all_pairs),
         lemma_pairs=len(excess),
-        exceeding=sum(points > 0 for points in excess),
-        exceeding_most=max([0.0, *excess]),
+        exceeding=sum(images > 0 for images in excess),
+        exceeding_most=max([0, *excess]),
     )
 
 
@@ -821,8 +1018,12 @@ def show_fork(study: Study) -> None:
     drawn = plots.against_k(left, heights, ylabel="test error barrier (points)", **how)
     drawn["gap"] = plots.against_k(right, gaps, ylabel="E[1 − cos½], mean over layers", **how)
     plots.dashed(left, THRESHOLD, text=f"{THRESHOLD:g} points: connected")
-    if any(gaps.values()):  # some pair is valid
+    shown = [x.value for one in gaps.values() for x in one.values() if x.value > 0]
+    if shown:  # some pair is valid; an interval may reach below 0, which a log axis has not
         right.set_yscale("log")
+        right.set_ylim(
+            min(shown) / 2, 2 * max(x.high for one in gaps.values() for x in one.values())
+        )
     plots.legend(fig, columns=2)
     both = {k: (h.value, gaps[labels[0]][k].value) for k, h in heights[labels[0]].items()}
     steps = (f"k = {k}: {height:.1f} points, {gap:.3f}" for k, (height, gap) in both.items())
@@ -831,7 +1032,7 @@ def show_fork(study: Study) -> None:
     for end, k in (("first", min(both, default=-1)), ("last", max(both, default=-1))):
         height, gap = both.get(k, (math.nan, math.nan))
         page.fill(**{end: k, f"{end}_barrier": height, f"{end}_gap": gap})
-    papers = [h for one in heights_at_the_papers_share(study).values() for h in one]
+    papers = [f.height() for one in copies_at_the_papers_share(study).values() for f in one]
     rank = str(along_the_fork(study) or MISSING)
     page.fill(steps=len(study.ks), swept=swept, fork_rank=rank)
     page.fill(papers_height=max(papers, default=math.nan))
@@ -866,30 +1067,28 @@ def show_rank(study: Study) -> None:
     found, narrow = study.spectra, min(study.widths)
     fig, axes = plots.grid(2, height=3.6)
     drawn: dict[str, Any] = {}
-    values: Values = {}
+    values: Values = {"networks": study.pairs}
+
+    def rank(w: int, when: str, i: int) -> float:
+        return mean(both[i].effective_rank for both in found[w, when])
+
     for i, (ax, what) in enumerate(zip(axes, ("weights", "features"), strict=True)):
-        one = {key: both[i] for key, both in found.items()}
+        one = {key: runs[0][i] for key, runs in found.items()}
         for size, w in (("narrow", narrow), ("wide", study.width)):
-            values[f"{size}_{what}_start"] = one[w, START].effective_rank
-            values[f"{size}_{what}_trained"] = one[w, TRAINED].effective_rank
+            values[f"{size}_{what}_start"] = rank(w, START, i)
+            values[f"{size}_{what}_trained"] = rank(w, TRAINED, i)
             values[f"{size}_{what}_full"] = len(one[w, TRAINED].values)
-        # Of low rank by half of the dimensions; and where that came from.
-        trained, start = one[study.width, TRAINED], one[study.width, START]
-        share = trained.effective_rank / len(trained.values)
-        kept = trained.effective_rank / start.effective_rank
-        values[f"{what}_low"] = (
-            f"{'of' if share <= 0.5 else 'not of'} low rank: {said(share, '{:.0%}')} of the "
-            f"dimensions count, {said(kept, '{:.0%}')} of what counted before training"
-        )
+        trained = one[study.width, TRAINED]
+        values[f"{what}_kept"] = said(low_rank(study)[what], "{:.0%}")
         values[f"of_{what}"] = place(trained.name.removesuffix(".weight"))
         series = {f"width {w}, {when}": s.profile for (w, when), s in one.items()}
         drawn[what] = plots.spectrum(ax, series)
         ax.set_title(f"{what} of {values[f'of_{what}']}", fontsize=10)
     plots.legend(fig)
     words = (
-        f"width {w}, {when}: effective rank {a.effective_rank:.0f} of {len(a.values)} (weights), "
-        f"{b.effective_rank:.0f} of {len(b.values)} (features)"
-        for (w, when), (a, b) in found.items()
+        f"width {w}, {when}: effective rank {rank(w, when, 0):.0f} of {len(runs[0][0].values)} "
+        f"(weights), {rank(w, when, 1):.0f} of {len(runs[0][1].values)} (features)"
+        for (w, when), runs in found.items()
     )
     figures.publish(fig, "llfc-rank", data=drawn, values={"told": "; ".join(words)})
     page.fill(**values)
@@ -965,6 +1164,7 @@ NUMBERS: Mapping[str, Number] = {
     "most": lambda f: max(after_first(f.gaps()).values()),
     "output": lambda f: last(f.gaps()),
     "c": lambda f: last(f.coefficients()),
+    "halvings": halvings,
 }
 """What the text says of each kind of pair of the main network, by the end of its name."""
 

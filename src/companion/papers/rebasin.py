@@ -74,7 +74,7 @@ class Setting:
         main: the recipe of the main experiment; others differ in their width.
         width: of the main experiment.
         pairs: number of pairs of independent networks.
-        max_error: of gate G0, percent.
+        max_error: of a trained network, percent.
     """
 
     images: Dataset

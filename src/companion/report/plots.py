@@ -328,7 +328,7 @@ def against_k(
     drawn = sweep(ax, series, xlabel=xlabel, ylabel=ylabel, total=steps, axis=axis)
     if threshold is not None:
         dashed(ax, threshold, text=f"{threshold:g} {meaning}")
-    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]), auto=True)  # a panel beside it may be higher
     _legend(ax)
     return drawn
 

@@ -176,11 +176,14 @@ def sentence(chapter: str, records: Sequence[Record]) -> str:
         )
     lines = [
         f"- `{r.name}`: {r.data['scale']}; {r.data['date']}, {r.data['hardware']}, "
-        f"{r.data['seconds'] / 60:.1f} minutes of computation"
-        + (f"; {r.unfinished}" if r.unfinished else "")
+        f"{r.data['seconds'] / 60:.1f} minutes" + (f"; {r.unfinished}" if r.unfinished else "")
         for r in records
     ]
-    return "Recorded:\n\n" + "\n".join(lines)
+    spent = (
+        "The minutes are those of the calls that wrote a record: networks that were there before "
+        "are not in them."
+    )
+    return "\n\n".join(["Recorded:", "\n".join(lines), spent])
 
 
 def curves(
@@ -194,15 +197,18 @@ def curves(
         title -> (T, or 0 if the axis has no total; label -> k -> interval), as
             :func:`companion.report.plots.panels` draws them.
     """
-    from companion.core.stats import Interval
+    from companion.core.stats import Interval, from_range
 
     found = {}
     for record in records:
         drawn = {n: (f or {}).get("data") or {} for n, f in record.data["figures"].items()}
         data = drawn.get(figure, {})
+        # Until 2026-11-27 the interval of two or three samples was their range: see _with_student.
+        judged = record.data.get("claims", [])
+        old = bool(judged) and not any("clusters" in claim for claim in judged)
         series = {
             _for_people(label): {
-                k: Interval(mean, low, high, n, 0)
+                k: from_range(mean, low, high, n) if old else Interval(mean, low, high, n, 0)
                 for k, mean, low, high, n in zip(
                     *(s[name] for name in ("k", "mean", "low", "high", "pairs")), strict=True
                 )

@@ -173,7 +173,7 @@ def reproducible(device: torch.device, on: bool = True, *, strict: bool = False)
     gets its workspace. Operations without a deterministic form are let through: in our networks
     that is at most max-pooling's gradient, a sum of one term as our windows do not overlap.
     Attention has deterministic kernels but uses them only when ``strict``: then an operation
-    without one is an error. Whether the bits are the same the null control checks (gate G1).
+    without one is an error. Whether the bits are the same the null control checks.
     """
     if device.type != "cuda":
         yield
