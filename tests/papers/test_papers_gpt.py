@@ -234,6 +234,19 @@ def test_two_initialisations_make_one_pair(design: paper.Study) -> None:
     study = world(design, changed={"inits": 2})
     for id in ("B13", "G01", "G04", "G05", "G06", "G07", "G08"):
         assert "two initialisations make one pair" in verdict(id, study).note, id
+    found = paper.over_inits([1.0, 3.0])
+    assert found == stats.Interval(2.0, 2.0, 2.0, 2, 1)
+
+
+def test_a_pair_that_failed_leaves_no_interval_and_a_figure(design: paper.Study) -> None:
+    """Without the init that the two others share there is no pair."""
+    study = world(design)
+    for way, results in study.matched.items():
+        broken = replace(results[0], barrier=barrier(0.0, valid=False))
+        study.matched[way] = [broken, *results[1:]]
+    assert math.isinf(paper.left(study)["naive"].high)
+    assert verdict("G08", study).verdict == "undetermined"
+    assert "as trained" in captions(study, paper.show_matching)["barriers"]
 
 
 def test_the_permutation_is_chosen_on_the_training_text(design: paper.Study) -> None:

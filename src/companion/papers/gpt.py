@@ -502,12 +502,18 @@ def floor(one: LayerBarriers) -> float:
     return abs(first - second) / 2
 
 
+def _cycle(count: int) -> list[tuple[int, int]]:
+    """The initialisations of each pair of :meth:`Study.strangers`; two make one pair, twice."""
+    return [(i, (i + 1) % count) if count > 2 else (0, 0) for i in range(count)]
+
+
 def over_inits(values: Sequence[float]) -> Interval | None:
     """Mean over the pairs of :meth:`Study.strangers`, in order; NaN: a pair that is not valid.
 
     Each initialisation has part in two of them, and the interval is over initialisations.
     """
-    rows = [(v, (i, (i + 1) % len(values))) for i, v in enumerate(values) if math.isfinite(v)]
+    pairs = zip(values, _cycle(len(values)), strict=True)
+    rows = [(v, inits) for v, inits in pairs if math.isfinite(v)]
     if not rows:
         return None
     return stats.over_networks([v for v, _ in rows], [inits for _, inits in rows])
@@ -570,8 +576,8 @@ def ratio(
     count = len(some)
     both = np.array([*some, *others])
     rows = [i for i in range(2 * count) if math.isfinite(both[i] + both[(i + count) % len(both)])]
-    cycle = [(i, (i + 1) % count) for i in range(count)]
-    parts = [*cycle, *([(i, i) for i in range(count)] if copies else cycle)]
+    cycle = _cycle(count)
+    parts = [*cycle, *([(i, i) for i in range(count)] if copies and count > 2 else cycle)]
 
     def of(kept: Any) -> float:
         at = kept.astype(int)
@@ -893,7 +899,10 @@ def show_instability(study: Study) -> None:
 
 def show_matching(study: Study) -> None:
     """What each way of matching leaves of the barrier, and the lines."""
-    found = {WAYS[name]: v for name, v in left(study).items()}
+    found = {
+        WAYS[name]: v if math.isfinite(v.low) else replace(v, low=v.value, high=v.value)
+        for name, v in left(study).items()
+    }
     lines = {
         WAYS[name]: [r.barrier.curve for r in results if r.valid]
         for name, results in study.matched.items()

@@ -706,7 +706,7 @@ def _random(study: Study, kind: str, detail: str) -> Statistic:
 
 def b10(study: Study) -> Statistic:
     """As :func:`_random`, over single layers."""
-    each = {recipe.net: specials(study, recipe) for recipe in study.recipes}
+    each = {r.net: specials(study, r) for r in study.recipes if study.together}
     told = "; ".join(f"{net} {np.mean(v):.0%}" for net, v in each.items() if v)
     detail = f"{study.sets.draws} draws; layers with the larger rise towards the other: {told}"
     return _random(study, "single", detail)
