@@ -48,11 +48,11 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
     assert list(drawn) == [f"gpt-{kind}" for kind in kinds]
     by_id = judged(notebook)
     assert list(by_id) == ["B13", *(f"G{n:02d}" for n in range(1, 10))]
-    assert by_id["G01"]["verdict"] == "reproduced" and by_id["G01"]["n"] == 2
-    # Ten steps teach nothing: there is no barrier to compare with.
-    for name in ("B13", "G03", "G05", "G06", "G07", "G08"):
+    assert by_id["G01"]["value"] < 0.01 and by_id["G01"]["n"] == 2
+    # Two initialisations make one pair, and ten steps teach nothing.
+    for name in ("B13", "G01", "G03", "G04", "G05", "G06", "G07", "G08"):
         assert by_id[name]["verdict"] == "not testable at this scale", name
-    assert by_id["G02"]["verdict"] == "not reproduced"
+    assert by_id["G02"]["verdict"] != "reproduced"
     (command,) = entries(notebook, "rerun")
     assert "-p steps 10" in command and "-p precision" not in command
     (record,) = entries(notebook, "provenance")
@@ -128,6 +128,5 @@ def test_a_gpt_is_unstable_at_initialisation_and_stable_later() -> None:
         optimizer="restore", inits=2, copies=2, evaluation=evaluation, controls=False,
     )  # fmt: skip
     assert found.invalid() == []
-    early, late = (found.interval(k, "test", "loss") for k in (0, 240))
-    assert early is not None and early.low > 0.1
-    assert late is not None and late.high < 0.03
+    early, late = ([v for _, v in found.values(k, "test", "loss")] for k in (0, 240))
+    assert min(early) > 0.1 and max(late) < 0.03

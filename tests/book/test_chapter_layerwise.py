@@ -150,7 +150,7 @@ def test_chapter_1s_networks_with_chosen_checkpoints_and_no_controls(source: Pat
     assert drawn["heatmap"]["steps"] == [0, 10, 24]
     by_id = judged(notebook)
     assert "controls were left out" in by_id["B11"]["note"]
-    for name in ("B04", "B05", "B06", "B10"):
+    for name in ("B04", "B05", "B06", "B10", "B17"):
         assert "groups of layers and random directions were left out" in by_id[name]["note"], name
     assert "has BatchNorm" in by_id["B01"]["note"]
     (record,) = entries(notebook, "provenance")

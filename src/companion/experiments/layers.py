@@ -67,15 +67,15 @@ def sweep_pairs(
 ) -> list[LayerBarriers]:
     """Train what is missing, then sweep the layers of every pair, in that order.
 
-    The twin of :func:`companion.experiments.pairs.measure_pairs`, with the same rule for gate G0.
-    Two networks at step 0 that start from one init have not trained, so ask
+    The twin of :func:`companion.experiments.pairs.measure_pairs`, which checks in the same way that
+    both trained. Two networks at step 0 that start from one init have not trained, so ask
     ``judged(max_error=100)`` of such a result for its zeros.
 
     Arguments:
         pairs: what to compare; ``step`` is the checkpoint.
         settings: see :class:`Sweep`.
-        reference_error, max_error: percent, for gate G0; by default the reference is the median
-            error of all ends of this call.
+        reference_error, max_error: percent, for the check that both trained; by default the
+            reference is the median error of all ends of this call.
 
     Raises:
         as :func:`companion.training.train`.

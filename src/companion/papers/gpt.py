@@ -80,8 +80,8 @@ WAYS = {
 }
 """Method of matching -> the same for people, and in figures and records."""
 
-ROTATED = ("rotated", "rotated-heads")
-"""Those that rotate the stream."""
+PERMUTED = ("units", "weights")
+"""Those that permute; which of them is the better one is decided on the training text."""
 
 TURNED = ("naive", "rotated")
 """Those that copies which fork at 0 are compared by."""
@@ -477,7 +477,7 @@ def design(
 
 
 def valid(results: Sequence[LayerBarriers]) -> list[LayerBarriers]:
-    """The pairs that passed every gate."""
+    """The pairs that passed every check."""
     return [one for one in results if one.valid]
 
 
@@ -502,6 +502,23 @@ def floor(one: LayerBarriers) -> float:
     return abs(first - second) / 2
 
 
+def _cycle(count: int) -> list[tuple[int, int]]:
+    """The initialisations of each pair of :meth:`Study.strangers`; two make one pair, twice."""
+    return [(i, (i + 1) % count) if count > 2 else (0, 0) for i in range(count)]
+
+
+def over_inits(values: Sequence[float]) -> Interval | None:
+    """Mean over the pairs of :meth:`Study.strangers`, in order; NaN: a pair that is not valid.
+
+    Each initialisation has part in two of them, and the interval is over initialisations.
+    """
+    pairs = zip(values, _cycle(len(values)), strict=True)
+    rows = [(v, inits) for v, inits in pairs if math.isfinite(v)]
+    if not rows:
+        return None
+    return stats.over_networks([v for v, _ in rows], [inits for _, inits in rows])
+
+
 def of_group(results: Sequence[LayerBarriers], label: str) -> Interval | None:
     """One group's barrier, mean over valid pairs; None without any, or without such a group."""
     return over_pairs(one.worst()[label] for one in valid(results) if label in one.worst())
@@ -513,9 +530,9 @@ def fork_barriers(study: Study, split: str = "test") -> dict[int, Interval]:
     return {k: v for k, v in found.items() if v is not None}
 
 
-def height(result: Aligned) -> float:
-    """The test loss barrier of a matched pair; NaN if it is not valid."""
-    return result.barrier.height("test", "loss")
+def height(result: Aligned, split: str = "test") -> float:
+    """The loss barrier of a matched pair; NaN if it is not valid."""
+    return result.barrier.height(split, "loss")
 
 
 def nearer(result: Aligned) -> float:
@@ -525,30 +542,54 @@ def nearer(result: Aligned) -> float:
 
 def left(study: Study, value: Callable[[Aligned], float] = height) -> dict[str, Interval]:
     """Way of :data:`WAYS` -> the barrier it leaves, or another value; mean over valid pairs."""
-    found = {name: interval(results, value) for name, results in study.matched.items()}
+    found = {
+        name: over_inits([value(r) if r.valid else math.nan for r in results])
+        for name, results in study.matched.items()
+    }
     return {name: v for name, v in found.items() if v is not None}
 
 
-def by_pair(study: Study, *ways: str) -> list[float]:
-    """The barrier that the best of some ways leaves, pair by pair: NaN where none is valid."""
-    each = [[height(result) for result in study.matched[way]] for way in ways]
-    return [float(v) for v in np.fmin.reduce(each)]
+def by_pair(study: Study, way: str, split: str = "test") -> list[float]:
+    """The barrier that a way leaves, pair by pair: NaN where a pair is not valid."""
+    return [height(result, split) for result in study.matched[way]]
 
 
-def ratio(some: Sequence[float], others: Sequence[float]) -> Interval | float | None:
-    """Ratio of the means over the pairs valid in both; an interval if all denominators are > 0."""
-    both = np.array([(x, y) for x, y in zip(some, others, strict=True) if math.isfinite(x + y)])
-    if not len(both) or both[:, 1].mean() <= 0:
+def better(study: Study, ways: Sequence[str]) -> str:
+    """The way that leaves the least on the training text, mean over pairs."""
+
+    def least(way: str) -> float:
+        found = over_inits(by_pair(study, way, "train"))
+        return found.value if found else math.inf
+
+    return min(ways, key=least)
+
+
+def ratio(
+    some: Sequence[float], others: Sequence[float], *, copies: bool = False
+) -> Interval | None:
+    """Ratio of the means over the pairs valid in both; None where the lower one is not positive.
+
+    Arguments:
+        some: of the pairs of :func:`over_inits`.
+        others: of the same pairs, or with ``copies`` of one pair an initialisation, in order.
+    """
+    count = len(some)
+    both = np.array([*some, *others])
+    rows = [i for i in range(2 * count) if math.isfinite(both[i] + both[(i + count) % len(both)])]
+    cycle = _cycle(count)
+    parts = [*cycle, *([(i, i) for i in range(count)] if copies and count > 2 else cycle)]
+
+    def of(kept: Any) -> float:
+        at = kept.astype(int)
+        above, below = both[at[at < count]], both[at[at >= count]]
+        if not len(above) or not len(below) or below.mean() <= 0:
+            return math.nan
+        return float(above.mean() / below.mean())
+
+    if not rows or math.isnan(of(np.array(rows))):
         return None
-
-    def of(rows: Any) -> float:
-        top, bottom = both[rows.astype(int)].mean(0)
-        return float(top / bottom)
-
-    rows = np.arange(len(both), dtype=float)
-    if both[:, 1].min() <= 0:
-        return of(rows)
-    return stats.clustered(list(rows), range(len(both)), statistic=of)
+    found = stats.over_networks(rows, [parts[i] for i in rows], statistic=of)
+    return replace(found, n=len(rows) // 2)
 
 
 def ratios(study: Study) -> dict[str, list[list[float]]]:
@@ -622,12 +663,17 @@ def _two(study: Study) -> Need:
     return len(valid(study.modules["different"])) >= 2, "one pair decides nothing"
 
 
-def _matching(study: Study, some: Sequence[str], others: Sequence[str], detail: str) -> Statistic:
-    """The barrier that the best of some ways leaves over that of others."""
+def _three(study: Study) -> Need:
+    return study.inits >= 3, "two initialisations make one pair of different ones"
+
+
+def _matching(study: Study, some: str, others: str, detail: str) -> Statistic:
+    """The barrier that one way leaves over that of another."""
     there = [v for v in by_pair(study, "naive") if not math.isnan(v)]
     return statistic(
-        ratio(by_pair(study, *some), by_pair(study, *others)),
+        ratio(by_pair(study, some), by_pair(study, others)),
         _two(study),
+        _three(study),
         (bool(there) and min(there) > WALL, "a pair has no barrier to take away"),
         detail=detail,
     )
@@ -640,9 +686,14 @@ def _nats(study: Study, *ways: str) -> str:
     )
 
 
+def _whole(results: Sequence[LayerBarriers]) -> list[float]:
+    """The whole network's barrier pair by pair: NaN where a pair is not valid."""
+    return [one.full_height() if one.valid else math.nan for one in results]
+
+
 def _untrained(study: Study) -> list[float]:
-    """The whole network's barrier at step 0, different initialisations; [] if not looked at."""
-    return heights(study.along[0]["different"]) if 0 in study.looks else []
+    """The same at step 0, different initialisations; [] if not looked at."""
+    return _whole(study.along[0]["different"]) if 0 in study.looks else []
 
 
 def b13(study: Study) -> Statistic:
@@ -653,8 +704,9 @@ def b13(study: Study) -> Statistic:
     compared = "a pair has no barrier of the whole network to compare with"
     each = [(study.short(largest(o)[0]), largest(o)[1], o.full_height()) for o in apart]
     return statistic(
-        over_pairs(largest(one)[2] for one in apart),
+        over_inits([largest(o)[2] if o.valid else math.nan for o in study.modules["different"]]),
         _two(study),
+        _three(study),
         (min(heights(apart), default=0) > WALL, compared),
         detail="largest module: "
         + ", ".join(f"{name} {value:.2f} of {whole:.2f} nats" for name, value, whole in each)
@@ -666,11 +718,11 @@ def b13(study: Study) -> Statistic:
 
 
 def g01(study: Study) -> Statistic:
-    """The largest barrier before training, different initialisations."""
+    """The barrier before training, different initialisations."""
     start = _untrained(study)
     looked = bool(start), "step 0 is not among the looks"
-    detail = f"lowest {min(start):.1g}" if start else ""
-    return statistic(max(start, default=None), looked, n=len(start), detail=detail)
+    detail = f"from {min(start):.1g} to {max(start):.1g}" if start else ""
+    return statistic(over_inits(start), looked, _three(study), detail=detail)
 
 
 def g02(study: Study) -> Statistic:
@@ -692,14 +744,14 @@ def g03(study: Study) -> Statistic:
 
 def g04(study: Study) -> Statistic:
     """The barrier of different initialisations over that of the same one."""
-    kinds = [study.modules[kind] for kind in ("different", "same")]
-    full, same = map(heights, kinds)
-    there = bool(same) and bool(np.mean(same) > 0)
+    different, same = (_whole(study.modules[kind]) for kind in ("different", "same"))
+    full, there = (over_inits(values) for values in (different, same))
     return statistic(
-        ratio(*([one.full_height() for one in results] for results in kinds)),  # NaN: not valid
+        ratio(different, same, copies=True),
         _two(study),
-        (there, "copies of one initialisation have no barrier"),
-        detail=f"{np.mean(full):.2f} against {np.mean(same):.2f} nats" if full and same else "",
+        _three(study),
+        (there is not None and there.value > 0, "copies of one initialisation have no barrier"),
+        detail=f"{said(full)} against {said(there)} nats",
     )
 
 
@@ -707,28 +759,28 @@ def g05(study: Study) -> Statistic:
     """The barrier with heads and units permuted over the naive one."""
     n = int(np.isfinite(by_pair(study, "naive")).sum())
     detail = f"{_nats(study, 'units', 'naive')} nats; n = {n}"
-    return _matching(study, ["units"], ["naive"], detail)
+    return _matching(study, "units", "naive", detail)
 
 
 def g06(study: Study) -> Statistic:
     """The barrier with the stream permuted as well over that with heads and units alone."""
     caveat = "Theirs: by activations, a masked model; this is no refutation"
     detail = f"{_nats(study, 'weights', 'units')} nats. {caveat}"
-    return _matching(study, ["weights"], ["units"], detail)
+    return _matching(study, "weights", "units", detail)
 
 
 def g07(study: Study) -> Statistic:
-    """The barrier with the stream rotated over that of the best permutation."""
-    permuted = ("units", "weights")
-    return _matching(study, ROTATED, permuted, f"{_nats(study, *ROTATED, *permuted)} nats")
+    """The barrier with the stream rotated over that of the better permutation."""
+    permuted = better(study, PERMUTED)
+    detail = f"{_nats(study, 'rotated', *PERMUTED)} nats; better on the training text: "
+    return _matching(study, "rotated", permuted, detail + WAYS[permuted])
 
 
 def g08(study: Study) -> Statistic:
     """The barrier with the stream rotated over the naive one."""
-    control = ratio(by_pair(study, *ROTATED), by_pair(study, "folded"))
-    shown = "none" if control is None else f"{getattr(control, 'value', control):.0%}"
-    detail = f"of the folded networks' barrier, nothing moved: {shown}"
-    return _matching(study, ROTATED, ["naive"], detail)
+    control = ratio(by_pair(study, "rotated"), by_pair(study, "folded"))
+    detail = f"of the folded networks' barrier, nothing moved: {said(control, '{:.0%}', 'none')}"
+    return _matching(study, "rotated", "naive", detail)
 
 
 def g09(study: Study) -> Statistic:
@@ -847,7 +899,10 @@ def show_instability(study: Study) -> None:
 
 def show_matching(study: Study) -> None:
     """What each way of matching leaves of the barrier, and the lines."""
-    found = {WAYS[name]: v for name, v in left(study).items()}
+    found = {
+        WAYS[name]: v if math.isfinite(v.low) else replace(v, low=v.value, high=v.value)
+        for name, v in left(study).items()
+    }
     lines = {
         WAYS[name]: [r.barrier.curve for r in results if r.valid]
         for name, results in study.matched.items()
