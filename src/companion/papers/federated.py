@@ -92,7 +92,7 @@ class Study:
     @property
     def scale(self) -> str:
         """What the verdicts rest on, in one line."""
-        hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
+        hardware = provenance.hardware(self.device)
         many = f"{self.clients} clients with {self.local.net}, {self.seeds} seeds"
         two = f"; two with {self.apart.net}, T = {self.apart.steps}" if self.pairs else ""
         return f"{self.images.label}, {many}{two}, {hardware}"

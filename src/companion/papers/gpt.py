@@ -348,7 +348,7 @@ class Study:
     @property
     def scale(self) -> str:
         """What the numbers rest on, in a line."""
-        hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
+        hardware = provenance.hardware(self.device)
         networks = f"{self.inits} initialisations × 2 copies"
         return f"{self.text.label}, {self.network}, T = {self.steps}, {networks}, {hardware}"
 

@@ -241,7 +241,7 @@ class Study:
     @property
     def scale(self) -> str:
         """What the numbers rest on, in a line."""
-        hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
+        hardware = provenance.hardware(self.device)
         return (
             f"{self.images.label}, {self.network} and {self.calm}, T = {self.steps}, "
             f"{self.inits} inits × {self.copies} copies{self.statistics}, {hardware}"

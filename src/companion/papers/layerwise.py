@@ -244,7 +244,7 @@ class Study:
     @property
     def scale(self) -> str:
         """What the verdicts rest on, in one line."""
-        hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
+        hardware = provenance.hardware(self.device)
         nets = f"{self.residual.net}, {self.convolutional.net} and {self.perceptron.net}"
         steps = f"T = {self.residual.steps}"
         return f"{self.images.label}, {nets}, {steps}, {self.inits} pairs, {hardware}"

@@ -264,7 +264,7 @@ class Study(Setting):
     def scale(self) -> str:
         """What the numbers rest on, in words."""
         nets = ", ".join(called(r.net) for r in self.forks)
-        hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
+        hardware = provenance.hardware(self.device)
         return f"{self.images.label}, {nets}, {self.pairs} pairs of each kind, {hardware}"
 
     def words(self) -> Values:

@@ -122,7 +122,7 @@ class Setting:
     def scale(self) -> str:
         """What the verdicts rest on, in one line."""
         main = self.main
-        hardware = "CPU" if self.device == "cpu" else provenance.record()["gpu"]["name"]
+        hardware = provenance.hardware(self.device)
         return (
             f"{self.images.label}, {self.net.replace('{width}', str(self.width))}{self.normed}, "
             f"{main.optimizer} {main.lr:g}, T = {main.steps}, {self.pairs} pairs, {hardware}"

@@ -25,6 +25,11 @@ from companion.report import page
 _PACKAGES = ("companion", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "transformers")
 
 
+def hardware(device: str) -> str:
+    """What trains there, in a word: ``CPU``, or the GPU's name."""
+    return "CPU" if device == "cpu" else str(record()["gpu"]["name"])
+
+
 def record(**extra: Any) -> dict[str, Any]:
     """What a reader needs to judge or repeat a run.
 
