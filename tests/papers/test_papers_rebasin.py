@@ -497,6 +497,9 @@ def test_what_lacks_its_premise_is_not_judged() -> None:
     assert "no width keeps" in verdict(rebasin, "R33", narrowest(1.0, loss=0.01)).note
     assert "LayerNorm" in verdict(rebasin, "R35", resnet("batch", 7.0, mode="reestimate")).note
     assert "at no early step two" in verdict(rebasin, "R36", study_with(by_step={})).note
+    end = study_with()
+    vars(end)["by_step"] = {end.main.steps: {"authors": three(0.5), "weights": three()}}
+    assert "at no early step two" in verdict(rebasin, "R36", end).note
     assert "32 times" in verdict(rebasin, "R37", resnet("layer", 7.0)).note
     assert "CIFAR-10" in verdict(rebasin, "R38", study_with()).note
     assert "OT-Fusion" in verdict(rebasin, "R40", study_with()).note

@@ -776,7 +776,7 @@ def r10(study: Study) -> Statistic:
 def r36(study: Study) -> Statistic:
     """Early in training: barrier with the paper's solver at the first step to be judged."""
     first, found = early(study, "authors")
-    if first is None:
+    if first is None or first == study.main.steps:  # the end of training is not early
         return statistic(None, (False, "at no early step two valid pairs"))
     ours = interval(study.by_step[first]["weights"], ERROR)
     return with_ours(study, "pairs", found, ours, f"step {first} of {study.main.steps}")
