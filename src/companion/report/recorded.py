@@ -217,7 +217,7 @@ def curves(
             for label, s in data.items()
             if isinstance(s, dict) and label.endswith(", test") and s["k"]  # some pair was valid
         }
-        if series:
+        if any(len(points) > 1 for points in series.values()):  # one point is no curve
             # Against the width, T is 0, as no axis runs to it; other figures of the record know T.
             steps = max(int(one.get("T") or 0) for one in drawn.values())
             title = f"{record.name}: {record.dataset}" + (f", T = {steps}" if steps else "")
