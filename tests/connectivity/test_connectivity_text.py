@@ -261,7 +261,8 @@ def test_the_default_metric_of_a_text_is_its_loss() -> None:
     assert interval is not None and interval.value == height
     assert of_text.verdict(0) == of_text.verdict(0, metric="loss")
     assert of_text.verdict(0, threshold=height / 2) == "unstable", "nats, not points"
-    assert of_text.onset(threshold=height / 2) is None and of_text.onset(threshold=2 * height) == 0
+    never, always = (of_text.onset(threshold=share * height) for share in (0.5, 2.0))
+    assert (never.low, always.value, always.high) == (math.inf, 0, 0)
 
 
 def test_a_network_that_has_not_learned_is_invalid() -> None:
