@@ -215,9 +215,9 @@ def curves(
                 if mean is not None
             }
             for label, s in data.items()
-            if isinstance(s, dict) and label.endswith(", test") and s["k"]  # some pair was valid
+            if isinstance(s, dict) and label.endswith(", test") and len(s["k"]) > 1  # else no curve
         }
-        if any(len(points) > 1 for points in series.values()):  # one point is no curve
+        if series:
             # Against the width, T is 0, as no axis runs to it; other figures of the record know T.
             steps = max(int(one.get("T") or 0) for one in drawn.values())
             title = f"{record.name}: {record.dataset}" + (f", T = {steps}" if steps else "")
