@@ -38,6 +38,18 @@ class StoreUnwritable(CompanionError, OSError):
     """The run store cannot be written: a full disk, or a read-only folder."""
 
 
+class StoreUnreadable(CompanionError, OSError):
+    """Something in the run store cannot be read, or is a link. It is not taken for damaged."""
+
+
+class Busy(CompanionError):
+    """Another process is at work on the same thing."""
+
+
+class WorkerLost(CompanionError):
+    """A worker process was killed, most often because the machine ran out of memory."""
+
+
 class OutOfTime(CompanionError):
     """A time limit was reached. What was finished is stored; the same call goes on from there."""
 
