@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from companion.book import notebooks as _notebooks
@@ -14,6 +15,7 @@ from companion.book import site
 from companion.book.layout import Book
 from companion.book.shape import shape as _shape
 from companion.book.stage import stage as _stage
+from companion.core import signals
 from companion.core.errors import CompanionError
 
 app = typer.Typer(
@@ -84,11 +86,16 @@ def shape(chapters: Chapters = None, root: Root = Path()) -> None:
 
 def main() -> None:
     try:
-        app()
+        with signals.interruptible():
+            app(standalone_mode=False)
     except CompanionError as error:
         print(f"error: {error}", file=sys.stderr)
         print(f"(companion.book {shlex.join(sys.argv[1:])})", file=sys.stderr)
         raise SystemExit(1) from None
+    except (KeyboardInterrupt, click.Abort) as error:
+        print("Interrupted. What is finished is stored; `make book` goes on.", file=sys.stderr)
+        asked = error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
+        raise SystemExit(signals.exit_code(asked)) from None
 
 
 if __name__ == "__main__":

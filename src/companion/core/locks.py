@@ -90,8 +90,9 @@ def me() -> str:
     """This process in words: its number, its machine, its command."""
     if _worker_of:
         return f"process {os.getpid()}, a worker of {_worker_of}"
-    words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
-    command = shlex.join(words)
+    path = Path(sys.argv[0] or "python")
+    name = path.parent.name if path.name == "__main__.py" else path.name  # of python -m
+    command = shlex.join([name, *sys.argv[1:]])
     command = command if len(command) <= 80 else f"{command[:80]}…"
     return f"process {os.getpid()} on {socket.gethostname()} ({command})"
 

@@ -446,6 +446,8 @@ def save_windows(split: Split, store: Store) -> str:
     if closing.active():  # what was measured names them, and nothing else is measured on them
         return digest
     entry = store.entry(_identity(digest))
+    if _FILE in entry:  # without a lock: a store that may only be read has them, too
+        return digest
     with entry.lock():
         if _FILE not in entry:
             small = {"x": split.x.to(torch.int32), "y": split.y.to(torch.int32)}
@@ -461,9 +463,12 @@ def load_windows(digest: str, store: Store) -> Split:
         CorruptEntry, CorruptData: they are not those that were stored.
     """
     entry = store.entry(_identity(digest))
-    if _FILE not in entry:
-        raise BadParameter(f"windows {digest[:12]}: not in the run store {store.root}.")
-    tensors = entry.read_tensors(_FILE)
+    try:
+        tensors = entry.read_tensors(_FILE)
+    except KeyError:
+        raise BadParameter(
+            f"windows {digest[:12]}: not in the run store {store.root}."
+        ) from None
     split = Split(tensors["x"].long(), tensors["y"].long())
     if windows_digest(split) != digest:
         raise CorruptData(f"windows {digest[:12]}: {entry.path} holds other windows.")

@@ -60,12 +60,20 @@ class State:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> State:
-        """The inverse of :meth:`tensors`."""
+        """The inverse of :meth:`tensors`.
+
+        Raises:
+            BadParameter: they are not those of a state.
+        """
+        step, trace = tensors.get("step"), tensors.get("trace")
+        if step is None or trace is None or step.numel() != 1 or not 0 <= float(step) < 2**53:
+            shown = "none" if step is None else f"of shape {tuple(step.shape)}"
+            raise BadParameter(f"step: a whole number is needed in the state of a run, not {shown}.")
 
         def under(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        return cls(int(tensors["step"]), under("theta/"), under("optimizer/"), tensors["trace"])
+        return cls(int(step), under("theta/"), under("optimizer/"), trace)
 
 
 def build(run: Run, data: Dataset, device: torch.device) -> nn.Module:
