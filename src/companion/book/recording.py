@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
-from uuid import uuid4
 
 import yaml
 
@@ -38,7 +37,7 @@ from companion.book import parameters
 from companion.book.chapter import Cell, cells
 from companion.book.layout import Book
 from companion.book.prose import Caption, captions, give, merged, places
-from companion.core import closing, codec, deadline, plainyaml
+from companion.core import closing, codec, deadline, files, plainyaml
 from companion.core.errors import (
     BadParameter,
     CompanionError,
@@ -514,13 +513,9 @@ def _write(path: Path, document: Mapping[str, Any]) -> Path:
             f"{path} would have {len(content) / 1e6:.2f} MB; recorded files have "
             f"{LIMIT / 1e6:g} MB at most. Nothing was written; what is computed is stored.{hint}"
         )
-    working = path.with_name(f".tmp-{uuid4().hex}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        working.write_bytes(content)
-        working.replace(path)
+        files.write(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            working.unlink()
         raise RecordingFailed(f"record: {path} cannot be written ({error.strerror}).") from error
     return path

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from companion.core import codec
+from companion.core import codec, files
 from companion.core.errors import BadParameter
 
 _PIPED = 200  # columns, where no terminal says how many: a key must not be cut in a log file
@@ -92,14 +92,11 @@ def output(path: Path | None, option: str, suffixes: Sequence[str] = ()) -> None
     """Refuse, before any work, a file that could not be written at the end.
 
     Raises:
-        BadParameter: no folder to put it in, a folder itself, or none of the ``suffixes``.
+        BadParameter: as :func:`companion.core.files.check`, or none of the ``suffixes``.
     """
     if path is None:
         return
-    if not path.parent.is_dir():
-        raise BadParameter(f"{option}: there is no folder {path.parent} to write {path.name} to.")
-    if path.is_dir():
-        raise BadParameter(f"{option}: {path} is a folder; the name of a file is needed.")
+    files.check(path, option)
     if suffixes and path.suffix.lower() not in suffixes:
         raise BadParameter(
             f"{option}: {path.name!r} must end in {', '.join(suffixes)}: that says the format."
@@ -115,7 +112,7 @@ def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
     whole = {**value, "provenance": provenance.record()}
     try:
         text = json.dumps(codec.to_json(whole, path.name, null=True), indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        files.write(path, f"{text}\n".encode())
     except OSError as e:
         raise BadParameter(f"--json: {path} cannot be written ({e.strerror}).") from e
     say(f"numbers written to {path}")

@@ -11,12 +11,12 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from companion.core import files
 from companion.core.errors import BadParameter, CorruptData, MissingData, one_of
 from companion.core.locations import data_root
 from companion.core.numerics import memory_of, resolve_device
@@ -241,12 +241,8 @@ def _from_hub(source: Source, root: Path) -> None:
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        temporary = folder / f".{split}-{uuid4().hex}.tmp"
-        try:
-            rows.to_parquet(str(temporary))
-            temporary.replace(folder / f"{split}.parquet")
-        finally:
-            temporary.unlink(missing_ok=True)
+        with files.whole(folder / f"{split}.parquet") as working:
+            rows.to_parquet(str(working))
 
 
 def check_dataset(name: str) -> Report:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
@@ -25,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from companion.core import files
 from companion.core.errors import CorruptData
 from companion.core.seeds import Key
 from companion.data.dataset import Kind, TextFacts, stratified_split
@@ -160,18 +159,12 @@ def cached_array(
     array = make()
     with suppress(OSError):  # read-only folder, disk full: then without a cache
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
+        with files.whole(path) as working:
+            with working.open("wb") as file:
                 np.save(file, array)
-            digest = bytes.fromhex(sha256_of(temporary))
-            with temporary.open("ab") as file:
+            digest = bytes.fromhex(sha256_of(working))
+            with working.open("ab") as file:
                 file.write(digest)
-            temporary.chmod(0o644)  # mkstemp's 0600 would hide the cache from a shared run store
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return array
 
 

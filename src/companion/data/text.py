@@ -466,9 +466,7 @@ def load_windows(digest: str, store: Store) -> Split:
     try:
         tensors = entry.read_tensors(_FILE)
     except KeyError:
-        raise BadParameter(
-            f"windows {digest[:12]}: not in the run store {store.root}."
-        ) from None
+        raise BadParameter(f"windows {digest[:12]}: not in the run store {store.root}.") from None
     split = Split(tensors["x"].long(), tensors["y"].long())
     if windows_digest(split) != digest:
         raise CorruptData(f"windows {digest[:12]}: {entry.path} holds other windows.")

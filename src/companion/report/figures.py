@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.core import codec
+from companion.core import codec, files
 from companion.core.errors import BadParameter
 from companion.report import page
 
@@ -147,6 +147,8 @@ def publish(
 def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
     """A figure of the book's look that is written to a file at the end; no window, no pyplot.
 
+    Its texts are shown as they are: a name with dollars is no formula.
+
     Arguments:
         path: ends in .svg, .pdf or .png.
         title: in the file's metadata.
@@ -162,10 +164,13 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
     fixed: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     with mpl.rc_context():
         use_style()
+        mpl.rcParams["text.parse_math"] = False
         fig = Figure(**size)
         yield fig
         try:
-            fig.savefig(path, format=kind, dpi=160, metadata={"Title": title, **fixed[kind]})
+            with files.whole(path) as working:
+                about = {"Title": title, **fixed[kind]}
+                fig.savefig(working, format=kind, dpi=160, metadata=about)
         except OSError as e:
             raise BadParameter(f"--plot: {path} cannot be written ({e.strerror}).") from e
 

@@ -68,7 +68,9 @@ class State:
         step, trace = tensors.get("step"), tensors.get("trace")
         if step is None or trace is None or step.numel() != 1 or not 0 <= float(step) < 2**53:
             shown = "none" if step is None else f"of shape {tuple(step.shape)}"
-            raise BadParameter(f"step: a whole number is needed in the state of a run, not {shown}.")
+            raise BadParameter(
+                f"step: a whole number is needed in the state of a run, not {shown}."
+            )
 
         def under(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
