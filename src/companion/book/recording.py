@@ -50,7 +50,7 @@ from companion.core.runs import Entry, Store
 from companion.data import resolve_device
 from companion.experiments.budget import Cost, Count, Probe, count, estimate, probe
 from companion.report import claims, page, partly, provenance
-from companion.report.recorded import FORMAT, LIMIT, folder, hardware
+from companion.report.recorded import FORMAT, LIMIT, NAME, folder, hardware
 from companion.training import ENGINES, using
 
 MARGIN_S = 20.0
@@ -138,7 +138,7 @@ def prepare(
         raise BadParameter(f"profile {profile}: it sets nothing for {chapter_name}.")
     values |= overrides
     name = name or "-".join([profile, *(_slug(n, v) for n, v in overrides.items())])
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,79}", name):
+    if not re.fullmatch(NAME, name):
         raise BadParameter(
             f"--name: {name!r} is needed as a file name: up to 80 lower-case letters, digits, "
             "points, hyphens and underscores."

@@ -22,6 +22,7 @@ from companion.book.layout import Book, BookError
 from companion.book.notebooks import read
 from companion.core import codec
 from companion.report import claims, recorded
+from companion.report.page import as_text
 
 #: Where the front page takes the scoreboard.
 MARKER = "<!-- scoreboard -->"
@@ -120,7 +121,8 @@ def _with_scoreboard(text: str, pages: list[Page], profile: str) -> str:
     )
     if records:
         line += "\n\nRecorded before, at other scales:\n\n" + "\n".join(
-            f"- `{r.profile}`, {r.title}: {claims.tally(r.verdicts.values())}" for r in records
+            f"- `{r.profile}`, {as_text(r.title)}: {claims.tally(r.verdicts.values())}"
+            for r in records
         )
     else:
         line += "\n\nNothing is recorded at a larger scale yet: every verdict below is of this run."

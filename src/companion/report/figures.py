@@ -164,9 +164,9 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
     fixed: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     with mpl.rc_context():
         use_style()
-        mpl.rcParams["text.parse_math"] = False
         fig = Figure(**size)
         yield fig
+        _as_written(fig)
         try:
             with files.whole(path) as working:
                 about = {"Title": title, **fixed[kind]}
@@ -180,11 +180,21 @@ def label(name: str) -> str:
     return name if name.startswith("fig-") else f"fig-{name}"
 
 
+def _as_written(fig: Figure) -> None:
+    """Show every text as it is: a name with dollars is no formula. Ticks are matplotlib's own."""
+    from matplotlib.text import Text
+
+    for text in fig.findobj(Text):
+        if isinstance(text, Text) and "\\mathdefault" not in text.get_text():
+            text.set_parse_math(not text.get_text())
+
+
 def _svg(fig: Figure, title: str) -> str:
     """The figure as SVG text; equal figures give equal text."""
     import matplotlib as mpl
 
     out = io.StringIO()
+    _as_written(fig)
     with mpl.rc_context(_DETERMINISTIC):
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
     return out.getvalue()
