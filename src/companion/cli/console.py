@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,24 +45,33 @@ def out() -> Console:
     return console
 
 
+def visible(text: str) -> str:
+    """``text`` with what a terminal would obey, or would not show, in escapes: ``\\x1b[2J``."""
+    odd = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats such as right-to-left, line breaks
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in odd else ascii(c)[1:-1] for c in text
+    )
+
+
 def say(text: str = "") -> None:
     """A line of the result, not wrapped: terminals do that, and files should not have it."""
-    out().print(text, soft_wrap=True)
+    out().print(visible(text), soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Something done to the input that the user should know."""
-    typer.echo(f"note: {text}", err=True)
+    typer.echo(f"note: {visible(text)}", err=True)
 
 
 def warning(text: str) -> None:
     """A warning of the package."""
-    typer.echo(f"warning: {text}", err=True)
+    typer.echo(f"warning: {visible(text)}", err=True)
 
 
 def error(text: str) -> None:
     """The one message of a command that failed."""
-    typer.echo(f"Error: {text}" if not text.startswith("Interrupted") else text, err=True)
+    said = visible(text)
+    typer.echo(f"Error: {said}" if not text.startswith("Interrupted") else said, err=True)
 
 
 def print_table(
@@ -75,7 +85,7 @@ def print_table(
         right = name.startswith(">")
         grid.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(visible, row))
     out().print(grid)
 
 

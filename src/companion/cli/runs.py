@@ -13,7 +13,7 @@ import typer
 
 from companion.cli.console import print_table, say, size
 from companion.core import codec
-from companion.core.errors import CorruptEntry, one_of
+from companion.core.errors import CorruptEntry, StoreUnreadable, one_of
 
 if TYPE_CHECKING:
     from companion.core.runs import Entry, Store
@@ -130,6 +130,8 @@ def list_entries(
             shown = ", ".join(map(str, steps)) if len(steps) < 6 else f"{len(steps)} steps"
         except CorruptEntry:
             count, shown = 0, "corrupt"
+        except StoreUnreadable:
+            count, shown = 0, "unreadable"
         total += count
         name = str(entry.identity.get("kind", "?"))
         rows.append((entry.key[:12], name, said[entry.key], shown, size(count)))

@@ -21,14 +21,12 @@ TEMPORARY = ".tmp-"
 
 
 @contextmanager
-def whole(path: Path, *, tidy: bool = True) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A name to write to; at the end of the block that file takes the place of ``path``.
 
     After an error, a full disk or Ctrl-C nothing is left of it, and what was at ``path`` stays.
-    What is no regular file, such as ``/dev/stdout``, is written as it is.
-
-    Arguments:
-        tidy: first remove what killed writes to ``path`` left beside it.
+    What a kill leaves goes with the next call. What is no regular file, such as ``/dev/stdout``, is
+    written as it is, and through a link the file changes, not the link.
 
     Raises:
         OSError: it cannot be written.
@@ -36,25 +34,35 @@ def whole(path: Path, *, tidy: bool = True) -> Iterator[Path]:
     if not _replaceable(path):
         yield path
         return
-    target = Path(os.path.realpath(path))  # through a link the file changes, not the link
-    name = target.name.encode()[:120].decode(errors="ignore")
-    if tidy:
-        for left in target.parent.glob(f"{TEMPORARY}*-{glob.escape(name)}"):
-            remove_abandoned(left)
-    working = target.with_name(f"{TEMPORARY}{uuid4().hex}-{name}")
+    target = Path(os.path.realpath(path))
+    for left in target.parent.glob(f"{TEMPORARY}*-{glob.escape(_short(target))}"):
+        remove_abandoned(left)
+    with replacing(target) as working:
+        yield working
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """:func:`whole` for a folder of our own: whatever is at ``path``, a link too, is replaced."""
+    working = path.with_name(f"{TEMPORARY}{uuid4().hex}-{_short(path)}")
     try:
         with working.open("xb") as held:
             _hold(held)  # while it is written; a kill lets go
             yield working
             with working.open("rb+") as written:
                 os.fsync(written.fileno())
-            if target.exists():
-                shutil.copymode(target, working)
-            working.replace(target)
+            if path.is_file() and not path.is_symlink():
+                shutil.copymode(path, working)
+            working.replace(path)
     except BaseException:
         with suppress(OSError):  # a read-only file system refuses even to look for it
             working.unlink()
         raise
+
+
+def _short(path: Path) -> str:
+    """So much of a file's name that a longer one is still a name."""
+    return path.name.encode()[:120].decode(errors="ignore")
 
 
 def write(path: Path, content: bytes) -> None:
@@ -72,17 +80,16 @@ def check(path: Path, option: str) -> None:
     Raises:
         BadParameter: no such folder, no permission, a read-only file or file system, a folder.
     """
-    if not path.parent.is_dir():
-        raise BadParameter(f"{option}: there is no folder {path.parent} to write {path.name} to.")
-    if path.is_dir():
-        raise BadParameter(f"{option}: {path} is a folder; the name of a file is needed.")
     try:
+        if not path.parent.is_dir():
+            where = f"{path.parent} to write {path.name} to"
+            raise BadParameter(f"{option}: there is no folder {where}.")
+        if path.is_dir():
+            raise BadParameter(f"{option}: {path} is a folder; the name of a file is needed.")
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(0, "it may only be read")
         if _replaceable(path):
             target = Path(os.path.realpath(path))
-            with suppress(FileNotFoundError):
-                target.lstat()  # a name that is too long says so
             probe = target.with_name(f"{TEMPORARY}{uuid4().hex}-probe")
             probe.touch(exist_ok=False)
             probe.unlink()

@@ -73,7 +73,9 @@ def _write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
     size = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(path, tidy=False) as working, working.open("wb") as f:
+        if path.is_dir() and not path.is_symlink():
+            _remove(path)
+        with files.replacing(path) as working, working.open("wb") as f:
             for part in parts:
                 size += len(part)
                 f.write(part)
@@ -260,8 +262,6 @@ class Entry:
 
     def _write_identity(self) -> None:
         path = self.path / _OWN[0]
-        if path.is_dir():
-            _remove(path)
         pretty = json.dumps(self.identity, indent=1, sort_keys=True, allow_nan=False)
         _write_atomically(path, pretty.encode())
 
