@@ -213,7 +213,8 @@ def test_a_kill_at_any_moment_leaves_a_consistent_entry(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def outcome(in_processes: Any) -> dict[str, Any]:
     answers, _ = in_processes(
-        "killed_writes", "many_writers", "reader_and_writer", "file_size_limit", "no_rights"
+        *("killed_writes", "many_writers", "reader_and_writer", "file_size_limit", "no_rights"),
+        "read_only_store",
     )
     return answers
 
@@ -250,6 +251,25 @@ def test_a_store_that_may_only_be_read(outcome: dict[str, Any]) -> None:
         kind, text = found[attempt]
         assert kind == "StoreUnwritable", f"{attempt}: {kind}: {text}"
         assert found["folder"] in text and "Permission denied" in text and "COMPANION_RUNS" in text
+
+
+def test_a_complete_store_that_may_only_be_read_serves_its_results(outcome: Any) -> None:
+    """Looked at first, locked only to write: no result needs the right to write, nor an export."""
+    found = outcome["read_only_store"]
+    for command in ("again", "list", "export", "barrier"):
+        code, output = found[command]
+        assert code == 0, output
+    assert "0 to train" in found["again"][1]
+    table = found["first"].partition("on cpu")[2]
+    assert table.strip() and found["again"][1].partition("on cpu")[2] == table, "the same numbers"
+
+
+def test_what_may_not_be_read_is_not_taken_for_damaged(outcome: Any) -> None:
+    found = outcome["read_only_store"]
+    code, output = found["verify"]
+    assert code == 1 and "cannot be read (Permission denied)" in output
+    assert found["gc"][0] == 0 and "nothing to remove" in found["gc"][1]
+    assert found["kept"] == []
 
 
 # ---- a full disk, a folder that is none
