@@ -6,8 +6,9 @@ Each round starts one thing that the store is used for (training with and withou
 publishing, discarding, clearing up, exporting, importing), often another beside it, and sends the
 first a signal at some moment: SIGKILL, SIGTERM, SIGINT, or SIGKILL to one of its workers. After
 each round every entry is whole, what was acknowledged is there, no process is left, and the other
-command has ended well. At the end the commands run once more without a kill: their numbers are those of a run that
-nobody disturbed, with one worker, bit for bit; after a clean-up no file is left that is not listed.
+command has ended well. At the end the commands run once more without a kill: their numbers are
+those of a run that nobody disturbed, with one worker, bit for bit; after a clean-up no file is left
+that is not listed.
 
 `make soak` runs a thousand; `tests/core/test_soak.py` a few. Answers as JSON on the last line.
 """

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import soak
 
+from companion.core import locks
+
 TESTS = Path(soak.__file__).parent
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
@@ -87,7 +89,5 @@ def test_no_worker_outlives_its_command(
         (line,) = said.strip().splitlines()
         word = "worker process was killed" if how == "a worker" else "Interrupted."
         assert word in line and "the same command continues from there" in line
-    assert not [p for p in Path("/dev/shm").glob(f"joblib*_{at_work.pid}_*")]
-    from companion.core import locks
-
+    assert not list(Path("/dev/shm").glob(f"joblib*_{at_work.pid}_*"))
     assert all(locks.is_free(p) for p in runs_root.glob(".locks/*"))

@@ -254,7 +254,8 @@ def test_an_identity_of_any_shape_hides_no_other_entry(store: Store, two: Any) -
     ]
     for shape in shapes:
         store.entry(shape).write_json("x.json", 1)
-    for value in ([1], "text", 3, None):  # whole, but no object
+    values: list[Any] = [[1], "text", 3, None]  # whole, but no object
+    for value in values:
         entry = Entry(store, value, store.entry({"kind": "x", "v": value}).key)
         entry.write_json("x.json", 1)
     listed = run("runs", "list").output
@@ -298,12 +299,13 @@ def test_a_reader_during_a_discard_finds_a_value_or_none(store: Store) -> None:
             time.sleep(0.001)
             entry.discard()
 
+    asked: Any = Asked()
     worker = threading.Thread(target=delete)
     worker.start()
     end = time.monotonic() + 1.5
     while time.monotonic() < end:
         try:
-            seen.add(str(measurement.stored([Asked()], store, "cpu")))
+            seen.add(str(measurement.stored([asked], store, "cpu")))
         except BaseException as e:
             wrong.append(repr(e))
     stop.set()
