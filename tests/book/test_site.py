@@ -224,3 +224,49 @@ def test_a_figure_opens_at_full_size_and_closes(browser, site):
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     wait(lambda: not browser.execute_script(is_open))
     assert browser.switch_to.active_element == button
+
+
+def test_the_figures_to_play_with_answer_to_the_keyboard(browser, site):
+    """The front page's: α and the fork step move what is drawn and what is said."""
+    from selenium.webdriver.common.keys import Keys
+
+    visit(browser, site / "index.html")
+    if not browser.find_elements("css selector", "figure.walk"):
+        pytest.skip("the toy book has no figure to play with")
+    alpha, step = browser.find_elements("css selector", "figure.walk input")
+    says = "return document.querySelector('figure.walk figcaption').textContent"
+    place = "return document.querySelector('.walk-here-line').getAttribute('cx')"
+    line = "return document.querySelector('.walk-line').getAttribute('d')"
+    shown = (
+        "return [...document.querySelectorAll('.walk-map')].map(m => getComputedStyle(m).display)"
+    )
+    before = [browser.execute_script(script) for script in (says, place, line)]
+    assert "α = 0.50" in before[0]
+    alpha.send_keys(Keys.HOME)
+    assert "α = 0.00" in browser.execute_script(says)
+    assert browser.execute_script(place) != before[1]
+    assert browser.execute_script(shown).index("inline") == 0
+    step.send_keys(Keys.END)
+    assert browser.execute_script(line) != before[2]
+    assert browser.execute_script(shown)[-1] == "inline"
+    assert browser.execute_script(shown).count("inline") == 1
+    assert alpha.get_attribute("aria-valuetext").startswith("α = 0.00, error ")
+
+
+def test_the_claims_can_be_filtered_and_a_mark_finds_its_row(browser, site):
+    visit(browser, site / "claims.html")
+    visible = (
+        "return [...document.querySelectorAll('.companion-claims tbody tr')]"
+        ".filter(row => !row.hidden).map(row => row.id)"
+    )
+    everything = browser.execute_script(visible)
+    assert everything
+    fields = browser.find_elements("css selector", ".claims-filter select, .claims-filter input")
+    if not fields:
+        pytest.skip("the toy book has claims of one paper only")
+    fields[-1].send_keys("embedding")
+    few = browser.execute_script(visible)
+    assert 0 < len(few) < len(everything)
+    hidden = next(row for row in everything if row not in few)
+    browser.execute_script(f"location.hash = '{hidden}'")
+    wait(lambda: hidden in browser.execute_script(visible))

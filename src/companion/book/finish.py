@@ -36,6 +36,7 @@ class Page:
     notebook: Any
     files: dict[str, bytes] = field(default_factory=dict)  # beside the chapter: files/<chapter>/...
     parameters: dict[str, Any] = field(default_factory=dict)  # name -> value used, where literal
+    values: dict[str, Any] = field(default_factory=dict)  # what page.fill gave
     claims: list[dict[str, Any]] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] | None = None
@@ -127,6 +128,7 @@ def _texts(page: Page, notebook: Any, book: Book) -> None:
         if "companion" in output.get("metadata", {})
     ]
     values = merged((entry["values"] for _, entry in shown if "values" in entry), at(""))
+    page.values = values
     blocks = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":

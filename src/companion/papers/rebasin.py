@@ -910,7 +910,11 @@ def show_plane(study: Study) -> None:
     drawn = plots.planes(
         axes, {"": study.plane}, names=("A", "B", "π(B)"), segments=((0, 1), (0, 2))
     )
-    figures.publish(fig, "rebasin-plane", data=drawn[""])
+    lines = {  # of the pair that spans the plane
+        name: study.first[key][0].barrier.curve.values["test"]["error"]
+        for name, key in (("line", "naive"), ("line matched", "weights"))
+    }
+    figures.publish(fig, "rebasin-plane", data={**drawn[""], **lines})
 
 
 def show_lines(study: Study) -> None:
