@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from companion.book.finish import Page
-from companion.book.front import complete
+from companion.book.front import complete, readme
 from companion.book.layout import BookError
 from companion.core import codec
 from companion.report import claims
@@ -32,7 +32,7 @@ def test_a_paragraph_about_a_chapter_that_the_book_lacks_is_left_out():
 
 
 def test_a_number_that_no_chapter_gives_stops_the_build():
-    with pytest.raises(BookError, match=r"index\.md: chapter 01_toy gives no value 'wal'"):
+    with pytest.raises(BookError, match=r"index\.md: .*nobody gives '01_toy\.wal'"):
         said("{{01_toy.wal}}", page(wall=1.0))
 
 
@@ -50,3 +50,19 @@ def test_a_claim_is_judged_once():
 
 def test_figures_to_play_with_are_left_out_with_their_chapter():
     assert said("a\n\n<!-- walk -->\n\nb\n\n<!-- matching -->", page()) == "a\n\n\n\nb\n\n"
+
+
+def test_readme_gets_its_table_again_and_again():
+    entries = [
+        codec.to_json(claims.judge(id, 0.3, n=9, interval=(0.1, 0.6))) | {"scale": "toy"}
+        for id in ("C01", "C02")
+    ]
+    one = page()
+    one.claims = entries
+    text = "# Title\n\n<!-- held -->old<!-- /held -->\n\nThe rest.\n"
+    made = readme(text, [one], "quick")
+    assert "| paper | reproduced | not reproduced |" in made
+    assert "| Frankle et al. 2020 | 1 | 1 |" in made and "old" not in made
+    assert made.endswith("The rest.\n") and readme(made, [one], "quick") == made
+    with pytest.raises(BookError, match=r"README\.md lacks"):
+        readme("# Title", [one], "quick")

@@ -135,7 +135,9 @@ def test_every_picture_is_there_and_has_an_alt_text(browser, site):
     for page in pages(site):
         visit(browser, page)
         broken = browser.execute_script(
-            "return [...document.images].filter(i => !i.closest('dialog'))"
+            "const shown = i => i.checkVisibility() && !i.closest('dialog');"
+            "document.querySelectorAll('details').forEach(d => { d.open = true; });"
+            "return [...document.images].filter(shown)"
             ".filter(i => !i.alt.trim() || !i.complete || !i.naturalWidth).map(i => i.src)"
         )
         assert broken == [], page.name
@@ -270,3 +272,34 @@ def test_the_claims_can_be_filtered_and_a_mark_finds_its_row(browser, site):
     hidden = next(row for row in everything if row not in few)
     browser.execute_script(f"location.hash = '{hidden}'")
     wait(lambda: hidden in browser.execute_script(visible))
+
+
+AXE = toybook.ROOT / "build" / "axe" / "package" / "axe.min.js"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "theme"), [(1400, "light"), (390, "dark")])
+def test_nothing_keeps_anybody_from_using_a_page(browser, site, width, theme):
+    """No violation that axe-core calls serious or critical, on any page."""
+    if not AXE.is_file():
+        pytest.skip("no axe-core: .ci/run fetches it, with npm")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.set_script_timeout(120)
+    found = {}
+    try:
+        for page in pages(site):
+            visit(browser, page)
+            browser.execute_script(f"document.documentElement.dataset.theme = '{theme}'")
+            browser.execute_script(AXE.read_text(encoding="utf-8"))
+            bad = browser.execute_async_script(
+                "const done = arguments[arguments.length - 1];"
+                "axe.run(document, {resultTypes: ['violations']}).then(result => done("
+                "result.violations.filter(v => ['serious', 'critical'].includes(v.impact))"
+                ".map(v => `${v.id}: ${v.nodes.length} × ${v.nodes[0].html.slice(0, 200)}`)))"
+            )
+            if bad:
+                found[page.name] = bad
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert found == {}

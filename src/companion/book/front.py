@@ -47,24 +47,12 @@ def _filled(name: str, text: str, values: dict[str, Any]) -> str:
     """Placeholders ``{{chapter.name}}``; a paragraph that asks for a chapter that the book lacks is
     left out, so that a book of some chapters reads, too."""
     known = {key.partition(".")[0] for key in values}
-    keys = {key: f"v{number}" for number, key in enumerate(values)}
     paragraphs = []
     for paragraph in text.split("\n\n"):
-        asked = re.findall(r"\{\{\s*(\w+)\.(\w+)", paragraph)
-        if asked and not {chapter for chapter, _ in asked} <= known:
-            continue
-        for chapter, value in asked:
-            if f"{chapter}.{value}" not in values:
-                raise BookError(f"{name}.md: chapter {chapter} gives no value {value!r}.")
-        paragraphs.append(
-            re.sub(
-                r"\{\{\s*(\w+\.\w+)",
-                lambda found: "{{" + keys.get(found[1], found[1]),
-                paragraph,
-            )
-        )
-    given = {short: values[key] for key, short in keys.items()}
-    return fill("\n\n".join(paragraphs), given, lambda line: f"{name}.md")
+        asked = set(re.findall(r"\{\{\s*(\w+)\.\w+", paragraph))
+        if asked <= known:
+            paragraphs.append(paragraph)
+    return fill("\n\n".join(paragraphs), values, lambda line: f"{name}.md")
 
 
 def verdicts(pages: Sequence[Page]) -> tuple[list[claims.Verdict], dict[str, str], list[str]]:
@@ -148,6 +136,28 @@ def _provenance(pages: Sequence[Page], profile: str) -> str:
         + "".join(f'<th scope="col">{head}</th>' for head in heads)
         + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def readme(text: str, pages: Sequence[Page], profile: str) -> str:
+    """README's text with its table of what held, from the run.
+
+    Raises:
+        BookError: the text lacks the two comments between which the table stands.
+    """
+    found, _, _ = verdicts(pages)
+    words = [word for word in claims.SIGNS if word in {v.verdict for v in found}]
+    rows = [f"| paper | {' | '.join(words)} |", "|---" * (len(words) + 1) + "|"]
+    for paper, name in claims.papers().items():
+        own = [v.verdict for v in found if v.claim.paper == paper]
+        if own:
+            counts = " | ".join(str(own.count(word) or "") for word in words)
+            rows.append(f"| {name} | {counts} |")
+    table = "\n".join(rows)
+    parts = re.split(r"(<!-- /?held -->)", text)
+    if [parts[i : i + 1] for i in (1, 3)] != [["<!-- held -->"], ["<!-- /held -->"]]:
+        raise BookError("README.md lacks <!-- held --> and <!-- /held -->, where its table stands.")
+    parts[2] = f"\n\n{claims.headline(found)} (Profile `{profile}`.)\n\n{table}\n\n"
+    return "".join(parts)
 
 
 def _figure(pages: Sequence[Page], chapter: str, name: str) -> Any:

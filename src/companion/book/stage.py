@@ -19,9 +19,11 @@ import nbformat
 
 from companion.book.finish import Page, finish
 from companion.book.front import complete, marked
+from companion.book.front import readme as front_readme
 from companion.book.layout import Book, BookError
 from companion.book.notebooks import read
 from companion.report import recorded
+from companion.report.figures import label
 
 #: Where the front page takes the scoreboard.
 MARKER = "<!-- scoreboard -->"
@@ -46,6 +48,8 @@ def stage(book: Book, profile: str) -> Path:
         files[f"chapters/{page.chapter}.ipynb"] = (nbformat.writes(page.notebook) + "\n").encode()
         for name, content in page.files.items():
             files[f"chapters/files/{page.chapter}/{name}"] = content
+        for name, content in page.dark.items():
+            files[f"extra/dark/{page.chapter}/{label(name)}.svg"] = content
     for name in book.pages():
         if not name.startswith("chapters/"):
             files[f"{name}.md"] = _text(book, name)
@@ -66,6 +70,24 @@ def stage(book: Book, profile: str) -> Path:
     files |= {f"extra/mathjax/{name}": path.read_bytes() for name, path in _mathjax()}
     _write(book.staged(profile), files)
     return book.staged(profile)
+
+
+def readme(book: Book, profile: str) -> list[Path]:
+    """Renew what README.md shows of a run: its table, and the picture of chapter 1's planes.
+
+    Raises:
+        BookError: as :func:`stage`, or README.md has no place for the table.
+    """
+    pages = [_page(book, profile, chapter) for chapter in _chapters(book)]
+    path = book.root / "README.md"
+    files = {path: front_readme(path.read_text(encoding="utf-8"), pages, profile).encode()}
+    for page in pages:
+        if page.chapter == "01_instability":
+            files[book.root / "book" / "plane.svg"] = page.files["plane.svg"]
+            files[book.root / "book" / "plane-dark.svg"] = page.dark["plane"]
+    for path, content in files.items():
+        path.write_bytes(content)
+    return list(files)
 
 
 def _chapters(book: Book) -> list[str]:
