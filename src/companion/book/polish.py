@@ -46,6 +46,10 @@ def page(path: Path, html: Path) -> str:
         text = re.sub(r"<script[^>]*src=\"[^\"]*mathjax/[^>]*></script>", "", text)
     text = _once(r"<meta name=\"viewport\"[^>]*/?>", text)
     text = text.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+    # Its words are "Search" and the keys: a label of "Search" alone would hide them.
+    text = re.sub(
+        r'(<button class="btn search-button-field[^>]*?) aria-label="Search"', r"\1", text
+    )
     text = text.replace('role="doc-biblioentry"', 'role="listitem"')
     text = re.sub(r"<title>(.*?) &#8212; \1</title>", r"<title>\1</title>", text)
     text = text.replace("</title>", f"</title>\n{_described(text)}", 1)
