@@ -139,7 +139,8 @@ def test_every_picture_is_there_and_has_an_alt_text(browser, site):
             "document.querySelectorAll('details').forEach(d => { d.open = true; });"
             "const all = [...document.images].filter(shown);"
             "all.forEach(i => { i.loading = 'eager'; });"  # they wait until they are scrolled to
-            "return all.filter(i => !(i.alt.trim() && i.complete && i.naturalWidth)).map(i => i.src)"
+            "const good = i => i.alt.trim() && i.complete && i.naturalWidth;"
+            "return all.filter(i => !good(i)).map(i => i.src)"
         )
         wait(lambda script=script: browser.execute_script(script) == [])
 
