@@ -12,7 +12,7 @@ import pytest
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from companion.book import prose, site, stage
+from companion.book import front, prose, site
 from companion.book.finish import Page
 from companion.book.layout import Book, BookError
 from companion.core import codec
@@ -86,7 +86,7 @@ def test_data_is_shown_and_never_run(text: str, record: Any, monkeypatch: Any) -
     markdown = [d["text/markdown"] for d in shown if "text/markdown" in d]
     entry = {**codec.to_json(verdict(text)), "scale": text}
     chapter = Page("01_instability", None, claims=[entry], recorded=[kept])
-    markdown.append(stage._with_scoreboard(f"# Front\n\n{stage.MARKER}\n", [chapter], text))
+    markdown.append(front.marked("# Front\n\n" + "\n\n".join(front.MARKERS), [chapter], text))
     markdown.append(prose.fill("The net {{x}} is\n\n{{x}}\n\n- {{x}}\n", {"x": text}, str))
     markdown += htmls  # also where a table of ours stands inside Markdown
     assert len(markdown) == 3 + len(htmls) and len(htmls) == 4
