@@ -1,4 +1,4 @@
-"""Input that no machine can serve, or that is no number: one line, before any work, nothing kept."""
+"""Input that no machine can serve, or that is no number: one line, before any work."""
 
 from __future__ import annotations
 
@@ -15,19 +15,10 @@ from companion.core.runs import Store
 from companion.papers import gpt, llfc, merging, rebasin
 
 HUGE = "1" + "0" * 20
-INSTABILITY = [
-    "instability",
-    "--net",
-    "mlp:widths=4",
-    "--data",
-    "digits",
-    "--steps",
-    "3",
-    "--ks",
-    "0",
-    "--points",
-    "3",
-]
+INSTABILITY = (
+    *("instability", "--net", "mlp:widths=4", "--data", "digits", "--steps", "3"),
+    *("--ks", "0", "--points", "3"),
+)
 BARRIER = ("barrier", "A", "A", "--model", NET, "--data", "digits")
 REBASIN = ("rebasin", "A", "A", "-o", "OUT", "--model", NET)
 
@@ -73,7 +64,7 @@ def test_one_line_before_any_work(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 101.0])
 def test_a_share_in_percent(value: float) -> None:
-    with pytest.raises(BadParameter, match="x: .* must be a number from 0 to 100"):
+    with pytest.raises(BadParameter, match=r"x: .* must be a number from 0 to 100"):
         within("x", value, 0, 100)
     assert within("x", None, 0, 100) is None and within("x", 0.0, 0, 100) == 0.0
 
@@ -136,9 +127,9 @@ def test_values_inside_of_values_are_refused() -> None:
 def test_two_builds_of_one_book(tmp_path: Path) -> None:
     book = Book(tmp_path)
     with book.building("quick", "01_toy"):
-        with pytest.raises(Busy, match=r"01_toy \(quick\) is being worked on by process \d+ on"):
-            with book.building("quick", "01_toy"):
-                raise AssertionError("two at once")
+        said = r"01_toy \(quick\) is being worked on by process \d+ on"
+        with pytest.raises(Busy, match=said), book.building("quick", "01_toy"):
+            raise AssertionError("two at once")
         with book.building("quick", "02_other"), book.building("gpu", "01_toy"):
             pass  # make -j
     with book.building("quick", "01_toy"):

@@ -124,7 +124,7 @@ def measure_instability(
     from companion import data as datasets
     from companion.core.runs import Store
     from companion.experiments.budget import count
-    from companion.experiments.instability import analyse, plan_forks, threshold_of
+    from companion.experiments.instability import analyse, check_design, plan_forks, threshold_of
     from companion.training import Recipe, check_fit, recipe_from
 
     grid = numbers("--ks", ks, int)
@@ -145,15 +145,14 @@ def measure_instability(
     metric = metric or ("loss" if dataset.kind == "text" else "error")
     limit = threshold_of(metric, threshold)
     store = Store()
-    # What is out of range is refused by analyse(), in its own words.
-    if grid and all(0 <= k < recipe.steps for k in grid):
-        design = plan_forks(recipe, grid, how, **forks, controls=False)
-        for cost in count([design], store=store, device=where):
-            runs, left = cost.whole.runs, cost.missing
-            say(
-                f"{runs} runs: {runs - left.runs} in the store {store.root}, "
-                f"{left.runs} to train ({left.steps:,} steps) on {where}"
-            )
+    check_design(recipe, grid, inits=inits, copies=copies, noise=noise, device=where)
+    design = plan_forks(recipe, grid, how, **forks, controls=False)
+    for cost in count([design], store=store, device=where):
+        runs, left = cost.whole.runs, cost.missing
+        say(
+            f"{runs} runs: {runs - left.runs} in the store {store.root}, "
+            f"{left.runs} to train ({left.steps:,} steps) on {where}"
+        )
     found = analyse(
         *(recipe, grid),
         **forks,
