@@ -780,6 +780,56 @@ def test_a_cut_archive_is_refused(filled, tmp_path, cut):
     assert not (tmp_path / "other").exists()
 
 
+def declared(size):
+    """An archive whose first member says that it has so many bytes."""
+
+    def change(source, target):
+        content = bytearray(source.read_bytes())
+        header = tarfile.TarInfo(f"{'0' * 64}/identity.json")
+        header.size = size
+        target.write_bytes(header.tobuf(tarfile.GNU_FORMAT)[:512] + content)
+        return target
+
+    return change
+
+
+def extended(source, target):
+    """An archive that begins with an extended header of 4 EB."""
+    header = tarfile.TarInfo("./PaxHeaders/x")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 62
+    target.write_bytes(header.tobuf(tarfile.GNU_FORMAT)[:512] + source.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("change", [declared(1 << 62), declared(10**12), declared(-1), extended])
+def test_sizes_that_no_file_has_are_refused(filled, tmp_path, change):
+    archive.write_archive(archive.chosen_entries(filled), tmp_path / "a.tar")
+    bad = change(tmp_path / "a.tar", tmp_path / "bad.tar")
+    with pytest.raises(CorruptEntry, match="not a whole archive"):
+        archive.read_archive(bad, Store(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_export_can_always_be_imported(filled, tmp_path):
+    damaged, healthy = filled.entries()
+    (damaged.path / "identity.json").write_text('{"kind": "another"}')
+    with pytest.raises(CorruptEntry, match="identity.json is not what its key says"):
+        archive.write_archive(archive.chosen_entries(filled), tmp_path / "a.tar")
+    assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob(".tmp-*"))
+    archive.write_archive([healthy], tmp_path / "a.tar")
+    assert archive.read_archive(tmp_path / "a.tar", Store(tmp_path / "other")).entries == 1
+
+
+@pytest.mark.parametrize("identity", [{"x": 1}, [1], "text", {"kind": 3}, None])
+def test_an_identity_of_another_shape_is_not_imported(store, tmp_path, identity):
+    entry = store.entry(identity)
+    entry.write_json("x.json", 1)
+    archive.write_archive([entry], tmp_path / "a.tar")
+    with pytest.raises(CorruptEntry, match="no object that names its kind"):
+        archive.read_archive(tmp_path / "a.tar", Store(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
 # What the book makes of it
 
 

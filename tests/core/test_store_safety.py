@@ -322,6 +322,29 @@ class Asked:
         return store.entry({"kind": "test"})
 
 
+def test_whoever_waits_says_for_whom(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = store.entry({"kind": "test"})
+    monkeypatch.setattr(locks, "QUIET_S", 0.05)
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with entry.lock():
+            taken.set()
+            done.wait(0.5)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    taken.wait()
+    with caplog.at_level("WARNING", logger="companion"), entry.lock():
+        pass
+    other.join()
+    (said,) = caplog.messages
+    assert f"is being worked on by process {os.getpid()} on" in said and "waiting" in said
+    assert not list((store.root / ".locks").iterdir())
+
+
 # ---- output files
 
 

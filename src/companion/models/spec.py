@@ -5,9 +5,11 @@ Everything that can be wrong with a name is found before anything is built.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import index
 from typing import Any, NamedTuple
 
@@ -287,19 +289,26 @@ def build(spec: str, in_shape: tuple[int, ...], classes: int, key: Key | None = 
             return own.build_own(spec, parsed.name, parsed.values, shape, classes)
         options = dict(parsed.values)
         init = options.pop("init", "torch")
-        try:
-            net = parsed.family.make(shape, classes, **options)
-        except (RuntimeError, MemoryError, OverflowError, TypeError) as e:
-            if not _too_large(e):
-                raise
-            raise BadParameter(
-                f"net {spec!r}: there is not enough memory on this machine for its weights."
-            ) from e
+        make = partial(parsed.family.make, shape, classes, **options)
+        _check_memory(spec, make, options)
+        net = make()
         initialise(net, init)
         return net
 
 
-def _too_large(error: Exception) -> bool:
-    """Whether torch could not allocate, or a number of bytes was no number any more."""
-    words = ("allocate memory", "Overflow when unpacking", "not enough memory", "Storage size")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+def _check_memory(spec: str, make: Callable[[], nn.Module], options: Mapping[str, Value]) -> None:
+    """Refuse a network whose weights this machine cannot hold, before any memory is asked for."""
+    sizes = [v for o in options.values() for v in (o if isinstance(o, tuple) else (o,))]
+    if not any(isinstance(size, int) and size > _WIDE for size in sizes):
+        return
+    with torch.device("meta"):
+        needed = sum(p.numel() * p.element_size() for p in make().parameters())
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > have:
+        raise BadParameter(
+            f"net {spec!r}: its weights need {needed / 1e9:,.0f} GB, and there is not enough "
+            f"memory on this machine ({have / 1e9:,.0f} GB)."
+        )
+
+
+_WIDE = 1 << 14  # below it no width is a mistake that fills the memory
