@@ -813,7 +813,7 @@ def test_sizes_that_no_file_has_are_refused(filled, tmp_path, change):
 def test_an_export_can_always_be_imported(filled, tmp_path):
     damaged, healthy = filled.entries()
     (damaged.path / "identity.json").write_text('{"kind": "another"}')
-    with pytest.raises(CorruptEntry, match="identity.json is not what its key says"):
+    with pytest.raises(CorruptEntry, match=r"identity\.json is not what its key says"):
         archive.write_archive(archive.chosen_entries(filled), tmp_path / "a.tar")
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob(".tmp-*"))
     archive.write_archive([healthy], tmp_path / "a.tar")
