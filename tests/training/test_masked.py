@@ -273,12 +273,12 @@ def test_a_rewind_is_bitwise_and_what_a_mask_needs_is_trained_first(store: Store
 
 
 def test_restored_momentum_is_masked_and_restarts_train_all_steps(store: Store) -> None:
-    for fork in ({"optimizer": "restore"}, {"schedule": "restart"}):
-        sparse = sparse_run(**fork)
+    for sparse in (sparse_run(optimizer="restore"), sparse_run(schedule="restart")):
         mask = load_mask(Half(DENSE), store=store)
         first = load_state(sparse, sparse.first_step, store=store)
         zeros(first, mask, sparse)
-        assert bool(first.optimizer) == ("optimizer" in fork)
+        assert sparse.fork is not None
+        assert bool(first.optimizer) == (sparse.fork.optimizer == "restore")
         zeros(load_state(sparse, 12, store=store), mask, sparse)
 
 
