@@ -344,7 +344,8 @@ def _advance(
             work.save(reached)
     how |= {"steps": stop - first, "seconds": round(time.monotonic() - begun, 3)}
     for work in group:
-        if _on_gpu(where):
+        # A start that is asked for later says nothing about how the rest was trained.
+        if _on_gpu(where) and (stop > first or not work.made):
             work.entry.write_json(_MADE_BY, how)
         work.entry.remove(_RESUME)
 
