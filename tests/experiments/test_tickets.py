@@ -390,7 +390,7 @@ def test_a_ticket_on_digits_is_stable_and_errs_less_than_its_controls(store: Sto
         ),
         Evaluation(points=5),
         store=store,
-        workers=2,
+        workers=1,
     )
     assert found.stable("imp", 9, 50) == "stable"
     errors = {kind: dict(found.errors(kind, 9, 50)) for kind in ("imp", "random", "reinit")}
