@@ -60,6 +60,7 @@ class Survey:
     Arguments:
         points: of the losses on the line, odd.
         inside: of the slopes and curvatures on it, odd, both ends included.
+        step: of central differences at both ends, as a share of the line.
         by: layer blocks, as :func:`companion.layerwise.layer_groups` takes it; None: none.
         bn: what BatchNorm does, one of :data:`companion.landscape.SURFACE_MODES`.
         train_examples, test_examples: as :class:`companion.experiments.pairs.Evaluation`.
@@ -67,6 +68,7 @@ class Survey:
 
     points: int = 31
     inside: int = 3
+    step: float = 0.01
     by: str | int | None = "module"
     bn: str = "interpolate"
     train_examples: int | None = None
@@ -76,6 +78,8 @@ class Survey:
         grid(self.points)
         grid(self.inside)
         one_of("bn", self.bn, SURFACE_MODES)
+        if not 0 < self.step < 1:
+            raise BadParameter(f"step: {self.step!r} must lie between 0 and 1.")
 
     def identity(self, net: str) -> Json:
         """What determines the numbers of a network called ``net``, for the store."""
@@ -89,7 +93,9 @@ class Geometry:
 
     Arguments:
         curve: losses and errors on both splits.
-        locals: loss, slope and curvature along Δ at evenly spaced points from A to B, on train.
+        locals: loss, slope and curvature along Δ at evenly spaced points from A to B, on train, by
+            Hessian-vector products.
+        stepped: the same at A and at B by central differences, which see the kinks of ReLUs, too.
         blocks: of layers, at A and at B along Δ, on train; () without.
         distances: Euclidean, of the parameters: ``ab``, ``a_init``, ``b_init``, and with a start
             ``a_start``, ``b_start``.
@@ -99,6 +105,7 @@ class Geometry:
 
     curve: Curve
     locals: tuple[Local, ...]
+    stepped: tuple[Local, Local]
     blocks: tuple[Blocks, ...]
     distances: Mapping[str, float]
     cosines: Mapping[str, float]
@@ -131,9 +138,13 @@ class Geometry:
         """The loss half-way above the mean of both ends, signed, in nats."""
         return self.mid(split) - self.mean_end(split)
 
-    def predictions(self) -> dict[str, float]:
-        """What the ends lead to expect of the barrier on train, by predictor."""
-        return predictions(self.a, self.b)
+    def predictions(self, *, kinks: bool = False) -> dict[str, float]:
+        """What the ends lead to expect of the barrier on train, by predictor.
+
+        Arguments:
+            kinks: from :attr:`stepped` instead of the derivatives at the ends.
+        """
+        return predictions(*(self.stepped if kinks else (self.a, self.b)))
 
     def controls(self) -> dict[str, float]:
         """What a predictor has to beat: ``distance``, ‖Δ‖²; ``angle``, minus the cosine at init."""
@@ -227,6 +238,7 @@ class SurveyOfPair(Measurement):
         surface = Surface(module, splits["train"], bn=how.bn)
         delta = towards(module, a, b)
         found = [surface.local(moved(doubles[0], delta, t), delta) for _, t in grid(how.inside)]
+        near = [surface.differences(theta, delta, how.step) for theta in (a, b)]
         blocks: list[Blocks] = []
         if how.by is not None:
             groups = layer_groups(module, how.by, splits["train"].x[:2])
@@ -236,17 +248,15 @@ class SurveyOfPair(Measurement):
             f"{n}_init": distance(t, i, names) for n, t, i in zip("ab", (a, b), inits, strict=True)
         }
         cosines = {}
-        if (
-            distance(inits[0], inits[1], names) == 0
-            and min(distances["a_init"], distances["b_init"]) > 0
-        ):
+        travelled = min(distances["a_init"], distances["b_init"])
+        if distance(inits[0], inits[1], names) == 0 and travelled > 0:
             cosines["init"] = cos_of_branches(a, b, inits[0], names)
         if pair.start:
             w_k = weights_of(*pair.start, store, device)
             distances |= {f"{n}_start": distance(t, w_k, names) for n, t in (("a", a), ("b", b))}
             if pair.start[1] > 0 and min(distances["a_start"], distances["b_start"]) > 0:
                 cosines["start"] = cos_of_branches(a, b, w_k, names)
-        return Geometry(curve, tuple(found), tuple(blocks), distances, cosines)
+        return Geometry(curve, tuple(found), (near[0], near[1]), tuple(blocks), distances, cosines)
 
 
 def _double(theta: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
