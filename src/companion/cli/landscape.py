@@ -10,7 +10,6 @@ import typer
 
 from companion.cli import options
 from companion.cli.barrier import measured
-from companion.cli.checkpoints import fit, read_checkpoint
 from companion.cli.console import mode_of, number, output, print_table, say
 from companion.cli.opening import amounts, opened
 from companion.core.errors import BadParameter, one_of
@@ -75,6 +74,7 @@ def survey_landscape(
     if eigenvalues < 0:
         raise BadParameter(f"--eigenvalues: {eigenvalues} must be 0 or more.")
 
+    from companion.cli.checkpoints import fit, read_checkpoint
     from companion.core.theta import layout
     from companion.experiments.landscape import Survey, geometry
     from companion.experiments.pairs import Evaluation
