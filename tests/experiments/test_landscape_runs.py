@@ -138,7 +138,11 @@ def test_a_bend_is_lower_and_longer(shared_store: Store) -> None:
 
 def test_a_plan_counts_what_is_missing(found: list[Geometry], shared_store: Store) -> None:
     there, gone = [pair_at(0)], [pair_at(0, 30)]
-    plans: list[Any] = [surveys_of(there + gone, Survey(**FEW)), gaps_of([(gone[0], None)]), bends_of(gone)]
+    plans: list[Any] = [
+        surveys_of(there + gone, Survey(**FEW)),
+        gaps_of([(gone[0], None)]),
+        bends_of(gone),
+    ]
     (cost,) = count(plans, store=shared_store, device="cpu")
     assert cost.missing.measured == {"landscape": 1, "logits": 1, "bend": 1}
 
