@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from companion.book import notebooks as _notebooks
 from companion.book import site
@@ -19,7 +19,21 @@ from companion.book.stage import stage as _stage
 from companion.core import signals
 from companion.core.errors import CompanionError
 
+
+class _Steps(TyperGroup):
+    """Ctrl-C and SIGTERM end a step, and what it started, with one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with signals.interruptible():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            print("Interrupted. What is finished is kept; `make book` goes on.", file=sys.stderr)
+            raise typer.Exit(signals.exit_code(error)) from None
+
+
 app = typer.Typer(
+    cls=_Steps,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -52,20 +66,24 @@ def execute(chapters: Chapters = None, profile: Profile = "quick", root: Root = 
     """Run chapters' notebooks with a profile's parameters: build/PROFILE/executed/."""
     book = Book(root)
     for chapter in chapters or book.chapters():
-        _notebooks.execute(book, profile, chapter)
+        with book.building(profile, chapter):
+            _notebooks.execute(book, profile, chapter)
 
 
 @app.command()
 def stage(profile: Profile = "quick", root: Root = Path()) -> None:
     """Put the site's source tree together: build/PROFILE/book/."""
-    print(_stage(Book(root), profile))
+    book = Book(root)
+    with book.building(profile, "site"):
+        print(_stage(book, profile))
 
 
 @app.command()
 def html(profile: Profile = "quick", root: Root = Path()) -> None:
     """Build the site from the staged tree and check it: build/PROFILE/book/_build/html/."""
-    front = site.build(Book(root), profile)
-    print(front)
+    book = Book(root)
+    with book.building(profile, "site"):
+        print(site.build(book, profile))
 
 
 @app.command()
@@ -94,16 +112,11 @@ def shape(chapters: Chapters = None, root: Root = Path()) -> None:
 
 def main() -> None:
     try:
-        with signals.interruptible():
-            app(standalone_mode=False)
+        app()
     except CompanionError as error:
         print(f"error: {error}", file=sys.stderr)
         print(f"(companion.book {shlex.join(sys.argv[1:])})", file=sys.stderr)
         raise SystemExit(1) from None
-    except (KeyboardInterrupt, click.Abort) as error:
-        print("Interrupted. What is finished is stored; `make book` goes on.", file=sys.stderr)
-        asked = error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
-        raise SystemExit(signals.exit_code(asked)) from None
 
 
 if __name__ == "__main__":

@@ -289,7 +289,8 @@ def record(
     except OutOfTime as error:
         raise OutOfTime(f"stopped before the time limit. {piece.progress()}") from error
     finally:
-        if not dry_run:
+        # Nothing of one that was refused before it said what it would do.
+        if not dry_run and piece.budget is not None:
             spent = {"seconds": round(time.monotonic() - began, 1)}
             with contextlib.suppress(StoreUnwritable):  # only the time; do not hide what went wrong
                 entry.write_json(f"piece-{time.time_ns()}.json", spent)

@@ -8,6 +8,7 @@ what is written is of that form, a network of another name, which :func:`folded_
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from companion.cli.barrier import all_heights, draw, measured, summary
 from companion.cli.console import UNITS, mode_of, number, output, print_table, say
 from companion.cli.opening import Opened, opened
 from companion.core import files
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
 if TYPE_CHECKING:
@@ -143,8 +144,7 @@ def align_networks(
     if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
     for option, given in (("--starts", starts), ("--steps", steps)):
-        if given is not None and given < 1:
-            raise BadParameter(f"{option}: {given} must be a whole number of 1 or more.")
+        whole(option, given, 1, "None")
     asked = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
     _check_files(asked | {"--merge": merge}, (a, b))
 
@@ -259,6 +259,8 @@ def _shape_and_classes(
             f"--in-shape: {in_shape!r} is not channels,height,width, such as 3,32,32, nor the "
             "tokens in a window, such as 64."
         )
+    whole("--classes", classes, 1, most=10_000_000)
+    whole("--in-shape", math.prod(map(int, parts)), 1)
     return tuple(map(int, parts)), classes
 
 

@@ -68,8 +68,14 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     raise BadParameter(f"{name}: {value!r} is not known.{hint} Allowed: {', '.join(choices)}.")
 
 
-def whole(name: str, value: int | None, least: int, none: str | None = None) -> int | None:
-    """``value`` if it is a whole number of ``least`` or more; else :class:`BadParameter`.
+MOST = 10**8
+"""No count of ours is larger: what asks for more is mistyped, and would only fill the memory."""
+
+
+def whole(
+    name: str, value: int | None, least: int, none: str | None = None, most: int = MOST
+) -> int | None:
+    """``value`` if it is a whole number from ``least`` to ``most``; else :class:`BadParameter`.
 
     Arguments:
         none: what the message calls None where that is allowed, too.
@@ -79,4 +85,16 @@ def whole(name: str, value: int | None, least: int, none: str | None = None) -> 
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         other = f", or {none}" if none else ""
         raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more{other}.")
+    if value > most:
+        raise BadParameter(f"{name}: {value:,} is too large; {most:,} is the most.")
+    return value
+
+
+def within(name: str, value: float | None, low: float, high: float) -> float | None:
+    """``value`` if it is a number from ``low`` to ``high``; else :class:`BadParameter`. None stays.
+
+    NaN lies nowhere, and infinity only where ``high`` says so.
+    """
+    if value is not None and not low <= value <= high:
+        raise BadParameter(f"{name}: {value:g} must be a number from {low:g} to {high:g}.")
     return value

@@ -218,7 +218,7 @@ def _from_torchvision(source: Source, root: Path) -> None:
 def _from_hub(source: Source, root: Path) -> None:
     """The three splits of a text, with Hugging Face's ``datasets``, as parquet files."""
     assert source.hub is not None
-    repository, configuration, name = source.hub
+    repository, configuration, name, revision = source.hub
     folder = root / name
     by_hand = (
         f"get {repository} ({configuration}) elsewhere and copy its train, validation "
@@ -232,7 +232,7 @@ def _from_hub(source: Source, root: Path) -> None:
             f"pip install 'companion[hub]'. Without it, {by_hand}"
         ) from None
     try:
-        found = datasets.load_dataset(repository, configuration)
+        found = datasets.load_dataset(repository, configuration, revision=revision)
         splits = {split: found[split] for split in ("train", "validation", "test")}
     except Exception as error:  # its HTTP libraries raise errors of their own
         raise MissingData(

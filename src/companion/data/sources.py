@@ -106,8 +106,8 @@ class Source:
         read: data root → the data. Raises ``CorruptData``; called only if nothing is missing.
         how: one line, how to get it.
         torchvision: the torchvision class that can download it, or None.
-        hub: (repository, configuration, folder below the data root) of a text that Hugging Face's
-            ``datasets`` can download, or None.
+        hub: (repository, configuration, folder below the data root, commit) of a text that Hugging
+            Face's ``datasets`` can download, or None.
         hint: data root → what else there is, a sentence for the message that files are missing.
     """
 
@@ -120,7 +120,7 @@ class Source:
     read: Callable[[Path], Raw | RawText]
     how: str
     torchvision: str | None = None
-    hub: tuple[str, str, str] | None = None
+    hub: tuple[str, str, str, str] | None = None
     hint: Callable[[Path], str] = lambda root: ""
     kind: Kind = "images"
 

@@ -241,10 +241,13 @@ def check_fit(recipe: Recipe, data: Dataset) -> None:
     """Refuse, before any work, a recipe that its dataset cannot serve.
 
     Raises:
-        BadParameter: batch above the number of training images (of text: windows); a network that
+        BadParameter: a learning rate of 0; batch above the number of training images (of text:
+            windows); a network that
             does not take the examples' shape, or not every token of a vocabulary; an augmentation
             wider than the image, or of images for text and the other way round.
     """
+    if recipe.lr == 0:
+        raise BadParameter("lr: 0 trains nothing; a learning rate above 0 is needed.")
     text = data.kind == "text"
     things = f"windows of {data.in_shape[0]} tokens" if text else "images"
     if recipe.batch > len(data.train):
