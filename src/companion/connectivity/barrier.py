@@ -344,13 +344,13 @@ class Plane:
         x, y: coordinates of the grid lines, in Euclidean distance of parameters from the origin
             network; the x-axis points from it to network A. Shapes (nx,), (ny,).
         values: split -> metric -> rows over y of values over x.
-        points: the coordinates of the origin, A and B.
+        points: the coordinates of the networks in it: the origin, A and B.
     """
 
     x: tuple[float, ...]
     y: tuple[float, ...]
     values: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
-    points: tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+    points: tuple[tuple[float, float], ...]
     bn: str
 
 

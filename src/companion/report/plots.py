@@ -422,7 +422,7 @@ def planes(
     axes: Iterable[Axes],
     found: Mapping[str, Plane],
     *,
-    names: tuple[str, str, str] = ("W₀", "A", "B"),
+    names: Sequence[str] = ("W₀", "A", "B"),
     segments: Sequence[tuple[int, int]] = ((1, 2),),
     split: str = "test",
     metric: str = "error",
