@@ -14,7 +14,7 @@ from companion.connectivity import Curve
 from companion.core import stats
 from companion.core.errors import BadParameter
 from companion.experiments.landscape import Bent, Geometry
-from companion.landscape import Blocks, Local, LogitGap
+from companion.landscape import Blocks, Estimate, Local, LogitGap
 from companion.papers import landscape as paper
 from companion.report import claims, page
 
@@ -25,7 +25,7 @@ Number = float | tuple[float, ...]  # one for all initialisations, or one each
 
 
 def each(value: Number, init: int) -> float:
-    return value[init] if isinstance(value, tuple) else value * (1 + 0.02 * (init - 1))
+    return value[init] if isinstance(value, tuple) else value * (1 - 0.02 * init)
 
 
 def curve(ends: float, height: float, error: float, points: int = 13) -> Curve:
@@ -75,11 +75,8 @@ def geometry(
     of_layers = blocks(cross, squares, layers)
     return Geometry(
         curve=curve(ends, height, error),
-        a=a,
-        b=b,
-        middle=Local(ends + height, 0.0, -8 * height),
-        blocks_a=of_layers,
-        blocks_b=of_layers,
+        locals=(a, Local(ends + height, 0.0, -8 * height), b),
+        blocks=(of_layers, of_layers),
         distances=far,
         cosines={"init": cosine, "start": cosine},
     )
@@ -147,25 +144,27 @@ def world(
             if keeps is not None and step == min(s for s in study.looks if s >= k + 100):
                 end = 0.02 + each(heights[k], init)  # the midpoint at the end
                 height = end / each(keeps, init) - loss
-            far = each((apart or APART)[k], init) * (0.5 + 0.5 * share)
+            far = each((apart or APART)[k], init) * (0.47 + 0.53 * share)
             order = np.argsort([1, 4, 2, 5, 3])
             squares = tuple(float(v) for v in (1.0, 2.0, 3.0, 4.0, 5.0))
             true = tuple(0.01 * (1 + float(v)) for v in order)
+            # 1: as it is; 0: as the distance has it; -1: the other way round
+            w = each(layers, init)
             mine = tuple(
-                w * t + (1 - w) * 0.01 * s
-                for w in [each(layers, init)]
-                for t, s in zip(true, squares, strict=True)
+                w * t + (1 - abs(w)) * 0.01 * s for t, s in zip(true, squares, strict=True)
             )
             follows = [
-                each(w, init) * height + (1 - each(w, init)) * far**2 / 1e4
-                for w in (taylor, quintic)
+                w * height + (1 - abs(w)) * far**2 / 1e4
+                for w in (each(taylor, init), each(quintic, init))
             ]
             one = geometry(
                 ends=loss,
                 height=height,
                 error=each(errors[k], init),
                 apart=far,
-                degrees=each((degrees or {0: 70.0, 25: 60.0, 50: 55.0, 100: 47.0, 200: 38.0})[k], init),
+                degrees=each(
+                    (degrees or {0: 70.0, 25: 60.0, 50: 55.0, 100: 47.0, 200: 38.0})[k], init
+                ),
                 taylor=follows[0],
                 quintic=follows[1],
                 cross=each(shares[k], init),
@@ -174,13 +173,17 @@ def world(
             )
             if ends_error:
                 wrong = tuple(v + ends_error for v in one.curve.values["train"]["error"])
-                values = {**one.curve.values, "train": {**one.curve.values["train"], "error": wrong}}
+                values = {
+                    **one.curve.values,
+                    "train": {**one.curve.values["train"], "error": wrong},
+                }
                 one = replace(one, curve=replace(one.curve, values=values))
             found.setdefault((k, step), []).append(one)
             if step == study.steps:
                 ahead = dict(zip(LAYERS, true, strict=True))
                 measured.setdefault(k, []).append(ahead)
     pairs = range(len(study.strangers))
+    study.__dict__.pop("foretold", None)
     study.__dict__.update(  # as if they had been run
         geometry=found,
         layers=measured,
@@ -193,8 +196,9 @@ def world(
                 line=curve(0.02, 0.6, 20.0),
                 bend=curve(0.02, 0.05, each(bend, i)),
                 lengths=(40.0, 50.0),
-                line_curvatures=((0.0, 1.0, 10.0), (0.5, -1.0, 40.0), (1.0, 1.0, 10.0)),
-                bend_curvatures=((0.0, 1.0, 10.0), (0.5, 1.0, 10 * each(top, i)), (1.0, 1.0, 10.0)),
+                at=(0.0, 0.5, 1.0),
+                line_sharpness=tuple(Estimate(v, 0.0) for v in (10.0, 40.0, 10.0)),
+                bend_sharpness=tuple(Estimate(v, 0.0) for v in (10.0, 10 * each(top, i), 10.0)),
             )
             for i in range(study.inits)
         ]
@@ -320,7 +324,11 @@ def test_what_the_toys_say() -> None:
         ("L02", {"changed": {"looks": (50, 2000)}}, "no step was looked at"),
         ("L03", {"error": dict.fromkeys(KS, 20.0)}, "do not certainly end connected"),
         ("L06", {"changed": {"looks": (1200, 2000), "ks": (0, 50, 100, 200)}}, "too few forks"),
-        ("L10", {"changed": {"looks": (50, 100, 1700, 2000)}}, "before the drop|no step was looked"),
+        (
+            "L10",
+            {"changed": {"looks": (50, 100, 1700, 2000)}},
+            "before the drop|no step was looked",
+        ),
         ("L11", {"changed": {"looks": (50, 100, 1700, 2000)}}, "no step was looked"),
         ("L14", {"error": dict.fromkeys(KS, 0.5)}, "no certain barrier"),
         ("L15", {"error": dict.fromkeys(KS, 20.0)}, "do not certainly end connected"),
@@ -341,10 +349,9 @@ def test_what_it_lacks_is_said(
 def test_distance_is_the_rival(design: paper.Study) -> None:
     """A formula that ranks as the distance does proves nothing, however well it ranks."""
     study = world(design, taylor=0.0)
-    assert stats.spearman(paper.ranks(study, "taylor"), paper.ranks(study, "distance")) or True
-    assert paper.leads(study, "taylor") == pytest.approx([0, 0, 0], abs=1e-12)
-    found = verdict("L06", study)
-    assert found.value == pytest.approx(0, abs=1e-12) and found.verdict != "reproduced"
+    assert paper.leads(study, "taylor") == pytest.approx([0, 0, 0], abs=0.01)
+    assert min(paper.ranks(study, "taylor")) > 0.5
+    assert verdict("L06", study).verdict != "reproduced"
     assert "beats the distance: " in paper.predictor_sentence(study)
     none = world(design, taylor=0.0, quintic=0.0)
     assert paper.CALLED["quintic"] not in paper.predictor_sentence(none)
@@ -370,7 +377,7 @@ def test_pairs_of_different_initialisations_share_networks(design: paper.Study) 
 def test_sentences_follow_the_run(design: paper.Study) -> None:
     said = paper.values(world(design))
     assert said["ridge_sentence"].startswith("So both pictures are seen")
-    assert said["early_middle"] == "20 %" and said["late_middle"] == "85 %"
+    assert said["early_middle"] == "22 %" and said["late_middle"] == "85 %"
     torn = paper.values(world(design, middle_early=0.05))
     assert "not told apart" in str(torn["ridge_sentence"])
     short = paper.values(world(design, changed={"looks": (50, 2000)}))
@@ -393,6 +400,7 @@ def test_what_cannot_be_designed(changed: dict[str, Any], word: str) -> None:
         paper.design(dataset="digits", device="cpu", **changed)
 
 
+@pytest.mark.slow
 def test_figures_draw_what_was_measured(design: paper.Study) -> None:
     study = world(design)
     drawings = (

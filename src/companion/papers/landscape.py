@@ -15,7 +15,7 @@ Explained in our chapter 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -29,7 +29,6 @@ from companion.connectivity import gates
 from companion.core import stats
 from companion.core.errors import BadParameter
 from companion.core.stats import Interval, clustered
-from companion.core.theta import Theta
 from companion.data import Dataset, Split
 from companion.experiments.budget import Plan
 from companion.experiments.instability import THRESHOLD, copy, trunk
@@ -40,11 +39,11 @@ from companion.experiments.landscape import (
     Geometry,
     Survey,
     bend_pairs,
+    bends_of,
     decompose_pairs,
-    plan_bends,
-    plan_decompositions,
-    plan_survey,
+    gaps_of,
     survey_pairs,
+    surveys_of,
 )
 from companion.experiments.layers import LayerSweep, sweep_pairs
 from companion.experiments.methods import Method
@@ -61,7 +60,7 @@ from companion.landscape import (
 from companion.layerwise import Sweep
 from companion.models import title
 from companion.papers import instability
-from companion.report import figures, page, plots, provenance, tables
+from companion.report import figures, plots, provenance, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.words import MISSING, Values, listed, said
 from companion.training import Recipe
@@ -206,6 +205,16 @@ class Study:
         return {key: found[key] for key in self.grid}
 
     @cached_property
+    def foretold(self) -> dict[tuple[int, int], list[dict[str, float]]]:
+        """Fork step and step of training -> what may foretell the barrier, each name of
+        :data:`CALLED` with its number, one mapping an initialisation."""
+        known = {
+            key: [{**one.controls(), **one.predictions()} for one in found]
+            for key, found in self.geometry.items()
+        }
+        return {key: [{n: one[n] for n in CALLED} for one in of] for key, of in known.items()}
+
+    @cached_property
     def layers(self) -> dict[int, list[dict[str, float]]]:
         """Fork step -> layer -> its train loss barrier after the last step, one an init."""
         _ = self.geometry
@@ -238,14 +247,14 @@ class Study:
 
     def plans(self) -> list[Plan]:
         """All of the above, for :func:`companion.report.page.budget`."""
-        looks = [plan_survey(self.pairs(k, step), self._survey(step)) for k, step in self.grid]
+        looks = [surveys_of(self.pairs(k, step), self._survey(step)) for k, step in self.grid]
         ends = [pair for k in self.ks for pair in self.pairs(k, self.steps)]
         pairs = [(pair, method) for _, pair, method in self._gaps]
-        bends = [plan_bends(self.pairs(self.first, self.steps), self.bending)]
+        bends = [bends_of(self.pairs(self.first, self.steps), self.bending)]
         return [
             *looks,
             [LayerSweep(pair, self._single) for pair in ends],
-            plan_decompositions(pairs, self._gap),
+            gaps_of(pairs, self._gap),
             *(bends if self.bending else []),
         ]
 
@@ -363,7 +372,7 @@ def over_inits(values: Sequence[float]) -> Interval:
 
 def barriers(study: Study, k: int, step: int) -> list[float]:
     """The train loss barrier at ½ above the mean of the ends, with its sign, in nats."""
-    return [one.barrier("train") for one in study.geometry[k, step]]
+    return [one.barrier() for one in study.geometry[k, step]]
 
 
 def walls(study: Study, k: int) -> Interval:
@@ -380,14 +389,12 @@ def descents(study: Study, k: int) -> list[tuple[float, float]]:
         return []
     both = zip(study.geometry[k, start], study.geometry[k, study.steps], strict=True)
     return [
-        (1 - late.mid("train") / early.mid("train"), 1 - late.ends("train") / early.ends("train"))
+        (1 - late.mid() / early.mid(), 1 - late.mean_end() / early.mean_end())
         for early, late in both
     ]
 
 
-def along(
-    study: Study, k: int, value: Callable[[Geometry], float]
-) -> dict[int, Interval]:
+def along(study: Study, k: int, value: Callable[[Geometry], float]) -> dict[int, Interval]:
     """Step of training -> a number of the copies that part at k."""
     steps = [step for at, step in study.grid if at == k]
     return {step: over_inits([value(one) for one in study.geometry[k, step]]) for step in steps}
@@ -395,14 +402,13 @@ def along(
 
 def at_the_end(study: Study, value: Callable[[Geometry], float]) -> dict[int, Interval]:
     """Fork step -> a number of its copies after the last step."""
-    return {
-        k: over_inits([value(one) for one in study.geometry[k, study.steps]]) for k in study.ks
-    }
+    return {k: over_inits([value(one) for one in study.geometry[k, study.steps]]) for k in study.ks}
 
 
 def angle(one: Geometry, base: str = "init") -> float:
-    """The angle between A and B seen from W_0 (``init``) or from W_k (``start``), in degrees."""
-    return math.degrees(math.acos(max(-1.0, min(1.0, one.cosines[base]))))
+    """The angle between A and B seen from W_0 (``init``) or from W_k (``start``), in degrees; where
+    k is 0 both are the same."""
+    return math.degrees(math.acos(max(-1.0, min(1.0, one.cosines.get(base, one.cosines["init"])))))
 
 
 def trend(study: Study, value: Callable[[Geometry], float]) -> list[float]:
@@ -411,46 +417,34 @@ def trend(study: Study, value: Callable[[Geometry], float]) -> list[float]:
     return [stats.spearman(study.ks, [value(one) for one in row]) for row in each]
 
 
-def foretold(one: Geometry) -> dict[str, float]:
-    """What may foretell the barrier -> its number, in the order of :data:`CALLED`."""
-    known = {**one.controls(), **one.predictions()}
-    return {name: known[name] for name in CALLED}
-
-
-def _points(study: Study, init: int, ends: bool = False) -> list[Geometry]:
-    """All forks and steps of an initialisation, or those of the last step."""
+def _points(
+    study: Study, name: str, init: int, ends: bool = False
+) -> tuple[list[float], list[float]]:
+    """What a prediction says and what is measured, for all forks and steps of an initialisation, or
+    for those of the last step."""
     keys = [key for key in study.grid if key[1] == study.steps or not ends]
-    return [study.geometry[key][init] for key in keys]
+    measured = [study.geometry[key][init].barrier() for key in keys]
+    return [study.foretold[key][init][name] for key in keys], measured
 
 
 def ranks(study: Study, name: str, *, ends: bool = False) -> list[float]:
     """Rank correlation of a prediction with the measured barrier over forks and steps."""
-    out = []
-    for init in range(study.inits):
-        points = _points(study, init, ends)
-        measured = [one.barrier("train") for one in points]
-        out.append(stats.spearman([foretold(one)[name] for one in points], measured))
-    return out
+    return [stats.spearman(*_points(study, name, init, ends)) for init in range(study.inits)]
 
 
 def beyond(study: Study, name: str) -> list[float]:
     """The same, with what the squared distance tells taken out."""
-    out = []
-    for init in range(study.inits):
-        points = _points(study, init)
-        measured = [one.barrier("train") for one in points]
-        known = [foretold(one) for one in points]
-        given = [one["distance"] for one in known]
-        out.append(stats.partial_spearman([one[name] for one in known], measured, given))
-    return out
+    given = [_points(study, "distance", init)[0] for init in range(study.inits)]
+    points = [_points(study, name, init) for init in range(study.inits)]
+    both = zip(points, given, strict=True)
+    return [stats.partial_spearman(*mine, theirs) for mine, theirs in both]
 
 
 def slope(study: Study, name: str) -> float:
     """Slope of log barrier against log prediction, where both are above 0; 1 is the right scale."""
-    points = [one for init in range(study.inits) for one in _points(study, init)]
-    both = [(foretold(one)[name], one.barrier("train")) for one in points]
-    good = np.log([pair for pair in both if min(pair) > 0] or np.ones((0, 2)))
-    return float(np.polyfit(*good.T, 1)[0]) if len(good) > 2 else math.nan
+    points = [_points(study, name, init) for init in range(study.inits)]
+    both = [pair for of in points for pair in zip(*of, strict=True) if min(pair) > 0]
+    return float(np.polyfit(*np.log(both).T, 1)[0]) if len(both) > 2 else math.nan
 
 
 def leads(study: Study, name: str) -> list[float]:
@@ -464,8 +458,7 @@ def by_layer(study: Study, k: int) -> list[dict[str, tuple[float, float, float]]
     found = zip(study.layers[k], study.geometry[k, study.steps], strict=True)
     out = []
     for measured, one in found:
-        predicted, blocks = one.layers("a"), one.blocks_a
-        assert blocks is not None  # layers are looked at after the last step
+        predicted, blocks = one.layers("a"), one.end("a")
         squares = dict(zip(blocks.labels, blocks.squares, strict=True))
         out.append({n: (v, predicted[n], squares[n]) for n, v in measured.items()})
     return out
@@ -509,9 +502,7 @@ class _Toy(nn.Module):
         return self.formula(self.weights).expand(len(x))
 
 
-def _itself(
-    outputs: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _itself(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The score of a toy: its output is the loss, and nothing is ever wrong."""
     return outputs.sum(), torch.zeros(()), len(targets)
 
@@ -558,11 +549,16 @@ def toys() -> dict[str, dict[str, float]]:
     """Toy -> the barrier as it is (``exact``) and measured, by curvature, and as foretold."""
     out = {}
     for name, toy in TOYS.items():
-        net, one = _Toy(len(toy.a), toy.formula), Split(torch.zeros(1, 1), torch.zeros(1).long())
+        net, one = (
+            _Toy(len(toy.a), toy.formula),
+            Split(torch.zeros(1, 1, 1, 1), torch.zeros(1).long()),
+        )
         surface = Surface(net, one, score=_itself)
         a, b = ({"weights": torch.tensor(end, dtype=torch.float64)} for end in (toy.a, toy.b))
         alphas = [i / 12 for i in range(13)]
-        losses = [surface.loss({"weights": torch.lerp(a["weights"], b["weights"], t)}) for t in alphas]
+        losses = [
+            surface.loss({"weights": torch.lerp(a["weights"], b["weights"], t)}) for t in alphas
+        ]
         ends = [surface.local(theta, towards(net, a, b)) for theta in (a, b)]
         out[name] = {
             "exact": toy.exact,
@@ -625,10 +621,10 @@ def _trend(study: Study, value: Callable[[Geometry], float], detail: str = "") -
 
 def l01(study: Study) -> Statistic:
     """Rank correlation of k and the barrier of finished copies."""
-    each = at_the_end(study, lambda one: one.barrier("train"))
+    each = at_the_end(study, lambda one: one.barrier())
     return _trend(
         study,
-        lambda one: one.barrier("train"),
+        lambda one: one.barrier(),
         listed({f"k = {k}:": v for k, v in each.items()}, "{:.3f}"),
     )
 
@@ -713,7 +709,7 @@ def _layers(study: Study, value: Callable[[float, float], float]) -> Statistic:
         over_inits([value(*both) for both in found]),
         _trained(study),
         (layers >= 4, f"{layers} layers are too few to rank"),
-        detail=f"rank correlation {mine:.2f}, of the squared distance {theirs:.2f}; {layers} layers",
+        detail=f"rank correlation {mine:.2f}, of the squared distance {theirs:.2f}",
     )
 
 
@@ -756,7 +752,7 @@ def annealed(study: Study) -> list[float]:
     if study.before is None:
         return []
     both = (study.geometry[study.last, step] for step in (study.before, study.steps))
-    return [-a.barrier("train") / (a.ends("train") - b.ends("train")) for a, b in zip(*both, strict=True)]
+    return [-a.barrier() / (a.mean_end() - b.mean_end()) for a, b in zip(*both, strict=True)]
 
 
 def l12(study: Study) -> Statistic:
@@ -771,8 +767,8 @@ def l13(study: Study) -> Statistic:
     for one in (g for group in study.geometry.values() for g in group):
         losses = one.curve.values["train"]["loss"]
         by_curvature, _ = one.identity()
-        scale = max(abs(one.barrier("train")), 0.01 * (max(losses) - min(losses)))
-        errors.append(abs(by_curvature - one.barrier("train")) / scale)
+        scale = max(abs(one.barrier()), 0.01 * (max(losses) - min(losses)))
+        errors.append(abs(by_curvature - one.barrier()) / scale)
     return statistic(max(errors), n=len(errors))
 
 
@@ -804,7 +800,9 @@ def l16(study: Study) -> Statistic:
 def l17(study: Study) -> Statistic:
     """The departure of the logits from linear after matching, over that before."""
     naive, matched = study.gaps["other initialisations"], study.gaps[MATCHED]
-    found = [after.deviation / before.deviation for before, after in zip(naive, matched, strict=True)]
+    found = [
+        after.deviation / before.deviation for before, after in zip(naive, matched, strict=True)
+    ]
     heights = [np.mean([gap.barrier for gap in gaps]) for gaps in (naive, matched)]
     return statistic(
         over_strangers(study, found),
@@ -833,7 +831,7 @@ def l19(study: Study) -> Statistic:
 
 def l20(study: Study) -> Statistic:
     """The largest eigenvalue half-way along the curves, over that of their ends."""
-    found = [_middle_over_ends([top for *_, top in one.bend_curvatures]) for one in study.bends]
+    found = [_middle_over_ends([top.value for top in one.bend_sharpness]) for one in study.bends]
     wall = over_inits([one.bend.height("train") for one in study.bends]) if study.bends else None
     return statistic(
         over_inits(found) if found else None,
@@ -881,8 +879,8 @@ def show_descent(study: Study) -> None:
     drawn, told = {}, {}
     for ax, name, k in zip(axes, ("early", "late"), (study.first, study.last), strict=True):
         curves = {
-            "the two copies, mean": along(study, k, lambda one: one.ends("train")),
-            "half-way between them": along(study, k, lambda one: one.mid("train")),
+            "the two copies, mean": along(study, k, lambda one: one.mean_end()),
+            "half-way between them": along(study, k, lambda one: one.mid()),
         }
         drawn[f"k = {k}"] = plots.sweep(
             ax, curves, xlabel=_STEP, ylabel="train loss (nats)", axis="log"
@@ -926,8 +924,9 @@ def show_predictors(study: Study) -> None:
     drawn = {}
     for ax, name in zip(axes, shown, strict=True):
         groups: dict[str, list[tuple[float, float]]] = {f"k = {k}": [] for k in study.ks}
-        for (k, _), found in study.geometry.items():
-            groups[f"k = {k}"] += [(foretold(one)[name], one.barrier("train")) for one in found]
+        for key, found in study.geometry.items():
+            both = zip(study.foretold[key], found, strict=True)
+            groups[f"k = {key[0]}"] += [(told[name], one.barrier()) for told, one in both]
         unit = "squared distance" if name == "distance" else "foretold barrier (nats)"
         drawn[name] = plots.scatter(
             ax, groups, xlabel=unit, ylabel="measured barrier (nats)", equal=name != "distance"
@@ -957,13 +956,15 @@ def show_ranks(study: Study) -> None:
 def show_annealing(study: Study) -> None:
     """The barrier while copies train, and where the learning rate drops."""
     late = study.ks[1:]
-    curves = {f"k = {k}": along(study, k, lambda one: one.barrier("train")) for k in late}
+    curves = {f"k = {k}": along(study, k, lambda one: one.barrier()) for k in late}
     fig, (ax,) = plots.grid(1, height=3.8, width=7.4)
     ylabel = "train loss barrier at ½ (nats)"
     drawn = plots.sweep(ax, curves, xlabel=_STEP, ylabel=ylabel, axis="log")
     plots.dashed(ax, 0.0)
     plots.legend(fig, len(late))
-    figures.publish(fig, "annealing", data=drawn, values={"late": _series(curves[f"k = {study.last}"])})
+    figures.publish(
+        fig, "annealing", data=drawn, values={"late": _series(curves[f"k = {study.last}"])}
+    )
 
 
 def show_layers(study: Study) -> None:
@@ -976,9 +977,7 @@ def show_layers(study: Study) -> None:
             word: [{layer: row[place] for layer, row in one.items()} for one in found]
             for place, word in enumerate(("measured", "foretold"))
         }
-        drawn[f"k = {k}"] = plots.by_layer(
-            ax, named, ylabel="train loss barrier (nats)", log=False
-        )
+        drawn[f"k = {k}"] = plots.by_layer(ax, named, ylabel="train loss barrier (nats)", log=False)
         ax.set_title(f"copies part at k = {k}", fontsize=10)
         ax.legend(fontsize=9)
     shares = {"layers together": {k: over_inits(cross(study, k)) for k in study.ks}}
@@ -1012,7 +1011,9 @@ def show_examples(study: Study) -> None:
     ax.set(xlabel="share of the training images, costliest first", ylabel="share of the barrier")
     ax.set(xlim=(0, 1), ylim=(0, None))
     ax.legend()
-    shares = {name: float(np.mean([gap.share(0.5) for gap in gaps])) for name, gaps in kinds.items()}
+    shares = {
+        name: float(np.mean([gap.share(0.5) for gap in gaps])) for name, gaps in kinds.items()
+    }
     figures.publish(fig, "examples", data=drawn, values={"halves": listed(shares, "{:.0%}")})
 
 
@@ -1027,7 +1028,12 @@ def show_logits(study: Study) -> None:
             [gap.barrier for gap in gaps],
         ]
         rows.append([name, *(said(float(np.mean(v)), "{:.3f}") for v in columns)])
-    names = ["pairs", "departure of the logits", "its cost (nats)", "gain of averaging logits (nats)"]
+    names = [
+        "pairs",
+        "departure of the logits",
+        "its cost (nats)",
+        "gain of averaging logits (nats)",
+    ]
     tables.show([*names, "barrier (nats)"], rows, name="logits")
 
 
@@ -1044,14 +1050,16 @@ def show_bends(study: Study) -> None:
     drawn: dict[str, Any] = {
         "loss": plots.lines(axes[0], curves, split="train", metric="loss", xlabel=xlabel)
     }
-    for number, (name, of) in enumerate(
-        (("straight line", "line_curvatures"), ("Bézier curve", "bend_curvatures"))
-    ):
-        found = [getattr(one, of) for one in study.bends]
-        at = [t for t, *_ in found[0]]
-        tops = [[top for *_, top in one] for one in found]
-        drawn[name] = plots.band(axes[1], at, tops, name, number)
-    axes[1].set(xlabel=xlabel, ylabel="largest eigenvalue of the Hessian", xlim=(0, 1), yscale="log")
+    sharp = {
+        "straight line": [one.line_sharpness for one in study.bends],
+        "Bézier curve": [one.bend_sharpness for one in study.bends],
+    }
+    for number, (name, found) in enumerate(sharp.items()):
+        tops = [[top.value for top in one] for one in found]
+        drawn[name] = plots.band(axes[1], study.bends[0].at, tops, name, number)
+    axes[1].set(
+        xlabel=xlabel, ylabel="largest eigenvalue of the Hessian", xlim=(0, 1), yscale="log"
+    )
     peaks = {
         name: float(np.mean([max(one.values["train"]["loss"]) for one in each]))
         for name, each in curves.items()
@@ -1079,9 +1087,15 @@ def values(study: Study) -> Values:
     losses: Values = {}
     for name, found in (("early", early), ("late", late)):
         means = np.mean(found, axis=0) if found else [None, None]
-        losses |= {f"{name}_middle": said(means[0], "{:.0%}"), f"{name}_ends": said(means[1], "{:.0%}")}
+        losses |= {
+            f"{name}_middle": said(means[0], "{:.0%}"),
+            f"{name}_ends": said(means[1], "{:.0%}"),
+        }
     ends = [over_inits(barriers(study, k, study.steps)) for k in (study.first, study.last)]
-    scale = [np.mean([foretold(one)["taylor"] for one in study.geometry[k, study.steps]]) for k in (study.first, study.last)]
+    scale = [
+        np.mean([one["taylor"] for one in study.foretold[k, study.steps]])
+        for k in (study.first, study.last)
+    ]
     before = None if study.before is None else over_inits(barriers(study, study.last, study.before))
     pairs = layer_ranks(study)
     mine, theirs = np.mean([both for rows in pairs.values() for both in rows], axis=0)
@@ -1116,7 +1130,9 @@ def ridge_sentence(study: Study) -> str:
         return "This run did not look often enough to tell a ridge from a mountainside."
     low, high = (over_inits([a / b for a, b in found]) for found in (ridge, side))
     if low.high < 0.5 < high.low:
-        return "So both pictures are seen: a ridge for the early fork, one mountainside for the late."
+        return (
+            "So both pictures are seen: a ridge for the early fork, one mountainside for the late."
+        )
     return "The two pictures are not told apart with certainty by these initialisations."
 
 
