@@ -48,7 +48,11 @@ def measure_instability(
     inits: Annotated[int, typer.Option(help="Independent initialisations.")] = 3,
     copies: Annotated[int, typer.Option(help="Copies of each fork; 3 make 3 pairs.")] = 3,
     noise: Annotated[
-        str, typer.Option(help="What differs between copies: both, order or augment.")
+        str,
+        typer.Option(
+            help="What differs between copies: both, order or augment; or perturb: nothing but one "
+            "weight at step k."
+        ),
     ] = "both",
     restart: Annotated[
         bool, typer.Option("--restart", help="Copies train all T steps again (the control).")

@@ -62,7 +62,9 @@ def _describe_run(identity: Mapping[str, Any]) -> str:
     recipe = identity["recipe"]
     words = [recipe["net"], f"on {recipe['data']}", f"T={recipe['steps']}"]
     words += [
-        f"{name} {identity[name]}" for name in ("init", "order", "augment") if name in identity
+        f"{name} {identity[name]}"
+        for name in ("init", "order", "augment", "perturb")
+        if name in identity
     ]
     if fork := identity.get("fork"):
         words.append(f"fork k={fork['step']}")

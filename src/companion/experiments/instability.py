@@ -40,9 +40,9 @@ from companion.experiments.pairs import (
 from companion.models import has_dropout
 from companion.training import Fork, Recipe, Run, check_fit
 
-NOISE = ("both", "order", "augment")
-"""Which sources of SGD noise differ between copies: data order, augmentation (with dropout), or
-both."""
+NOISE = ("both", "order", "augment", "perturb")
+"""What differs between copies: the data order, augmentation (with dropout), or both. ``perturb``:
+neither, but one weight of W_k, which is moved before the first step (claim C26)."""
 
 THRESHOLD = 2.0
 """Points of error below which the paper calls a network stable (its Section 3)."""
@@ -85,6 +85,7 @@ def copy(
         init=init,
         order=own if noise in ("both", "order") else shared,
         augment=own if noise in ("both", "augment") else shared,
+        perturb=own if noise == "perturb" else None,
         fork=Fork(trunk(recipe, init), k, optimizer, schedule),
     )
 

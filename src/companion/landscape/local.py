@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -71,6 +71,10 @@ class Blocks:
         """All blocks together."""
         return Local(self.loss, sum(self.slopes), sum(map(sum, self.matrix)))
 
+    def reversed(self) -> Blocks:
+        """Along -Δ."""
+        return replace(self, slopes=tuple(-s for s in self.slopes))
+
     @property
     def cross(self) -> float:
         """The part of the curvature that is between blocks: the sum off the diagonal."""
@@ -80,6 +84,12 @@ class Blocks:
     def cross_share(self) -> float:
         """:attr:`cross` as a share of the whole curvature."""
         return self.cross / self.local.curvature
+
+
+def in_type(data: Split, dtype: torch.dtype) -> Split:
+    """``data`` with inputs of another floating-point type; tokens stay as they are."""
+    x = data.x.to(dtype) if data.x.is_floating_point() else data.x
+    return cast(Split, _Cast(x, data.y))
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +130,7 @@ class Surface:
         score: Score = classification,
     ):
         one_of("bn", bn, SURFACE_MODES)
-        x = data.x.to(dtype) if data.x.is_floating_point() else data.x
-        self.data = cast(Split, _Cast(x, data.y))
+        self.data = in_type(data, dtype)
         own = copy.deepcopy(module).to(dtype)
         self.walker = Walker(own, {"data": self.data}, bn=bn, batch=batch, score=score)
         self.layout, self.dtype, self.device = self.walker.layout, dtype, self.walker.device

@@ -76,13 +76,18 @@ def _read(entry: Entry, name: str) -> State | None:
 
 
 def _origin(run: Run, data: Dataset, device: torch.device, store: Store) -> State:
-    """The state a run starts from: its init, or its parent's state at k."""
+    """The state a run starts from: its init, or its parent's state at k; or either, perturbed."""
     if run.fork is None:
-        return State(0, snapshot(loop.build(run, data, device)))
-    fork = run.fork
-    parent = load_state(fork.parent, fork.step, store=store, device=str(device))
-    step = fork.step if fork.schedule == "continue" else 0
-    return State(step, parent.theta, parent.optimizer if fork.optimizer == "restore" else {})
+        start = State(0, snapshot(loop.build(run, data, device)))
+    else:
+        fork = run.fork
+        parent = load_state(fork.parent, fork.step, store=store, device=str(device))
+        step = fork.step if fork.schedule == "continue" else 0
+        momentum = parent.optimizer if fork.optimizer == "restore" else {}
+        start = State(step, parent.theta, momentum)
+    if run.perturb is not None:
+        start.theta = loop.perturbed(run, start.theta, loop.build(run, data, device))
+    return start
 
 
 def _latest(entry: Entry, before: int) -> State | None:
