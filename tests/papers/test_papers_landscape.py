@@ -76,6 +76,7 @@ def geometry(
     return Geometry(
         curve=curve(ends, height, error),
         locals=(a, Local(ends + height, 0.0, -8 * height), b),
+        stepped=(a, b),
         blocks=(of_layers, of_layers),
         distances=far,
         cosines={"init": cosine, "start": cosine},

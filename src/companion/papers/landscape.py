@@ -348,7 +348,6 @@ def design(
     if bends < 0:
         raise BadParameter(f"bends: {bends} must be 0 (no curves) or more.")
     taken = {max(1, round(share * one.steps)) for share in looks} | {one.steps}
-    curve = {"bends": bends, "steps": bend_steps, "batch": one.noisy.batch, "lr": one.noisy.lr / 4}
     return Study(
         recipe=one.noisy,
         images=one.images,
@@ -356,7 +355,17 @@ def design(
         inits=inits,
         looks=tuple(sorted(taken)),
         evaluation=one.evaluation,
-        bending=Bending(train_examples=train_examples, bn=bn, **curve) if bends else None,
+        bending=Bending(
+            bends=bends,
+            steps=bend_steps,
+            batch=one.noisy.batch,
+            lr=one.noisy.lr / 4,
+            bn=bn,
+            train_examples=train_examples,
+            test_examples=test_examples,
+        )
+        if bends
+        else None,
         device=one.device,
         workers=workers,
     )
@@ -444,7 +453,10 @@ def slope(study: Study, name: str) -> float:
     """Slope of log barrier against log prediction, where both are above 0; 1 is the right scale."""
     points = [_points(study, name, init) for init in range(study.inits)]
     both = [pair for of in points for pair in zip(*of, strict=True) if min(pair) > 0]
-    return float(np.polyfit(*np.log(both).T, 1)[0]) if len(both) > 2 else math.nan
+    if len(both) < 3:
+        return math.nan
+    x, y = np.log(both).T
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def leads(study: Study, name: str) -> list[float]:
@@ -559,12 +571,12 @@ def toys() -> dict[str, dict[str, float]]:
         losses = [
             surface.loss({"weights": torch.lerp(a["weights"], b["weights"], t)}) for t in alphas
         ]
-        ends = [surface.local(theta, towards(net, a, b)) for theta in (a, b)]
+        at_a, at_b = (surface.local(theta, towards(net, a, b)) for theta in (a, b))
         out[name] = {
             "exact": toy.exact,
             "measured": losses[6] - (losses[0] + losses[-1]) / 2,
             "identity": weighted_curvature(alphas, path_curvature(alphas, losses)),
-            **predictions(*ends),
+            **predictions(at_a, at_b),
         }
     return out
 
@@ -876,7 +888,8 @@ _STEP = "step of training (log axis)"
 def show_descent(study: Study) -> None:
     """Loss of the ends and of the midpoint while copies train, for an early and a late fork."""
     fig, axes = plots.grid(2, height=3.9, sharey=True)
-    drawn, told = {}, {}
+    drawn: dict[str, Any] = {}
+    told: Values = {}
     for ax, name, k in zip(axes, ("early", "late"), (study.first, study.last), strict=True):
         curves = {
             "the two copies, mean": along(study, k, lambda one: one.mean_end()),
@@ -989,7 +1002,6 @@ def show_layers(study: Study) -> None:
         meaning="",
         ylabel="share of pairs of layers in the curvature",
     )
-    axes[2].get_legend().remove()
     figures.publish(
         fig, "landscape-layers", data=drawn, values={"shares": _series(shares["layers together"])}
     )
@@ -1109,8 +1121,8 @@ def values(study: Study) -> Values:
         "taylor_first": said(scale[0] / ends[0].value, "{:.2f}"),
         "taylor_last": said(scale[1] / ends[1].value, "{:.1f}"),
         "annealing_share": said(over_inits(annealing) if annealing else None, "{:.0%}"),
-        "layers_rank": said(mine),
-        "layers_distance": said(theirs),
+        "layers_rank": said(float(mine)),
+        "layers_distance": said(float(theirs)),
         "share_first": said(over_inits(cross(study, study.first)), "{:.0%}"),
         "share_last": said(over_inits(cross(study, study.last)), "{:.0%}"),
         "naive": said(float(np.mean([gap.barrier for gap in naive]))),
