@@ -73,7 +73,8 @@ def top_eigenvalues(
         )
     times = surface.hessian(theta)
     basis = torch.zeros(room, size, dtype=surface.dtype, device=surface.device)
-    first = torch.randn(size, generator=(key or Key("landscape", "lanczos")).generator())
+    generator = (key or Key("landscape", "lanczos")).generator()
+    first = torch.randn(size, generator=generator, dtype=torch.float64)
     basis[0] = (first / first.norm()).to(basis)
     matrix = torch.zeros(room, room, dtype=torch.float64)
     at, products, lowest = 0, 0, math.inf
