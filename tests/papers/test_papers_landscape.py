@@ -112,7 +112,7 @@ def world(
     taylor: Number = 1.0,  # how closely it follows the barrier; 0: it follows the distance
     quintic: Number = 1.0,
     layers: Number = 1.0,  # the same of the layers
-    before: Number = -0.1,
+    before: Number | None = None,  # at all looks with the full learning rate
     after: Number | None = None,
     cross: Mapping[int, Number] | None = None,
     error: Mapping[int, Number] | None = None,
@@ -140,11 +140,13 @@ def world(
             loss = 0.02 if step == study.steps else 0.9 * (1 - share) + 0.1
             height = each(heights[k], init) * (1 if step == study.steps else 0.5 * share)
             if k == study.last and step != study.steps:
-                height = each(before, init) if step == study.before else -0.05
+                height = -0.05
             keeps = {study.first: middle_early, study.last: middle_late}.get(k)
             if keeps is not None and step == min(s for s in study.looks if s >= k + 100):
                 end = 0.02 + each(heights[k], init)  # the midpoint at the end
                 height = end / each(keeps, init) - loss
+            if before is not None and k == study.last and step in study.high:
+                height = each(before, init)
             far = each((apart or APART)[k], init) * (0.47 + 0.53 * share)
             order = np.argsort([1, 4, 2, 5, 3])
             squares = tuple(float(v) for v in (1.0, 2.0, 3.0, 4.0, 5.0))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -64,6 +64,9 @@ from companion.report import figures, plots, provenance, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.words import MISSING, Values, listed, said
 from companion.training import Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CHAPTER = "06_landscape"
 
@@ -132,10 +135,14 @@ class Study:
         return round(self.recipe.milestones[0] * self.steps)
 
     @property
+    def high(self) -> tuple[int, ...]:
+        """The steps looked at with the full learning rate, after the last fork."""
+        return tuple(step for step in self.looks if self.last < step <= (self.drop or 0))
+
+    @property
     def before(self) -> int | None:
-        """The last step looked at with the full learning rate, after the last fork; None: none."""
-        steps = [step for step in self.looks if self.last < step <= (self.drop or 0)]
-        return max(steps, default=None)
+        """The last of them; None: there is none."""
+        return max(self.high, default=None)
 
     @property
     def grid(self) -> list[tuple[int, int]]:
@@ -740,13 +747,20 @@ def l09(study: Study) -> Statistic:
     return _predicts(study, "quintic")
 
 
+def while_high(study: Study) -> list[float]:
+    """The barrier of late copies, mean over the steps with the full learning rate; empty: none."""
+    looks = [barriers(study, study.last, step) for step in study.high]
+    return [float(np.mean(each)) for each in zip(*looks, strict=True)]
+
+
 def l10(study: Study) -> Statistic:
     """The barrier of late copies before the learning rate drops."""
-    found = None if study.before is None else over_inits(barriers(study, study.last, study.before))
+    found = while_high(study)
+    looks = {f"step {s}:": over_inits(barriers(study, study.last, s)) for s in study.high}
     return statistic(
-        found,
+        over_inits(found) if found else None,
         *_needs(study, "drop", "joined"),
-        detail=f"k = {study.last}, step {study.before}",
+        detail=f"k = {study.last}; {listed(looks, '{:.3f}')}",
     )
 
 
@@ -882,7 +896,12 @@ def _series(points: Mapping[int, Interval], form: str = "{:.2f}") -> str:
     return ", ".join(f"{said(v, form)} at {k}" for k, v in points.items())
 
 
-_STEP = "step of training (log axis)"
+def _over_steps(ax: Axes, curves: Mapping[str, Mapping[int, Interval]], ylabel: str) -> Any:
+    """Curves over steps of training; of two steps that lie close, the later has its number."""
+    steps = sorted({step for points in curves.values() for step in points})
+    near = {a: "" for a, b in zip(steps, steps[1:], strict=False) if b < 1.35 * a}
+    look = {"xlabel": "step of training (log axis)", "ylabel": ylabel, "ticks": near}
+    return plots.sweep(ax, curves, axis="log", **look)
 
 
 def show_descent(study: Study) -> None:
@@ -895,9 +914,7 @@ def show_descent(study: Study) -> None:
             "the two copies, mean": along(study, k, lambda one: one.mean_end()),
             "half-way between them": along(study, k, lambda one: one.mid()),
         }
-        drawn[f"k = {k}"] = plots.sweep(
-            ax, curves, xlabel=_STEP, ylabel="train loss (nats)", axis="log"
-        )
+        drawn[f"k = {k}"] = _over_steps(ax, curves, "train loss (nats)")
         ax.set(yscale="log", title=f"copies part at k = {k}")
         told |= {f"ends_{name}": _series(curves["the two copies, mean"])}
         told |= {f"middle_{name}": _series(curves["half-way between them"])}
@@ -971,8 +988,7 @@ def show_annealing(study: Study) -> None:
     late = study.ks[1:]
     curves = {f"k = {k}": along(study, k, lambda one: one.barrier()) for k in late}
     fig, (ax,) = plots.grid(1, height=3.8, width=7.4)
-    ylabel = "train loss barrier at ½ (nats)"
-    drawn = plots.sweep(ax, curves, xlabel=_STEP, ylabel=ylabel, axis="log")
+    drawn = _over_steps(ax, curves, "train loss barrier at ½ (nats)")
     plots.dashed(ax, 0.0)
     plots.legend(fig, len(late))
     figures.publish(
@@ -994,14 +1010,14 @@ def show_layers(study: Study) -> None:
         ax.set_title(f"copies part at k = {k}", fontsize=10)
         ax.legend(fontsize=9)
     shares = {"layers together": {k: over_inits(cross(study, k)) for k in study.ks}}
-    drawn["cross"] = plots.against_k(
+    drawn["cross"] = plots.sweep(
         axes[2],
         shares,
-        steps=study.steps,
-        threshold=0.0,
-        meaning="",
-        ylabel="share of pairs of layers in the curvature",
+        xlabel="fork step k",
+        ylabel="share between layers in the curvature",
+        axis="log",
     )
+    plots.dashed(axes[2], 0.0)
     figures.publish(
         fig, "landscape-layers", data=drawn, values={"shares": _series(shares["layers together"])}
     )
@@ -1023,10 +1039,7 @@ def show_examples(study: Study) -> None:
     ax.set(xlabel="share of the training images, costliest first", ylabel="share of the barrier")
     ax.set(xlim=(0, 1), ylim=(0, None))
     ax.legend()
-    shares = {
-        name: float(np.mean([gap.share(0.5) for gap in gaps])) for name, gaps in kinds.items()
-    }
-    figures.publish(fig, "examples", data=drawn, values={"halves": listed(shares, "{:.0%}")})
+    figures.publish(fig, "examples", data=drawn)
 
 
 def show_logits(study: Study) -> None:
@@ -1069,16 +1082,13 @@ def show_bends(study: Study) -> None:
     for number, (name, found) in enumerate(sharp.items()):
         tops = [[top.value for top in one] for one in found]
         drawn[name] = plots.band(axes[1], study.bends[0].at, tops, name, number)
-    axes[1].set(
-        xlabel=xlabel, ylabel="largest eigenvalue of the Hessian", xlim=(0, 1), yscale="log"
-    )
+    axes[1].set(xlabel=xlabel, ylabel="largest eigenvalue of the Hessian", xlim=(0, 1))
+    axes[1].set_ylim(bottom=0)
     peaks = {
         name: float(np.mean([max(one.values["train"]["loss"]) for one in each]))
         for name, each in curves.items()
     }
-    longer = float(np.mean([bend / line for line, bend in (one.lengths for one in study.bends)]))
-    told: Values = {"peaks": listed(peaks), "longer": said(longer)}
-    figures.publish(fig, "bends", data=drawn, values=told)
+    figures.publish(fig, "bends", data=drawn, values={"peaks": listed(peaks)})
 
 
 def show_toys() -> None:
@@ -1112,12 +1122,20 @@ def values(study: Study) -> Values:
     pairs = layer_ranks(study)
     mine, theirs = np.mean([both for rows in pairs.values() for both in rows], axis=0)
     naive, matched = study.gaps["other initialisations"], study.gaps[MATCHED]
-    annealing = annealed(study)
+    annealing, high = annealed(study), while_high(study)
+    start = next(key for key in study.grid if key[0] == study.first)
+    halves = {
+        name: float(np.mean([gap.share(0.5) for gap in gaps]))
+        for name, gaps in study.gaps.items()
+        if min(gap.barrier for gap in gaps) > 0
+    }
+    ways = [bend / line for line, bend in (one.lengths for one in study.bends)]
     return {
         **losses,
         "barrier_first": said(ends[0]),
         "barrier_last": said(ends[1], "{:.3f}"),
         "barrier_before": said(before, "{:.3f}"),
+        "barrier_high": said(over_inits(high) if high else None, "{:.3f}"),
         "taylor_first": said(scale[0] / ends[0].value, "{:.2f}"),
         "taylor_last": said(scale[1] / ends[1].value, "{:.1f}"),
         "annealing_share": said(over_inits(annealing) if annealing else None, "{:.0%}"),
@@ -1130,6 +1148,11 @@ def values(study: Study) -> Values:
         "half_of_barrier": said(float(np.mean([gap.share(0.5) for gap in naive])), "{:.0%}"),
         **{f"rank_{name}": said(float(np.mean(ranks(study, name)))) for name in CALLED},
         **{f"end_{name}": said(float(np.mean(ranks(study, name, ends=True)))) for name in CALLED},
+        "halves": listed(halves, "{:.0%}"),
+        "blind": math.log(study.images.classes),
+        "look": study.looks[0],
+        "look_middle": said(over_inits([one.mid() for one in study.geometry[start]])),
+        "longer": said(float(np.mean(ways)) if ways else None),
         "ridge_sentence": ridge_sentence(study),
         "predictor_sentence": predictor_sentence(study),
     }
