@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,9 +74,9 @@ CALLED = {
     "distance": "squared distance alone",
     "angle": "angle alone",
     "curvature": "curvature at the ends",
-    "taylor": "second order, both ends",
-    "cubic": "cubic through values and slopes",
-    "quintic": "quintic, with curvatures",
+    "taylor": "second order (both ends)",
+    "cubic": "cubic (slopes alone)",
+    "quintic": "quintic (slopes and curvatures)",
 }
 """What may foretell a barrier -> the same for people; the first two know nothing of the loss."""
 
@@ -446,6 +446,16 @@ def _points(
 def ranks(study: Study, name: str, *, ends: bool = False) -> list[float]:
     """Rank correlation of a prediction with the measured barrier over forks and steps."""
     return [stats.spearman(*_points(study, name, init, ends)) for init in range(study.inits)]
+
+
+def stepped(study: Study, name: str) -> list[float]:
+    """The same from slopes and curvatures by small steps, which see the kinks of ReLUs."""
+    out = []
+    for init in range(study.inits):
+        found = [study.geometry[key][init] for key in study.grid]
+        told = [one.predictions(kinks=True)[name] for one in found]
+        out.append(stats.spearman(told, [one.barrier() for one in found]))
+    return out
 
 
 def beyond(study: Study, name: str) -> list[float]:
@@ -899,7 +909,7 @@ def _series(points: Mapping[int, Interval], form: str = "{:.2f}") -> str:
 def _over_steps(ax: Axes, curves: Mapping[str, Mapping[int, Interval]], ylabel: str) -> Any:
     """Curves over steps of training; of two steps that lie close, the later has its number."""
     steps = sorted({step for points in curves.values() for step in points})
-    near = {a: "" for a, b in zip(steps, steps[1:], strict=False) if b < 1.35 * a}
+    near = {a: "" for a, b in pairwise(steps) if b < 1.35 * a}
     look = {"xlabel": "step of training (log axis)", "ylabel": ylabel, "ticks": near}
     return plots.sweep(ax, curves, axis="log", **look)
 
@@ -975,12 +985,14 @@ def show_ranks(study: Study) -> None:
             over_inits(ranks(study, name)),
             "" if name == "distance" else over_inits(beyond(study, name)),
             said(float(np.mean(ranks(study, name, ends=True)))),
+            said(float(np.mean(stepped(study, name)))) if name in PREDICTORS else "",
             said(slope(study, name)) if name in PREDICTORS else "",
         )
         for name, words in CALLED.items()
     ]
     columns = ["foretold by", "all forks and steps", "given the squared distance"]
-    tables.show([*columns, "last step only", "slope, log–log"], rows, name="ranks")
+    columns += ["last step only", "all, by small steps", "slope, log–log"]
+    tables.show(columns, rows, name="ranks")
 
 
 def show_annealing(study: Study) -> None:
@@ -1152,7 +1164,7 @@ def values(study: Study) -> Values:
         "blind": math.log(study.images.classes),
         "look": study.looks[0],
         "look_middle": said(over_inits([one.mid() for one in study.geometry[start]])),
-        "longer": said(float(np.mean(ways)) if ways else None),
+        "longer": said(float(np.mean(ways)) if ways else None, "{:.3f}"),
         "ridge_sentence": ridge_sentence(study),
         "predictor_sentence": predictor_sentence(study),
     }
@@ -1176,5 +1188,5 @@ def predictor_sentence(study: Study) -> str:
     found = {name: over_inits(leads(study, name)) for name in PREDICTORS}
     ahead = [CALLED[name] for name, lead in found.items() if lead.low > 0]
     if not ahead:
-        return "None of the predictions certainly beats the distance."
-    return f"What certainly beats the distance: {'; '.join(ahead)}."
+        return "No formula certainly ranks barriers better than the mere distance of the two does."
+    return f"Certainly better than the mere distance of the two: {', '.join(ahead)}."
