@@ -179,8 +179,14 @@ class Study:
     @property
     def _single(self) -> Sweep:
         how = self.evaluation
-        examples = {"train_examples": how.train_examples, "test_examples": how.test_examples}
-        return Sweep(kinds=("single",), points=1, rest="a", bn=how.bn, **examples)
+        return Sweep(
+            kinds=("single",),
+            points=1,
+            rest="a",
+            bn=how.bn,
+            train_examples=how.train_examples,
+            test_examples=how.test_examples,
+        )
 
     @property
     def _gap(self) -> Gap:
@@ -910,8 +916,8 @@ def _over_steps(ax: Axes, curves: Mapping[str, Mapping[int, Interval]], ylabel: 
     """Curves over steps of training; of two steps that lie close, the later has its number."""
     steps = sorted({step for points in curves.values() for step in points})
     near = {a: "" for a, b in pairwise(steps) if b < 1.35 * a}
-    look = {"xlabel": "step of training (log axis)", "ylabel": ylabel, "ticks": near}
-    return plots.sweep(ax, curves, axis="log", **look)
+    xlabel = "step of training (log axis)"
+    return plots.sweep(ax, curves, xlabel=xlabel, ylabel=ylabel, ticks=near, axis="log")
 
 
 def show_descent(study: Study) -> None:
@@ -1148,8 +1154,8 @@ def values(study: Study) -> Values:
         "barrier_last": said(ends[1], "{:.3f}"),
         "barrier_before": said(before, "{:.3f}"),
         "barrier_high": said(over_inits(high) if high else None, "{:.3f}"),
-        "taylor_first": said(scale[0] / ends[0].value, "{:.2f}"),
-        "taylor_last": said(scale[1] / ends[1].value, "{:.1f}"),
+        "taylor_first": said(float(scale[0] / ends[0].value), "{:.2f}"),
+        "taylor_last": said(float(scale[1] / ends[1].value), "{:.1f}"),
         "annealing_share": said(over_inits(annealing) if annealing else None, "{:.0%}"),
         "layers_rank": said(float(mine)),
         "layers_distance": said(float(theirs)),

@@ -546,8 +546,9 @@ def scatter(
         equal: whether x should be y; then there is a dashed line where it is.
     """
     for number, (label, dots) in enumerate(groups.items()):
-        look = {"color": f"C{number % 7}", "marker": _MARKERS[number % 7], "s": 16, "alpha": 0.8}
-        ax.scatter([x for x, _ in dots], [y for _, y in dots], label=label, linewidths=0, **look)
+        look = {"color": f"C{number % 7}", "marker": _MARKERS[number % 7], "label": label}
+        x, y = ([dot[axis] for dot in dots] for axis in (0, 1))
+        ax.plot(x, y, linestyle="none", markersize=4, markeredgewidth=0, alpha=0.8, **look)
     if equal:
         ax.axline((0, 0), slope=1, zorder=0, **_DASHED)
     ax.set(xlabel=xlabel, ylabel=ylabel)
