@@ -375,7 +375,7 @@ def test_pairs_of_different_initialisations_share_networks(design: paper.Study) 
 
 def test_sentences_follow_the_run(design: paper.Study) -> None:
     said = paper.values(world(design))
-    assert said["ridge_sentence"].startswith("So both pictures are seen")
+    assert str(said["ridge_sentence"]).startswith("So both pictures are seen")
     assert said["early_middle"] == "22 %" and said["late_middle"] == "85 %"
     torn = paper.values(world(design, middle_early=0.05))
     assert "not told apart" in str(torn["ridge_sentence"])

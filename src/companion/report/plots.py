@@ -546,9 +546,11 @@ def scatter(
         equal: whether x should be y; then there is a dashed line where it is.
     """
     for number, (label, dots) in enumerate(groups.items()):
-        look = {"color": f"C{number % 7}", "marker": _MARKERS[number % 7], "label": label}
+        look: dict[str, Any] = {"color": f"C{number % 7}", "marker": _MARKERS[number % 7]}
         x, y = ([dot[axis] for dot in dots] for axis in (0, 1))
-        ax.plot(x, y, linestyle="none", markersize=4, markeredgewidth=0, alpha=0.8, **look)
+        ax.plot(
+            x, y, linestyle="none", markersize=4, markeredgewidth=0, alpha=0.8, label=label, **look
+        )
     if equal:
         ax.axline((0, 0), slope=1, zorder=0, **_DASHED)
     ax.set(xlabel=xlabel, ylabel=ylabel)
