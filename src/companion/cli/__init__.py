@@ -20,6 +20,7 @@ from companion.cli import (
     data,
     features,
     instability,
+    landscape,
     layers,
     models,
     rebasin,
@@ -74,6 +75,7 @@ app.add_typer(runs.app, name="runs")
 app.command("barrier", epilog=barrier.EXAMPLE)(barrier.measure_barrier)
 app.command("layers", epilog=layers.EXAMPLE)(layers.measure_layers)
 app.command("features", epilog=features.EXAMPLE)(features.compare_features)
+app.command("landscape", epilog=landscape.EXAMPLE)(landscape.survey_landscape)
 app.command("instability", epilog=instability.EXAMPLE)(instability.measure_instability)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
 app.command("record", epilog=record.EXAMPLE)(record.record_chapter)

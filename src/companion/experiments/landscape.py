@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
+from torch import nn
 
 from companion import data as datasets
 from companion.connectivity import BN_EXAMPLES, Curve, Walker, check_bn_examples, grid, segment
@@ -23,7 +24,8 @@ from companion.core import codec
 from companion.core.errors import BadParameter, one_of, whole
 from companion.core.runs import Store
 from companion.core.seeds import Key
-from companion.core.theta import distance, layout
+from companion.core.theta import Theta, distance, layout
+from companion.data import Split
 from companion.experiments.measurement import Json, Measurement, Where, ends, key_of, run
 from companion.experiments.methods import Method, match, weights_of
 from companion.experiments.pairs import Evaluation, Pair, averaging, jobs_of, root_of
@@ -78,8 +80,14 @@ class Survey:
         grid(self.points)
         grid(self.inside)
         one_of("bn", self.bn, SURFACE_MODES)
+        self.evaluation  # noqa: B018  checks its fields
         if not 0 < self.step < 1:
             raise BadParameter(f"step: {self.step!r} must lie between 0 and 1.")
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Which examples stand for each split."""
+        return Evaluation(train_examples=self.train_examples, test_examples=self.test_examples)
 
     def identity(self, net: str) -> Json:
         """What determines the numbers of a network called ``net``, for the store."""
@@ -100,7 +108,7 @@ class Geometry:
         distances: Euclidean, of the parameters: ``ab``, ``a_init``, ``b_init``, and with a start
             ``a_start``, ``b_start``.
         cosines: of the angle between the ways to A and to B: from ``init`` (if both have the same)
-            and from ``start`` (if the pair has one that is not the init).
+            and from ``start``, of a pair that has one.
     """
 
     curve: Curve
@@ -157,7 +165,7 @@ class Geometry:
 
     def identity(self, split: str = "train") -> tuple[float, float]:
         """The barrier as weighted curvature of the losses, and its relative error."""
-        found, true = weighted_curvature(self.curve.alphas, self.curvatures(split)), 0.0
+        found = weighted_curvature(self.curve.alphas, self.curvatures(split))
         true = self.barrier(split)
         return found, abs(found - true) / abs(true) if true else abs(found)
 
@@ -222,41 +230,58 @@ class SurveyOfPair(Measurement):
         return f"{ends(identity)}, slopes and curvatures"
 
     def measure(self, store: Store, device: str) -> object:
-        pair, how = self.pair, self.survey
+        pair = self.pair
         data = datasets.load(pair.a.recipe.data, device)
         module = build(pair.a, data, torch.device(device))
-        names = layout(module).parameters
         a, b = (weights_of(r, pair.at, store, device) for r in (pair.a, pair.b))
-        roots = [root_of(r) for r in (pair.a, pair.b)]
-        inits = [weights_of(root, 0, store, device) for root in roots]
-        parts = Evaluation(train_examples=how.train_examples, test_examples=how.test_examples)
-        splits = parts.splits(data)
-        exact, doubles = copy.deepcopy(module).double(), (_double(a), _double(b))
-        wide = {n: in_type(s, torch.float64) for n, s in splits.items()}
-        walker = Walker(exact, wide, bn=how.bn)
-        curve = segment(exact, *doubles, wide, points=how.points, walker=walker)
-        surface = Surface(module, splits["train"], bn=how.bn)
-        delta = towards(module, a, b)
-        found = [surface.local(moved(doubles[0], delta, t), delta) for _, t in grid(how.inside)]
-        near = [surface.differences(theta, delta, how.step) for theta in (a, b)]
-        blocks: list[Blocks] = []
-        if how.by is not None:
-            groups = layer_groups(module, how.by, splits["train"].x[:2])
-            blocks = [surface.blocks(theta, delta, groups) for theta in (a, b)]
-        distances = {"ab": distance(a, b, names)}
-        distances |= {
-            f"{n}_init": distance(t, i, names) for n, t, i in zip("ab", (a, b), inits, strict=True)
-        }
-        cosines = {}
-        travelled = min(distances["a_init"], distances["b_init"])
-        if distance(inits[0], inits[1], names) == 0 and travelled > 0:
-            cosines["init"] = cos_of_branches(a, b, inits[0], names)
-        if pair.start:
-            w_k = weights_of(*pair.start, store, device)
-            distances |= {f"{n}_start": distance(t, w_k, names) for n, t in (("a", a), ("b", b))}
-            if pair.start[1] > 0 and min(distances["a_start"], distances["b_start"]) > 0:
-                cosines["start"] = cos_of_branches(a, b, w_k, names)
-        return Geometry(curve, tuple(found), (near[0], near[1]), tuple(blocks), distances, cosines)
+        inits = [weights_of(root_of(r), 0, store, device) for r in (pair.a, pair.b)]
+        start = weights_of(*pair.start, store, device) if pair.start else None
+        bases = {"init": (inits[0], inits[1])} | ({"start": (start, start)} if start else {})
+        parts = self.survey.evaluation.splits(data)
+        return geometry(module, a, b, parts, self.survey, bases)
+
+
+def geometry(
+    module: nn.Module,
+    a: Theta,
+    b: Theta,
+    splits: Mapping[str, Split],
+    how: Survey | None = None,
+    bases: Mapping[str, tuple[Theta, Theta]] | None = None,
+) -> Geometry:
+    """The local geometry of the line between any two networks.
+
+    Arguments:
+        module: the architecture.
+        a, b: state dicts of it.
+        splits: where to measure; derivatives are of the first one.
+        how: what is measured; its numbers of examples count for stored pairs only.
+        bases: name -> where A and B come from.
+
+    Raises:
+        BadParameter: networks that do not fit the module.
+    """
+    how = how or Survey()
+    names, first = layout(module).parameters, next(iter(splits.values()))
+    delta, start, end = towards(module, a, b), _double(a), _double(b)
+    wide = {name: in_type(split, torch.float64) for name, split in splits.items()}
+    exact = copy.deepcopy(module).double()
+    walker = Walker(exact, wide, bn=how.bn)
+    curve = segment(exact, start, end, wide, points=how.points, walker=walker)
+    surface = Surface(module, first, bn=how.bn)
+    found = [surface.local(moved(start, delta, t), delta) for _, t in grid(how.inside)]
+    near = [surface.differences(theta, delta, how.step) for theta in (a, b)]
+    blocks: list[Blocks] = []
+    if how.by is not None:
+        groups = layer_groups(module, how.by, first.x[:2])
+        blocks = [surface.blocks(theta, delta, groups) for theta in (a, b)]
+    distances, cosines = {"ab": distance(a, b, names)}, {}
+    for name, (of_a, of_b) in (bases or {}).items():
+        ways = {"a": distance(a, of_a, names), "b": distance(b, of_b, names)}
+        distances |= {f"{which}_{name}": way for which, way in ways.items()}
+        if min(ways.values()) > 0 and distance(of_a, of_b, names) == 0:
+            cosines[name] = cos_of_branches(a, b, of_a, names)
+    return Geometry(curve, tuple(found), (near[0], near[1]), tuple(blocks), distances, cosines)
 
 
 def _double(theta: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -299,10 +299,13 @@ def _along(grads: Sequence[Tensor], leaves: Iterable[str], d: Mapping[str, Tenso
 def _by_running(norm: Any, x: Tensor) -> Tensor:
     """BatchNorm by its running statistics, differentiable with respect to them."""
     shape = (1, -1) + (1,) * (x.dim() - 2)
-    out = (x - norm.running_mean.view(shape)) * (norm.running_var + norm.eps).rsqrt().view(shape)
+    scale = (norm.running_var + norm.eps).rsqrt()
     if norm.affine:
-        out = out * norm.weight.view(shape) + norm.bias.view(shape)
-    return cast(Tensor, out)
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.affine:
+        shift = shift + norm.bias
+    return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
 
 def _by_batch(norm: Any, x: Tensor) -> Tensor:

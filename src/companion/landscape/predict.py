@@ -51,9 +51,9 @@ def two_sided_taylor(a: Local, b: Local, at: float = 0.5) -> float:
 def _hermite(a: Local, b: Local, at: float, order: int) -> float:
     from scipy.interpolate import BPoly
 
-    ends = [[v.loss, v.slope, v.curvature][: order + 1] for v in (a, b)]
-    value = float(BPoly.from_derivatives([0, 1], ends)(_checked(at)))
-    return value - (1 - at) * a.loss - at * b.loss
+    rise = b.loss - a.loss  # of the straight line, which is taken off first: no digits are lost
+    ends = [[0.0, v.slope - rise, v.curvature][: order + 1] for v in (a, b)]
+    return float(BPoly.from_derivatives([0, 1], ends)(_checked(at)))
 
 
 def cubic_hermite(a: Local, b: Local, at: float = 0.5) -> float:
@@ -159,4 +159,4 @@ def cos_of_branches(a: Theta, b: Theta, base: Theta, names: Sequence[str]) -> fl
         names: entries that count: the parameters.
     """
     u, v = (flatten(t, names) - flatten(base, names) for t in (a, b))
-    return float(u @ v / (u.norm() * v.norm()))
+    return max(-1.0, min(1.0, float(u @ v / (u.norm() * v.norm()))))

@@ -55,7 +55,7 @@ def top_eigenvalues(
         key: of the random start.
         tolerance: stop when every error is below this times the largest value.
         most: stop after so many products all the same; the errors say how far it came.
-        kept: vectors in memory, at least ``count`` + 2; default 4 times ``count`` + 10.
+        kept: vectors in memory, at least ``count`` + 2; default twice ``count`` + 10.
 
     Raises:
         BadParameter: more than there are parameters, or too few kept.
@@ -65,7 +65,7 @@ def top_eigenvalues(
     whole("count", count, 1)
     names = surface.layout.parameters
     size = sum(theta[n].numel() for n in names)
-    room = min(4 * count + 10 if kept is None else kept, size)
+    room = min(2 * count + 10 if kept is None else kept, size)
     if count > size or (room < count + 2 and room < size):
         raise BadParameter(
             f"count: {count} eigenvalues of {size} parameters with {room} vectors kept; "
@@ -100,7 +100,8 @@ def top_eigenvalues(
             break
         if at == room:
             at = min(count + (room - count) // 2, room - 1)
-            basis[:at] = weights[:, :at].T.to(basis) @ basis
+            for part in basis.split(1 << 20, dim=1):  # in place: a second basis would not fit
+                part[:at] = weights[:, :at].T.to(basis) @ part
             matrix.zero_()
             matrix.diagonal()[:at] = values[:at]
         basis[at] = w / beta
