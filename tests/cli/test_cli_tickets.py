@@ -122,6 +122,7 @@ def _ends_of(store: Store, mask: str) -> set[str]:
         ("--scope layers", "Did you mean 'layer'"),
         ("--skip heads", "'heads' fits no layer. Layers: layer1"),
         ("--controls randon", "--controls: 'randon' is not known. Did you mean 'random'"),
+        ("--tolerance nan", "--tolerance"),
         ("--copies 1", "copies: 1"),
         ("--inits 0", "inits: 0"),
         ("--points 4", "points: 4 must be odd"),
