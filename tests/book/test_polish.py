@@ -84,6 +84,21 @@ def test_a_page_says_what_it_is_about(site):
     assert 'aria-label="data (JSON), one.json"' in text
 
 
+def test_a_link_to_a_formula_has_it_at_hand_from_any_page(tmp_path):
+    (tmp_path / "_static").mkdir()
+    formula = (
+        '<div class="math notranslate nohighlight" id="equation-eq-b">\n<span class="eqno">(8)'
+        '<a class="headerlink" href="#equation-eq-b">#</a></span>\\[\nB = 1\n\\]</div>'
+    )
+    link = '<a class="reference internal" href="b.html#equation-eq-b">(8)</a>'
+    maths = '<span class="math notranslate"></span>'
+    (tmp_path / "a.html").write_text(f"<body>{maths}{link}</body>")
+    (tmp_path / "b.html").write_text(f"<body>{formula}</body>")
+    polish(tmp_path)
+    card = '<template id="card-equation-eq-b">\\[\nB = 1\n\\]</template>'
+    assert card in (tmp_path / "a.html").read_text()
+
+
 def test_a_page_with_formulas_keeps_their_renderer(tmp_path):
     (tmp_path / "_static").mkdir()
     (tmp_path / "a.html").write_text(PAGE.replace("<em>", '<em class="math notranslate">'))

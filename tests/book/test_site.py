@@ -276,6 +276,19 @@ def test_the_claims_can_be_filtered_and_a_mark_finds_its_row(browser, site):
     wait(lambda: hidden in browser.execute_script(visible))
 
 
+def test_a_link_to_a_formula_shows_it(browser, site):
+    from selenium.webdriver.common.keys import Keys
+
+    page = next(p for p in pages(site) if "<template id=" in p.read_text(encoding="utf-8"))
+    visit(browser, page)
+    browser.execute_script("document.querySelector('a[aria-describedby=companion-card]').focus()")
+    card = "return document.querySelector('.companion-card')"
+    wait(lambda: browser.execute_script(f"{card}.querySelector('mjx-container') !== null"))
+    assert not browser.execute_script(f"{card}.hidden")
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert browser.execute_script(f"{card}.hidden")
+
+
 AXE = toybook.ROOT / "build" / "axe" / "package" / "axe.min.js"
 
 

@@ -30,7 +30,18 @@ def polish(html: Path) -> None:
     pages = [p for p in sorted(html.rglob("*.html")) if p.relative_to(html).parts[0] != "_static"]
     texts = {path: page(path, html) for path in pages}
     named = _figure_numbers(texts, html)
+    formulas = {
+        found[1]: found[2]
+        for text in texts.values()
+        for found in re.finditer(
+            r'<div class="math notranslate nohighlight" id="(equation-[\w-]+)">\s*'
+            r"(?:<span class=\"eqno\">.*?</span>)?(.*?)</div>",
+            text,
+            re.S,
+        )
+    }
     for path, text in texts.items():
+        text = _with_cards(text, formulas)
         own = number(path.stem) if path.parent != html else ""
         path.write_text(_numbered(text, named, own), encoding="utf-8")
     for path in [*(html / "_static").rglob("*.map"), html / "_static/scripts/fontawesome.js"]:
@@ -112,6 +123,17 @@ def _numbered(text: str, named: dict[str, str], own: str) -> str:
         here = r'(<li class="toctree-l1 current[^>]*><a class="[^"]*" href="#">|<h1>|<title>)'
         text = re.sub(here, rf"\g<1>{own}. ", text)
     return text
+
+
+def _with_cards(text: str, formulas: dict[str, str]) -> str:
+    """The page with a copy of each formula it refers to, which ``cards.js`` shows at the link."""
+    asked = dict.fromkeys(re.findall(r'href="[^"]*#(equation-[\w-]+)">', text))
+    cards = "".join(
+        f'<template id="card-{name}">{formulas[name]}</template>\n'
+        for name in asked
+        if name in formulas and "math notranslate" in text
+    )
+    return text.replace("</body>", f"{cards}</body>", 1)
 
 
 def _described(text: str) -> str:

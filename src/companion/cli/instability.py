@@ -14,7 +14,7 @@ from companion.cli import options
 from companion.cli.barrier import summary
 from companion.cli.console import UNITS, number, output, print_table, say, write_json
 from companion.cli.models import reachable
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, within
 
 if TYPE_CHECKING:
     from companion.experiments.instability import Instability
@@ -90,9 +90,10 @@ def measure_instability(
     max_error: Annotated[
         float | None,
         typer.Option(
+            callback=lambda value: within("--max-error", value, 0, 100),
             help="A test error, in percent, that counts as trained "
             "(default: 1.5 times the median of all copies; of text, right half as often as it, and "
-            "better than always the commonest token)."
+            "better than always the commonest token).",
         ),
     ] = None,
     metric: Annotated[
@@ -102,8 +103,9 @@ def measure_instability(
     threshold: Annotated[
         float | None,
         typer.Option(
+            callback=lambda value: within("--threshold", value, 0, 1e6),
             help="The barrier below which a network is called stable "
-            "(default: 2 points of error, or 0.03 nats of loss)."
+            "(default: 2 points of error, or 0.03 nats of loss).",
         ),
     ] = None,
     device: options.Device = "auto",

@@ -13,7 +13,7 @@ from companion.connectivity import gates
 from companion.connectivity.gates import Gate
 from companion.connectivity.walk import BN_EXAMPLES, BN_MODES, Measure, Walker, has_batchnorm
 from companion.core.codec import OMIT_DEFAULT
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, whole
 from companion.core.theta import Layout, Theta, check_theta, distance, flatten, layout
 from companion.data import Dataset, Split
 
@@ -31,6 +31,7 @@ def grid(points: int) -> list[tuple[float, float]]:
     """
     if points < 3 or points % 2 == 0:
         raise BadParameter(f"points: {points} must be odd and 3 or more, so that ½ is on the grid.")
+    whole("points", points, 3, most=100_001)
     last = points - 1
     return [((last - i) / last, i / last) for i in range(points)]
 

@@ -22,7 +22,7 @@ from companion import data as datasets
 from companion.connectivity import Barrier
 from companion.connectivity.gates import Gate
 from companion.core import closing
-from companion.core.errors import BadParameter, NotMeasured, one_of, whole
+from companion.core.errors import BadParameter, NotMeasured, one_of, whole, within
 from companion.core.runs import Store
 from companion.core.stats import Interval, clustered
 from companion.experiments.budget import Plan
@@ -56,9 +56,10 @@ def threshold_of(metric: str, threshold: float | None = None) -> float:
     """``threshold``, or the one of the metric.
 
     Raises:
-        BadParameter: the metric is not known.
+        BadParameter: the metric is not known, or the threshold is no number from 0 on.
     """
     one_of("metric", metric, THRESHOLDS)
+    within("threshold", threshold, 0, 1e6)
     return THRESHOLDS[metric] if threshold is None else threshold
 
 
@@ -246,8 +247,8 @@ def check_design(
             raise BadParameter(
                 f"ks: {k!r} must be a step from 0 to {recipe.steps - 1} (T = {recipe.steps})."
             )
-    whole("inits", inits, 1)
-    whole("copies", copies, 2)
+    whole("inits", inits, 1, most=1000)
+    whole("copies", copies, 2, most=1000)
     one_of("noise", noise, NOISE)
     if noise == "augment" and recipe.augment == "none" and not has_dropout(recipe.net):
         raise BadParameter(

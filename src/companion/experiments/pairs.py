@@ -30,7 +30,7 @@ from companion.connectivity import (
 )
 from companion.connectivity.gates import Gate, guessing, noise_independence, null_control
 from companion.core import closing, codec
-from companion.core.errors import one_of, whole
+from companion.core.errors import one_of, whole, within
 from companion.core.runs import Entry, Store
 from companion.core.theta import Theta, cosine_distance, distance, layout
 from companion.data import Augmentation, Dataset, Split
@@ -296,6 +296,8 @@ def measure_pairs(
     Raises:
         as :func:`companion.training.train`.
     """
+    within("max_error", max_error, 0, 100)
+    within("reference_error", reference_error, 0, 100)
     evaluation = evaluation or Evaluation()
     device = str(datasets.resolve_device(where.get("device", "cpu")))
     tasks = [PairBarrier(pair, evaluation) for pair in pairs]

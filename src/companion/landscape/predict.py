@@ -138,7 +138,8 @@ def weighted_curvature(
     x, _ = np.asarray(alphas, dtype=float), _checked(at)
     if x[0] != 0 or x[-1] != 1:
         raise BadParameter("path: the identity needs all of it, from 0 to 1.")
-    spline = make_interp_spline(x, np.asarray(curvatures, dtype=float), k=min(5, len(x) - 1))
+    spline = make_interp_spline(x, np.asarray(curvatures, dtype=float), k=min(3, len(x) - 1))
+    # Cubic, as the second derivative of a spline of degree 5 is: of the losses' own it is exact.
     nodes, weights = np.polynomial.legendre.leggauss(4)  # exact: piecewise of degree 6
 
     def piece(low: float, high: float) -> float:

@@ -533,6 +533,32 @@ def heat(
     return {key: {name: list(row) for name, row in rows.items()} for key, rows in maps.items()}
 
 
+def scatter(
+    ax: Axes,
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    equal: bool = False,
+) -> dict[str, Any]:
+    """One number against another, a dot each; groups differ in colour and marker.
+
+    Arguments:
+        groups: label -> (x, y) of each dot.
+        equal: whether x should be y; then there is a dashed line where it is.
+    """
+    for number, (label, dots) in enumerate(groups.items()):
+        look: dict[str, Any] = {"color": f"C{number % 7}", "marker": _MARKERS[number % 7]}
+        x, y = ([dot[axis] for dot in dots] for axis in (0, 1))
+        ax.plot(
+            x, y, linestyle="none", markersize=4, markeredgewidth=0, alpha=0.8, label=label, **look
+        )
+    if equal:
+        ax.axline((0, 0), slope=1, zorder=0, **_DASHED)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return {label: [list(dot) for dot in dots] for label, dots in groups.items()}
+
+
 # --- layers, spectra, calibration
 
 

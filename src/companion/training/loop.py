@@ -60,12 +60,22 @@ class State:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> State:
-        """The inverse of :meth:`tensors`."""
+        """The inverse of :meth:`tensors`.
+
+        Raises:
+            BadParameter: they are not those of a state.
+        """
+        step, trace = tensors.get("step"), tensors.get("trace")
+        if step is None or trace is None or step.numel() != 1 or not 0 <= float(step) < 2**53:
+            shown = "none" if step is None else f"of shape {tuple(step.shape)}"
+            raise BadParameter(
+                f"step: a whole number is needed in the state of a run, not {shown}."
+            )
 
         def under(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        return cls(int(tensors["step"]), under("theta/"), under("optimizer/"), tensors["trace"])
+        return cls(int(step), under("theta/"), under("optimizer/"), trace)
 
 
 def build(run: Run, data: Dataset, device: torch.device) -> nn.Module:
@@ -231,10 +241,13 @@ def check_fit(recipe: Recipe, data: Dataset) -> None:
     """Refuse, before any work, a recipe that its dataset cannot serve.
 
     Raises:
-        BadParameter: batch above the number of training images (of text: windows); a network that
+        BadParameter: a learning rate of 0; batch above the number of training images (of text:
+            windows); a network that
             does not take the examples' shape, or not every token of a vocabulary; an augmentation
             wider than the image, or of images for text and the other way round.
     """
+    if recipe.lr == 0:
+        raise BadParameter("lr: 0 trains nothing; a learning rate above 0 is needed.")
     text = data.kind == "text"
     things = f"windows of {data.in_shape[0]} tokens" if text else "images"
     if recipe.batch > len(data.train):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from companion import models
 from companion.core import codec
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, whole
 from companion.core.seeds import Key
 from companion.data import Augmentation, canonical_data
 
@@ -99,9 +99,7 @@ class Recipe:
             if not math.isfinite(value) or value < 0:
                 raise BadParameter(f"{field}: {value!r} must be finite and not negative.")
         for field, least in (("steps", 1), ("batch", 1), ("warmup", 0)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BadParameter(f"{field}: {value!r} must be a whole number of {least} or more.")
+            whole(field, getattr(self, field), least)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("precision", self.precision, PRECISIONS)
