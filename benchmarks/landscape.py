@@ -69,7 +69,7 @@ def measure(images: int, size: int, points: int, count: int) -> dict[str, Any]:
         "slopes and curvatures", lambda: [surface.local(t, delta) for t in (a, b)]
     )
     spectrum, out["eigenvalues"] = timed(
-        "eigenvalues", lambda: top_eigenvalues(surface, a, count, tolerance=1e-2, most=60)
+        "eigenvalues", lambda: top_eigenvalues(surface, a, count, tolerance=1e-2, most=60, kept=16)
     )
     first = plane.values["train"]["loss"][0]
     return {
