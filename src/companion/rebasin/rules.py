@@ -19,6 +19,8 @@ from companion.rebasin.axes import Atom, AtomAxis, Axes
 
 SPATIAL = "positions of an image"
 FILTER = "positions of a kernel"
+SMALL = 100_000
+"""Numbers of a constant up to which it is looked at, whether they are equal along an axis."""
 ONE: AtomAxis = ((Atom(1, pinned="one unit"),),)
 
 
@@ -28,11 +30,17 @@ class TensorAxes(Axes):
     def __init__(self) -> None:
         super().__init__()
         self.known: Any = WeakIdKeyDictionary()
+        self.own: Any = WeakIdKeyDictionary()
 
     def of(self, tensor: Tensor) -> list[AtomAxis]:
         """The axes of a tensor; one made outside of any operation is a constant."""
         if tensor not in self.known:
-            self.known[tensor] = self.fix(tensor.shape, "a constant")
+            self.known[tensor] = [
+                self.alike(n)
+                if 0 < tensor.numel() < SMALL and bool((tensor == tensor.narrow(i, 0, 1)).all())
+                else self.fixed(n, f"meets numbers that are no parameters in {self.where}")
+                for i, n in enumerate(tensor.shape)
+            ]
         found: list[AtomAxis] = self.known[tensor]
         return found
 
@@ -40,10 +48,14 @@ class TensorAxes(Axes):
         """New axes of ``shape`` whose positions stay."""
         return [self.fixed(n, why) for n in shape]
 
-    def pin_all(self, axes: Iterable[AtomAxis], why: str) -> None:
+    def pin_all(self, axes: Iterable[AtomAxis], why: str, by_number: bool = False) -> None:
         """The positions of these axes stay in order."""
         for axis in axes:
-            self.pin(axis, why)
+            self.pin(axis, why, by_number)
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """True for the network's own tensors."""
+        return tensor in self.own
 
 
 Named = Mapping[str, Any]
@@ -85,14 +97,11 @@ def broadcast(w: TensorAxes, tensors: Sequence[Tensor], shape: Sequence[int]) ->
             if tensor.shape[-back] != 1:
                 pairs.append((axis, len(shape) - back))
     # Outer units first: whether inner ones share an order depends on them.
-    pairs.sort(key=lambda p: any(a.within is not None for a in w.atoms(p[0])))
+    pairs.sort(key=lambda p: any(a.within for a in w.atoms(p[0])))
     for axis, dim in pairs:
-        if out[dim]:
-            w.unify(out[dim], axis)
-        else:
-            out[dim] = axis
+        out[dim] = w.join(out[dim], axis) if out[dim] else axis
     return [
-        axis if axis or size == 1 else w.free(size) for axis, size in zip(out, shape, strict=True)
+        axis if axis or size == 1 else w.alike(size) for axis, size in zip(out, shape, strict=True)
     ]
 
 
@@ -124,7 +133,7 @@ def repeat(w: TensorAxes, n: Named, out: Any) -> Out:
     axes: list[AtomAxis] = [()] * (out.ndim - n["self"].ndim) + list(w.of(n["self"]))
     found = []
     for axis, times in zip(axes, n["repeats"], strict=True):
-        copies = w.free(times)
+        copies = w.alike(times)
         found.append(w.merge([copies, axis]) if copies and axis else copies or axis)
     return found
 
@@ -138,7 +147,7 @@ def cat(w: TensorAxes, n: Named, out: Any) -> Out:
     for tensor in tensors[1:]:
         for i, (mine, other) in enumerate(zip(axes, w.of(tensor), strict=True)):
             if i != dim:
-                w.unify(mine, other)
+                axes[i] = w.join(mine, other)
     parts = [w.of(t)[dim] or ONE for t in tensors if t.shape[dim]]
     axes[dim] = tuple(block for part in parts for block in part)
     return axes
@@ -154,20 +163,17 @@ def stack(w: TensorAxes, n: Named, out: Any) -> Out:
 
 
 def _piece(w: TensorAxes, tensor: Tensor, dim: int, start: int, size: int) -> list[AtomAxis]:
-    axes = list(w.of(tensor))
-    if size != tensor.shape[dim]:
-        _, rest = w.cut(axes[dim], start)
-        axes[dim], _ = w.cut(rest, size)
-        if size == 1:
-            w.pin(axes[dim], "one unit is picked out")
-            axes[dim] = ()
-    return axes
+    if size == 1 != tensor.shape[dim]:
+        axes = w.pick(w.of(tensor), dim, start)
+        axes.insert(dim % tensor.ndim, ())
+        return axes
+    return w.piece(w.of(tensor), dim % tensor.ndim, start, size)
 
 
 @rule("slice")
 def slice_(w: TensorAxes, n: Named, out: Any) -> Out:
     """A stretch of an axis."""
-    x, dim = n["self"], n["dim"]
+    x, dim = n["self"], n["dim"] % n["self"].ndim
     if n["step"] != 1:
         return _put_in_order(w, x, [dim], out, "every so many are picked out")
     low, high, _ = slice(n["start"], n["end"]).indices(x.shape[dim])
@@ -184,28 +190,12 @@ def split(w: TensorAxes, n: Named, out: Any) -> Out:
     return found
 
 
-def _select(w: TensorAxes, x: Tensor, dim: int, i: int) -> list[AtomAxis]:
-    axes = list(w.of(x))
-    axis = w.normal(axes.pop(dim))
-    i %= x.shape[dim]
-    w.pin(axis, "one unit is picked out")
-    if len(axis) != 1 or len(axis[0]) != 1:
-        return axes
-    outer = axis[0][0]
-
-    def own(atom: Atom) -> Atom:
-        return w.member(atom, outer, i) if w.lies_within(atom, outer) else atom
-
-    return [tuple(tuple(own(a) for a in b) for b in w.normal(other)) for other in axes]
-
-
 @rule("glu")
 def glu(w: TensorAxes, n: Named, out: Any) -> Out:
     """The first half times the sigmoid of the second: unit by unit."""
-    dim, axes = n["dim"], list(w.of(n["self"]))
-    axes[dim], gates = w.cut(axes[dim], out.shape[dim])
-    w.unify(axes[dim], gates)
-    return axes
+    dim, x, size = n["dim"] % n["self"].ndim, n["self"], out.shape[n["dim"]]
+    axes, gates = (_piece(w, x, dim, start, size) for start in (0, size))
+    return [w.join(a, b) for a, b in zip(axes, gates, strict=True)]
 
 
 @rule("pixel_shuffle")
@@ -219,7 +209,7 @@ def pixel_shuffle(w: TensorAxes, n: Named, out: Any) -> Out:
 
 @rule("constant_pad_nd")
 def pad(w: TensorAxes, n: Named, out: Any) -> Out:
-    """Equal numbers before and after: new units, in any order among themselves."""
+    """Equal numbers before and after."""
     axes = list(w.of(n["self"]))
     for i in range(len(n["pad"]) // 2):
         before, after = n["pad"][2 * i : 2 * i + 2]
@@ -227,9 +217,17 @@ def pad(w: TensorAxes, n: Named, out: Any) -> Out:
         if before < 0 or after < 0:
             return None
         if before or after:
-            ends = [((Atom(size),),) if size else () for size in (before, after)]
+            ends = [((Atom(size, equal=True),),) if size else () for size in (before, after)]
             axes[dim] = (*ends[0], *(axes[dim] or ONE), *ends[1])
     return axes
+
+
+def _within(w: TensorAxes, axes: Sequence[AtomAxis], dim: int) -> list[AtomAxis]:
+    """What is done along one axis mixes its units: no other axis may depend on them."""
+    rest = list(axes)
+    rest[dim] = ()
+    w.close(rest)
+    return list(axes)
 
 
 def _put_in_order(
@@ -248,21 +246,19 @@ def _put_in_order(
 
 def _product(w: TensorAxes, x: Tensor, y: Tensor) -> list[AtomAxis]:
     a, b = list(w.of(x)), list(w.of(y))
-    batch = a[:1] if len(a) == 3 else []
-    if batch:
-        w.unify(a[0], b[0])
+    batch = [w.join(a[0], b[0])] if len(a) == 3 else []
     summed = b[-2] if len(b) > 1 else b[0]
     # Every row meets every column: inner units may depend on the batch axis, not on either of them.
     w.close([*batch, a[-1]])
     w.close([*batch, summed])
     w.unify(a[-1], summed)
-    return a[:-1] + (b[-1:] if len(b) > 1 else [])
+    return [*batch, *a[len(batch) : -1], *(b[-1:] if len(b) > 1 else [])]
 
 
 def _plus(w: TensorAxes, term: Tensor, axes: list[AtomAxis]) -> list[AtomAxis]:
     for back, axis in enumerate(reversed(w.of(term)), 1):
         if term.shape[-back] != 1:
-            w.unify(axes[-back], axis)
+            axes[-back] = w.join(axes[-back], axis) if axes[-back] else axis
     return axes
 
 
@@ -271,42 +267,65 @@ def convolution(w: TensorAxes, n: Named, out: Any) -> Out:
     """Channels mix like the units of a linear layer, position by position."""
     x, weight, bias = n["input"], n["weight"], n["bias"]
     transposed, groups = n["transposed"], n["groups"]
-    a, k = w.of(x), w.of(weight)
+    a, k = list(w.of(x)), list(w.of(weight))
+    if len(a) < len(k):  # no batch
+        a.insert(0, ())
     w.pin_all(k[2:], FILTER)
     w.pin_all(a[2:], SPATIAL)
+    w.close([a[1]])
     if groups == 1:
         channels, made = (k[0], k[1]) if transposed else (k[1], k[0])
+        w.close([channels])
+        w.close([made])
         w.unify(a[1], channels)
-    elif groups == x.shape[1] and not transposed:
-        # Depth-wise: output channel c * m + i reads input channel c alone.
-        made = w.merge([a[1], w.fixed(weight.shape[0] // groups, FILTER)])
-        w.unify(k[0], made)
     else:
-        why = f"grouped convolution ({groups} groups) in {w.where}"
-        w.pin_all((a[1], k[0], k[1]), why)
-        made = w.fixed(out.shape[1], why)
+        # Groups in any order, and what each of them reads and makes as well.
+        first, second = (size // groups for size in (weight.shape[0], x.shape[-weight.ndim + 1]))
+        outer, rows = w.divide(k[0] or ONE, [groups, first]) if first > 1 else (k[0], ())
+        w.close([outer, k[1]])
+        mine, other = (rows, k[1]) if transposed else (k[1], rows)
+        w.unify(a[1], w.merge([outer, mine]) if second > 1 else outer)
+        made = w.merge([outer, other])
     if bias is not None:
-        w.unify(made, w.of(bias)[0])
-    return [a[0], made, *w.fix(out.shape[2:], SPATIAL)]
+        made = w.join(made, w.of(bias)[0])
+    return [a[0], made, *w.fix(out.shape[2:], SPATIAL)][-out.ndim :]
 
 
 @rule("embedding")
 def embedding(w: TensorAxes, n: Named, out: Any) -> Out:
     """Rows looked up by number: their order is the vocabulary's."""
     rows, units = w.of(n["weight"])
+    w.close([units])
     w.pin(rows, "entries of a vocabulary")
     return [*w.of(n["indices"]), units]
 
 
 @rule("index")
 def index(w: TensorAxes, n: Named, out: Any) -> Out:
-    """Rows looked up by number in the first axis; the other axes go along."""
-    x, indices = n["self"], n["indices"]
-    if len(indices) != 1 or indices[0] is None or indices[0].dtype == torch.bool:
-        return None
-    axes = w.of(x)
-    w.pin(axes[0], "looked up by number")
-    return [*w.fix(indices[0].shape, "looked up by number"), *axes[1:]]
+    """Positions looked up by number in some axes; the other axes go along."""
+    x, indices = n["self"], list(n["indices"])
+    if any(i is not None and i.dtype == torch.bool and i.ndim > 1 for i in indices):
+        return None  # a mask over several axes
+    asked = [d for d, i in enumerate(indices) if i is not None]
+    axes = list(w.of(x))
+    why = "entries of a table" if w.is_parameter(x) else f"looked up by number in {w.where}"
+    outer = [a for d in asked for a in w.atoms(axes[d])]
+    w.pin_all((axes[d] for d in asked), why, by_number=True)
+    found = w.fix(torch.broadcast_shapes(*_counts(out, indices)), "looked up by number")
+    for atom in (a for axis in found for a in w.atoms(axis)):
+        atom.tells = tuple(outer)
+    rest = [a for d, a in enumerate(axes) if d not in asked]
+    together = asked == list(range(asked[0], asked[0] + len(asked)))
+    at = asked[0] if together else 0
+    return [*rest[:at], *found, *rest[at:]]
+
+
+def _counts(out: Tensor, indices: Sequence[Tensor | None]) -> list[tuple[int, ...]]:
+    """Shapes of the positions asked for; a mask asks for as many as are left in the output."""
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]
+    masks = [d for d, i in given if i.dtype == torch.bool]
+    left = (out.shape[masks[0]],) if masks else ()
+    return [left if i.dtype == torch.bool else tuple(i.shape) for _, i in given]
 
 
 @rule(
@@ -319,20 +338,22 @@ def attention(w: TensorAxes, n: Named, out: Any) -> Out:
     """softmax(q k^T) v: heads in any order, units of q and k in a common one, units of v in one."""
     inputs = [n["query"], n["key"], n["value"]]
     q, k, v = (list(w.of(t)) for t in inputs)
-    if len({t.shape[:-2] for t in inputs}) > 1:
-        return None  # heads that share keys
-    for i in range(len(q) - 2):
-        w.unify(q[i], k[i])
-        w.unify(q[i], v[i])
+    for axes, tensor in zip((k, v), inputs[1:], strict=True):
+        for i, size in enumerate(tensor.shape[:-2]):
+            if (times := n["query"].shape[i] // max(size, 1)) > 1:  # queries share keys
+                axes[i] = w.merge([axes[i], w.alike(times)]) if size > 1 else w.alike(times)
+    batch = [w.join(w.join(*both[:2]), both[2]) for both in zip(q[:-2], k[:-2], v[:-2], strict=True)]
+    for axis in (q[-1], k[-1], v[-1]):
+        w.close([*batch, axis])
     w.unify(q[-1], k[-1])
     w.unify(k[-2], v[-2])
     w.pin_all((q[-2], k[-2]), "positions of a sequence")
     for mask in tensors_in([n.get("attn_mask"), n.get("attn_bias")]):
-        _plus(w, mask, [*q[:-1], k[-2]])
-    made = [*q[:-1], v[-1]]
+        _plus(w, mask, [*batch, q[-2], k[-2]])
+    made = [*batch, q[-2], v[-1]]
     if not isinstance(out, tuple):
         return made
-    others = [[*q[:-1]] if isinstance(t, Tensor) and t.ndim == len(q) - 1 else [] for t in out[1:]]
+    others = [made[:-1] if t.ndim == len(q) - 1 else w.fix(t.shape, "") for t in tensors_in(out[1:])]
     return [made, *others]
 
 
@@ -342,10 +363,11 @@ def attention(w: TensorAxes, n: Named, out: Any) -> Out:
 @rule("native_layer_norm")
 def layer_norm(w: TensorAxes, n: Named, out: Any) -> Out:
     """Statistics over the last axes: their units may be in any order, with scale and shift."""
-    axes, shape = w.of(n["input"]), n["normalized_shape"]
-    for tensor in tensors_in([n["weight"], n["bias"]]):
-        _plus(w, tensor, list(axes))
+    axes, shape = list(w.of(n["input"])), n["normalized_shape"]
     kept = [*axes[: -len(shape)], *[() for _ in shape]]
+    w.close(kept)  # they must not depend on what the statistics are over
+    for tensor in tensors_in([n["weight"], n["bias"]]):
+        axes = _plus(w, tensor, axes)
     return [axes, kept, kept]
 
 
@@ -367,12 +389,15 @@ def batch_norm(w: TensorAxes, n: Named, out: Any) -> Out:
 @rule("native_group_norm")
 def group_norm(w: TensorAxes, n: Named, out: Any) -> Out:
     """Statistics over groups of channels: groups in any order, channels within each as well."""
-    axes, channels, groups = w.of(n["input"]), n["C"], n["group"]
+    axes, channels, groups = list(w.of(n["input"])), n["C"], n["group"]
+    w.close([axes[1]])
+    for axis in axes[2:]:
+        w.close([axis])
     for tensor in tensors_in([n["weight"], n["bias"]]):
-        w.unify(axes[1], w.of(tensor)[0])
+        axes[1] = w.join(axes[1], w.of(tensor)[0])
     if 1 < groups < channels:
-        outer = Atom(groups, inner=True)
-        w.unify(axes[1], ((outer, Atom(channels // groups, within=outer)),))
+        outer = Atom(groups)
+        w.unify(axes[1], ((outer, Atom(channels // groups, within=(outer,))),))
     other = [axes[0], () if groups == 1 else w.fixed(groups, "groups of a norm")]
     return [axes, other, other]
 
@@ -398,14 +423,20 @@ def reduce(w: TensorAxes, n: Named, out: Any) -> Out:
     return [() if i in gone else axis for i, axis in axes if kept or i not in gone]
 
 
-@rule("cumsum cumprod argsort sort topk argmax argmin")
+@rule("cumsum cumprod argsort sort topk argmax argmin cummax cummin kthvalue median mode logcumsumexp")
 def ordered(w: TensorAxes, n: Named, out: Any) -> Out:
     """The order of an axis is seen; where the others only go along, they may move."""
     x, dim = n["self"], n.get("dim")
-    if dim is None or isinstance(out, tuple) or out.shape != x.shape:
+    made = out if isinstance(out, tuple) else (out,)
+    if dim is None:
         return None
-    w.pin(w.of(x)[dim], "its order is seen")
-    return list(w.of(x))
+    why = f"its order is seen in {w.where}"
+    axes, kept = list(w.of(x)), made[0].ndim == x.ndim
+    w.pin(axes[dim], why, by_number=True)
+    axes[dim] = w.fixed(made[0].shape[dim], why) if kept else ()
+    if not kept:
+        del axes[dim]
+    return [axes] * len(made) if isinstance(out, tuple) else axes
 
 
 def pool(w: TensorAxes, n: Named, out: Any, dims: int) -> Out:
@@ -422,7 +453,7 @@ def pool(w: TensorAxes, n: Named, out: Any, dims: int) -> Out:
 RULES_IN_A_LINE: dict[str, Rule] = {
     # One number everywhere, or copies along an axis, look the same in any order.
     """empty zeros ones full new_zeros new_ones new_full new_empty empty_like zeros_like ones_like
-    full_like scalar_tensor""": lambda w, n, out: [w.free(size) for size in out.shape],
+    full_like scalar_tensor""": lambda w, n, out: [w.alike(size) for size in out.shape],
     "expand": lambda w, n, out: broadcast(w, [n["self"]], out.shape),
     # The same numbers in row-major order under another shape; axes in another order.
     "view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten": (
@@ -433,8 +464,12 @@ RULES_IN_A_LINE: dict[str, Rule] = {
     "t numpy_T": lambda w, n, out: w.of(n["self"])[::-1],
     "permute": lambda w, n, out: [w.of(n["self"])[i] for i in n["dims"]],
     "narrow": lambda w, n, out: _piece(w, n["self"], n["dim"], n["start"], n["length"]),
-    "select": lambda w, n, out: _select(w, n["self"], n["dim"], n["index"]),
-    "unbind": lambda w, n, out: [_select(w, n["self"], n["dim"], i) for i in range(len(out))],
+    "select": lambda w, n, out: w.pick(
+        w.of(n["self"]), n["dim"] % n["self"].ndim, n["index"] % n["self"].shape[n["dim"]]
+    ),
+    "unbind": lambda w, n, out: [
+        w.pick(w.of(n["self"]), n["dim"] % n["self"].ndim, i) for i in range(len(out))
+    ],
     "roll flip": lambda w, n, out: _put_in_order(
         w, n["self"], n["dims"] or range(out.ndim), out, "positions change places"
     ),
@@ -444,7 +479,9 @@ RULES_IN_A_LINE: dict[str, Rule] = {
         w, tensors_in(n.values())[0], _product(w, *tensors_in(n.values())[1:3])
     ),
     # In any order, along its axis and along the others.
-    "_softmax _log_softmax softmax log_softmax _safe_softmax": lambda w, n, out: w.of(n["self"]),
+    "_softmax _log_softmax softmax log_softmax _safe_softmax": lambda w, n, out: _within(
+        w, w.of(n["self"]), n["dim"]
+    ),
     # With a buffer of the same shape or none.
     "log_sigmoid_forward": lambda w, n, out: [
         w.of(n["self"]),
