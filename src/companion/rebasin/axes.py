@@ -439,8 +439,43 @@ class Axes:
         if (outer, i) not in atom.shares:
             others = [self.member(c, outer, i) for c in self.context(atom) if c is not outer]
             beside = outer.parts[i] if outer.parts is not None else ()
-            atom.shares[outer, i] = Atom(atom.size, within=(*beside, *others))
+            new = Atom(atom.size, within=(*beside, *others))
+            # Unit i of one outer atom, and then unit k of another: the same as the other way round.
+            for (other, k), share in self._shares(atom).items():
+                if other is not outer:
+                    new.shares[other, k] = self.member(share, outer, i)
+            atom.shares[outer, i] = new
         return self.find(atom.shares[outer, i])
+
+    def alike_in_all(self, outer: Atom, atoms: Iterable[Atom]) -> None:
+        """What holds in each unit of ``outer`` that was looked into, holds in all of them.
+
+        Atoms within it were told apart unit by unit; they are taken apart and unified as those are.
+        """
+        outer, todo = self.find(outer), list(dict.fromkeys(atoms))
+        met: dict[tuple[tuple[int, Atom], ...], Atom] = {}
+        while todo:
+            atom = self.find(todo.pop())
+            if atom.parts is not None:
+                todo += self.leaves((atom,))
+                continue
+            shares = [(k, self.find(s)) for (o, k), s in self._shares(atom).items() if o is outer]
+            shares.sort(key=lambda pair: pair[0])
+            if not shares or atom.pinned is not None:
+                continue
+            if reasons := [s.pinned for _, s in shares if s.pinned is not None]:
+                self._pin_atom(atom, reasons[0])
+            elif any(s.parts is not None for _, s in shares):
+                cuts = {tuple(length(b) for b in self.normal(((s,),))) for _, s in shares}
+                first = min(cuts)[0] if len(cuts) == 1 and len(min(cuts)) > 1 else 0
+                if not first:
+                    self.uniform(atom, outer)
+                else:
+                    todo += self._sum(atom, first)
+            elif len({s for _, s in shares}) == 1 and len(shares) > 1:
+                self.uniform(atom, outer)
+            else:
+                self._unify_atoms(met.setdefault(tuple(shares), atom), atom)
 
     def lies_within(self, atom: Atom, outer: Atom) -> bool:
         """True if the two are an inner and an outer atom of it."""
@@ -550,6 +585,12 @@ class Axes:
             whole = Atom(rows, parts=tuple(outer[0] for outer, _ in found))
         shares = {(whole, i): self._wrapped(inner) for i, (_, inner) in enumerate(found)}
         return ((whole,),), ((Atom(width, within=(whole,), shares=shares),),)
+
+    def rows(self, outer: AtomAxis, pieces: Sequence[AtomAxis]) -> AtomAxis:
+        """An axis with the units of one piece in each unit of ``outer``, which stays in order."""
+        whole = outer[0][0]
+        shares = {(whole, i): self._wrapped(piece) for i, piece in enumerate(pieces)}
+        return ((Atom(total(pieces[0]), within=(whole,), shares=shares),),)
 
     def _give_up(self, axis: AtomAxis, sizes: Sequence[int]) -> list[AtomAxis]:
         why = f"its units are regrouped in {self.where}"

@@ -62,7 +62,20 @@ def derive(module: nn.Module, example: Any, *, unread: str = "refuse") -> spec.S
     each network); deriving and proving it is ours. Chapter 2.
     """
     one_of("unread", unread, ("refuse", "hold"))
-    net, watcher, reference = _watched(module, example)
+    first: BaseException | None = None
+    # What lies within other units, and experts that are chosen by number, are guesses that the
+    # proof decides: if it does not agree, then without them.
+    for nested in (True, False):
+        try:
+            return _derived(module, example, unread, nested)
+        except proof.Unproven as e:
+            first = first or e
+    assert first is not None
+    raise first
+
+
+def _derived(module: nn.Module, example: Any, unread: str, nested: bool) -> spec.Spec:
+    net, watcher, reference = _watched(module, example, nested)
     for tensor in net.raw:
         watcher.axes.pin_all(watcher.axes.of(tensor), "the output")
     parameters = layout(module).parameters
@@ -79,23 +92,30 @@ def derive(module: nn.Module, example: Any, *, unread: str = "refuse") -> spec.S
     return found
 
 
-def _watched(module: nn.Module, example: Any) -> tuple[proof.Subject, Watcher, list[Tensor]]:
-    """One forward pass under watch, with as much noise as the network bears."""
-    # Some inputs must stay what they are (logarithms, numbers of categories), some weights as well.
-    for shake in (("weights", "inputs"), ("weights",), ()):
-        net = proof.Subject(module, example, shake=shake)
-        watcher = Watcher(net)
-        try:
-            # The fused attention of torch.nn is one operation; taken apart it is many known ones.
-            with taken_apart(), watcher:
-                reference = net.run()
-        except BadParameter:
-            if not shake:
-                raise
-            continue
-        if not shake or all(bool(torch.isfinite(t).all()) for t in reference):
-            break
-    return net, watcher, reference
+def _watched(
+    module: nn.Module, example: Any, nested: bool
+) -> tuple[proof.Subject, Watcher, list[Tensor]]:
+    """One forward pass under watch, with as much noise as the network bears.
+
+    In float64; in float32 where a layer takes nothing else.
+    """
+    first: BadParameter | None = None
+    for precision in (torch.float64, torch.float32):
+        # Some inputs must stay what they are (logarithms, numbers of categories), some weights too.
+        for shake in (("weights", "inputs"), ("weights",), ()):
+            net = proof.Subject(module, example, shake=shake, precision=precision)
+            watcher = Watcher(net, nested)
+            try:
+                # Fused attention and recurrent layers are one operation; taken apart many known.
+                with taken_apart(recurrent=True), watcher:
+                    reference = net.run()
+            except BadParameter as e:
+                first = first or e
+                last = e
+                continue
+            if not shake or all(bool(torch.isfinite(t).all()) for t in reference):
+                return net, watcher, reference
+    raise (last if "no floating-point" in str(last) else first)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -121,6 +141,8 @@ class Watcher(Tracer):
         self.state: dict[str, list[AtomAxis]] = {}  # tied entries share one list
         self.read: set[int] = set()  # ids of the lists that an operation has read
         self.notes: list[str] = []
+        self.routers: list[Atom] = []  # units of which the largest were looked for, by their number
+        self.routed: Any = type(self.axes.known)()  # the network's tensors -> the last one before
         self.computes: dict[str, list[str]] = {}  # in which types less than float64, where
         self._storages: dict[int, list[list[AtomAxis]]] = {}  # of tensors with equal numbers
         known = self.axes.known
@@ -154,6 +176,18 @@ class Watcher(Tracer):
                     for axis in axes:
                         self.axes.written(axis)
 
+    def _note_routing(self, tensor: Tensor) -> None:
+        """Who reads positions on an axis sees its order; stacks of as many tensors follow it."""
+        axes = self.axes
+        if tensor in axes.positions:
+            axis = axes.positions.pop(tensor)
+            if len(found := list(axes.atoms(axis))) == 1:
+                self.routers.append(found[0])
+            axes.pin(axis, f"its order is seen in {axes.where}", by_number=True)
+        if tensor in axes.own and tensor.ndim > 1 and tensor not in self.routed:
+            like = (a for a in reversed(self.routers) if a.size == tensor.shape[0])
+            self.routed[tensor] = next(like, None)
+
     def seen(
         self, func: Any, op: str, nth: int, args: tuple[Any, ...], kwargs: Any, out: Any
     ) -> None:
@@ -167,6 +201,8 @@ class Watcher(Tracer):
         if not given and not made:
             return
         self.read.update(id(axes.known[t]) for t in given if t in axes.known)
+        for tensor in given:
+            self._note_routing(tensor)
         if func._schema.is_mutable:
             self._written(func, named)
         rule = rules.RULES.get(op.rstrip("_"))
@@ -272,6 +308,8 @@ class _Reading:
     def _settle(self, used: Mapping[str, list[AtomAxis]]) -> None:
         """Two levels are all that a spec has: outer units, and units in each of them."""
         w, again = self.axes, True
+        if self.watcher.nested:
+            self._free_experts()
         for axis in (axis for axes in used.values() for axis in axes):
             for atom in [a for a in w.atoms(axis) if a.by_number]:
                 w.pin(((atom,),), atom.pinned or "")
@@ -287,6 +325,33 @@ class _Reading:
                     for gone in [c for c in outer if c not in fits[:1]]:
                         w.uniform(atom, gone)
                         again = True
+
+    def _free_experts(self) -> None:
+        """Experts that are chosen by number: the order of all that is stacked, and of the choice.
+
+        A network that sends its data to the experts with the largest scores computes the same with
+        experts and scores in another order, whatever way it takes. What an operation sees, though,
+        is only their numbers: so it is assumed here, and proven with all the rest.
+        """
+        w, seen = self.axes, self.watcher
+        stacks: dict[Atom, list[list[AtomAxis]]] = {}
+        for tensor, router in seen.routed.items():
+            axes = w.known[tensor]
+            axis = w.normal(axes[0])
+            if router is None or len(axis) != 1 or len(axis[0]) != 1:
+                continue
+            atom, router = axis[0][0], w.find(router)
+            if atom.by_number and router.by_number and atom is not router:
+                stacks.setdefault(router, []).append(axes)
+        for router, tensors in stacks.items():
+            experts = [w.normal(axes[0])[0][0] for axes in tensors]
+            if any(w.find(a) is not w.find(experts[0]) and not a.by_number for a in experts):
+                continue
+            for atom in experts:
+                w.unify(((router,),), ((atom,),))
+            root = w.find(router)
+            root.pinned, root.by_number = None, False
+            w.alike_in_all(root, [a for axes in tensors for axis in axes[1:] for a in w.atoms(axis)])
 
     def _laid_out(
         self, axes: Sequence[AtomAxis]

@@ -7,6 +7,7 @@ rule pins every axis it touches, which is always right. Explained in our chapter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from companion.rebasin.axes import Atom, AtomAxis, Axes
+from companion.rebasin.axes import Atom, AtomAxis, Axes, total
 
 SPATIAL = "positions of an image"
 FILTER = "positions of a kernel"
@@ -31,6 +32,9 @@ class TensorAxes(Axes):
         super().__init__()
         self.known: Any = WeakIdKeyDictionary()
         self.own: Any = WeakIdKeyDictionary()
+        # Tensors that hold positions on an axis (of maxima, of the largest few): who reads them
+        # sees its order.
+        self.positions: Any = WeakIdKeyDictionary()
 
     def of(self, tensor: Tensor) -> list[AtomAxis]:
         """The axes of a tensor; one made outside of any operation is a constant."""
@@ -143,7 +147,13 @@ def cat(w: TensorAxes, n: Named, out: Any) -> Out:
     """Along the axis one behind the other, along the others element by element."""
     tensors = [t for t in n["tensors"] if t.ndim == out.ndim]
     dim = n["dim"] % out.ndim
-    axes: list[AtomAxis] = list(w.of(tensors[0]))
+    if len(tensors) > 1 and all(t.shape[dim] == 1 for t in tensors):
+        outer = w.fixed(len(tensors), "stacked in order")
+        rest = [[a for d, a in enumerate(w.of(t)) if d != dim] for t in tensors]
+        axes = _side_by_side(w, rest, outer)
+        axes.insert(dim, outer)
+        return axes
+    axes = list(w.of(tensors[0]))
     for tensor in tensors[1:]:
         for i, (mine, other) in enumerate(zip(axes, w.of(tensor), strict=True)):
             if i != dim:
@@ -155,11 +165,29 @@ def cat(w: TensorAxes, n: Named, out: Any) -> Out:
 
 @rule("stack")
 def stack(w: TensorAxes, n: Named, out: Any) -> Out:
-    """A new axis; along the others element by element."""
+    """A new axis; each tensor keeps its own units along the others."""
     dim = n["dim"] % out.ndim
-    axes = broadcast(w, n["tensors"], n["tensors"][0].shape)
-    axes.insert(dim, w.fixed(out.shape[dim], "stacked in order"))
+    outer = w.fixed(out.shape[dim], "stacked in order")
+    axes = _side_by_side(w, [w.of(t) for t in n["tensors"]], outer)
+    axes.insert(dim, outer)
     return axes
+
+
+def _side_by_side(
+    w: TensorAxes, pieces: Sequence[Sequence[AtomAxis]], outer: AtomAxis
+) -> list[AtomAxis]:
+    """Axes that tensors have in common: the same units, or those of each unit of ``outer``."""
+    out = []
+    for same in zip(*pieces, strict=True):
+        first, *others = [w.normal(axis) for axis in same]
+        inner = any(a.within or a.pinned for axis in same for a in w.atoms(axis))
+        if not outer or inner or total(first) == 1 or all(axis == first for axis in others):
+            for axis in others:
+                first = w.join(first, axis)
+            out.append(first)
+        else:
+            out.append(w.rows(outer, list(same)))
+    return out
 
 
 def _piece(w: TensorAxes, tensor: Tensor, dim: int, start: int, size: int) -> list[AtomAxis]:
@@ -207,6 +235,89 @@ def pixel_shuffle(w: TensorAxes, n: Named, out: Any) -> Out:
     return [*axes[:-3], channels, *w.fix(out.shape[-2:], SPATIAL)]
 
 
+@rule("pixel_unshuffle")
+def pixel_unshuffle(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Pixels become channels, a block for each channel of before."""
+    axes = list(w.of(n["self"]))
+    w.pin_all(axes[-2:], SPATIAL)
+    block = w.fixed(n["downscale_factor"] ** 2, SPATIAL)
+    return [*axes[:-3], w.merge([axes[-3], block]), *w.fix(out.shape[-2:], SPATIAL)]
+
+
+@rule("channel_shuffle native_channel_shuffle")
+def channel_shuffle(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Groups of channels are dealt out like cards: the first of each, the second of each, …"""
+    axes = list(w.of(n["self"]))
+    axes[1] = w.merge(w.divide(axes[1], [n["groups"], out.shape[1] // n["groups"]])[::-1])
+    return axes
+
+
+@rule("im2col")
+def im2col(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Patches as columns: channels, times the positions of a patch."""
+    axes = list(w.of(n["self"]))
+    w.pin_all(axes[-2:], SPATIAL)
+    patch = w.fixed(math.prod(n["kernel_size"]), SPATIAL)
+    return [*axes[:-3], w.merge([axes[-3], patch]), *w.fix(out.shape[-1:], SPATIAL)]
+
+
+@rule("col2im")
+def col2im(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Columns as patches of an image."""
+    axes = list(w.of(n["self"]))
+    channels, patch = w.divide(axes[-2], [out.shape[-3], math.prod(n["kernel_size"])])
+    w.pin_all([patch, axes[-1]], SPATIAL)
+    return [*axes[:-2], channels, *w.fix(out.shape[-2:], SPATIAL)]
+
+
+@rule("max_unpool2d max_unpool3d")
+def unpool(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Numbers go back to the pixels that they were maxima of, channel by channel."""
+    axes = broadcast(w, [n["self"], n["indices"]], n["self"].shape)
+    dims = len(n["output_size"])
+    w.pin_all(axes[-dims:], SPATIAL)
+    return [*axes[:-dims], *w.fix(out.shape[-dims:], SPATIAL)]
+
+
+@rule("unfold")
+def windows(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Windows along one axis, their positions as a new one."""
+    dim = n["dimension"] % max(n["self"].ndim, 1)
+    axes = _put_in_order(w, n["self"], [dim], out, "windows along it")
+    return [*axes, *w.fix(out.shape[-1:], "positions of a window")]
+
+
+@rule("diagonal")
+def diagonal(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Positions of two axes at once: the same units on both."""
+    axes = list(w.of(n["self"]))
+    one, two = (n[k] % len(axes) for k in ("dim1", "dim2"))
+    first, second = axes[one], axes[two]
+    rest = [a for d, a in enumerate(axes) if d not in (one, two)]
+    if n["offset"] or n["self"].shape[one] != n["self"].shape[two]:
+        w.pin_all((first, second), "a diagonal beside the main one")
+        return [*rest, *w.fix(out.shape[-1:], "a diagonal beside the main one")]
+    return [*rest, w.join(first, second)]
+
+
+@rule("diag_embed")
+def diag_embed(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Numbers on the main diagonal: the same units on two axes."""
+    if n["offset"]:
+        return None
+    axes = list(w.of(n["self"]))
+    units = axes.pop()
+    for dim in sorted(n[k] % out.ndim for k in ("dim1", "dim2")):
+        axes.insert(dim, units)
+    return axes
+
+
+@rule("tril triu")
+def triangle(w: TensorAxes, n: Named, out: Any) -> Out:
+    """One axis is counted against the other."""
+    return _put_in_order(w, n["self"], (-2, -1), out, "positions are counted against each other")
+
+
 @rule("constant_pad_nd")
 def pad(w: TensorAxes, n: Named, out: Any) -> Out:
     """Equal numbers before and after."""
@@ -230,14 +341,29 @@ def _within(w: TensorAxes, axes: Sequence[AtomAxis], dim: int) -> list[AtomAxis]
     return list(axes)
 
 
+def _counted(w: TensorAxes, n: Named, out: Any) -> list[AtomAxis]:
+    """Whatever is counted is seen by number."""
+    for tensor in tensors_in(n.values()):
+        w.pin_all(w.of(tensor), f"counted in {w.where}", by_number=True)
+    return w.fix(out.shape, "counted")
+
+
+def _put_in_order_of(
+    w: TensorAxes, axes: list[AtomAxis], dim: int, out: Any
+) -> list[AtomAxis]:
+    w.pin(axes[dim], f"its order is seen in {w.where}")
+    axes[dim] = w.fixed(out.shape[dim], f"its order is seen in {w.where}")
+    return axes
+
+
 def _put_in_order(
     w: TensorAxes, x: Tensor, dims: Iterable[int], out: Any, why: str
 ) -> list[AtomAxis]:
     """Axes ``dims`` are seen in order, before and after."""
     axes = list(w.of(x))
     for dim in dims:
-        w.pin(axes[dim], why)
-        axes[dim] = w.fixed(out.shape[dim], why)
+        w.pin(axes[dim], f"{why} in {w.where}")
+        axes[dim] = w.fixed(out.shape[dim], f"{why} in {w.where}")
     return axes
 
 
@@ -307,17 +433,121 @@ def index(w: TensorAxes, n: Named, out: Any) -> Out:
     if any(i is not None and i.dtype == torch.bool and i.ndim > 1 for i in indices):
         return None  # a mask over several axes
     asked = [d for d, i in enumerate(indices) if i is not None]
+    if len(asked) == 1 and indices[asked[0]].dtype != torch.bool and indices[asked[0]].numel() == 1:
+        at = int(indices[asked[0]]) % x.shape[asked[0]]
+        axes = w.pick(w.of(x), asked[0], at)
+        return [*axes[: asked[0]], *[() for _ in indices[asked[0]].shape], *axes[asked[0] :]]
+    shape = torch.broadcast_shapes(*_counts(out, indices))
+    return _looked_up(w, x, asked, shape)
+
+
+def _looked_up(
+    w: TensorAxes, x: Tensor, asked: Sequence[int], shape: Sequence[int]
+) -> list[AtomAxis]:
+    """The axes of ``x`` where ``asked`` are replaced by those of numbers of ``shape``."""
     axes = list(w.of(x))
-    why = "entries of a table" if w.is_parameter(x) else f"looked up by number in {w.where}"
-    outer = [a for d in asked for a in w.atoms(axes[d])]
+    table = x in w.own
+    why = "entries of a table" if table else f"looked up by number in {w.where}"
+    outer = tuple(a for d in asked for a in w.atoms(axes[d]) if not a.equal)
     w.pin_all((axes[d] for d in asked), why, by_number=True)
-    found = w.fix(torch.broadcast_shapes(*_counts(out, indices)), "looked up by number")
+    found = w.fix(shape, "looked up by number")
     for atom in (a for axis in found for a in w.atoms(axis)):
-        atom.tells = tuple(outer)
+        atom.tells = outer
     rest = [a for d, a in enumerate(axes) if d not in asked]
-    together = asked == list(range(asked[0], asked[0] + len(asked)))
+    together = list(asked) == list(range(asked[0], asked[0] + len(asked)))
     at = asked[0] if together else 0
     return [*rest[:at], *found, *rest[at:]]
+
+
+@rule("index_select")
+def index_select(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Positions looked up by number in one axis; the others go along."""
+    dim = n["dim"] % max(n["self"].ndim, 1)
+    return index(w, {"self": n["self"], "indices": [None] * dim + [n["index"]]}, out)
+
+
+@rule("index_put _unsafe_index_put _index_put_impl")
+def index_put(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Numbers put at positions of some axes; the other axes go along."""
+    x, indices = n["self"], list(n["indices"])
+    if any(i is not None and i.dtype == torch.bool and i.ndim > 1 for i in indices):
+        return None
+    asked = [d for d, i in enumerate(indices) if i is not None]
+    places = w.fix([1] * max(i.ndim for i in indices if i is not None), "")
+    rest = [a for d, a in enumerate(w.of(x)) if d not in asked]
+    together = asked == list(range(asked[0], asked[0] + len(asked)))
+    at = asked[0] if together else 0
+    target = [*rest[:at], *places, *rest[at:]]
+    values = w.of(n["values"])
+    for back in range(1, min(len(values), len(target)) + 1):
+        mine = len(target) - back
+        if at <= mine < at + len(places):
+            w.pin(values[-back], "put by number")
+        elif n["values"].shape[-back] != 1:
+            target[mine] = w.join(target[mine], values[-back]) if target[mine] else values[-back]
+    del target[at : at + len(places)]
+    w.pin_all((w.of(x)[d] for d in asked), f"looked up by number in {w.where}", by_number=True)
+    for d in asked:
+        target.insert(d, w.fixed(out.shape[d], "looked up by number"))
+    return target
+
+
+@rule("index_add index_copy index_reduce index_fill")
+def index_add(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Rows go to positions of one axis; the other axes go along."""
+    dim, source = n["dim"] % max(out.ndim, 1), n.get("source")
+    axes = list(w.of(n["self"]))
+    for i, axis in enumerate(w.of(source)) if isinstance(source, Tensor) and source.ndim else ():
+        if i == dim:
+            w.pin(axis, f"put by number in {w.where}")
+        else:
+            axes[i] = w.join(axes[i], axis)
+    w.pin(axes[dim], f"looked up by number in {w.where}", by_number=True)
+    axes[dim] = w.fixed(out.shape[dim], "looked up by number")
+    return axes
+
+
+@rule("gather")
+def gather(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Positions looked up by number in one axis, for each place of the others."""
+    x, where, dim = n["self"], n["index"], n["dim"] % max(n["self"].ndim, 1)
+    axes = w.of(x)
+    for i, size in enumerate(where.shape):
+        if i != dim:
+            axes = w.piece(axes, i, 0, size)
+    w.pin(axes[dim], f"looked up by number in {w.where}", by_number=True)
+    found = [w.join(a, b) if a else b for a, b in zip(axes, w.of(where), strict=True)]
+    found[dim] = w.fixed(out.shape[dim], "looked up by number")
+    w.pin(w.of(where)[dim], "numbers of positions")
+    return found
+
+
+@rule("scatter scatter_add scatter_reduce")
+def scatter(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Numbers go to positions of one axis, for each place of the others."""
+    x, dim = n["self"], n["dim"] % max(n["self"].ndim, 1)
+    axes = list(w.of(x))
+    for tensor in tensors_in([n["index"], n.get("src")]):
+        for i, axis in enumerate(w.of(tensor)):
+            if i == dim or tensor.shape[i] != x.shape[i]:
+                w.pin_all((axis, axes[i]), f"put by number in {w.where}", by_number=True)
+            elif axis:
+                axes[i] = w.join(axes[i], axis)
+    w.pin(axes[dim], f"looked up by number in {w.where}", by_number=True)
+    axes[dim] = w.fixed(out.shape[dim], "looked up by number")
+    return axes
+
+
+@rule("_embedding_bag _embedding_bag_forward_only")
+def embedding_bag(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Sums of rows looked up by number."""
+    rows, units = w.of(n["weight"])
+    w.close([units])
+    w.pin(rows, "entries of a vocabulary")
+    given = tensors_in([n["indices"], n["offsets"], n["per_sample_weights"]])
+    w.pin_all((a for t in given for a in w.of(t)), "entries of a vocabulary")
+    bags, *others = (w.fix(t.shape, "bags of entries") for t in out)
+    return [[bags[0], units], *others]
 
 
 def _counts(out: Tensor, indices: Sequence[Tensor | None]) -> list[tuple[int, ...]]:
@@ -357,18 +587,96 @@ def attention(w: TensorAxes, n: Named, out: Any) -> Out:
     return [made, *others]
 
 
+@rule("_cdist_forward _euclidean_dist")
+def distances(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Between rows: a sum over their units."""
+    a, b = list(w.of(n["x1"])), list(w.of(n["x2"]))
+    w.close([*a[:-2], a[-1]])
+    w.close([*b[:-2], b[-1]])
+    w.unify(a[-1], b[-1])
+    return [*(w.join(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)), a[-2], b[-2]]
+
+
+@rule("_trilinear")
+def trilinear(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Products of three tensors, summed over some axes: what a bilinear layer is."""
+    found: list[AtomAxis] = []
+    for k in "123":
+        axes = list(w.of(n[f"i{k}"]))
+        for dim in sorted(n[f"expand{k}"]):
+            axes.insert(dim, ())
+        found = [w.join(x, y) if x and y else x or y for x, y in zip(found or axes, axes, strict=True)]
+    return [axis for dim, axis in enumerate(found) if dim not in n["sumdim"]]
+
+
+@rule("_grouped_mm")
+def grouped_mm(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Stretches of rows, each times a matrix of its own: its expert's."""
+    x, y = w.of(n["self"]), w.of(n["mat2"])
+    if n["self"].ndim != 2 or n["mat2"].ndim != 3:
+        return None
+    w.pin(y[0], f"chosen by number in {w.where}", by_number=True)
+    w.pin(x[0], f"rows are in stretches in {w.where}")
+    rows = w.fixed(out.shape[0], "rows of each expert")
+    for atom in (a for axis in (x[0], rows) for a in w.atoms(axis)):
+        atom.tells = tuple(w.atoms(y[0]))
+    w.close([y[0], y[1]])
+    w.close([x[0], x[1]])
+    w.unify(x[1], y[1])
+    made = y[2]
+    if n.get("bias") is not None:
+        made = w.join(made, w.of(n["bias"])[-1])
+    return [rows, made]
+
+
+@rule("_pack_padded_sequence")
+def pack(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Steps of sequences one behind the other; features go along."""
+    axes = w.of(n["input"])
+    w.pin_all(axes[:2], "steps of sequences")
+    return [[*w.fix(out[0].shape[:1], "steps of sequences"), *axes[2:]], w.fix(out[1].shape, "")]
+
+
+@rule("_thnn_fused_lstm_cell _thnn_fused_gru_cell")
+def recurrent_cell(w: TensorAxes, n: Named, out: Any) -> Out:
+    """One step: gates and state have the same units."""
+    state = n["cx"] if "cx" in n else n["hx"]
+    batch, units = w.of(state)
+    for tensor in tensors_in(n.values()):
+        if tensor is not state:
+            times = tensor.shape[-1] // state.shape[-1]
+            w.unify(w.of(tensor)[-1], tuple(b for _ in range(times) for b in units))
+    same = [batch, units]
+    return [same if t.shape == state.shape else w.fix(t.shape, "kept for gradients") for t in out]
+
+
+@rule("grid_sampler_2d grid_sampler_3d cudnn_grid_sampler _grid_sampler_2d_cpu_fallback")
+def grid_sampler(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Pixels between pixels: channels go along."""
+    x, grid = tensors_in(n.values())[:2]
+    axes, points = w.of(x), w.of(grid)
+    w.pin_all((*axes[2:], *points[1:]), SPATIAL)
+    return [w.join(axes[0], points[0]), axes[1], *w.fix(out.shape[2:], SPATIAL)]
+
+
+@rule("_fft_c2c _fft_r2c _fft_c2r")
+def fourier(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Waves along some axes; the others go along."""
+    return _put_in_order(w, n["self"], n["dim"], out, "a Fourier transform along it")
+
+
 # Norms, reductions and pooling
 
 
-@rule("native_layer_norm")
+@rule("native_layer_norm _fused_rms_norm")
 def layer_norm(w: TensorAxes, n: Named, out: Any) -> Out:
     """Statistics over the last axes: their units may be in any order, with scale and shift."""
     axes, shape = list(w.of(n["input"])), n["normalized_shape"]
     kept = [*axes[: -len(shape)], *[() for _ in shape]]
     w.close(kept)  # they must not depend on what the statistics are over
-    for tensor in tensors_in([n["weight"], n["bias"]]):
+    for tensor in tensors_in([n["weight"], n.get("bias")]):
         axes = _plus(w, tensor, axes)
-    return [axes, kept, kept]
+    return [axes, kept, kept][: len(out)]
 
 
 @rule(
@@ -409,9 +717,8 @@ def group_norm(w: TensorAxes, n: Named, out: Any) -> Out:
 def reduce(w: TensorAxes, n: Named, out: Any) -> Out:
     """A symmetric function along some axes: in any order there."""
     x, dim = n["self"], n.get("dim")
-    if isinstance(out, tuple) and isinstance(dim, int):  # with indices, which see the order
-        w.pin(w.of(x)[dim], "its order is seen")
-        return [reduce(w, n, out[0])] * 2
+    if isinstance(out, tuple) and isinstance(dim, int):
+        return positions(w, n, out)
     if isinstance(out, tuple):
         return None
     if "other" in n:
@@ -423,20 +730,34 @@ def reduce(w: TensorAxes, n: Named, out: Any) -> Out:
     return [() if i in gone else axis for i, axis in axes if kept or i not in gone]
 
 
-@rule("cumsum cumprod argsort sort topk argmax argmin cummax cummin kthvalue median mode logcumsumexp")
+@rule("cumsum cumprod cummax cummin logcumsumexp")
 def ordered(w: TensorAxes, n: Named, out: Any) -> Out:
     """The order of an axis is seen; where the others only go along, they may move."""
+    found = _put_in_order(
+        w, n["self"], [n["dim"]] if n["self"].ndim else [], tensors_in([out])[0], "its order is seen"
+    )
+    return [found] * len(out) if isinstance(out, tuple) else found
+
+
+@rule("sort topk kthvalue median nanmedian mode argsort argmax argmin aminmax")
+def positions(w: TensorAxes, n: Named, out: Any) -> Out:
+    """Numbers by their size, in whatever order they came; who reads where they were sees it."""
     x, dim = n["self"], n.get("dim")
-    made = out if isinstance(out, tuple) else (out,)
-    if dim is None:
-        return None
-    why = f"its order is seen in {w.where}"
-    axes, kept = list(w.of(x)), made[0].ndim == x.ndim
-    w.pin(axes[dim], why, by_number=True)
-    axes[dim] = w.fixed(made[0].shape[dim], why) if kept else ()
-    if not kept:
-        del axes[dim]
-    return [axes] * len(made) if isinstance(out, tuple) else axes
+    made = tensors_in([out])
+    if dim is None or x.ndim == 0:
+        w.pin_all(w.of(x), f"its order is seen in {w.where}")
+        found = [w.fix(t.shape, "its order is seen") for t in made]
+    else:
+        axes, why = list(w.of(x)), f"its order is seen in {w.where}"
+        axis = axes.pop(dim)
+        w.close(axes)
+        if made[0].ndim == x.ndim:
+            axes.insert(dim % x.ndim, w.fixed(made[0].shape[dim], why))
+        found = [list(axes) for _ in made]
+        for tensor in made:
+            if not tensor.is_floating_point():
+                w.positions[tensor] = axis
+    return found if isinstance(out, tuple) else found[0]
 
 
 def pool(w: TensorAxes, n: Named, out: Any, dims: int) -> Out:
@@ -452,7 +773,7 @@ def pool(w: TensorAxes, n: Named, out: Any, dims: int) -> Out:
 
 RULES_IN_A_LINE: dict[str, Rule] = {
     # One number everywhere, or copies along an axis, look the same in any order.
-    """empty zeros ones full new_zeros new_ones new_full new_empty empty_like zeros_like ones_like
+    """empty zeros ones full empty_strided new_empty_strided new_zeros new_ones new_full new_empty empty_like zeros_like ones_like
     full_like scalar_tensor""": lambda w, n, out: [w.alike(size) for size in out.shape],
     "expand": lambda w, n, out: broadcast(w, [n["self"]], out.shape),
     # The same numbers in row-major order under another shape; axes in another order.
@@ -460,6 +781,16 @@ RULES_IN_A_LINE: dict[str, Rule] = {
         lambda w, n, out: w.reshape(w.of(n["self"]), n["self"].shape, out.shape)
     ),
     # Only where it changes nothing but the memory behind the numbers.
+    "histc bincount repeat_interleave affine_grid_generator searchsorted": (
+        lambda w, n, out: _counted(w, n, out)
+    ),
+    "view_as_real": lambda w, n, out: [*w.of(n["self"]), w.fixed(2, "real and imaginary")],
+    "view_as_complex": lambda w, n, out: _put_in_order(
+        w, n["self"], [-1], n["self"], "real and imaginary"
+    )[:-1],
+    "linalg_cross": lambda w, n, out: _put_in_order_of(
+        w, broadcast(w, [n["self"], n["other"]], out.shape), n["dim"], out
+    ),
     "as_strided": lambda w, n, out: w.of(n["self"]) if n["self"].shape == out.shape else None,
     "t numpy_T": lambda w, n, out: w.of(n["self"])[::-1],
     "permute": lambda w, n, out: [w.of(n["self"])[i] for i in n["dims"]],
@@ -470,7 +801,7 @@ RULES_IN_A_LINE: dict[str, Rule] = {
     "unbind": lambda w, n, out: [
         w.pick(w.of(n["self"]), n["dim"] % n["self"].ndim, i) for i in range(len(out))
     ],
-    "roll flip": lambda w, n, out: _put_in_order(
+    "roll flip rot90": lambda w, n, out: _put_in_order(
         w, n["self"], n["dims"] or range(out.ndim), out, "positions change places"
     ),
     "mm bmm mv dot vdot matmul": lambda w, n, out: _product(w, *tensors_in(n.values())[:2]),
@@ -493,12 +824,16 @@ RULES_IN_A_LINE: dict[str, Rule] = {
         w.of(n["g"]),
     ],
     "var_mean std_mean": lambda w, n, out: [reduce(w, n, out[0])] * 2,
-    "upsample_bilinear2d upsample_bicubic2d": lambda w, n, out: pool(w, n, out, 2),
+    """upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+    _upsample_lanczos2d_aa""": lambda w, n, out: pool(w, n, out, 2),
+    "upsample_linear1d": lambda w, n, out: pool(w, n, out, 1),
+    "upsample_trilinear3d": lambda w, n, out: pool(w, n, out, 3),
 }
 for _dims in (1, 2, 3):
     RULES_IN_A_LINE |= {
         f"""avg_pool{_dims}d _adaptive_avg_pool{_dims}d max_pool{_dims}d adaptive_max_pool{_dims}d
-        max_pool{_dims}d_with_indices upsample_nearest{_dims}d reflection_pad{_dims}d
+        max_pool{_dims}d_with_indices upsample_nearest{_dims}d _upsample_nearest_exact{_dims}d
+        reflection_pad{_dims}d
         replication_pad{_dims}d""": partial(pool, dims=_dims)
     }
 for _names, _rule in RULES_IN_A_LINE.items():
