@@ -385,15 +385,12 @@ class Axes:
         y.link = x
         x.shares = {**self._shares(y), **shares}
         x.reached |= y.reached
-        told, x.tells = (*x.tells, *y.tells), (*x.tells, *y.tells)
+        x.tells = (*x.tells, *y.tells)
         reasons = [(a.pinned, a.by_number) for a in (x, y) if a.pinned is not None]
         for why, by_number in reasons:
             self._pin_atom(x, why, by_number)
         for a, b in pairs:
             self._unify_atoms(a, b)
-        for a in told[1:]:  # a position belongs to one unit of each of these: the same, then
-            if self.find(a).size == self.find(told[0]).size:
-                self._unify_atoms(told[0], a)
 
     def _unify_parts(self, x: Atom, y: Atom) -> None:
         self.unify(((x,),), ((y,),))

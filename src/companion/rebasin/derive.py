@@ -185,8 +185,21 @@ class Watcher(Tracer):
                 self.routers.append(found[0])
             axes.pin(axis, f"its order is seen in {axes.where}", by_number=True)
         if tensor in axes.own and tensor.ndim > 1 and tensor not in self.routed:
-            like = (a for a in reversed(self.routers) if a.size == tensor.shape[0])
-            self.routed[tensor] = next(like, None)
+            like = [a for a in reversed(self.routers) if a.size == tensor.shape[0]]
+            if self.nested and like:
+                self.routed[tensor] = like[0]
+
+    def follows(self, tensor: Tensor) -> Atom | None:
+        """The choice by number that a stack follows, if its first axis is itself chosen from."""
+        find, axis = self.axes.find, self.axes.normal(self.axes.known[tensor][0])
+        router = find(self.routed[tensor])
+        if len(axis) != 1 or len(axis[0]) != 1 or not (axis[0][0].by_number and router.by_number):
+            return None
+        others = {find(r) for r in self.routers} - {router}
+        if axis[0][0] in others:
+            return None  # the scores of a later choice
+        self.axes.unify(((router,),), axis)
+        return find(router)
 
     def seen(
         self, func: Any, op: str, nth: int, args: tuple[Any, ...], kwargs: Any, out: Any
@@ -218,6 +231,9 @@ class Watcher(Tracer):
             found = [axes.fix(t.shape, why if given else f"made by {op}") for t in made]
         elif isinstance(out, Tensor):
             found = [found]
+        for tensor in given:
+            if tensor in self.routed:
+                self.follows(tensor)
         live = any(t in self._live for t in given)
         if live and op == "_local_scalar_dense":
             self._note(f"forward reads a number out of its data in {where}: proven for this path")
@@ -274,6 +290,9 @@ class _Reading:
         for entry in seen.log:
             for axis in entry.axes:
                 self._name(axis, entry.module)
+        for name, found in used.items():  # what no operation has seen as a whole
+            for axis in found:
+                self._name(axis, name.rpartition(".")[0])
         axes, views = {}, {}
         for name, found in used.items():
             dims, pieces = self._laid_out(found)
@@ -334,24 +353,12 @@ class _Reading:
         is only their numbers: so it is assumed here, and proven with all the rest.
         """
         w, seen = self.axes, self.watcher
-        stacks: dict[Atom, list[list[AtomAxis]]] = {}
-        for tensor, router in seen.routed.items():
-            axes = w.known[tensor]
-            axis = w.normal(axes[0])
-            if router is None or len(axis) != 1 or len(axis[0]) != 1:
-                continue
-            atom, router = axis[0][0], w.find(router)
-            if atom.by_number and router.by_number and atom is not router:
-                stacks.setdefault(router, []).append(axes)
-        for router, tensors in stacks.items():
-            experts = [w.normal(axes[0])[0][0] for axes in tensors]
-            if any(w.find(a) is not w.find(experts[0]) and not a.by_number for a in experts):
-                continue
-            for atom in experts:
-                w.unify(((router,),), ((atom,),))
-            root = w.find(router)
-            root.pinned, root.by_number = None, False
-            w.alike_in_all(root, [a for axes in tensors for axis in axes[1:] for a in w.atoms(axis)])
+        for router in dict.fromkeys(map(w.find, seen.routers)):
+            stacks = [w.known[t] for t in seen.routed if seen.follows(t) is router]
+            if stacks and router.by_number:
+                router.pinned, router.by_number = None, False
+                inner = (axis for axes in stacks for axis in axes[1:])
+                w.alike_in_all(router, [a for axis in inner for a in w.atoms(axis)])
 
     def _laid_out(
         self, axes: Sequence[AtomAxis]

@@ -617,9 +617,11 @@ def grouped_mm(w: TensorAxes, n: Named, out: Any) -> Out:
         return None
     w.pin(y[0], f"chosen by number in {w.where}", by_number=True)
     w.pin(x[0], f"rows are in stretches in {w.where}")
-    rows = w.fixed(out.shape[0], "rows of each expert")
+    rows, experts = w.fixed(out.shape[0], "rows of each expert"), tuple(w.atoms(y[0]))
+    for told in [t for a in w.atoms(x[0]) for t in a.tells if total(y[0]) == t.size]:
+        w.unify(((told,),), y[0])
     for atom in (a for axis in (x[0], rows) for a in w.atoms(axis)):
-        atom.tells = tuple(w.atoms(y[0]))
+        atom.tells = (*atom.tells, *experts)
     w.close([y[0], y[1]])
     w.close([x[0], x[1]])
     w.unify(x[1], y[1])
