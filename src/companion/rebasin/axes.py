@@ -190,13 +190,18 @@ class Axes:
             return Atom(1, pinned="one unit")
         return Atom(total(axis), parts=axis)
 
-    def _product(self, atom: Atom, outer: int) -> AtomBlock:
-        """``atom`` as ``outer`` times the rest, row-major; the rest lies within the outer part."""
+    def _product(self, atom: Atom, outer: int, flipped: bool = False) -> AtomBlock:
+        """``atom`` as ``outer`` times the rest, row-major; the rest lies within the outer part.
+
+        Or, ``flipped``, the outer part within the rest.
+        """
         rest = atom.size // outer
         if atom.pinned is not None and not atom.equal:  # nothing depends on its parts
             return (Atom(outer, pinned=atom.pinned), Atom(rest, pinned=atom.pinned))
         first = Atom(outer, within=atom.within, equal=atom.equal)
-        second = Atom(rest, within=(*atom.within, first), equal=atom.equal)
+        second = Atom(rest, within=atom.within, equal=atom.equal)
+        inner, holder = (first, second) if flipped else (second, first)
+        inner.within = (*atom.within, holder)
         shares, atom.shares = self._shares(atom), {}
         atom.parts = ((first, second),)
         for key, share in shares.items():
@@ -348,8 +353,14 @@ class Axes:
                     return
                 xs, ys = list(self._normal(tuple(xs))[0]), list(self._normal(tuple(ys))[0])
                 continue
+            later = {*self.leaves(xs[1:]), *self.leaves(ys[1:])}
+            flipped = bool(later & {*self._contexts(a), *self._contexts(b)})
             if a.size == b.size:
+                if flipped:  # outer units first: whether inner ones share an order depends on them
+                    self._unify_block(tuple(xs[1:]), tuple(ys[1:]))
                 self._unify_atoms(a, b)
+                if flipped:
+                    return
                 xs.pop(0)
                 ys.pop(0)
                 continue
@@ -359,7 +370,7 @@ class Axes:
                 self.pin((tuple(xs),), why)
                 self.pin((tuple(ys),), why)
                 return
-            rest[:1] = self._product(big, small.size)
+            rest[:1] = self._product(big, small.size, flipped)
 
     def _unify_atoms(self, x: Atom, y: Atom) -> None:
         while True:

@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, groupby
+from itertools import chain, count, groupby
 from typing import Any
 
 import torch
@@ -309,7 +309,8 @@ class _Reading:
         for name in self.parameters:
             for dim, axis in enumerate(used.get(name, ())):
                 atoms = (a for block, _ in self._pieces(axis) for a in block if a.size > 1)
-                why = next((a.pinned for a in atoms if a.pinned), None)
+                atoms = chain.from_iterable((a, *a.shares.values()) for a in atoms)
+                why = next((a.pinned for a in map(self.axes.find, atoms) if a.pinned), None)
                 if why and not why.startswith(NATURAL):
                     held[f"{name}[{dim}]"] = why
         return spec.Spec(
