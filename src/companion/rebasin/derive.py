@@ -369,7 +369,8 @@ class _Reading:
         lies = [set(w.atoms(axis)) for axis in axes]
         to = list(range(len(axes)))
         for dim, atoms in enumerate(lies):
-            outer = {x for a in atoms if a.pinned is None for c in w.context(a) for x in w.leaves([c])}
+            inner = (c for a in atoms if a.pinned is None for c in w.context(a))
+            outer = {x for c in inner for x in w.leaves([c])} - atoms
             for other, there in enumerate(lies):
                 if other != dim and outer & there:
                     low, high = sorted((to[dim], to[other]))
