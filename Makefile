@@ -35,7 +35,7 @@ PACKAGE := $(shell find src/companion -name '*.py' -not -path '*/book/*' -not -p
 	$(shell find data/recorded -name '*.json' -o -type d 2>/dev/null) $(wildcard data/claims.yaml)
 PAGES := $(wildcard *.md) _config.yml _toc.yml references.bib $(wildcard book/*) $(wildcard src/companion/book/*.py)
 
-.PHONY: book notebooks test test-quick lint format serve gpu-pack clean distclean help
+.PHONY: book notebooks test test-quick lint format readme serve gpu-pack clean distclean help
 
 book: $(BUILT) ## the site: PROFILE=quick (default: minutes on a CPU), gpu or paper
 	@printf 'The book is ready:\n  %s\n  file://%s\n' '$(SITE)' '$(abspath $(SITE))'
@@ -59,6 +59,9 @@ format: $(READY) ## format the package and the chapters' cells, and mend what ru
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BOOK) format
+
+readme: $(BUILT) ## README.md's table of what held, and its picture, from the built run
+	@$(BOOK) readme --profile $(PROFILE)
 
 serve: $(BUILT) ## the site at http://localhost:8000 (PORT=...); it also opens from the disk
 	$(BIN)/python -m http.server --bind localhost --directory '$(dir $(SITE))' $(PORT)

@@ -13,6 +13,7 @@ from companion.book import notebooks as _notebooks
 from companion.book import site
 from companion.book.layout import Book
 from companion.book.shape import shape as _shape
+from companion.book.stage import readme as _readme
 from companion.book.stage import stage as _stage
 from companion.core.errors import CompanionError
 
@@ -63,6 +64,13 @@ def html(profile: Profile = "quick", root: Root = Path()) -> None:
     """Build the site from the staged tree and check it: build/PROFILE/book/_build/html/."""
     front = site.build(Book(root), profile)
     print(front)
+
+
+@app.command()
+def readme(profile: Profile = "quick", root: Root = Path()) -> None:
+    """Write README's table of what held, and its picture (book/plane.svg), from the built run."""
+    for path in _readme(Book(root), profile):
+        print(path)
 
 
 @app.command()

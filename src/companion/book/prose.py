@@ -33,7 +33,7 @@ _TOKEN = re.compile(
     r"|\{\{(?P<asked>[^\n]*?)\}\}",
     re.DOTALL,
 )
-_ASKED = re.compile(r"\s*([A-Za-z_]\w*)\s*(?::([^{}]*?))?\s*")
+_ASKED = re.compile(r"\s*((?:\w+\.)?[A-Za-z_]\w*)\s*(?::([^{}]*?))?\s*")
 _ODD = {"nan": "no valid value", "inf": "∞", "-inf": "−∞"}  # as page.fillable writes them
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>#+\-:!|~$&=^@]")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from companion.book.layout import Book, BookError
+from companion.book.polish import polish
 
 
 def build(book: Book, profile: str) -> Path:
@@ -35,6 +36,7 @@ def build(book: Book, profile: str) -> Path:
         # A page that is not read again does not warn again: without this, a second try would pass.
         shutil.rmtree(html.parent / ".doctrees", ignore_errors=True)
         raise BookError("Jupyter Book failed, or Sphinx warned: see above.")
+    polish(html)
     check(book, profile)
     return html / "index.html"
 

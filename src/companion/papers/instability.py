@@ -23,7 +23,7 @@ import numpy as np
 
 from companion import data
 from companion.connectivity import Curve, Plane, gates, plane
-from companion.core import stats
+from companion.core import codec, stats
 from companion.core.errors import BadParameter, NotMeasured
 from companion.core.stats import Interval
 from companion.core.theta import Theta
@@ -784,7 +784,7 @@ def _show_against_k(
 
 
 def planes(study: Study) -> dict[int, Plane]:
-    """First and last fork step -> the plane through W_0 and two copies of the first init."""
+    """Fork step -> the plane through W_0 and two copies of the first initialisation."""
     start = load_weights(trunk(study.noisy, 0), 0, device=study.device)
     module = build(trunk(study.noisy, 0), study.images, study.images.train.x.device)
     test = {"test": study.images.test.head(500 if study.device == "cpu" else 2000)}
@@ -792,19 +792,25 @@ def planes(study: Study) -> dict[int, Plane]:
     def end(k: int, number: int) -> Theta:
         return load_weights(copy(study.noisy, 0, k, number), device=study.device)
 
-    return {k: plane(module, start, end(k, 1), end(k, 2), test) for k in (study.first, study.last)}
+    return {k: plane(module, start, end(k, 1), end(k, 2), test) for k in study.ks}
 
 
 def show_plane(study: Study) -> None:
-    """Test error on the plane through W_0 and two copies, for the first and the last fork step."""
+    """Test error on the plane through W_0 and two copies, for the first and the last fork step.
+
+    The data behind it has the planes and the lines of all fork steps: the front page shows them.
+    """
     found = planes(study)
+    lines = {  # of the very copies that span the plane
+        k: study.forks.at(k)[0].result.barrier.curve.values["test"]["error"] for k in found
+    }
     fig, axes = plots.grid(2, height=4.2)
-    drawn = plots.planes(axes, {str(k): one for k, one in found.items()})
-    peaks: Values = {}
-    for ax, k, name in zip(axes, found, ("peak_first", "peak_last"), strict=True):
+    ends = {"peak_first": study.first, "peak_last": study.last}
+    plots.planes(axes, {str(k): found[k] for k in ends.values()})
+    for ax, k in zip(axes, ends.values(), strict=True):
         ax.set_title(f"copies part at k = {k}")
-        line = study.forks.at(k)[0].result.barrier.curve  # the segment drawn
-        peaks[name] = max(line.values["test"]["error"])
+    drawn = {str(k): {**codec.to_json(found[k]), "line": lines[k]} for k in found}
+    peaks: Values = {name: max(lines[k]) for name, k in ends.items()}
     figures.publish(fig, "plane", data=drawn, values=peaks)
 
 

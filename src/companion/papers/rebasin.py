@@ -895,7 +895,15 @@ def show_swap() -> None:
                 for y in rows:
                     ax.plot([1, x], [place, y], color=colours[unit], linewidth=1.2)
             ax.plot(1, place, "o", markersize=17, color=colours[unit])
-            ax.text(1, place, "abcd"[unit], ha="center", va="center", color="white", weight="bold")
+            ax.text(
+                1,
+                place,
+                "abcd"[unit],
+                ha="center",
+                va="center",
+                color=figures.ON_DARK,
+                weight="bold",
+            )
             ax.annotate(str(place + 1), (1, place), xytext=(-4, 12), textcoords="offset points")
         for x, rows in ends:
             ax.plot([x] * len(rows), rows, "o", markersize=11, color="#555555")
@@ -910,7 +918,11 @@ def show_plane(study: Study) -> None:
     drawn = plots.planes(
         axes, {"": study.plane}, names=("A", "B", "π(B)"), segments=((0, 1), (0, 2))
     )
-    figures.publish(fig, "rebasin-plane", data=drawn[""])
+    lines = {  # of the pair that spans the plane
+        name: study.first[key][0].barrier.curve.values["test"]["error"]
+        for name, key in (("line", "naive"), ("line matched", "weights"))
+    }
+    figures.publish(fig, "rebasin-plane", data={**drawn[""], **lines})
 
 
 def show_lines(study: Study) -> None:

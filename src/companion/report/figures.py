@@ -49,6 +49,20 @@ OKABE_ITO = {
     "yellow": "#F0E442",
 }
 
+#: Colour of a figure in the light -> in the dark: ink, quiet lines, grid, plates under a text, and
+#: the lines that a dark ground would swallow. Whatever stands on a colour of its own, such as a
+#: number in a cell of a heat map, uses ON_DARK and ON_LIGHT, which stay.
+NIGHT = {
+    "#1a1a1a": "#e6e6e6",
+    "#000000": "#e6e6e6",
+    "#555555": "#ababab",
+    "#d9d9d9": "#404448",
+    "#ffffff": "#14181e",
+    "#bbbbbb": "#4a4f55",
+    "#0072b2": "#4aa3df",
+}
+INK, ON_DARK, ON_LIGHT = "#1a1a1a", "#fefefe", "#010101"
+
 # Equal input gives equal bytes: matplotlib salts the ids inside an SVG, by default at random.
 _DETERMINISTIC: Any = {"svg.hashsalt": "companion", "svg.fonttype": "path"}
 
@@ -81,9 +95,12 @@ def use_style() -> None:
             "figure.dpi": 100,
             "figure.figsize": (6.8, 4.0),
             "figure.constrained_layout.use": True,
-            # The plate is part of the figure: in dark mode the page does not show through.
-            "figure.facecolor": "white",
-            "savefig.facecolor": "white",
+            # No plate: the page shows through, and a second picture has the dark's colours.
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+            **dict.fromkeys(("xtick.color", "ytick.color"), INK),
             # DejaVu ships with matplotlib, so the picture is the same on every machine.
             "font.family": ["DejaVu Sans"],
             "font.size": 10.5,
@@ -162,6 +179,7 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
     fixed: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     with mpl.rc_context():
         use_style()
+        mpl.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white"})
         fig = Figure(**size)
         yield fig
         try:
@@ -173,6 +191,11 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
 def label(name: str) -> str:
     """The cross-reference label of the figure ``name``: ``fig-<name>``."""
     return name if name.startswith("fig-") else f"fig-{name}"
+
+
+def dark(svg: str) -> str:
+    """A figure of the book in the colours of the dark, from its SVG."""
+    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: NIGHT.get(found[0].lower(), found[0]), svg)
 
 
 def _svg(fig: Figure, title: str) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from companion.core import codec
+from companion.report.figures import ON_DARK, ON_LIGHT
 from companion.report.words import said
 
 if TYPE_CHECKING:
@@ -447,7 +448,7 @@ def planes(
     for ax, one, z in zip(axes, found.values(), grids, strict=True):
         z = np.clip(z, steps[0], steps[-1])
         filled = ax.contourf(one.x, one.y, z, levels=steps, cmap=MAP)
-        ax.contour(one.x, one.y, z, levels=steps, colors="white", linewidths=0.4)
+        ax.contour(one.x, one.y, z, levels=steps, colors=ON_DARK, linewidths=0.4)
         for segment in segments:
             style = "-" if segment == segments[-1] else "--"
             ends = zip(*(one.points[i] for i in segment), strict=True)
@@ -455,7 +456,7 @@ def planes(
         for place, ((x, y), name) in enumerate(zip(one.points, names, strict=True)):
             joined = any(place in segment for segment in segments)
             marker = "o" if joined else "s"
-            ax.plot(x, y, marker, color=_RED, markeredgecolor="white", markersize=8)
+            ax.plot(x, y, marker, color=_RED, markeredgecolor=ON_DARK, markersize=8)
             ax.annotate(
                 name,
                 (x, y),
@@ -516,10 +517,10 @@ def heat(
                 fontsize=size,
                 ha="center",
                 va="center",
-                color="w" if dark else "k",
+                color=ON_DARK if dark else ON_LIGHT,
             )
         if apart:
-            ax.axhline(0.5, color="white", linewidth=3)
+            ax.axhline(0.5, color="#ffffff", linewidth=3)
         ticks = columns[key] if isinstance(columns, Mapping) else columns
         ax.set_xticks(range(len(ticks)), [str(c) for c in ticks])
         ax.set_yticks(range(len(table)), list(maps[key]))

@@ -48,7 +48,7 @@ def show(
 
 def html(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
     """The table as HTML; everything is plain text."""
-    head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
+    head = "".join(f'<th scope="col">{escape(c)}</th>' if c else "<td></td>" for c in columns)
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>'
         + "".join(f"<td>{escape(value)}</td>" for value in rest)
