@@ -1,20 +1,33 @@
 """Which units of the usual families of networks may move: one row a family, for the book.
 
-    python benchmarks/families.py [NAME …]      all of them, or some; writes data/families.json
+python benchmarks/families.py           derives all of them, and writes results/families.json
+python benchmarks/families.py Llama     only some
 
 Networks are small (tiny configurations, no downloads) but have every part of the real ones.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import re
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import nn
 
+from companion.core.errors import BadParameter
+from companion.rebasin import derive
+
+HERE = Path(__file__).resolve().parent
 Made = tuple[nn.Module, Any]
 
 
@@ -68,7 +81,12 @@ def _pixels() -> torch.Tensor:
     return torch.randn(1, 3, 32, 32)
 
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 TEXT = SMALL | {"vocab_size": 50, "max_position_embeddings": 32}
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 DECODER = TEXT | IDS
@@ -92,32 +110,174 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "torchvision: vit_b_16": _image("vit_b_16", 32, image_size=32),
     "torchvision: maxvit_t": _image("maxvit_t", 224),
     "transformers: BERT": _hf("Bert", _ids, "BertForMaskedLM", **TEXT),
-    "transformers: RoBERTa": _hf("Roberta", _ids, "RobertaForMaskedLM", **TEXT | {"pad_token_id": 1}),
-    "transformers: OPT": _hf(
-        "OPT", _ids, "OPTForCausalLM",
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=50,
-        max_position_embeddings=32, word_embed_proj_dim=32, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+    "transformers: RoBERTa": _hf(
+        "Roberta", _ids, "RobertaForMaskedLM", **TEXT | {"pad_token_id": 1}
     ),
-    "transformers: GPT-2": _hf("GPT2", _ids, "GPT2LMHeadModel", n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0),
-    "transformers: Pythia (GPT-NeoX)": _hf("GPTNeoX", _ids, "GPTNeoXForCausalLM", **DECODER),
+    "transformers: OPT": _hf(
+        "OPT",
+        _ids,
+        "OPTForCausalLM",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=48,
+        vocab_size=50,
+        max_position_embeddings=32,
+        word_embed_proj_dim=32,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+    ),
+    "transformers: GPT-2": _hf(
+        "GPT2",
+        _ids,
+        "GPT2LMHeadModel",
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        vocab_size=50,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "transformers: Pythia (GPT-NeoX)": _hf(
+        "GPTNeoX", _ids, "GPTNeoXForCausalLM", **DECODER | {"hidden_size": 64}
+    ),
     "transformers: Llama": _hf("Llama", _ids, "LlamaForCausalLM", **DECODER),
-    "transformers: Llama, grouped queries": _hf("Llama", _ids, "LlamaForCausalLM", **DECODER, num_key_value_heads=2),
-    "transformers: Mistral": _hf("Mistral", _ids, "MistralForCausalLM", **DECODER, num_key_value_heads=2),
+    "transformers: Llama, grouped queries": _hf(
+        "Llama", _ids, "LlamaForCausalLM", **DECODER, num_key_value_heads=2
+    ),
+    "transformers: Mistral": _hf(
+        "Mistral", _ids, "MistralForCausalLM", **DECODER, num_key_value_heads=2
+    ),
     "transformers: Qwen2": _hf("Qwen2", _ids, "Qwen2ForCausalLM", **DECODER, num_key_value_heads=2),
-    "transformers: Qwen3": _hf("Qwen3", _ids, "Qwen3ForCausalLM", **DECODER, num_key_value_heads=2, head_dim=8),
-    "transformers: Gemma 2": _hf("Gemma2", _ids, "Gemma2ForCausalLM", **DECODER, num_key_value_heads=2, head_dim=8),
+    "transformers: Qwen3": _hf(
+        "Qwen3", _ids, "Qwen3ForCausalLM", **DECODER, num_key_value_heads=2, head_dim=8
+    ),
+    "transformers: Gemma 2": _hf(
+        "Gemma2", _ids, "Gemma2ForCausalLM", **DECODER, num_key_value_heads=2, head_dim=8
+    ),
     "transformers: Phi-3": _hf("Phi3", _ids, "Phi3ForCausalLM", **DECODER, num_key_value_heads=2),
-    "transformers: Falcon": _hf("Falcon", _ids, "FalconForCausalLM", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, num_kv_heads=2, new_decoder_architecture=True, bos_token_id=0, eos_token_id=0),
-    "transformers: BLOOM": _hf("Bloom", _ids, "BloomForCausalLM", hidden_size=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=0),
-    "transformers: Mixtral": _hf("Mixtral", _ids, "MixtralForCausalLM", **DECODER, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
-    "transformers: Mamba": _hf("Mamba", _ids, "MambaForCausalLM", hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=50, **IDS),
-    "transformers: T5": _hf("T5", lambda: {"input_ids": _ids(), "decoder_input_ids": _ids()}, "T5ForConditionalGeneration", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=50, decoder_start_token_id=0),
-    "transformers: BART": _hf("Bart", lambda: {"input_ids": _ids(), "decoder_input_ids": _ids()}, "BartForConditionalGeneration", d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=50, max_position_embeddings=32, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2),
-    "transformers: Whisper": _hf("Whisper", lambda: {"input_features": torch.randn(1, 8, 32), "decoder_input_ids": _ids()[:1]}, "WhisperForConditionalGeneration", d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=50, num_mel_bins=8, max_source_positions=16, max_target_positions=16, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0),
+    "transformers: Falcon": _hf(
+        "Falcon",
+        _ids,
+        "FalconForCausalLM",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=50,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "transformers: BLOOM": _hf(
+        "Bloom",
+        _ids,
+        "BloomForCausalLM",
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
+        vocab_size=50,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "transformers: Mixtral": _hf(
+        "Mixtral",
+        _ids,
+        "MixtralForCausalLM",
+        **DECODER,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "transformers: Mamba": _hf(
+        "Mamba",
+        _ids,
+        "MambaForCausalLM",
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        vocab_size=50,
+        **IDS,
+    ),
+    "transformers: T5": _hf(
+        "T5",
+        lambda: {"input_ids": _ids(), "decoder_input_ids": _ids()},
+        "T5ForConditionalGeneration",
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=50,
+        decoder_start_token_id=0,
+    ),
+    "transformers: BART": _hf(
+        "Bart",
+        lambda: {"input_ids": _ids(), "decoder_input_ids": _ids()},
+        "BartForConditionalGeneration",
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        vocab_size=50,
+        max_position_embeddings=32,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    ),
+    "transformers: Whisper": _hf(
+        "Whisper",
+        lambda: {"input_features": torch.randn(1, 8, 32), "decoder_input_ids": _ids()[:1]},
+        "WhisperForConditionalGeneration",
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        vocab_size=50,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    ),
     "transformers: ViT": _hf("ViT", _pixels, "ViTForImageClassification", **SMALL, **TINY_IMAGE),
-    "transformers: Swin": _hf("Swin", _pixels, "SwinForImageClassification", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
-    "transformers: ConvNeXt": _hf("ConvNext", _pixels, "ConvNextForImageClassification", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1]),
-    "transformers: CLIP": _hf("CLIP", lambda: {"input_ids": _ids(), "pixel_values": _pixels()}, text_config=TEXT | IDS | {"bos_token_id": 0, "eos_token_id": 15}, vision_config=SMALL | TINY_IMAGE, projection_dim=16),
+    "transformers: Swin": _hf(
+        "Swin",
+        _pixels,
+        "SwinForImageClassification",
+        image_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=4,
+    ),
+    "transformers: ConvNeXt": _hf(
+        "ConvNext",
+        _pixels,
+        "ConvNextForImageClassification",
+        hidden_sizes=[8, 16, 24, 32],
+        depths=[1, 1, 2, 1],
+    ),
+    "transformers: CLIP": _hf(
+        "CLIP",
+        lambda: {"input_ids": _ids(), "pixel_values": _pixels()},
+        text_config=TEXT | IDS | {"bos_token_id": 0, "eos_token_id": 15},
+        vision_config=SMALL | TINY_IMAGE,
+        projection_dim=16,
+    ),
     "timm: resnet18": _timm("resnet18"),
     "timm: vit_tiny_patch16_224": _timm("vit_tiny_patch16_224", 32, img_size=32, depth=2),
     "timm: mixer_s32_224": _timm("mixer_s32_224", 224),
@@ -132,41 +292,47 @@ FAMILIES: dict[str, Callable[[], Made]] = {
 
 
 def row(make: Callable[[], Made]) -> dict[str, Any]:
-    from companion.core.errors import BadParameter
-    from companion.rebasin import derive
-
+    """What is derived of one network."""
     torch.manual_seed(0)
     net, example = make()
     start = time.perf_counter()
     try:
         spec = derive(net, example, unread="hold")
     except BadParameter as e:
-        return {"derived": False, "why": str(e), "seconds": round(time.perf_counter() - start, 1)}
-    held: dict[str, int] = {}
-    for why in spec.held.values():
-        held[why] = held.get(why, 0) + 1
+        return {"why": str(e), "seconds": round(time.perf_counter() - start, 1)}
     return {
-        "derived": True,
         "groups": len(spec.groups),
+        "inner": sum(g.within is not None for g in spec.groups.values()),
         "log10": round(spec.log10_count()),
-        "held": held,
-        "notes": list(spec.notes),
+        "held": dict(Counter(re.sub(r" in [\w.]+$", "", why) for why in spec.held.values())),
+        "tolerance": spec.tolerance,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-if __name__ == "__main__":
-    import warnings
-
+def main(asked: list[str] | None = None) -> None:
+    """Derive all families, or those whose name holds one of the words, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("words", nargs="*", help="only families with one of these in their name")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "families.json")
+    options = parser.parse_args(asked)
+    machine = harness.machine()
+    for package in ("torchvision", "transformers", "timm"):
+        with suppress(PackageNotFoundError):
+            machine["packages"][package] = version(package)
+    found = {}
     warnings.simplefilter("ignore")
-    asked = sys.argv[1:]
     for name, make in FAMILIES.items():
-        if asked and not any(a in name for a in asked):
+        if options.words and not any(word in name for word in options.words):
             continue
-        try:
-            found = row(make)
-        except Exception as e:
-            found = {"ERROR": f"{type(e).__name__}: {e}"[:300]}
-        print(name, {k: v for k, v in found.items() if k != "held"}, flush=True)
-        for why, n in sorted(found.get("held", {}).items(), key=lambda p: -p[1])[:8]:
-            print("     ", n, why, flush=True)
+        if find_spec(name.partition(":")[0]) is None:
+            continue
+        found[name] = row(make)
+        print(name, found[name], flush=True)
+    harness.write(
+        options.out, {"benchmark": "families", "machine": machine, "settings": {}, "rows": found}
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - the grammar is a table
 """Networks drawn from a grammar of layers: their specs hold, and what was permuted comes back."""
 
 from __future__ import annotations

@@ -151,7 +151,9 @@ def test_group_norm_over_a_concatenation(
 def test_grouped_convolutions(layer: nn.Module, sizes: list[int]) -> None:
     """Groups in any order; in each of them what it reads, and what it makes."""
     made = int(getattr(layer, "out_channels", 0))
-    module = shaken(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), layer, nn.Tanh(), nn.Conv2d(made, 2, 1)))
+    module = shaken(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), layer, nn.Tanh(), nn.Conv2d(made, 2, 1))
+    )
     spec = derive(module, IMAGE)
     assert sorted(g.size for g in spec.groups.values()) == sizes
     assert not spec.held
@@ -283,7 +285,7 @@ def test_stacked_experts(style: str, bias: bool) -> None:
 
 
 def test_an_expert_that_was_not_run_stays() -> None:
-    """Layers stacked in one tensor, of which the example runs two: nothing is known of the third."""
+    """Layers stacked in one tensor, of which the example runs two: of the third nothing is known."""
 
     class Stacked(nn.Module):
         def __init__(self) -> None:
@@ -309,7 +311,9 @@ def test_an_expert_that_was_not_run_stays() -> None:
 
 
 class Between(nn.Module):
-    def __init__(self, before: nn.Module, middle: Callable[[Tensor], Tensor], after: nn.Module) -> None:
+    def __init__(
+        self, before: nn.Module, middle: Callable[[Tensor], Tensor], after: nn.Module
+    ) -> None:
         super().__init__()
         self.before, self.middle, self.after = before, middle, after
 
@@ -406,7 +410,9 @@ def test_channels_go_along(name: str) -> None:
     ends: Any = ((5, 8), (width, 2)) if dims == 0 else ((example.shape[1], 8, 1), (width, 2, 1))
     module = shaken(Between(layer(*ends[0]), middle, layer(*ends[1])))
     spec = derive(module, example)
-    moved = sum(g.size * (spec.groups[g.within].size if g.within else 1) for g in spec.groups.values())
+    moved = sum(
+        g.size * (spec.groups[g.within].size if g.within else 1) for g in spec.groups.values()
+    )
     assert moved >= {"narrow": 6, "pixel shuffle": 2}.get(name, 8)
     if name != "narrow":
         assert not spec.held

@@ -20,6 +20,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+PICKED = "one unit is picked out"
+"""How the reason begins of what is only chosen by number."""
+
 AtomBlock = tuple["Atom", ...]
 AtomAxis = tuple[AtomBlock, ...]
 """Blocks one behind the other; an axis of one position is ``()``."""
@@ -302,7 +305,7 @@ class Axes:
                 out = self.piece(out, dim, start, length(block))
                 break
             start += length(block)
-        why = f"one unit is picked out in {self.where}"
+        why = f"{PICKED} in {self.where}"
         axis = self.normal(out.pop(dim))
         self.pin(axis, why, by_number=True)
         if len(axis) != 1 or len(axis[0]) != 1:
@@ -406,9 +409,10 @@ class Axes:
     def _unify_parts(self, x: Atom, y: Atom) -> None:
         self.unify(((x,),), ((y,),))
         x, y = self.find(x), self.find(y)
-        if x is not y and x.parts is not None and y.parts is not None:
-            if [length(b) for b in x.parts] == [length(b) for b in y.parts]:
-                y.link = x  # what lies within one lies within the other
+        if x is y or x.parts is None or y.parts is None:
+            return
+        if [length(b) for b in x.parts] == [length(b) for b in y.parts]:
+            y.link = x  # what lies within one lies within the other
 
     def uniform(self, atom: Atom, outer: Atom) -> None:
         """An atom within another has the same order in every unit of that other one."""

@@ -31,8 +31,14 @@ logger = logging.getLogger("companion")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "hardtanh", "leaky_relu", "elu", "mish")
 """Functions after which activation matching looks (Git Re-Basin, Section 3.1)."""
 
-NATURAL = ("the input", "the output", "positions of", "entries of a vocabulary", "whole numbers")
+NATURAL = (
+    *("the input", "the output", "positions of", "entries of a vocabulary", "entries of a table"),
+    "whole numbers",
+)
 """How reasons begin that go without saying; all others are told, in :attr:`Spec.held`."""
+
+PIECES = (rules.PICKED, "pieces are stacked", "stacked in order")
+"""Reasons of an axis of pieces that have units of their own, such as queries, keys and values."""
 
 
 def derive(module: nn.Module, example: Any, *, unread: str = "refuse") -> spec.Spec:
@@ -66,16 +72,23 @@ def derive(module: nn.Module, example: Any, *, unread: str = "refuse") -> spec.S
     # What lies within other units, and experts that are chosen by number, are guesses that the
     # proof decides: if it does not agree, then without them.
     for nested in (True, False):
-        try:
-            return _derived(module, example, unread, nested)
-        except proof.Unproven as e:
-            first = first or e
+        # Noise can make a deep network chaotic: then with less of it.
+        for strength in (1.0, 0.1, 0.0):
+            try:
+                return _derived(module, example, unread, nested, strength)
+            except proof.Chaotic as e:
+                first = first or e
+            except proof.Unproven as e:
+                first = first or e
+                break
     assert first is not None
     raise first
 
 
-def _derived(module: nn.Module, example: Any, unread: str, nested: bool) -> spec.Spec:
-    net, watcher, reference = _watched(module, example, nested)
+def _derived(
+    module: nn.Module, example: Any, unread: str, nested: bool, strength: float
+) -> spec.Spec:
+    net, watcher, reference = _watched(module, example, nested, strength)
     for tensor in net.raw:
         watcher.axes.pin_all(watcher.axes.of(tensor), "the output")
     parameters = layout(module).parameters
@@ -93,7 +106,7 @@ def _derived(module: nn.Module, example: Any, unread: str, nested: bool) -> spec
 
 
 def _watched(
-    module: nn.Module, example: Any, nested: bool
+    module: nn.Module, example: Any, nested: bool, strength: float
 ) -> tuple[proof.Subject, Watcher, list[Tensor]]:
     """One forward pass under watch, with as much noise as the network bears.
 
@@ -102,8 +115,9 @@ def _watched(
     first: BadParameter | None = None
     for precision in (torch.float64, torch.float32):
         # Some inputs must stay what they are (logarithms, numbers of categories), some weights too.
-        for shake in (("weights", "inputs"), ("weights",), ()):
-            net = proof.Subject(module, example, shake=shake, precision=precision)
+        for shake in (("weights", "inputs"), ("weights",), ()) if strength else ((),):
+            how: Any = {"shake": shake, "precision": precision, "strength": strength}
+            net = proof.Subject(module, example, **how)
             watcher = Watcher(net, nested)
             try:
                 # Fused attention and recurrent layers are one operation; taken apart many known.
@@ -225,10 +239,11 @@ class Watcher(Tracer):
         if found is None:
             if given:
                 logger.debug("no rule for %s in %s", op, where)
-            why = f"no rule for the operation {op} in {where}"
+            why = f"{spec.UNKNOWN} {op} in {where}"
             for tensor in given:
                 axes.pin_all(axes.of(tensor), why)
-            found = [axes.fix(t.shape, why if given else f"made by {op}") for t in made]
+            constant = f"{rules.CONSTANT}, made by {op}, in {where}"
+            found = [axes.fix(t.shape, why if given else constant) for t in made]
         elif isinstance(out, Tensor):
             found = [found]
         for tensor in given:
@@ -309,8 +324,11 @@ class _Reading:
         for name in self.parameters:
             for dim, axis in enumerate(used.get(name, ())):
                 atoms = (a for block, _ in self._pieces(axis) for a in block if a.size > 1)
-                atoms = chain.from_iterable((a, *a.shares.values()) for a in atoms)
-                why = next((a.pinned for a in map(self.axes.find, atoms) if a.pinned), None)
+                inside = chain.from_iterable((a, *a.shares.values()) for a in atoms)
+                # Then whatever was written out unit by unit, as it stays in order itself.
+                outer = (a for a in self.axes.atoms(axis) if not (a.pinned or "").startswith(PIECES))
+                inside = chain(inside, outer)
+                why = next((a.pinned for a in map(self.axes.find, inside) if a.pinned), None)
                 if why and not why.startswith(NATURAL):
                     held[f"{name}[{dim}]"] = why
         return spec.Spec(
@@ -375,9 +393,7 @@ class _Reading:
                 if other != dim and outer & there:
                     low, high = sorted((to[dim], to[other]))
                     to = [low if t == high else t for t in to]
-        dims = tuple(
-            tuple(d for d, t in enumerate(to) if t == first) for first in sorted(set(to))
-        )
+        dims = tuple(tuple(d for d, t in enumerate(to) if t == first) for first in sorted(set(to)))
         return dims, [self._pieces(*(axes[d] for d in together)) for together in dims]
 
     def _pieces(self, *axes: AtomAxis) -> list[Piece]:
@@ -423,9 +439,14 @@ class _Reading:
                 for i, part in enumerate(atom.parts):
                     end = start + length(part)
                     own = where.narrow(k, start, end - start)
-                    own = own.reshape([*own.shape[:k], *[a.size for a in part], *own.shape[k + 1 :]])
+                    own = own.reshape(
+                        [*own.shape[:k], *[a.size for a in part], *own.shape[k + 1 :]]
+                    )
                     if len(atom.parts) > 1:
-                        before, after = w.members(block[:k], atom, i), w.members(block[k + 1 :], atom, i)
+                        before, after = (
+                            w.members(block[:k], atom, i),
+                            w.members(block[k + 1 :], atom, i),
+                        )
                     out += self._written_out((*before, *part, *after), own)
                     start = end
                 return out

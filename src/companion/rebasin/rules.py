@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from companion.rebasin.axes import Atom, AtomAxis, Axes, total
+from companion.rebasin.axes import PICKED, Atom, AtomAxis, Axes, total
+
+__all__ = ["CONSTANT", "PICKED", "RULES", "TensorAxes", "pointwise", "tensors_in"]
 
 SPATIAL = "positions of an image"
 FILTER = "positions of a kernel"
+CONSTANT = "meets constants that differ along it"
 SMALL = 100_000
 """Numbers of a constant up to which it is looked at, whether they are equal along an axis."""
 ONE: AtomAxis = ((Atom(1, pinned="one unit"),),)
@@ -42,7 +45,7 @@ class TensorAxes(Axes):
             self.known[tensor] = [
                 self.alike(n)
                 if 0 < tensor.numel() < SMALL and bool((tensor == tensor.narrow(i, 0, 1)).all())
-                else self.fixed(n, f"meets numbers that are no parameters in {self.where}")
+                else self.fixed(n, f"{CONSTANT} in {self.where}")
                 for i, n in enumerate(tensor.shape)
             ]
         found: list[AtomAxis] = self.known[tensor]
@@ -148,7 +151,7 @@ def cat(w: TensorAxes, n: Named, out: Any) -> Out:
     tensors = [t for t in n["tensors"] if t.ndim == out.ndim]
     dim = n["dim"] % out.ndim
     if len(tensors) > 1 and all(t.shape[dim] == 1 for t in tensors):
-        outer = w.fixed(len(tensors), "stacked in order")
+        outer = w.fixed(len(tensors), f"stacked in order in {w.where}")
         rest = [[a for d, a in enumerate(w.of(t)) if d != dim] for t in tensors]
         axes = _side_by_side(w, rest, outer)
         axes.insert(dim, outer)
@@ -167,7 +170,7 @@ def cat(w: TensorAxes, n: Named, out: Any) -> Out:
 def stack(w: TensorAxes, n: Named, out: Any) -> Out:
     """A new axis; each tensor keeps its own units along the others."""
     dim = n["dim"] % out.ndim
-    outer = w.fixed(out.shape[dim], "stacked in order")
+    outer = w.fixed(out.shape[dim], f"stacked in order in {w.where}")
     axes = _side_by_side(w, [w.of(t) for t in n["tensors"]], outer)
     axes.insert(dim, outer)
     return axes
@@ -348,9 +351,7 @@ def _counted(w: TensorAxes, n: Named, out: Any) -> list[AtomAxis]:
     return w.fix(out.shape, "counted")
 
 
-def _put_in_order_of(
-    w: TensorAxes, axes: list[AtomAxis], dim: int, out: Any
-) -> list[AtomAxis]:
+def _put_in_order_of(w: TensorAxes, axes: list[AtomAxis], dim: int, out: Any) -> list[AtomAxis]:
     w.pin(axes[dim], f"its order is seen in {w.where}")
     axes[dim] = w.fixed(out.shape[dim], f"its order is seen in {w.where}")
     return axes
@@ -572,7 +573,9 @@ def attention(w: TensorAxes, n: Named, out: Any) -> Out:
         for i, size in enumerate(tensor.shape[:-2]):
             if (times := n["query"].shape[i] // max(size, 1)) > 1:  # queries share keys
                 axes[i] = w.merge([axes[i], w.alike(times)]) if size > 1 else w.alike(times)
-    batch = [w.join(w.join(*both[:2]), both[2]) for both in zip(q[:-2], k[:-2], v[:-2], strict=True)]
+    batch = [
+        w.join(w.join(*both[:2]), both[2]) for both in zip(q[:-2], k[:-2], v[:-2], strict=True)
+    ]
     for axis in (q[-1], k[-1], v[-1]):
         w.close([*batch, axis])
     w.unify(q[-1], k[-1])
@@ -583,7 +586,9 @@ def attention(w: TensorAxes, n: Named, out: Any) -> Out:
     made = [*batch, q[-2], v[-1]]
     if not isinstance(out, tuple):
         return made
-    others = [made[:-1] if t.ndim == len(q) - 1 else w.fix(t.shape, "") for t in tensors_in(out[1:])]
+    others = [
+        made[:-1] if t.ndim == len(q) - 1 else w.fix(t.shape, "") for t in tensors_in(out[1:])
+    ]
     return [made, *others]
 
 
@@ -605,7 +610,9 @@ def trilinear(w: TensorAxes, n: Named, out: Any) -> Out:
         axes = list(w.of(n[f"i{k}"]))
         for dim in sorted(n[f"expand{k}"]):
             axes.insert(dim, ())
-        found = [w.join(x, y) if x and y else x or y for x, y in zip(found or axes, axes, strict=True)]
+        found = [
+            w.join(x, y) if x and y else x or y for x, y in zip(found or axes, axes, strict=True)
+        ]
     return [axis for dim, axis in enumerate(found) if dim not in n["sumdim"]]
 
 
@@ -736,7 +743,11 @@ def reduce(w: TensorAxes, n: Named, out: Any) -> Out:
 def ordered(w: TensorAxes, n: Named, out: Any) -> Out:
     """The order of an axis is seen; where the others only go along, they may move."""
     found = _put_in_order(
-        w, n["self"], [n["dim"]] if n["self"].ndim else [], tensors_in([out])[0], "its order is seen"
+        w,
+        n["self"],
+        [n["dim"]] if n["self"].ndim else [],
+        tensors_in([out])[0],
+        "its order is seen",
     )
     return [found] * len(out) if isinstance(out, tuple) else found
 
@@ -775,8 +786,10 @@ def pool(w: TensorAxes, n: Named, out: Any, dims: int) -> Out:
 
 RULES_IN_A_LINE: dict[str, Rule] = {
     # One number everywhere, or copies along an axis, look the same in any order.
-    """empty zeros ones full empty_strided new_empty_strided new_zeros new_ones new_full new_empty empty_like zeros_like ones_like
-    full_like scalar_tensor""": lambda w, n, out: [w.alike(size) for size in out.shape],
+    """empty zeros ones full empty_strided new_empty_strided new_zeros new_ones new_full new_empty
+    empty_like zeros_like ones_like full_like scalar_tensor""": lambda w, n, out: [
+        w.alike(size) for size in out.shape
+    ],
     "expand": lambda w, n, out: broadcast(w, [n["self"]], out.shape),
     # The same numbers in row-major order under another shape; axes in another order.
     "view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten": (

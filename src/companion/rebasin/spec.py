@@ -37,6 +37,9 @@ from torch import Tensor
 from companion.core.errors import BadParameter, one_of
 from companion.core.theta import Theta
 
+UNKNOWN = "no rule for the operation"
+"""How reasons begin that come from an operation which the derivation does not know."""
+
 Factor = str | int
 Block = tuple[Factor, ...]
 Axis = tuple[Block, ...]
@@ -177,6 +180,21 @@ class Spec:
             for outer in groups
             if outer.within is None
         )
+
+    def why_none(self) -> str:
+        """Why there are no groups, as a sentence: units that cannot move, or of which it is unknown.
+
+        An operation without a rule holds whatever it touches, and that says nothing of symmetries.
+        """
+        unknown = dict.fromkeys(why for why in self.held.values() if why.startswith(UNKNOWN))
+        if unknown:
+            return (
+                "no unit is known to move without changing the outputs, but there may be some: "
+                f"{'; '.join(list(unknown)[:3])}. Units that such an operation touches are held"
+            )
+        shown = [f"{axis}: {reason}" for axis, reason in list(self.held.items())[:3]]
+        reason = "; ".join(shown) or "all of its axes belong to the input or to the output"
+        return f"no unit can be reordered without changing the outputs ({reason})"
 
     def hold(self, *names: str) -> Spec:
         """The same spec with the units of these groups, and of groups within them, left in place.

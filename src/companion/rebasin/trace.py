@@ -47,7 +47,7 @@ def taken_apart(attention: bool = False, recurrent: bool = False) -> Iterator[No
         if attention or recurrent:
             # oneDNN and cuDNN run recurrent layers as one operation.
             torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # typed as torch's property
-            torch.backends.cudnn.enabled = False  # type: ignore[assignment]
+            torch.backends.cudnn.enabled = False
         with sdpa_kernel(SDPBackend.MATH) if attention else nullcontext():
             yield
     finally:
