@@ -304,7 +304,7 @@ def row(make: Callable[[], Made]) -> dict[str, Any]:
         "groups": len(spec.groups),
         "inner": sum(g.within is not None for g in spec.groups.values()),
         "log10": round(spec.log10_count()),
-        "held": dict(Counter(re.sub(r" in [\w.]+$", "", why) for why in spec.held.values())),
+        "held": dict(Counter(re.sub(r",? in [\w.]+$", "", why) for why in spec.held.values())),
         "tolerance": spec.tolerance,
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
-from companion.rebasin import Spec, derive, weight_matching
+from companion.rebasin import Matching, Spec, activation_matching, derive, weight_matching
+from companion.rebasin.derive import _derived
+from companion.rebasin.proof import Chaotic
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=Key("symmetries").generator())
 
@@ -468,3 +472,63 @@ def test_a_forward_that_takes_nothing_but_float32() -> None:
     assert all(torch.equal(a[k], c[k]) for k in a)
     with pytest.raises(BadParameter, match="expected Float"):
         derive(nn.Sequential(nn.Linear(5, 16), Half(), nn.Linear(15, 2)), TABLE)
+
+
+def test_units_that_alternate_are_found_by_their_activations() -> None:
+    module = shaken(FusedHeads("chunk"))
+    spec = derive(module, torch.randn(2, 4, 5))
+    a = snapshot(module)
+    b = spec.permute(a, spec.random(Key("planted").generator()))
+    c = activation_matching(spec, module, a, b, torch.randn(60, 4, 5)).apply(module, b)
+    assert all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_a_matching_of_alternating_units_is_kept_in_a_file(tmp_path: Path) -> None:
+    module = shaken(FusedHeads("chunk"))
+    spec = derive(module, torch.randn(2, 4, 5))
+    a = snapshot(module)
+    found = weight_matching(spec, a, spec.permute(a, spec.random(Key("x").generator())))
+    found.save(tmp_path / "m.safetensors")
+    again = Matching.load(tmp_path / "m.safetensors", derive(module, torch.randn(2, 4, 5)))
+    assert all(torch.equal(p, again.perms[g]) for g, p in found.perms.items())
+    with pytest.raises(BadParameter, match="other layers or sizes"):
+        Matching.load(tmp_path / "m.safetensors", replace(spec, views={}))
+
+
+def test_what_is_unknown_is_not_called_impossible() -> None:
+    def net(middle: Callable[[Tensor], Tensor]) -> Spec:
+        return derive(Between(nn.Linear(5, 4), middle, nn.Linear(4, 2)), 0.1 * torch.randn(4, 5))
+
+    unknown, ordered = (
+        net(torch.linalg.matrix_exp).why_none(),
+        net(lambda x: x.cumsum(-1)).why_none(),
+    )
+    assert "no unit is known to move" in unknown and "linalg_matrix_exp" in unknown
+    assert "no unit can be reordered" in ordered and "order is seen" in ordered
+    alone = derive(nn.Sequential(nn.Linear(5, 2)), torch.randn(3, 5)).why_none()
+    assert "no unit can be reordered" in alone and "the input or to the output" in alone
+
+
+def test_noise_that_makes_a_network_chaotic_is_turned_down() -> None:
+    """A map that doubles differences at every step: no proof with noise in the first weight."""
+
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.out = nn.Linear(5, 6), nn.Linear(6, 2)
+            self.times = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inside(x)
+            for _ in range(60):
+                x = (1 + 30 * self.times) * torch.sin(3 * x * (1 + self.times))
+            out: Tensor = self.out(x)
+            return out
+
+    module = Doubling()
+    with torch.no_grad():
+        module.times.fill_(-0.66)
+    example = torch.randn(3, 5)
+    with pytest.raises(Chaotic, match="rounding alone"):
+        _derived(module, example, "refuse", nested=True, strength=1.0)
+    assert [g.size for g in derive(module, example).groups.values()] == [6]

@@ -326,7 +326,9 @@ class _Reading:
                 atoms = (a for block, _ in self._pieces(axis) for a in block if a.size > 1)
                 inside = chain.from_iterable((a, *a.shares.values()) for a in atoms)
                 # Then whatever was written out unit by unit, as it stays in order itself.
-                outer = (a for a in self.axes.atoms(axis) if not (a.pinned or "").startswith(PIECES))
+                outer = (
+                    a for a in self.axes.atoms(axis) if not (a.pinned or "").startswith(PIECES)
+                )
                 inside = chain(inside, outer)
                 why = next((a.pinned for a in map(self.axes.find, inside) if a.pinned), None)
                 if why and not why.startswith(NATURAL):
