@@ -12,6 +12,7 @@ MAKEFLAGS += --no-builtin-rules
 PROFILE ?= quick
 ARGS ?=
 PORT ?= 8000
+KILLS ?= 1000
 # Processes that share the tests, a file each; 0: none, for a debugger.
 WORKERS ?= auto
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -35,7 +36,7 @@ PACKAGE := $(shell find src/companion -name '*.py' -not -path '*/book/*' -not -p
 	$(shell find data/recorded -name '*.json' -o -type d 2>/dev/null) $(wildcard data/claims.yaml)
 PAGES := $(wildcard *.md) _config.yml _toc.yml references.bib $(wildcard book/*) $(wildcard src/companion/book/*.py)
 
-.PHONY: book notebooks test test-quick lint format readme serve gpu-pack clean distclean help
+.PHONY: book notebooks test test-quick soak lint format readme serve gpu-pack clean distclean help
 
 book: $(BUILT) ## the site: PROFILE=quick (default: minutes on a CPU), gpu or paper
 	@printf 'The book is ready:\n  %s\n  file://%s\n' '$(SITE)' '$(abspath $(SITE))'
@@ -47,6 +48,9 @@ test: $(READY) ## all tests
 
 test-quick: $(READY) ## the tests that take no more than a few seconds each: for daily work
 	$(BIN)/python -m pytest $(SHARED) -m 'not slow' $(ARGS)
+
+soak: $(READY) ## 1,000 kills of commands on one store (KILLS=...): nothing wrong, lost or left behind; hours
+	$(BIN)/python tests/soak.py $(KILLS) build/soak-$$$$
 
 lint: $(READY) $(NOTEBOOKS) ## ruff, formatting, types and the direction of imports, of the package and the chapters' cells
 	$(BIN)/ruff check . $(NOTEBOOKS)

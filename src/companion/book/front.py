@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any
 
 from companion.book.finish import Page
@@ -16,6 +15,8 @@ from companion.book.layout import BookError
 from companion.book.prose import fill
 from companion.core import codec
 from companion.report import claims, scoreboard, walk
+from companion.report.page import as_html as escape
+from companion.report.page import as_text
 from companion.report.recorded import hardware
 
 CLAIMS = "claims.html"
@@ -97,7 +98,7 @@ def _table(pages: Sequence[Page], profile: str) -> str:
         recorded=records,
     )
     lines = "\n".join(
-        f"- `{r.profile}`, {r.title}: {claims.tally(r.verdicts.values())}" for r in records
+        f"- `{r.profile}`, {as_text(r.title)}: {claims.tally(r.verdicts.values())}" for r in records
     )
     before = (
         f"Recorded before, at other scales:\n\n{lines}"

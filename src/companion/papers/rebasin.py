@@ -192,20 +192,24 @@ def setting(
     if colour if net is None else not net.startswith("mlp"):
         own = {"steps": 12_000, "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine"}
         own |= {"augment": "flip+crop4" if min(images.in_shape[1:]) > 8 else "none"}
-        own |= {"warmup": min(400, (recipe.get("steps") or own["steps"]) // 10)}
-        net, width = net or "resnet20:width={width},norm=layer", width or 64
+        steps = recipe.get("steps")
+        own |= {"warmup": min(400, (own["steps"] if steps is None else steps) // 10)}
+        net = "resnet20:width={width},norm=layer" if net is None else net
+        width = 64 if width is None else width
     elif dataset == "digits":
         own = {"steps": 500, "batch": 48, "lr": 0.1, "schedule": "step", "milestones": (0.85,)}
     else:
         own = {"steps": 3000, "batch": 128, "optimizer": "adam", "lr": 1e-3}
-    net = net or "mlp:widths={width}x3" + ("" if dataset == "digits" else ",init=lecun")
-    width = width or 512
+    if net is None:
+        net = "mlp:widths={width}x3" + ("" if dataset == "digits" else ",init=lecun")
+    width = 512 if width is None else width
     if pairs < 1 or "{width}" not in net:
         raise BadParameter("pairs: 1 or more; net: a name with {width} in it.")
     own |= {name: value for name, value in recipe.items() if value is not None}
     main = Recipe(net=net.replace("{width}", str(width)), data=dataset, **own)
     bn = bn or ("reestimate" if models.may_have_batchnorm(main.net) else "interpolate")
-    examples = train_examples or (500 if dataset == "digits" else 10_000)
+    few = 500 if dataset == "digits" else 10_000
+    examples = few if train_examples is None else train_examples
     evaluation = Evaluation(points, bn, examples, test_examples)
     check_fit(main, images)
     return Setting(images, net, main, width, pairs, evaluation, max_error, where, workers)

@@ -17,13 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from companion.core import closing, codec
 from companion.core.errors import BadParameter, CompanionError, NotMeasured
 from companion.report import page
 from companion.report.claims_file import EVIDENCE, KINDS, Claim, papers, registry
+from companion.report.page import as_html as escape
 
 if TYPE_CHECKING:
     from companion.core.stats import Interval  # not imported: it takes torch along

@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.core import codec
+from companion.core import codec, files
 from companion.core.errors import BadParameter
 from companion.report import page
 
@@ -164,6 +164,8 @@ def publish(
 def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
     """A figure of the book's look that is written to a file at the end; no window, no pyplot.
 
+    Its texts are shown as they are: a name with dollars is no formula.
+
     Arguments:
         path: ends in .svg, .pdf or .png.
         title: in the file's metadata.
@@ -182,8 +184,11 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
         mpl.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white"})
         fig = Figure(**size)
         yield fig
+        _as_written(fig)
         try:
-            fig.savefig(path, format=kind, dpi=160, metadata={"Title": title, **fixed[kind]})
+            with files.whole(path) as working:
+                about = {"Title": title, **fixed[kind]}
+                fig.savefig(working, format=kind, dpi=160, metadata=about)
         except OSError as e:
             raise BadParameter(f"--plot: {path} cannot be written ({e.strerror}).") from e
 
@@ -191,6 +196,15 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
 def label(name: str) -> str:
     """The cross-reference label of the figure ``name``: ``fig-<name>``."""
     return name if name.startswith("fig-") else f"fig-{name}"
+
+
+def _as_written(fig: Figure) -> None:
+    """Show every text as it is: a name with dollars is no formula. Ticks are matplotlib's own."""
+    from matplotlib.text import Text
+
+    for text in fig.findobj(Text):
+        if isinstance(text, Text) and "\\mathdefault" not in text.get_text():
+            text.set_parse_math(not text.get_text())
 
 
 def dark(svg: str) -> str:
@@ -203,6 +217,7 @@ def _svg(fig: Figure, title: str) -> str:
     import matplotlib as mpl
 
     out = io.StringIO()
+    _as_written(fig)
     with mpl.rc_context(_DETERMINISTIC):
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
     return out.getvalue()

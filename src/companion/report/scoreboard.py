@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from companion.report.claims import NOT_TESTABLE, SIGNS, Recorded, Verdict
 from companion.report.claims_file import KINDS, papers
+from companion.report.page import as_html as escape
 
 #: Kind of a claim -> the word under which its marks stand.
 _KINDS = {"empirical": "from experiments", "theorem": "theorems", "ours": "our own questions"}

@@ -6,11 +6,11 @@ MyST-NB renders Markdown outputs without table support, so chapters call :func:`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from companion.core.errors import BadParameter
 from companion.report import page
+from companion.report.page import as_html as escape
 
 
 def show(

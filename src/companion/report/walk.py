@@ -13,8 +13,9 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
+
+from companion.report.page import as_html as escape
 
 Point = tuple[float, float]
 
