@@ -334,11 +334,7 @@ def _permuted(
     spec = derive(module, example, unread="hold")
     derived = time.perf_counter() - begun
     if not spec.groups:
-        why = [f"{axis}: {reason}" for axis, reason in list(spec.held.items())[:3]]
-        raise BadParameter(
-            f"model {pair.name!r}: no unit can be reordered without changing the outputs, so there "
-            f"is nothing to match. {'; '.join(why)}"
-        )
+        raise BadParameter(f"model {pair.name!r}: {spec.why_none()}. There is nothing to match.")
     one, two = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))
     found = method.kind.find(method, Problem(module, spec, one, two, train, key))
     assert isinstance(found, Matching)
