@@ -136,6 +136,7 @@ def segment(
     one_of("rest", rest, ("a", "b"))
     steps = grid(points)
     walker = walker or Walker(module, splits_of(data), bn=bn)
+    a, b = check_theta(walker.module, a, "A"), check_theta(walker.module, b, "B")
     names = None if groups is None else walker.layout.select(groups)
     measured = walker.walk((a, b), steps, names=names, rest=a if rest == "a" else b)
     sizes = {name: len(s) for name, s in walker.splits.items()}
@@ -271,6 +272,7 @@ def barrier(
     """
     one_of("bn", bn, BN_MODES)
     splits = splits_of(data)
+    a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
     if isinstance(data, Dataset):
         classes = classes or data.classes
     modes = [bn, *(m for m in BN_MODES if m != bn)] if has_batchnorm(module) else [bn]
@@ -380,8 +382,8 @@ def plane(
     """
     walker = Walker(module, splits_of(data), bn=bn)
     names = walker.layout.parameters
-    for theta, name in ((origin, "origin"), (a, "A"), (b, "B")):
-        check_theta(walker.module, theta, name)
+    ends = ((origin, "origin"), (a, "A"), (b, "B"))
+    origin, a, b = (check_theta(walker.module, theta, name) for theta, name in ends)
     o, u, v = (flatten(t, names).to(walker.device) for t in (origin, a, b))
     u, v = u - o, v - o
     ax = float(u.norm())

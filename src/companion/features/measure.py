@@ -299,7 +299,7 @@ def features(
     weights = rates(alphas)
     one_of("bn", bn, MODES)
     one_of("per", per, PER)
-    checked(module, {"A": a, "B": b}, split)
+    a, b = checked(module, {"A": a, "B": b}, split)
     if bn == "reestimate" and bn_data is None and has_batchnorm(module):
         raise BadParameter(
             "bn: re-estimating BatchNorm's statistics needs bn_data=, training data that is not "

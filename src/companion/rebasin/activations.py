@@ -22,14 +22,15 @@ from torch.utils import _pytree as pytree
 from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of
+from companion.core.networks import private
 from companion.core.numerics import exact_evaluation
 from companion.core.seeds import Key
-from companion.core.theta import Theta, check_theta
+from companion.core.theta import Theta, check_theta, layout, put
 from companion.data import Split
 from companion.rebasin.assignment import assign_nested
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import ActivationSite, Spec
-from companion.rebasin.trace import Tracer, private, taken_apart
+from companion.rebasin.trace import Tracer, taken_apart
 
 PAIR_STATISTICS = ("moment", "correlation")
 """``moment``: the un-centred second moment E[z_A z_B^T] (the paper's: with it the matching is the
@@ -93,16 +94,14 @@ def activation_matching(
     one_of("statistic", statistic, PAIR_STATISTICS)
     batches, probe, sample = _batches(inputs, batch)
     wanted = looks(spec)
-    check_theta(module, a, "A")
-    check_theta(module, b, "B")
+    a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
     first, second = private(module, sample), private(module, sample)
-    # Second names of tied tensors may be missing: they are the same memory.
-    first.load_state_dict(dict(a), strict=False)
+    put(first, a, ties := layout(first).ties)
     both = _Both(first, second, wanted)
     sums = {look: Sums(statistic == "correlation") for look in wanted}
     with torch.no_grad():
         attention = _try_sites(spec, both, a, probe)
-        second.load_state_dict(dict(b), strict=False)
+        put(second, b, ties)
         for args in batches:
             deadline.stop_if_passed()
             missed = both.run(args, attention, lambda look, x, y: sums[look].add(x, y))
@@ -373,7 +372,8 @@ def _try_sites(spec: Spec, both: _Both, a: Theta, args: tuple[Any, ...]) -> bool
     and must show the same units in permuted order.
     """
     perms = spec.random(Key("rebasin", "sites").generator())
-    both.second.module.load_state_dict(spec.permute(a, perms), strict=False)
+    net = both.second.module
+    put(net, spec.permute(a, perms), layout(net).ties)
     index = {
         look: spec.block_index(tuple(str(look.site.block[f]) for f in look.front), perms)
         for look in both.wanted

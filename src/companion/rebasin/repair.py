@@ -28,9 +28,9 @@ from torch.utils import _pytree as pytree
 from companion.connectivity.batches import examples_a_pass
 from companion.core import codec, deadline
 from companion.core.errors import BadParameter, one_of
+from companion.core.networks import private
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, affine, check_theta, layout, with_aliases
-from companion.rebasin.trace import private
 
 FORMS = ("forward", "closed")
 """``forward``: the merged network is run, with its corrections. ``closed``: a formula in the
@@ -159,8 +159,7 @@ def repair(
         raise BadParameter(
             f"alpha: {alpha!r} must be a number from 0 (network A) to 1 (network B)."
         )
-    check_theta(module, a, "A")
-    check_theta(module, b, "B")
+    a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
     parts = even_batches(inputs, batch)
     net = Copy(module, parts[0])
     names, skipped = _chosen(net.layers, layers)
@@ -254,7 +253,7 @@ def reset_batchnorm(
 
     Source: REPAIR, Section 4; Git Re-Basin, Appendix A.3.3; our chapter 2.
     """
-    check_theta(module, theta, "to reset")
+    theta = check_theta(module, theta, "to reset")
     parts = even_batches(inputs, batch)
     net = Copy(module, parts[0])
     if not net.norms:
