@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,9 +36,16 @@ def grid(points: int) -> list[tuple[float, float]]:
     return [((last - i) / last, i / last) for i in range(points)]
 
 
-def splits_of(data: Dataset | Mapping[str, Split]) -> Mapping[str, Split]:
-    """``{"train": …, "test": …}`` of a dataset; a mapping is passed through."""
-    return {"train": data.train, "test": data.test} if isinstance(data, Dataset) else data
+def splits_of(data: Dataset | Mapping[str, Any] | Any) -> Mapping[str, Split]:
+    """``{"train": …, "test": …}`` of a dataset; of a mapping its splits, by name.
+
+    In place of a split: whatever :meth:`companion.data.Split.of` takes, such as a ``DataLoader``.
+    One of these alone is called ``test``.
+    """
+    if isinstance(data, Dataset):
+        return {"train": data.train, "test": data.test}
+    named = data if isinstance(data, Mapping) else {"test": data}
+    return {name: Split.of(part) for name, part in named.items()}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from companion.features.taps import (
     Site,
     batches,
     checked,
+    examples_of,
     no_output,
     own_statistics,
     rates,
@@ -145,6 +146,7 @@ def weak_additivity(
 
     Source: Zhou et al. 2023, Definition 3, Figures 5 and 6 (claim A06); our chapter 3.
     """
+    split = examples_of(split)
     a, b = checked(module, {"A": a, "B": b}, split)
     alphas = rates(alphas)
     found = _asked(_relus(module, split), layers, "ReLU")
@@ -208,6 +210,7 @@ def commutativity(
     Source: Zhou et al. 2023, Section 5, Figures 7 and 16 to 19, equation 9 (claims A07, A12); our
     chapter 3.
     """
+    split = examples_of(split)
     a, b = checked(module, {"A": a, "B": b}, split)
     found = _asked(_linears(module, split), layers, "linear layer or convolution")
     # Squared norms of: the difference of the two sides, one side, the other; then of the inputs.

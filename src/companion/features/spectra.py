@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from companion.core.errors import BadParameter, whole
 from companion.core.networks import plain
 from companion.core.theta import Theta, check_theta, layout
-from companion.features.taps import Examples, Site, batches, checked, sites, tapped
+from companion.features.taps import Examples, Site, batches, checked, examples_of, sites, tapped
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,7 @@ def feature_spectra(
 
     Source: Zhou et al. 2023, App. B.5, Figs. 20-22; our chapter 3.
     """
+    split = examples_of(split)
     (theta,) = checked(module, {"A": theta}, split)
     found = sites(module, split.x[:2], layers)
     moments = {site.name: _Moment(centred) for site in found}

@@ -35,6 +35,7 @@ from companion.core.errors import BadParameter, one_of, whole
 from companion.core.networks import copied, private
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, check_theta
+from companion.data import Split
 
 KINDS = ("conv", "linear", "norm", "activation", "block", "pool", "module", "output")
 """``block``: a module of the user's with children, in a list or sequence of such. ``module``: any
@@ -67,6 +68,11 @@ class Examples(Protocol):
     @property
     def y(self) -> torch.Tensor: ...
     def __len__(self) -> int: ...
+
+
+def examples_of(data: Any) -> Examples:
+    """Examples as they are, or what :meth:`companion.data.Split.of` makes of a loader or a pair."""
+    return data if hasattr(data, "x") and hasattr(data, "y") else Split.of(data)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
@@ -47,7 +48,7 @@ AGREE = 0.02
 """Relative difference up to which two passes show the same units: what half precision needs.
 Activations of another operation differ by about their own size."""
 
-Inputs = Split | Tensor | Sequence[Any]
+Inputs = Split | DataLoader[Any] | Tensor | Sequence[Any]
 
 
 @exact_evaluation()
@@ -70,9 +71,9 @@ def activation_matching(
         spec: of ``module``.
         module: the architecture.
         a, b: state dicts of it, not changed.
-        inputs: a split; a tensor, shape (N, …); or a sequence whose members are the arguments of
-            one forward pass each, a tuple or a single tensor. No labels are needed. The paper takes
-            the whole training set, un-augmented; a part of it will often do.
+        inputs: a split, or a loader of one; a tensor, shape (N, …); or a sequence whose members
+            are the arguments of one forward pass each, a tuple or a single tensor. No labels are
+            needed. The paper takes the whole training set, un-augmented; a part will often do.
         statistic: one of :data:`PAIR_STATISTICS`.
         batch: samples a forward pass, for a split or a tensor; None: what suits them.
 
@@ -163,6 +164,8 @@ def _batches(
     """Arguments of the forward passes, a few to try sites with, and a tensor of them."""
     if batch is not None and batch < 1:
         raise BadParameter(f"batch: {batch} must be 1 or more.")
+    if isinstance(inputs, DataLoader):
+        inputs = Split.of(inputs)
     if isinstance(inputs, Split):
         inputs = inputs.x
     if isinstance(inputs, str) or not isinstance(inputs, Tensor | Sequence):

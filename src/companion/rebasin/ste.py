@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from companion.core import codec, deadline
 from companion.core.errors import BadParameter
@@ -49,7 +50,7 @@ def straight_through(
     module: nn.Module,
     a: Theta,
     b: Theta,
-    train: Split,
+    train: Split | DataLoader[Any],
     *,
     steps: int = STEPS,
     batch: int = 500,
@@ -107,7 +108,7 @@ def straight_through(
     if not 0 <= momentum < 1:
         raise BadParameter(f"momentum: {momentum!r} must lie in [0, 1).")
     a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
-    train, judges = _parts(train, held_out, batch, key)
+    train, judges = _parts(Split.of(train), held_out, batch, key)
     device = train.x.device
     a, b = ({n: x.detach().to(device) for n, x in theta.items()} for theta in (a, b))
     middle = Midpoint(module, a, train.x, score)
