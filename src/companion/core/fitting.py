@@ -89,7 +89,8 @@ class Fitted:
     Arguments:
         theta: it, in the module's order; what the module does not know comes last. The very one
             that was given if nothing had to be done.
-        names: the given name of each entry -> the module's; None where it is left out.
+        names: the given name of each entry -> the module's; None where it is left out. Empty where
+            only the module's own ``load_state_dict`` knows.
         notes: what was done.
     """
 
@@ -327,9 +328,8 @@ class _Fit:
             return None
         state = {k: v.detach() for k, v in net.state_dict().items() if k in self.own}
         same = {k: v for k, v in theta.items() if k in state and v.shape == state[k].shape}
-        names = {k: k if k in state else None for k in theta}
         note = "its names are as the model's own load_state_dict takes them"
-        return Fitted({**state, **same}, names, (note,))
+        return Fitted({**state, **same}, {}, (note,))
 
     def result(self) -> Fitted:
         theta = self.theta
