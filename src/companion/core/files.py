@@ -211,6 +211,13 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
+def _holds_state(value: Any) -> bool:
+    """Whether it is a state dict, or has one under one of the usual keys."""
+    if not isinstance(value, Mapping):
+        return False
+    return _is_state(value) or any(_holds_state(value.get(k)) for k in NESTS)
+
+
 def _state_in(source: str, value: Any, key: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     about: tuple[str, ...] = ()
     where: list[str] = []
@@ -222,8 +229,7 @@ def _state_in(source: str, value: Any, key: str) -> tuple[dict[str, Tensor], tup
             value = value[part]
             where.append(part)
     while isinstance(value, Mapping) and (not _is_state(value) or where == []):
-        nested = [k for k in NESTS if isinstance(value.get(k), Mapping) and value[k]]
-        nested = [k for k in nested if _is_state(value[k]) or not _is_state(value)]
+        nested = [k for k in NESTS if _holds_state(value.get(k))]
         if not nested:
             break
         where.append(nested[0])
