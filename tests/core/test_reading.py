@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from companion.core.errors import BadParameter
-from companion.core.files import read_weights
+from companion.core.reading import read_weights
 from companion.core.theta import snapshot
 
 
