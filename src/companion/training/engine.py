@@ -26,7 +26,8 @@ from companion.core.theta import snapshot
 from companion.data import Dataset
 from companion.training import engines, loop, replicas
 from companion.training.loop import State
-from companion.training.recipe import Job, Recipe, Run, merge_jobs
+from companion.training.masking import load_mask
+from companion.training.recipe import Job, Recipe, Run, lineage
 
 log = logging.getLogger("companion")
 
@@ -76,13 +77,18 @@ def _read(entry: Entry, name: str) -> State | None:
 
 
 def _origin(run: Run, data: Dataset, device: torch.device, store: Store) -> State:
-    """The state a run starts from: its init, or its parent's state at k."""
+    """The state a run starts from: its init, or its parent's state at k; times its mask."""
     if run.fork is None:
-        return State(0, snapshot(loop.build(run, data, device)))
-    fork = run.fork
-    parent = load_state(fork.parent, fork.step, store=store, device=str(device))
-    step = fork.step if fork.schedule == "continue" else 0
-    return State(step, parent.theta, parent.optimizer if fork.optimizer == "restore" else {})
+        state = State(0, snapshot(loop.build(run, data, device)))
+    else:
+        fork = run.fork
+        parent = load_state(fork.parent, fork.step, store=store, device=str(device))
+        step = fork.step if fork.schedule == "continue" else 0
+        state = State(step, parent.theta, parent.optimizer if fork.optimizer == "restore" else {})
+    if run.mask is None:
+        return state
+    mask = load_mask(run.mask, store=store, device=str(device))
+    return loop.pruned(state, mask, loop.build(run, data, torch.device("cpu")))
 
 
 def _latest(entry: Entry, before: int) -> State | None:
@@ -378,7 +384,8 @@ def train(
     at_once: int = 0,
     engine: str = "auto",
 ) -> None:
-    """Make every state of every job exist, many runs at once; parents before the copies they fork.
+    """Make every state of every job exist, many runs at once; parents before the copies they fork
+    and the subnetworks they are pruned to.
 
     On a CPU every run has a process (:mod:`companion.core.pool`); on a GPU jobs of one recipe are
     trained as replicas (:mod:`companion.training.replicas`) with one of its engines, at most
@@ -393,14 +400,10 @@ def train(
     one_of("engine", engine, engines.ENGINES)
     store = store or Store()
     where = str(datasets.resolve_device(device))
-    generations: list[list[Job]] = []
-    wave = merge_jobs(jobs)
-    while wave:
-        generations.append(wave)
-        wave = merge_jobs(p for job in wave if (p := job.parents()))
-    for recipe in {job.run.recipe for wave in generations for job in wave}:
+    waves = lineage(jobs)
+    for recipe in {job.run.recipe for wave in waves for job in wave}:
         loop.check_fit(recipe, datasets.load(recipe.data, where))
-    for wave in reversed(generations):
+    for wave in waves:
         todo = []
         for job in wave:
             data = datasets.load(job.run.recipe.data, where)
