@@ -25,6 +25,7 @@ from companion.cli import (
     rebasin,
     record,
     runs,
+    tickets,
 )
 from companion.cli.console import error, warning
 from companion.core.errors import (
@@ -75,6 +76,7 @@ app.command("barrier", epilog=barrier.EXAMPLE)(barrier.measure_barrier)
 app.command("layers", epilog=layers.EXAMPLE)(layers.measure_layers)
 app.command("features", epilog=features.EXAMPLE)(features.compare_features)
 app.command("instability", epilog=instability.EXAMPLE)(instability.measure_instability)
+app.command("tickets", epilog=tickets.EXAMPLE)(tickets.prune_network)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
 app.command("record", epilog=record.EXAMPLE)(record.record_chapter)
 

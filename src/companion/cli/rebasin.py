@@ -18,7 +18,15 @@ import typer
 
 from companion.cli import options
 from companion.cli.barrier import all_heights, draw, measured, summary
-from companion.cli.console import UNITS, mode_of, number, output, print_table, say
+from companion.cli.console import (
+    UNITS,
+    mode_of,
+    number,
+    output,
+    print_table,
+    say,
+    write_tensors,
+)
 from companion.cli.opening import Opened, opened
 from companion.core.errors import BadParameter, one_of
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
@@ -199,7 +207,7 @@ def align_networks(
         "aligned to (sha256)": pair.a.sha256,
         "made from (sha256)": pair.b.sha256,
     }
-    _write(out, here.file, about, "aligned B")
+    write_tensors(out, here.file, "rebasin", about, "aligned B")
     if matching:
         assert here.matching is not None
         here.matching.save(matching)
@@ -207,7 +215,8 @@ def align_networks(
     between = None
     if merge:
         theta, between = _merged(pair, here, measuring, alpha=alpha, form=repair)
-        _write(merge, theta, about | {"alpha": f"{alpha:g}", "repair": repair}, "merged network")
+        about |= {"alpha": f"{alpha:g}", "repair": repair}
+        write_tensors(merge, theta, "rebasin", about, "merged network")
         if kind.folds:
             say(f"the merged network is in folded form, too: --model {here.model}")
     if found:
@@ -557,17 +566,3 @@ def _merged(
         heads = [f">{s} {m}" for s in walker.splits for m in ("error (%)", "loss (nats)")]
         print_table(["", *heads], rows, title=f"the network at α = {alpha:g}")
     return {k: v.contiguous().clone() for k, v in theta.items()}, about
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], origin: dict[str, str], what: str) -> None:
-    """A file of weights, with where they come from in its metadata."""
-    from safetensors.torch import save
-
-    from companion import __version__
-
-    about = {"format": "pt", "made by": f"companion {__version__} rebasin", **origin}
-    try:
-        path.write_bytes(save(tensors, metadata=about))
-    except OSError as e:
-        raise BadParameter(f"{path} cannot be written ({e.strerror}).") from e
-    say(f"{what} written to {path}")

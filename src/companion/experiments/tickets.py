@@ -117,7 +117,6 @@ class Pruned(MaskRecipe):
             "run": self.run.key(fingerprint, device),
             "scope": self.pruning.scope,
             "skip": list(self.pruning.skip),
-            "density": self.density,
         }
 
     def jobs(self) -> list[Job]:
@@ -158,7 +157,7 @@ class Shuffled(MaskRecipe):
 
     def details(self, fingerprint: str, device: str) -> Json:
         of = self.of.key(fingerprint, device)
-        return {"of": of, "density": self.density, "label": self.label}
+        return {"of": of, "label": self.label}
 
     def jobs(self) -> list[Job]:
         return self.of.jobs()
@@ -191,7 +190,6 @@ class Carried(MaskRecipe):
     def details(self, fingerprint: str, device: str) -> Json:
         return {
             "of": self.of.key(fingerprint, device),
-            "density": self.density,
             "source": self.source.key(fingerprint, device),
             "target": self.target.key(fingerprint, device),
             "method": self.method.identity(),
@@ -238,7 +236,6 @@ class OnePass(MaskRecipe):
             "score": self.score,
             "scope": self.pruning.scope,
             "skip": list(self.pruning.skip),
-            "density": self.density,
         }
 
     def jobs(self) -> list[Job]:
@@ -395,8 +392,7 @@ class Search:
 class MaskCheck(Measurement):
     """Gate G4 of one sparse run: its pruned weights are 0, it was rewound, its masks are nested."""
 
-    KIND = "masks"
-    FILE = "masks.json"
+    KIND = "subnetwork"
 
     run: Run
 
@@ -408,7 +404,7 @@ class MaskCheck(Measurement):
 
     @staticmethod
     def describe(identity: Mapping[str, Any]) -> str:
-        return f"masks of {identity['run'][:12]}"
+        return f"weights left in {identity['run'][:12]}, and whether its mask holds"
 
     def measure(self, store: Store, device: str) -> object:
         run = self.run
@@ -429,15 +425,10 @@ class MaskCheck(Measurement):
             levels,
             rewound=weights(run, run.first_step),
             start=weights(start, run.fork.step if run.fork else 0),
-            keep=_density(chain[-1]) ** (1 / len(chain)),
+            keep=chain[-1].density ** (1 / len(chain)),
             slack=len(levels[-1]) if per_tensor else 1,
         )
         return {"gate": gate, "kept": alive(levels[-1])}
-
-
-def _density(mask: MaskRecipe) -> float:
-    found: float = mask.details("", "")["density"]
-    return found
 
 
 @dataclass(frozen=True)

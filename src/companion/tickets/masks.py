@@ -15,6 +15,11 @@ from companion.core.seeds import Key
 from companion.core.theta import Theta, layout
 from companion.tickets.scores import Scores
 
+_NOT_LINEAR = (
+    *(nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    nn.modules.batchnorm._NormBase,
+)
+
 SCOPES = ("global", "layer")
 """What competes for the weights to keep: all tensors together, or the weights of each tensor."""
 
@@ -59,7 +64,9 @@ class Pruning:
 def prunable(module: nn.Module, skip: Sequence[str] = ()) -> tuple[str, ...]:
     """Names of the weights that may be pruned: those of linear layers and convolutions.
 
-    Neither biases nor norms nor embeddings, and so not a head that is tied to an embedding.
+    That is, parameters called ``weight``-something of two dimensions or more, so that attention and
+    the linear layers of other libraries count, too. Neither biases nor norms nor embeddings, and so
+    not a head that is tied to an embedding.
 
     Arguments:
         skip: layers left alone, by name or first part of it.
@@ -69,18 +76,15 @@ def prunable(module: nn.Module, skip: Sequence[str] = ()) -> tuple[str, ...]:
     """
     spec = layout(module)
     left_alone = set(spec.select(skip)) if skip else set()
-    layers = {
-        id(layer.weight)
+    layers = [
+        (isinstance(layer, _NOT_LINEAR), name, p)
         for layer in module.modules()
-        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
-    }
-    layers -= {
-        id(layer.weight)
-        for layer in module.modules()
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag)
-    }
+        for name, p in layer.named_parameters(recurse=False)
+    ]
+    linear = {id(p) for other, name, p in layers if not other and "weight" in name and p.ndim > 1}
+    linear -= {id(p) for other, _, p in layers if other}
     state = module.state_dict(keep_vars=True)
-    names = tuple(n for n in spec.parameters if id(state[n]) in layers and n not in left_alone)
+    names = tuple(n for n in spec.parameters if id(state[n]) in linear and n not in left_alone)
     if not names:
         raise BadParameter(
             "pruning: no weight of a linear layer or convolution is left to prune"

@@ -7,6 +7,7 @@ Source: Frankle et al. 2020, Algorithm 1 and Table 1; our chapter 1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -350,17 +351,25 @@ class MaskRecipe(ABC):
     Class attributes:
         RULE: its name in the store.
         SEMANTICS: raised by hand when the same rule would give another mask.
+        rules: every subclass that was imported, by its rule.
+
+    A subclass has a field ``density``: the share of the weights that is left.
     """
 
     RULE: ClassVar[str]
     SEMANTICS: ClassVar[int] = 1
+    rules: ClassVar[dict[str, type[MaskRecipe]]] = {}
+    density: float
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.rules[cls.RULE] = cls
 
     @abstractmethod
     def details(self, fingerprint: str, device: str) -> dict[str, Any]:
         """Everything besides the rule's name and semantics that determines the mask, JSON-able.
 
-        Runs are named by :meth:`Run.key`, other masks by :meth:`key`. ``density`` is what
-        ``companion runs list`` shows.
+        Runs are named by :meth:`Run.key`, other masks by :meth:`key`.
         """
 
     @abstractmethod
@@ -373,12 +382,25 @@ class MaskRecipe(ABC):
 
     def identity(self, fingerprint: str, device: str) -> dict[str, Any]:
         """Its identity in the store. Arguments as :meth:`Run.identity`."""
-        rule = {"kind": "mask", "rule": self.RULE, "semantics": self.SEMANTICS}
-        return {**rule, "data": fingerprint, "device": device, **self.details(fingerprint, device)}
+        return {
+            "kind": "mask",
+            "semantics": self.SEMANTICS,
+            "rule": self.RULE,
+            "density": self.density,
+            "data": fingerprint,
+            "device": device,
+            **self.details(fingerprint, device),
+        }
 
     def key(self, fingerprint: str, device: str) -> str:
         """The name of its entry: the digest of how it is made, 64 hex digits."""
-        return digest(self.identity(fingerprint, device))
+        return _mask_key(self, fingerprint, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _mask_key(mask: MaskRecipe, fingerprint: str, device: str) -> str:
+    # The key of a run that was pruned ten times goes back through ten masks: once each.
+    return digest(mask.identity(fingerprint, device))
 
 
 def merge_jobs(jobs: Iterable[Job]) -> list[Job]:
