@@ -75,13 +75,12 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path, store: S
 
 @pytest.mark.slow
 def test_one_k_and_nothing_carried_over(source: Path) -> None:
-    few = {**TINY, "ks": [0], "carried": False, "net": "resnet8:width=2", "steps": 6}
-    few |= {"test_examples": 60, "train_examples": 60, "bn": "batch"}
+    few = {**TINY, "ks": [0], "carried": False, "skip": [], "steps": 3, "test_examples": 60}
     notebook = run_here(source, **few)
     assert list(figures(notebook)) == ["density", "quadrants", "onset", "chain"]
     by_id = judged(notebook)
     assert "left out of this run" in by_id["I04"]["note"]
     found = values(notebook)
     assert found["weights"] == "all layers" and found["new_permuted"] == "not measured"
-    assert "have a dead end, and no barrier" in found["dead_sentence"]  # after six steps
+    assert "have a dead end, and no barrier" in found["dead_sentence"]  # after three steps
     assert "{{" not in filled(notebook, CHAPTER)
