@@ -134,6 +134,19 @@ def test_what_is_kept_trains_and_convolutions_too(name: str) -> None:
     assert min(moved) > 0.9
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["loop", "vmap", "graphs", "compile"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_pruned_weights_stay_at_zero_on_a_gpu(name: str, precision: str) -> None:
+    what = recipe(steps=30, precision=precision, **OPTIMIZERS["momentum"])
+    runs = [Run(what, init=i, order=10 + i) for i in range(2)]
+    masks: list[dict[str, Tensor]] = [some_mask(runs[0], 1, 0.3), {}]
+    states = [start_of(run, mask) for run, mask in zip(runs, masks, strict=True)]
+    done = advance_many(runs, states, 30, DIGITS.to("cuda"), engine=name)
+    for run, mask, state in zip(runs, masks, done, strict=True):
+        zeros(state, mask, run)
+
+
 def test_a_masked_network_trains_as_one_in_which_the_mask_is_a_layer() -> None:
     """An implementation of its own: the weights are parametrised by mask * w, without decay."""
     run = Run(recipe(lr=0.05))
@@ -273,12 +286,12 @@ def test_a_rewind_is_bitwise_and_what_a_mask_needs_is_trained_first(store: Store
 
 
 def test_restored_momentum_is_masked_and_restarts_train_all_steps(store: Store) -> None:
-    for fork in ({"optimizer": "restore"}, {"schedule": "restart"}):
-        sparse = sparse_run(**fork)
+    for sparse in (sparse_run(optimizer="restore"), sparse_run(schedule="restart")):
         mask = load_mask(Half(DENSE), store=store)
         first = load_state(sparse, sparse.first_step, store=store)
         zeros(first, mask, sparse)
-        assert bool(first.optimizer) == ("optimizer" in fork)
+        assert sparse.fork is not None
+        assert bool(first.optimizer) == (sparse.fork.optimizer == "restore")
         zeros(load_state(sparse, 12, store=store), mask, sparse)
 
 

@@ -2,7 +2,8 @@
 
 Exit codes: 0 done (also when a gate failed and the barrier is INVALID: that was measured, and
 said); 2 the input is wrong; 75 `record` stopped before its time limit; 1 anything else that we know
-can go wrong (a run that diverged, a full disk, a check that found something); 130 interrupted.
+can go wrong (a run that diverged, a full disk, a check that found something); 130 interrupted, 143
+after SIGTERM.
 Nothing heavy is imported before it is needed.
 """
 
@@ -20,6 +21,7 @@ from companion.cli import (
     data,
     features,
     instability,
+    landscape,
     layers,
     models,
     rebasin,
@@ -28,6 +30,7 @@ from companion.cli import (
     tickets,
 )
 from companion.cli.console import error, warning
+from companion.core import signals
 from companion.core.errors import (
     BadParameter,
     CompanionError,
@@ -44,13 +47,14 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with signals.interruptible():
+                return super().invoke(ctx)
         except CompanionError as e:
             error(str(e))
             raise typer.Exit(2 if isinstance(e, _BAD_INPUT) else 1) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as e:
             error("Interrupted. What is finished is stored; the same command continues from there.")
-            raise typer.Exit(130) from None
+            raise typer.Exit(signals.exit_code(e)) from None
 
 
 class _Warnings(logging.Handler):
@@ -75,6 +79,7 @@ app.add_typer(runs.app, name="runs")
 app.command("barrier", epilog=barrier.EXAMPLE)(barrier.measure_barrier)
 app.command("layers", epilog=layers.EXAMPLE)(layers.measure_layers)
 app.command("features", epilog=features.EXAMPLE)(features.compare_features)
+app.command("landscape", epilog=landscape.EXAMPLE)(landscape.survey_landscape)
 app.command("instability", epilog=instability.EXAMPLE)(instability.measure_instability)
 app.command("tickets", epilog=tickets.EXAMPLE)(tickets.prune_network)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)

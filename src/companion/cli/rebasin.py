@@ -8,6 +8,7 @@ what is written is of that form, a network of another name, which :func:`folded_
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from companion.cli.console import (
     write_tensors,
 )
 from companion.cli.opening import Opened, opened
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
 if TYPE_CHECKING:
@@ -150,10 +151,9 @@ def align_networks(
     if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
     for option, given in (("--starts", starts), ("--steps", steps)):
-        if given is not None and given < 1:
-            raise BadParameter(f"{option}: {given} must be a whole number of 1 or more.")
-    files = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
-    _check_files(files | {"--merge": merge}, (a, b))
+        whole(option, given, 1, "None")
+    asked = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
+    _check_files(asked | {"--merge": merge}, (a, b))
 
     from companion.connectivity.batches import examples_a_pass
     from companion.core.seeds import Key
@@ -242,13 +242,13 @@ def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> Non
     suffixes = {"--json": (), "--plot": options.PICTURES}
     for option, path in given.items():
         output(path, option, suffixes.get(option, (".safetensors",)))
-    files = {option: path.resolve() for option, path in given.items() if path}
+    places = {option: path.resolve() for option, path in given.items() if path}
     for name, end in zip("AB", ends, strict=True):
-        for option, path in files.items():
+        for option, path in places.items():
             if Path(end).expanduser().resolve() == path:
                 raise BadParameter(f"{option}: {path.name} is {name}, which is not overwritten.")
-    if len(set(files.values())) < len(files):
-        raise BadParameter(f"{', '.join(files)}: each needs a file of its own.")
+    if len(set(places.values())) < len(places):
+        raise BadParameter(f"{', '.join(places)}: each needs a file of its own.")
 
 
 def _shape_and_classes(
@@ -267,6 +267,8 @@ def _shape_and_classes(
             f"--in-shape: {in_shape!r} is not channels,height,width, such as 3,32,32, nor the "
             "tokens in a window, such as 64."
         )
+    whole("--classes", classes, 1, most=10_000_000)
+    whole("--in-shape", math.prod(map(int, parts)), 1)
     return tuple(map(int, parts)), classes
 
 

@@ -11,7 +11,7 @@ import typer
 
 from companion.cli import options
 from companion.cli.console import UNITS, output, print_table, say, write_json, write_tensors
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, within
 
 if TYPE_CHECKING:
     from companion.core.runs import Store
@@ -67,8 +67,9 @@ def prune_network(
     tolerance: Annotated[
         float | None,
         typer.Option(
+            callback=lambda value: within("--tolerance", value, 0, 100),
             help="Points of error that a matching subnetwork may lose (default: one standard "
-            "deviation of the dense network, and 0.2 at least)."
+            "deviation of the dense network, and 0.2 at least).",
         ),
     ] = None,
     batch: options.Batch = 128,

@@ -47,7 +47,8 @@ def classification(
     Of a text, logits are (N, L, K) and targets (N, L): every position is a prediction.
     """
     outputs, targets = outputs.flatten(0, -2), targets.flatten()
-    loss = F.cross_entropy(outputs.float(), targets, reduction="none").double().sum()
+    exact = outputs if outputs.dtype == torch.float64 else outputs.float()
+    loss = F.cross_entropy(exact, targets, reduction="none").double().sum()
     return loss, (outputs.argmax(1) != targets).sum(), len(targets)
 
 
@@ -141,7 +142,8 @@ class Walker:
         # Of equal size, give or take one: BatchNorm averages batches, and refuses a batch of one.
         return values.tensor_split(-(-len(values) // self.batch))
 
-    def _batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets, as they go through the network."""
         return zip(self._cut(split.x), self._cut(split.y), strict=True)
 
     def _norms(self) -> list[_BatchNorm]:
@@ -181,7 +183,7 @@ class Walker:
                 m.train()
         out = torch.zeros(len(self.splits), 3, dtype=torch.float64, device=self.device)
         for row, split in zip(out, self.splits.values(), strict=True):
-            for x, y in self._batches(split):
+            for x, y in self.batches(split):
                 part, errors, n = self.score(self.module(x), y)
                 row[0] += part
                 row[1] += errors

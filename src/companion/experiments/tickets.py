@@ -4,7 +4,8 @@ Algorithm 2 of Frankle et al. 2020: train W_0 to W_k and on to W_T; prune the 20
 with the lowest magnitudes; rewind the others to W_k, train them, and again. Level n is what is left
 after n rounds, level 0 the dense network. Every subnetwork is a run under a mask that names how it
 was made, so copies of it are forked, trained and compared like those of any other network, and
-round 9 after round 6 trains three more. ::
+round 9 after round 6 trains three more. What the next level is pruned from has the same SGD noise
+at every level, as in open_lth, so barriers along a chain are those of pruning alone. ::
 
     search = Search(recipe=recipe, ks=(0, 100), levels=(0, 3, 6, 9), kinds=("imp", "random"))
     found = find_tickets(search)

@@ -168,7 +168,7 @@ def test_a_carried_mask_is_the_mask_of_the_permuted_network(name: str) -> None:
     for weights in (masked(theta, here), masked(there, moved)):
         module.load_state_dict(weights)
         outputs.append(module.eval()(x))
-    assert torch.allclose(*outputs, atol=1e-5)
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
 
 
 def test_carrying_by_what_is_no_permutation_is_refused() -> None:
