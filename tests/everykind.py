@@ -10,12 +10,21 @@ import torch
 from companion.core.runs import Store
 from companion.data import Split
 from companion.data.text import save_windows
-from companion.experiments import federated, pairs
+from companion.experiments import federated, measurement, pairs
 from companion.experiments.aligned import align
 from companion.experiments.featured import Scope, examine
+from companion.experiments.landscape import (
+    Bending,
+    Gap,
+    Survey,
+    bend_pairs,
+    decompose_pairs,
+    survey_pairs,
+)
 from companion.experiments.layers import sweep_pairs
 from companion.experiments.merged import merge_runs, split_runs
 from companion.experiments.methods import Method
+from companion.experiments.tickets import Chain, MaskCheck
 from companion.layerwise import Sweep
 from companion.training import Fork, Recipe, Run
 
@@ -38,6 +47,7 @@ A, B, C = (_run(n) for n in range(3))
 STRANGERS = pairs.Pair(A, B)
 COPIES = pairs.Pair(_copy(1), _copy(2), start=(TRUNK, 2))
 HALVES = pairs.Pair(_run(0, "digits@split-a"), _run(1, "digits@split-b"))
+SPARSE = Chain(PLAIN, init=0, k=2).run(2)
 FEDERATION = federated.Federation(recipe=PLAIN, clients=2, every=2, averaged=("head",))
 
 ASKED: dict[str, Callable[[Store], Any]] = {
@@ -59,9 +69,21 @@ ASKED: dict[str, Callable[[Store], Any]] = {
         store=store,
         workers=1,
     ),
+    "landscape": lambda store: survey_pairs(
+        [COPIES], Survey(points=3, train_examples=40, test_examples=30), store=store, workers=1
+    ),
+    "logits": lambda store: decompose_pairs(
+        [(STRANGERS, "weights")], Gap(examples=30), store=store, workers=1
+    ),
+    "bend": lambda store: bend_pairs(
+        *([COPIES], Bending(steps=3, points=3, at=(0.5,), sharp_examples=20, test_examples=30)),
+        store=store,
+        workers=1,
+    ),
     "federated": lambda store: federated.measure_federations(
         [(FEDERATION, 0)], store=store, workers=1
     ),
+    "subnetwork": lambda store: measurement.run([MaskCheck(SPARSE)], store=store, workers=1),
 }
 """Kind of a measurement -> asks for one of it."""
 

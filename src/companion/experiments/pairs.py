@@ -43,10 +43,13 @@ from companion.training import (
     Run,
     build,
     entry_of,
+    load_mask,
     load_state,
     load_weights,
     made_by,
+    mask_entry,
     train_one,
+    write_mask,
 )
 
 
@@ -150,7 +153,7 @@ class Pair:
 
     def jobs(self) -> list[Job]:
         """What has to be trained before its barrier and its distances can be measured."""
-        out = [*jobs_of(self), Job(_root(self.a), weights=(0,))]
+        out = [*jobs_of(self), Job(root_of(self.a), weights=(0,))]
         if self.start:
             run, step = self.start
             out.append(Job(run, weights=() if step else (0,), states=(step,) if step else ()))
@@ -162,7 +165,8 @@ def jobs_of(pair: Pair) -> list[Job]:
     return [Job(pair.a, weights=(pair.at,)), Job(pair.b, weights=(pair.at,))]
 
 
-def _root(run: Run) -> Run:
+def root_of(run: Run) -> Run:
+    """The run that ``run`` comes from in the end, which began at an initialisation."""
     while run.fork:
         run = run.fork.parent
     return run
@@ -255,12 +259,12 @@ class PairBarrier(Measurement):
         splits = evaluation.splits(data)
         how = evaluation.keywords(data) | {"same_noise": pair.a == pair.b}
         found = barrier(module, a, b, splits, classes=data.classes, **how)
-        init = weights(_root(pair.a), 0)
+        init = weights(root_of(pair.a), 0)
         distances = {
             "ab": distance(a, b, names),
             "cosine": cosine_distance(a, b, names),
             "a_init": distance(a, init, names),
-            "b_init": distance(b, weights(_root(pair.b), 0), names),
+            "b_init": distance(b, weights(root_of(pair.b), 0), names),
         }
         start: Mapping[str, Measure] = {}
         if pair.start:
@@ -414,6 +418,9 @@ def _null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Gate:
         if name not in used[1]:
             state = load_state(parent, step, store=store, device=device)
             used[1].write_tensors(name, state.tensors())
+    if run.mask:  # made before, too: of runs that need not be trained again
+        used.append(mask_entry(run.mask, fresh, device))
+        write_mask(used[-1], load_mask(run.mask, store=store, device=device))
     # On a GPU kernels may depend on the engine and on how many replicas there are at once.
     how = made_by(run, store=store, device=device)
     train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device, like=how)

@@ -76,7 +76,7 @@ class Study:
         ks: fork steps, sorted.
         inits, copies: independent W_0, and copies of each W_k.
         looks: steps at which copies are compared while they train.
-        controls: whether to run what the claims C05, C06 and C28 need.
+        controls: whether to run what the claims C05, C06, C25, C26 and C28 need.
         max_error: percent; at or below it a network counts as trained.
         evaluation, device, workers: as :func:`companion.experiments.instability.analyse`.
     """
@@ -178,6 +178,12 @@ class Study:
         return self._analyse(self.large, [self.first]) if self.controls and self.large else None
 
     @cached_property
+    def perturbed(self) -> Instability | None:
+        """Copies under the same noise, in each of which one weight is moved at the first fork step;
+        None without controls."""
+        return self._analyse(self.noisy, [self.first], noise="perturb") if self.controls else None
+
+    @cached_property
     def strangers(self) -> list[PairResult]:
         """Pairs of different initialisations."""
         return independent_inits(
@@ -216,7 +222,10 @@ class Study:
                 if self.controls and recipe
             ),
             plan_independent(self.noisy, how, inits=max(self.inits, 2)),
-            *(plan_forks(self.noisy, [self.first], how, noise=n, **few) for n in self.noises),
+            *(
+                plan_forks(self.noisy, [self.first], how, noise=n, **few)
+                for n in (*self.noises, *(("perturb",) if self.controls else ()))
+            ),
         ]
 
     # What the page says of it
@@ -446,6 +455,11 @@ def slowed(study: Study) -> Interval | None:
 def enlarged(study: Study) -> Interval | None:
     """The barrier at the first fork step with larger batches."""
     return study.enlarged.interval(study.first) if study.enlarged else None
+
+
+def perturbed(study: Study) -> Interval | None:
+    """The barrier at the first fork step where copies differ in one weight and in nothing else."""
+    return study.perturbed.interval(study.first) if study.perturbed else None
 
 
 def both_ways(study: Study) -> dict[int, tuple[Interval, Interval]]:
@@ -696,9 +710,15 @@ def c25(study: Study) -> Statistic:
     )
 
 
-def c26(_: Study) -> Statistic:
-    """The barrier after a perturbation of one weight: nothing here trains one."""
-    return statistic(None, (False, "no run of this book perturbs a weight"))
+def c26(study: Study) -> Statistic:
+    """The barrier at k = 0 after one weight was moved, under the same noise."""
+    found = perturbed(study)
+    standard = study.forks.interval(study.first)
+    return statistic(
+        found,
+        *_needs(study, "init", "inits", "controls", "unstable"),
+        detail=f"{standard.value:.1f} points with all the noise" if found and standard else "",
+    )
 
 
 def c27(study: Study) -> Statistic:
@@ -1023,6 +1043,7 @@ def values(study: Study) -> Values:
         "last": found.interval(study.last),
         "calm": study.gentle_forks.interval(study.first),
         "slow": slowed(study),
+        "perturbed": perturbed(study),
         "large": enlarged(study),
         "strangers": unrelated(study),
         "trail": trail(study, study.first).get(study.steps),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from companion.connectivity import Barrier, Curve, Plane
     from companion.core.stats import Interval
+    from companion.experiments.landscape import Geometry
+    from companion.landscape import Projected
     from companion.layerwise import LayerBarriers
 
 Axis = Literal["even", "linear", "log"]
@@ -416,6 +418,55 @@ def conditions(
     }
 
 
+def quadrants(
+    ax: Axes,
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    lines: tuple[float, float],
+    xlabel: str,
+    ylabel: str,
+    corners: tuple[str, str, str, str],
+) -> dict[str, Any]:
+    """Two numbers of each thing against each other, and a line that each is held to.
+
+    Both axes are linear up to twice their line, and logarithmic beyond.
+
+    Arguments:
+        groups: label -> (x, y) of each.
+        lines: where x and y are cut.
+        corners: what the four parts mean: lower left, lower right, upper left, upper right.
+
+    Returns:
+        label -> ``x`` and ``y``.
+    """
+    drawn = {}
+    for number, (label, points) in enumerate(groups.items()):
+        x, y = ([p[i] for p in points] for i in (0, 1))
+        ax.plot(x, y, _MARKERS[number % 7], color=f"C{number}", label=label, alpha=0.8)
+        drawn[label] = {"x": x, "y": y}
+    dashed(ax, lines[1], x=lines[0])
+    ax.set_xscale("symlog", linthresh=2 * lines[0])
+    ax.set_yscale("symlog", linthresh=2 * lines[1])
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+    places = ((0, 0), (1, 0), (0, 1), (1, 1))
+    for (right, top), text in zip(places, corners, strict=True):
+        ax.annotate(
+            text,
+            (0.99 if right else 0.01, 0.98 if top else 0.02),
+            xycoords="axes fraction",
+            ha="right" if right else "left",
+            va="top" if top else "bottom",
+            color=_DASHED["color"],
+            fontsize=9,
+            bbox=_PLATE,
+        )
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.margins(0.08)
+    _legend(ax)
+    return drawn
+
+
 # --- maps
 
 
@@ -423,7 +474,7 @@ def planes(
     axes: Iterable[Axes],
     found: Mapping[str, Plane],
     *,
-    names: tuple[str, str, str] = ("W₀", "A", "B"),
+    names: Sequence[str] = ("W₀", "A", "B"),
     segments: Sequence[tuple[int, int]] = ((1, 2),),
     split: str = "test",
     metric: str = "error",
@@ -530,6 +581,32 @@ def heat(
         ax.spines[["left", "bottom"]].set_visible(False)
     axes[0].figure.colorbar(picture, ax=axes, label=label, shrink=0.8)
     return {key: {name: list(row) for name, row in rows.items()} for key, rows in maps.items()}
+
+
+def scatter(
+    ax: Axes,
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    equal: bool = False,
+) -> dict[str, Any]:
+    """One number against another, a dot each; groups differ in colour and marker.
+
+    Arguments:
+        groups: label -> (x, y) of each dot.
+        equal: whether x should be y; then there is a dashed line where it is.
+    """
+    for number, (label, dots) in enumerate(groups.items()):
+        look: dict[str, Any] = {"color": f"C{number % 7}", "marker": _MARKERS[number % 7]}
+        x, y = ([dot[axis] for dot in dots] for axis in (0, 1))
+        ax.plot(
+            x, y, linestyle="none", markersize=4, markeredgewidth=0, alpha=0.8, label=label, **look
+        )
+    if equal:
+        ax.axline((0, 0), slope=1, zorder=0, **_DASHED)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return {label: [list(dot) for dot in dots] for label, dots in groups.items()}
 
 
 # --- layers, spectra, calibration
@@ -651,6 +728,51 @@ def layers(fig: Figure, found: LayerBarriers) -> dict[str, Any]:
         _legend(axes[0])
     title = "layer by layer" + ("" if found.bn == "none" else f", BatchNorm {found.bn}")
     heading(fig, title if found.valid else str(found.full))
+    return drawn
+
+
+def trajectory(ax: Axes, found: Projected, label: str = "training") -> dict[str, Any]:
+    """A trajectory's shadow on a plane that is drawn; the legend says what it leaves out."""
+    x, y = zip(*found.coordinates, strict=True)
+    said_outside = f"{label} ({said(100 * found.share, '{:.0f}')} % of it outside the plane)"
+    ax.plot(x, y, "o-", color=_RED, markersize=3, linewidth=1, label=said_outside)
+    ax.legend()
+    return codec.to_json(found)
+
+
+def landscape(fig: Figure, found: Geometry) -> dict[str, Any]:
+    """The losses between two networks with the parabolas that both ends expect, and the curvature.
+
+    Returns:
+        alpha, losses by split, parabolas and curvature as drawn.
+    """
+    left, right = fig.subplots(1, 2)
+    alphas = np.asarray(found.curve.alphas)
+    drawn: dict[str, Any] = {"alpha": found.curve.alphas}
+    for split, values in found.curve.values.items():
+        drawn[split] = values["loss"]
+        label = f"{split} (n = {found.curve.sizes[split]:,})"
+        left.plot(alphas, values["loss"], label=label, **_SPLITS.get(split, {"linestyle": ":"}))
+    left.set_ylim(left.get_ylim())  # parabolas may leave the picture
+    for name, end, at, label in (("A", found.a, 0.0, "from the ends"), ("B", found.b, 1.0, "")):
+        t = alphas - at
+        parabola = end.loss + end.slope * t + end.curvature / 2 * t**2
+        drawn[f"from {name}"] = parabola
+        left.plot(alphas, parabola, color=_RED, linewidth=1, linestyle="--", label=label)
+    _legend(left)
+    left.set(xlabel="position on the line (0 = A, 1 = B)", ylabel=UNITS["loss"])
+    if len(alphas) >= 7:
+        drawn["curvature"] = found.curvatures()
+        right.plot(alphas, drawn["curvature"], color="C0", label="of the train losses")
+    places = np.linspace(0, 1, len(found.locals))
+    drawn["hessian"] = [one.curvature for one in found.locals]
+    right.plot(places, drawn["hessian"], "o", color=_RED, label="of the Hessian, between kinks")
+    right.axhline(0, color="gray", linewidth=0.8)
+    right.set(
+        xlabel="position on the line (0 = A, 1 = B)", ylabel="curvature (nats); below 0 a ridge"
+    )
+    _legend(right)
+    heading(fig, f"barrier at ½: {found.barrier():.4f} nats on train")
     return drawn
 
 
