@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from companion.connectivity import Barrier, Curve, Plane
     from companion.core.stats import Interval
     from companion.experiments.landscape import Geometry
+    from companion.landscape import Projected
     from companion.layerwise import LayerBarriers
 
 Axis = Literal["even", "linear", "log"]
@@ -728,6 +729,15 @@ def layers(fig: Figure, found: LayerBarriers) -> dict[str, Any]:
     title = "layer by layer" + ("" if found.bn == "none" else f", BatchNorm {found.bn}")
     heading(fig, title if found.valid else str(found.full))
     return drawn
+
+
+def trajectory(ax: Axes, found: Projected, label: str = "training") -> dict[str, Any]:
+    """A trajectory's shadow on a plane that is drawn; the legend says what it leaves out."""
+    x, y = zip(*found.coordinates, strict=True)
+    said_outside = f"{label} ({said(100 * found.share, '{:.0f}')} % of it outside the plane)"
+    ax.plot(x, y, "o-", color=_RED, markersize=3, linewidth=1, label=said_outside)
+    ax.legend()
+    return codec.to_json(found)
 
 
 def landscape(fig: Figure, found: Geometry) -> dict[str, Any]:
