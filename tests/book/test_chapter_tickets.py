@@ -68,7 +68,7 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path, store: S
     assert record["dataset"]["sha256"] == data.load("digits").fingerprint
     assert record["recipe"]["net"] == TINY["net"]
     text = filled(notebook, CHAPTER)
-    assert "The whole three-layer perceptron is shaken apart" in text and "{{" not in text
+    assert "Two copies of the whole three-layer perceptron that part" in text and "{{" not in text
     assert "pairs of copies of this page" in text
     check_budget(CHAPTER, store, **TINY)
 

@@ -289,9 +289,11 @@ def test_ranges_follow_from_what_matches(design: paper.Study) -> None:
     study = world(design, at_level={("random", 3): easy, ("imp", 11): hard})
     assert paper.only_imp(study) == [6, 8, 9]
     assert paper.range_sentence(study) == (
-        "Here random pruning matches, too at 51.2 %; only IMP certainly does at 26.2 %, 16.8 %, "
-        "13.4 %; nothing does at 8.59 %."
+        "By the intervals, random pruning matches, too, at 51.2 %; only IMP certainly matches at "
+        "26.2 %, 16.8 %, 13.4 %; certainly nothing matches at 8.59 %."
     )
+    open_ = world(design, errors={"imp": WIDE, "random": WIDE, "reinit": WIDE})
+    assert paper.range_sentence(open_).startswith("At no density")
     stable_and_worse = paper.cells(study)[0, 11]
     assert set(stable_and_worse.values()) == {(True, False)}
 
@@ -317,7 +319,8 @@ def test_captions_and_sentences_say_what_was_measured(design: paper.Study) -> No
     told = caption(paper.show_onset, study)["told"]
     assert "whole five-layer perceptron: 20.0 at k = 0, 0.5 at k = 50" in told
     chain = caption(paper.show_chain, study)
-    assert chain["before"].startswith("k = 0: 0.3 at 51.2 %") and "8.0 at" in chain["network"]
+    assert chain["to_previous"].startswith("k = 0: 0.3 at 51.2 %")
+    assert chain["to_whole"].startswith("k = 0: 8.0 at 51.2 %")
     assert "carried over" in caption(paper.show_carried, study)["told"]
     with page.captured() as none:
         paper.show_carried(world(design, changed={"carried": False}))

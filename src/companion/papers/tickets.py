@@ -753,10 +753,10 @@ def show_recorded(records: Sequence[Record], name: str) -> None:
 def show_onset(study: Study) -> None:
     """The barrier against k, of the whole network and of subnetworks at the page's density."""
     share = study.share(study.level)
-    curves = {f"whole {study.network}": study.whole} | {
+    curves = {
         f"{share}, {NAMES[kind]}": study.found.instability(kind, study.level)
         for kind in study.search.kinds
-    }
+    } | {f"whole {study.network}": study.whole}
     points = {
         name: {k: v for k in one.ks if (v := one.interval(k))} for name, one in curves.items()
     }
@@ -809,14 +809,17 @@ def show_chain(study: Study) -> None:
     fig, axes = plots.grid(2, height=4.0, sharey=True)
     drawn: dict[str, Any] = {}
     values: Values = {}
-    ways = {"the level before": found.successive, "the whole network": found.to_dense}
-    for ax, (what, way) in zip(axes, ways.items(), strict=True):
+    ways = {
+        "to_previous": ("the level before", found.successive),
+        "to_whole": ("the whole network", found.to_dense),
+    }
+    for ax, (place, (what, way)) in zip(axes, ways.items(), strict=True):
         curves = {f"k = {k}": _present({n: way(n, k) for n in levels}) for k in study.search.ks}
         drawn[what] = _against_density(ax, curves, ylabel="error barrier (points)")
         plots.dashed(ax, THRESHOLD)
         ax.set_title(f"to {what}")
         told = "; ".join(f"{k}: {_series(points, study)}" for k, points in curves.items())
-        values[what.rpartition(" ")[2]] = told
+        values[place] = told
     plots.legend(fig, len(study.search.ks))
     figures.publish(fig, "chain", data=drawn, values=values)
 
@@ -910,17 +913,19 @@ def range_sentence(study: Study) -> str:
         for n in study.search.levels[1:]
         if all(found.matching("imp", n, k) == "not matching" for k in ks)
     ]
-    mine = only_imp(study)
     ranges = {
-        "random pruning matches, too": easy,
-        "only IMP certainly does": mine,
-        "nothing does": hard,
+        "random pruning matches, too,": easy,
+        "only IMP certainly matches": only_imp(study),
+        "certainly nothing matches": hard,
     }
     told = [
-        f"{name} at {', '.join(map(study.share, levels)) or 'no density of this page'}"
-        for name, levels in ranges.items()
+        f"{name} at {', '.join(map(study.share, found_at))}"
+        for name, found_at in ranges.items()
+        if found_at
     ]
-    return f"Here {'; '.join(told)}."
+    if not told:
+        return "At no density of this page do the intervals decide what matches."
+    return f"By the intervals, {'; '.join(told)}."
 
 
 def dead_sentence(study: Study) -> str:
@@ -948,9 +953,16 @@ def values(study: Study) -> Values:
         out[f"drift_{name}"] = said(found.to_dense(level, k), "{:.1f}", "no valid number of")
         out[f"step_{name}"] = said(found.successive(level, k), "{:.1f}", "no valid number of")
     new = study.renewed
+    deepest = max(study.search.levels_of("random"))
     for kind in ("reinit", "permuted"):
-        error = new.error(kind, level, last) if new else None
-        out[f"new_{kind}"] = said(error, "{:.1f}")
+        for name, here in (("new", level), ("sparse", deepest)):
+            error = new.error(kind, here, last) if new else None
+            out[f"{name}_{kind}"] = said(error, "{:.1f}")
+    out["sparse_density"] = study.share(deepest)
+    out["sparse_wall"] = said(
+        noise(study, "imp", deepest, study.first), "{:.1f}", "no valid number of"
+    )
+    out["sparse_error"] = said(found.error("imp", deepest, study.first), "{:.1f}")
     out["first_link"] = said(found.successive(study.search.levels[1], study.first), "{:.1f}")
     out["first_density"] = study.share(study.search.levels[1])
     out["one_image"] = 100 / len(study.images.test)
