@@ -14,7 +14,7 @@ ROWS = json.loads((ROOT / "benchmarks/results/families.json").read_text())["rows
 
 REASONS = {
     # Rotary positions: a pair of units has an angle of its own; linear biases: a head has a slope.
-    "meets constants that differ along it": "Llama Mistral Mixtral Qwen Gemma Phi Falcon Pythia eva",
+    "meets constants that differ along it": "Llama Mist Mixtral Qwen Gemma Phi Falcon Pythia eva",
     "meets constants that differ along it, made by arange": "BLOOM",
     # What is left of channels that are cut apart and dealt out again: single ones.
     "pieces are stacked": "shufflenet",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -41,7 +41,8 @@ def conv(a: int = W, b: int = W, k: int = 1, **options: Any) -> nn.Module:
     return nn.Conv2d(a, b, k, padding=k // 2, **options)
 
 
-def attend(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, o: nn.Module, heads: int) -> Tensor:
+def attend(x: Tensor, layers: Sequence[nn.Module], heads: int) -> Tensor:
+    q, k, v, o = layers
     n, t, _ = x.shape
     queries = q(x).view(n, t, 4, 2).transpose(1, 2)
     keys, values = (f(x).view(n, t, heads, 2).transpose(1, 2) for f in (k, v))
@@ -97,9 +98,9 @@ GRAMMAR: dict[str, dict[str, Callable[[], Step]]] = {
     "table": {**ANYWHERE, **FLAT},
     "sequence": {
         **ANYWHERE, **FLAT,
-        "attention": lambda: Step(lambda *a: attend(*a, 4), q=lin(), k=lin(), v=lin(), o=lin()),
+        "attention": lambda: Step(lambda x, *f: attend(x, f, 4), q=lin(), k=lin(), v=lin(), o=lin()),
         "shared keys": lambda: Step(
-            lambda *a: attend(*a, 2), q=lin(), k=lin(W, 4), v=lin(W, 4), o=lin()
+            lambda x, *f: attend(x, f, 2), q=lin(), k=lin(W, 4), v=lin(W, 4), o=lin()
         ),
         "fused": lambda: Step(fused, f=lin(W, 24), o=lin()),
         "lstm": lambda: Step(lambda x, f: f(x)[0], f=several("LSTM", 1, False)),

@@ -289,7 +289,7 @@ def test_stacked_experts(style: str, bias: bool) -> None:
 
 
 def test_an_expert_that_was_not_run_stays() -> None:
-    """Layers stacked in one tensor, of which the example runs two: of the third nothing is known."""
+    """Layers stacked in one tensor, of which the example runs two: the third is not known."""
 
     class Stacked(nn.Module):
         def __init__(self) -> None:

@@ -183,7 +183,7 @@ class Spec:
         )
 
     def why_none(self) -> str:
-        """Why there are no groups, as a sentence: units that cannot move, or of which it is unknown.
+        """Why there are no groups, as a sentence: units cannot move, or nobody knows of them.
 
         An operation without a rule holds whatever it touches, and that says nothing of symmetries.
         """
