@@ -106,7 +106,7 @@ def test_the_two_valleys_are_exact(a: Any, b: Any, barrier: float | None) -> Non
     assert predictions(*ends)["quintic"] == pytest.approx(height, abs=1e-9)
     for t in (0.25, 0.7):
         between = surface.loss(moved(start, delta, t)) - (1 - t) * losses[0] - t * losses[-1]
-        assert PREDICTORS["quintic"](*ends, t) == pytest.approx(between, abs=1e-9)
+        assert predictions(*ends, at=t)["quintic"] == pytest.approx(between, abs=1e-9)
         assert weighted_curvature(alphas, path_curvature(alphas, losses), t) == pytest.approx(
             between, abs=1e-9
         )
@@ -144,9 +144,9 @@ def test_a_quadratic_is_exact() -> None:
     for t in (0.5, 0.3):
         true = -t * (1 - t) / 2 * float(d @ m @ d)
         # A shared bowl: the curvature alone has the wrong sign.
-        assert PREDICTORS["curvature"](*ends, t) == pytest.approx(-true, abs=1e-9)
+        assert predictions(*ends, at=t)["curvature"] == pytest.approx(-true, abs=1e-9)
         for name in ("taylor", "cubic", "quintic"):
-            assert PREDICTORS[name](*ends, t) == pytest.approx(true, abs=1e-9), name
+            assert predictions(*ends, at=t)[name] == pytest.approx(true, abs=1e-9), name
     alphas, losses = line_of(bowl, a, b)
     height = losses[15] - (losses[0] + losses[-1]) / 2
     assert weighted_curvature(alphas, path_curvature(alphas, losses)) == pytest.approx(
