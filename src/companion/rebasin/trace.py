@@ -8,10 +8,9 @@ networks through it; they name an operation by module, kind and count.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -20,39 +19,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def private(module: nn.Module, inputs: torch.Tensor) -> nn.Module:
-    """A copy to run on ``inputs``: on their device, in eval mode, without gradients.
-
-    In their precision where they are real numbers, and at least in float32: half precision is for
-    storing weights, not for sums over a dataset.
-    """
-    own = copy.deepcopy(module).to(inputs.device).eval().requires_grad_(False)
-    kinds = {t.dtype for t in own.state_dict().values() if t.is_floating_point()}
-    if inputs.dtype in (torch.float32, torch.float64) and kinds - {inputs.dtype}:
-        return own.to(inputs.dtype)
-    return own.float() if kinds & {torch.float16, torch.bfloat16} else own
-
-
 @contextmanager
-def taken_apart(attention: bool = False) -> Iterator[None]:
+def taken_apart(attention: bool = False, recurrent: bool = False) -> Iterator[None]:
     """Inside, attention layers of torch.nn are many operations and not one.
 
-    With ``attention`` the product of queries, keys and values and recurrent layers are, too.
+    With ``recurrent`` recurrent layers are, too; with ``attention`` they and the product of
+    queries, keys and values.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
-    onednn = torch.backends.mkldnn.enabled
+    onednn, cudnn = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        if attention:
-            # And recurrent layers, which oneDNN runs as one operation in float32.
+        if attention or recurrent:
+            # oneDNN and cuDNN run recurrent layers as one operation.
             torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # typed as torch's property
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
+            torch.backends.cudnn.enabled = False
+        with sdpa_kernel(SDPBackend.MATH) if attention else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         torch.backends.mkldnn.enabled = onednn
+        torch.backends.cudnn.enabled = cudnn
 
 
 class Tracer(TorchDispatchMode):
