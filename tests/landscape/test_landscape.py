@@ -98,7 +98,7 @@ def line_of(module: nn.Module, a: Theta, b: Theta, points: int = 31) -> tuple[An
 def test_the_two_valleys_are_exact(a: Any, b: Any, barrier: float | None) -> None:
     surface, start, end = Surface(Product(), ANY, score=own_loss), at(*a), at(*b)
     delta = towards(Product(), start, end)
-    ends: Any = [surface.local(theta, delta) for theta in (start, end)]
+    ends = (surface.local(start, delta), surface.local(end, delta))
     alphas, losses = line_of(Product(), start, end)
     height = losses[15] - (losses[0] + losses[-1]) / 2
     assert barrier is None or height == pytest.approx(barrier, abs=1e-9)
@@ -134,7 +134,7 @@ def test_a_quadratic_is_exact() -> None:
     a, b = ({"theta": torch.randn(7, generator=draw).double()} for _ in range(2))
     delta = towards(bowl, a, b)
     d, m = delta["theta"], bowl.m
-    ends: Any = [surface.local(theta, delta) for theta in (a, b)]
+    ends = (surface.local(a, delta), surface.local(b, delta))
     for local, theta in zip(ends, (a, b), strict=True):
         gradient = m @ theta["theta"] + bowl.c
         assert torch.allclose(surface.gradient(theta)["theta"], gradient, atol=1e-9)
