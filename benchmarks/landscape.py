@@ -1,6 +1,6 @@
 """What a look at the landscape of a network that people have costs: seconds and peak memory.
 
-    python benchmarks/landscape.py --json benchmarks/results/landscape.json
+    python benchmarks/landscape.py --json found.json
 
 Two ResNet-18 of torchvision (11.7 million parameters, 1,000 classes) that were never trained, on 64
 random images: a plane, slopes and curvatures at both ends of the line, and the five largest

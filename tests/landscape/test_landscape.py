@@ -98,7 +98,7 @@ def line_of(module: nn.Module, a: Theta, b: Theta, points: int = 31) -> tuple[An
 def test_the_two_valleys_are_exact(a: Any, b: Any, barrier: float | None) -> None:
     surface, start, end = Surface(Product(), ANY, score=own_loss), at(*a), at(*b)
     delta = towards(Product(), start, end)
-    ends: Any = [surface.local(theta, delta) for theta in (start, end)]
+    ends = (surface.local(start, delta), surface.local(end, delta))
     alphas, losses = line_of(Product(), start, end)
     height = losses[15] - (losses[0] + losses[-1]) / 2
     assert barrier is None or height == pytest.approx(barrier, abs=1e-9)
@@ -106,7 +106,7 @@ def test_the_two_valleys_are_exact(a: Any, b: Any, barrier: float | None) -> Non
     assert predictions(*ends)["quintic"] == pytest.approx(height, abs=1e-9)
     for t in (0.25, 0.7):
         between = surface.loss(moved(start, delta, t)) - (1 - t) * losses[0] - t * losses[-1]
-        assert PREDICTORS["quintic"](*ends, t) == pytest.approx(between, abs=1e-9)
+        assert predictions(*ends, at=t)["quintic"] == pytest.approx(between, abs=1e-9)
         assert weighted_curvature(alphas, path_curvature(alphas, losses), t) == pytest.approx(
             between, abs=1e-9
         )
@@ -134,7 +134,7 @@ def test_a_quadratic_is_exact() -> None:
     a, b = ({"theta": torch.randn(7, generator=draw).double()} for _ in range(2))
     delta = towards(bowl, a, b)
     d, m = delta["theta"], bowl.m
-    ends: Any = [surface.local(theta, delta) for theta in (a, b)]
+    ends = (surface.local(a, delta), surface.local(b, delta))
     for local, theta in zip(ends, (a, b), strict=True):
         gradient = m @ theta["theta"] + bowl.c
         assert torch.allclose(surface.gradient(theta)["theta"], gradient, atol=1e-9)
@@ -144,9 +144,9 @@ def test_a_quadratic_is_exact() -> None:
     for t in (0.5, 0.3):
         true = -t * (1 - t) / 2 * float(d @ m @ d)
         # A shared bowl: the curvature alone has the wrong sign.
-        assert PREDICTORS["curvature"](*ends, t) == pytest.approx(-true, abs=1e-9)
+        assert predictions(*ends, at=t)["curvature"] == pytest.approx(-true, abs=1e-9)
         for name in ("taylor", "cubic", "quintic"):
-            assert PREDICTORS[name](*ends, t) == pytest.approx(true, abs=1e-9), name
+            assert predictions(*ends, at=t)[name] == pytest.approx(true, abs=1e-9), name
     alphas, losses = line_of(bowl, a, b)
     height = losses[15] - (losses[0] + losses[-1]) / 2
     assert weighted_curvature(alphas, path_curvature(alphas, losses)) == pytest.approx(
