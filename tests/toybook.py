@@ -111,7 +111,9 @@ root: index
 chapters:
   - file: chapters/01_toy
   - file: using
+  - file: families
   - file: claims
+  - file: promises
   - file: notation
   - file: provenance
   - file: bibliography
@@ -129,7 +131,9 @@ def make(root: Path, chapter: str = CHAPTER) -> Path:
         "references.bib",
         "index.md",
         "using.md",
+        "families.md",
         "claims.md",
+        "promises.md",
         "provenance.md",
         "notation.md",
         "bibliography.md",

@@ -14,6 +14,7 @@ from companion.core.errors import BadParameter
 from companion.core.stats import Interval
 from companion.landscape import Projected
 from companion.report import figures, plots, recorded
+from companion.report.figures import ON_DARK, ON_LIGHT
 
 mpl.use("Agg")
 
@@ -258,8 +259,9 @@ def test_heat_clips_nothing_and_dark_is_high():
     low, high = axes[0].images[0].to_rgba(np.asarray([0.0, 1.25]))[:, :3].mean(1)
     assert low > high
     colour = {t.get_text(): to_hex(t.get_color()) for t in axes[0].texts}
-    assert colour["1.25"] == "#ffffff"
-    assert colour["0.00"] == colour["—"] == "#000000"
+    # On a colour of its own: these stay where ink turns to white in the dark.
+    assert colour["1.25"] == ON_DARK
+    assert colour["0.00"] == colour["—"] == ON_LIGHT
     assert [t.get_text() for t in axes[0].get_yticklabels()] == list(MAPS["train"])
     assert [t.get_text() for t in axes[1].get_xticklabels()] == ["0", "400"]
     drawn_without_a_window(fig)
