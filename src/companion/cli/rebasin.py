@@ -19,9 +19,16 @@ import typer
 
 from companion.cli import options
 from companion.cli.barrier import all_heights, draw, measured, summary
-from companion.cli.console import UNITS, mode_of, number, output, print_table, say
+from companion.cli.console import (
+    UNITS,
+    mode_of,
+    number,
+    output,
+    print_table,
+    say,
+    write_tensors,
+)
 from companion.cli.opening import Opened, opened
-from companion.core import files
 from companion.core.errors import BadParameter, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
     from companion.core.theta import Theta
     from companion.data import Split
     from companion.experiments.pairs import Evaluation
-    from companion.rebasin import Matching, Rotation, Spec
+    from companion.rebasin import Matching, Permutations, Rotation, Spec
 
 EXAMPLE = (
     "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
@@ -77,7 +84,7 @@ def align_networks(
         str | None,
         typer.Option(
             help="Without --data: channels,height,width of an image, such as 3,32,32, or the "
-            "tokens in a window, such as 64."
+            "tokens in a window, such as 64; the shape of any other example, likewise."
         ),
     ] = None,
     classes: Annotated[
@@ -154,7 +161,14 @@ def align_networks(
 
     measuring = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     pair = opened(
-        a, b, model, data, device, _shape_and_classes(data, in_shape, classes), optional=True
+        a,
+        b,
+        model,
+        data,
+        device,
+        _shape_and_classes(data, in_shape, classes),
+        optional=True,
+        stream=True,
     )
     dataset, shape = pair.dataset, pair.shape
     if dataset is None and kind.data:
@@ -166,11 +180,8 @@ def align_networks(
         raise BadParameter("--plot draws the barrier, which needs data: say which with --data.")
     if dataset is None and merge and repair in ("forward", "closed"):
         raise BadParameter(f"--repair {repair} looks at data: say which with --data.")
-    what = (
-        f"windows of {shape[0]} tokens"
-        if len(shape) == 1
-        else f"images of {'×'.join(map(str, shape))}"
-    )
+    words = {1: f"windows of {shape[0]} tokens", 3: f"images of {'×'.join(map(str, shape))}"}
+    what = words.get(len(shape), f"examples of {'×'.join(map(str, shape))}")
     pair.announce(dataset.label if dataset else f"{what}, no data")
 
     train = dataset.train if dataset else None
@@ -178,7 +189,7 @@ def align_networks(
     how = Method(method, starts, steps=DEFAULT.steps if steps is None else steps, batch=batch)
     key = Key("rebasin", "cli", seed)
     at = train.x.device if train is not None else resolve_device(device)
-    example = _example(shape, pair.classes, key)
+    example = _example(pair.module, shape, pair.classes, key)
     if kind.folds:
         here = _rotated(how, pair, example.to(at), train, at)
     else:
@@ -200,7 +211,7 @@ def align_networks(
         "aligned to (sha256)": pair.a.sha256,
         "made from (sha256)": pair.b.sha256,
     }
-    _write(out, here.file, about, "aligned B")
+    write_tensors(out, here.file, "rebasin", about, "aligned B")
     if matching:
         assert here.matching is not None
         here.matching.save(matching)
@@ -208,7 +219,8 @@ def align_networks(
     between = None
     if merge:
         theta, between = _merged(pair, here, measuring, alpha=alpha, form=repair)
-        _write(merge, theta, about | {"alpha": f"{alpha:g}", "repair": repair}, "merged network")
+        about |= {"alpha": f"{alpha:g}", "repair": repair}
+        write_tensors(merge, theta, "rebasin", about, "merged network")
         if kind.folds:
             say(f"the merged network is in folded form, too: --model {here.model}")
     if found:
@@ -254,22 +266,24 @@ def _shape_and_classes(
     if in_shape is None or classes is None:
         raise BadParameter("--in-shape and --classes: without --data both are needed.")
     parts = in_shape.split(",")
-    if len(parts) not in (1, 3) or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+    if not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise BadParameter(
             f"--in-shape: {in_shape!r} is not channels,height,width, such as 3,32,32, nor the "
-            "tokens in a window, such as 64."
+            "tokens in a window, such as 64, nor the shape of another example: whole numbers."
         )
     whole("--classes", classes, 1, most=10_000_000)
     whole("--in-shape", math.prod(map(int, parts)), 1)
     return tuple(map(int, parts)), classes
 
 
-def _example(shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
-    """Two images of noise, or two windows of random tokens."""
+def _example(module: nn.Module, shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
+    """Two windows of random tokens, for a network that embeds them, or two inputs of noise."""
     import torch
+    from torch import nn
 
     generator = key.fold("example").generator()
-    if len(shape) == 1:
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    if len(shape) == 1 and any(isinstance(m, tables) for m in module.modules()):
         return torch.randint(classes, (2, *shape), generator=generator)
     return torch.randn(2, *shape, generator=generator)
 
@@ -315,8 +329,11 @@ def _permuted(
     key: Key,
 ) -> AlignedPair:
     """B with its units in A's order, in B's own file's form."""
+    import torch
+
     from companion import models
-    from companion.cli.checkpoints import inside
+    from companion.core.fitting import each, fitted
+    from companion.core.theta import layout
     from companion.experiments.methods import Problem
     from companion.rebasin import Matching, derive
     from companion.rebasin.proof import check_equal
@@ -326,24 +343,38 @@ def _permuted(
     spec = derive(module, example, unread="hold")
     derived = time.perf_counter() - begun
     if not spec.groups:
-        raise BadParameter(f"model {pair.name!r}: {spec.why_none()}. There is nothing to match.")
-    one, two = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))
+        raise BadParameter(f"model {pair.name!r}: there is nothing to match: {spec.why_none()}.")
+    one, two = (each(theta, lambda _, v: v.to(device)) for theta in (a, b))
     found = method.kind.find(method, Problem(module, spec, one, two, train, key))
     assert isinstance(found, Matching)
     spec = found.spec
     aligned = found.apply(module, b, check_outputs=False)
     gap = check_equal(module, b, aligned, spec)
     _show_matching(spec, found, derived, gap)
-    # What the file holds: its own names, with a wrapper's prefix perhaps, and its own number types.
-    # Values are moved, not computed with. Tied tensors: the format allows no shared memory.
-    own, file = module.state_dict().keys(), {}
-    for name, tensor in pair.files[1].theta.items():
-        known = inside(name, own)
-        moved = tensor if known is None else spec.permute_tensor(tensor, known, found.perms)
-        file[name] = moved.contiguous().clone()
+    file = _in_form_of(pair.files[1].theta, pair.b.names, spec, found.perms)
+    # What the file left to the model, such as a tied output matrix, may not be the same any more.
+    again = fitted(module, file, layout(module).ties).theta
+    for name in aligned.keys() - {n for n in pair.b.names.values() if n}:
+        if name not in again or not torch.equal(again[name], aligned[name]):
+            file[name] = aligned[name].contiguous().clone()
     outputs = {"largest_relative_difference": gap, "tolerance": spec.tolerance}
     about = _about(spec, spec, derived, found.summary(), outputs)
     return AlignedPair(module, a, aligned, file, models.canonical(pair.name), found, about)
+
+
+def _in_form_of(
+    theta: Theta, names: Mapping[str, str | None], spec: Spec, perms: Permutations
+) -> dict[str, torch.Tensor]:
+    """B's file with its units moved: its own names, with prefixes perhaps, and number types.
+
+    Values are moved, not computed with. Tied tensors: the format allows no shared memory.
+    """
+    file = {}
+    for name in theta if names else ():
+        known = names[name]
+        moved = theta[name] if known is None else spec.permute_tensor(theta[name], known, perms)
+        file[name] = moved.contiguous().clone()
+    return file
 
 
 def _show_matching(spec: Spec, found: Matching, derived: float, gap: float) -> None:
@@ -556,17 +587,3 @@ def _merged(
         heads = [f">{s} {m}" for s in walker.splits for m in ("error (%)", "loss (nats)")]
         print_table(["", *heads], rows, title=f"the network at α = {alpha:g}")
     return {k: v.contiguous().clone() for k, v in theta.items()}, about
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], origin: dict[str, str], what: str) -> None:
-    """A file of weights, with where they come from in its metadata."""
-    from safetensors.torch import save
-
-    from companion import __version__
-
-    about = {"format": "pt", "made by": f"companion {__version__} rebasin", **origin}
-    try:
-        files.write(path, save(tensors, metadata=about))
-    except OSError as e:
-        raise BadParameter(f"{path} cannot be written ({e.strerror}).") from e
-    say(f"{what} written to {path}")

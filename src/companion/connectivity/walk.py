@@ -6,7 +6,6 @@ anchor networks over a subset of entries; they differ only in anchors, weights a
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from companion.connectivity.batches import default_batch
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of, whole
+from companion.core.networks import HALF, private
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, affine, check_theta, layout, without_aliases
 from companion.data import Split, head_of
@@ -69,6 +69,11 @@ def check_bn_examples(value: int | None) -> None:
     whole("bn_examples", value, 2, "null for all")
 
 
+def wide(value: torch.Tensor, own: torch.Tensor) -> torch.dtype:
+    """The type that an entry is mixed in: the network's own where it is stored in half of that."""
+    return own.dtype if value.dtype in HALF else value.dtype
+
+
 def has_batchnorm(module: nn.Module) -> bool:
     """True if the network keeps running statistics, so that a BatchNorm mode has to be named."""
     return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in module.modules())
@@ -104,8 +109,9 @@ class Walker:
         if not splits or any(len(s) == 0 for s in splits.values()):
             raise BadParameter("connectivity: there is no data to evaluate on.")
         self.splits = dict(splits)
-        device = next(iter(self.splits.values())).x.device
-        self.module = copy.deepcopy(module).to(device).eval().requires_grad_(False)
+        example = next(iter(self.splits.values())).x[:1]
+        device = example.device
+        self.module = private(module, example, narrow=False)
         self.layout = layout(self.module)
         self.bn = bn if has_batchnorm(self.module) else "none"
         average = bn_data if bn_data is not None else self.splits.get("train")
@@ -114,7 +120,6 @@ class Walker:
                 "a network with BatchNorm is measured in all three modes, and re-estimating its "
                 "statistics needs bn_data=, or a split called 'train'."
             )
-        example = next(iter(self.splits.values())).x[:1]
         self.batch = batch or default_batch(self.module, device, self.bn, example)
         self._average: tuple[torch.Tensor, ...] = ()
         if self.bn == "reestimate" and average is not None:
@@ -228,9 +233,12 @@ class Walker:
         Raises:
             BadParameter: an anchor that is no finite point of this network's weight space.
         """
-        for number, theta in enumerate(anchors):
+        anchors = [
             check_theta(self.module, theta, "ABCDEFGH"[number])
-        on_device = [{k: v.to(self.device) for k, v in t.items()} for t in anchors]
+            for number, theta in enumerate(anchors)
+        ]
+        own = self._entries
+        on_device = [{k: v.to(self.device, wide(v, own[k])) for k, v in t.items()} for t in anchors]
         moving = tuple(names) if names is not None else self.layout.floating
         self.load(rest if rest is not None else on_device[0])
         sums = []

@@ -8,6 +8,7 @@ share a module name, and tied tensors are one layer (Adilova et al. 2024; our ch
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,12 @@ import torch
 from torch import nn
 
 from companion.core.errors import BadParameter
+from companion.core.fitting import fitted
+from companion.core.networks import plain
 
 Theta = Mapping[str, torch.Tensor]
+
+logger = logging.getLogger("companion")
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Layout:
     buffers: tuple[str, ...]
     """Persistent floating-point buffers, such as running means and variances."""
     integers: tuple[str, ...]
-    """Persistent integer or boolean buffers; never interpolated, taken from the first network."""
+    """Persistent buffers that never move and are taken from the first network: of integers or
+    booleans, and those that hold minus infinity, such as a causal mask, which are constants."""
     ties: Mapping[str, str]
     """Alias -> the first name of the tensor it shares."""
     groups: Mapping[str, tuple[str, ...]]
@@ -60,8 +66,8 @@ class Layout:
 
 
 def layout(module: nn.Module) -> Layout:
-    """Read the :class:`Layout` of ``module``. Tied tensors are found by identity."""
-    state = module.state_dict(keep_vars=True)
+    """Read the :class:`Layout` of ``module``, without its wrappers. Ties are found by identity."""
+    state = plain(module).state_dict(keep_vars=True)
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     parameters, buffers, integers = [], [], []
@@ -74,7 +80,7 @@ def layout(module: nn.Module) -> Layout:
         first[id(tensor)] = name
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
             parameters.append(name)
-        elif tensor.is_floating_point():
+        elif tensor.is_floating_point() and not _has_minus_infinity(tensor):
             buffers.append(name)
         else:
             integers.append(name)
@@ -89,6 +95,10 @@ def layout(module: nn.Module) -> Layout:
         ties,
         {g: tuple(groups[g]) for g in in_order},
     )
+
+
+def _has_minus_infinity(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and bool(torch.isneginf(tensor).any())
 
 
 def without_aliases(theta: Theta, ties: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -116,6 +126,18 @@ def with_aliases(theta: Theta, ties: Mapping[str, str]) -> dict[str, torch.Tenso
     return {**theta, **{alias: theta[first] for alias, first in ties.items() if first in theta}}
 
 
+@torch.no_grad()
+def put(module: nn.Module, theta: Theta, ties: Mapping[str, str]) -> None:
+    """Copy a (partial) state dict into the module, entry by entry.
+
+    Unlike ``load_state_dict`` it asks for no version that a plain mapping does not have. Of a tied
+    tensor with both its names, the first name's value counts.
+    """
+    own = module.state_dict(keep_vars=True)
+    for name, value in without_aliases(theta, ties).items():
+        own[name].copy_(value)
+
+
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
     """A detached copy of the module's state dict; later training does not touch it."""
     return {k: v.detach().clone() for k, v in module.state_dict().items()}
@@ -141,15 +163,25 @@ def check_ties(theta: Theta, ties: Mapping[str, str], name: str) -> None:
             )
 
 
-def check_theta(module: nn.Module, theta: Theta, name: str) -> None:
-    """Refuse a state dict that is no finite point of ``module``'s weight space.
+def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
+    """A state dict under ``module``'s own names; refused if it is no finite point there.
+
+    Names that differ in ways that have one meaning are undone (:mod:`companion.core.fitting`).
+
+    Returns:
+        the state dict to go on with: ``theta`` itself, if it has the module's names.
 
     Raises:
-        BadParameter: missing or extra entries, a shape that differs, NaN or infinite values, two
-            values of a tied tensor; the message names the entry. ``name`` is what the message
-            calls the network.
+        BadParameter: missing or extra entries, a shape that differs, NaN or infinite values (but
+            in constants), two values of a tied tensor; the message names the entry. ``name`` is
+            what the message calls the network.
     """
+    module = plain(module)
     spec = layout(module)
+    found = fitted(module, theta, spec.ties)
+    for text in found.notes:
+        logger.info("network %s: %s", name, text)
+    theta = found.theta
     own = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
     missing = [k for k in own if k not in theta and k not in spec.ties]
     extra = [k for k in theta if k not in own]
@@ -158,14 +190,22 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> None:
             f"network {name} does not fit the model: missing {missing[:5] or 'none'}, "
             f"not in the model {extra[:5] or 'none'}. Both networks must be the same architecture."
         )
-    for k, v in theta.items():
+    constants = set(spec.integers)
+    for k in own:  # in the module's order: the first complaint is the first layer's
+        if k not in theta:
+            continue
+        v = theta[k]
         if v.shape != own[k].shape:
             raise BadParameter(
                 f"network {name}: {k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}."
             )
-        if v.is_floating_point() and not bool(torch.isfinite(v).all()):
+        if not v.is_floating_point():
+            continue
+        finite = ~torch.isnan(v) if k in constants else torch.isfinite(v)
+        if not bool(finite.all()):
             raise BadParameter(f"network {name}: {k} holds NaN or infinite values; it diverged.")
     check_ties(theta, spec.ties, name)
+    return theta
 
 
 def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[str]) -> Theta:
@@ -209,5 +249,6 @@ def cosine_distance(a: Theta, b: Theta, names: Sequence[str]) -> float:
 
 def shares_storage(a: Theta, b: Theta) -> bool:
     """True if any tensor of ``a`` lives in the same memory as one of ``b``."""
-    where = {v.untyped_storage().data_ptr() for v in a.values() if v.numel()}
+    held = dict(a)  # as long as they are looked at: tensors that are read anew may take turns
+    where = {v.untyped_storage().data_ptr() for v in held.values() if v.numel()}
     return any(v.untyped_storage().data_ptr() in where for v in b.values() if v.numel())

@@ -9,7 +9,6 @@ At the end: what the instruments on features share.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 import math
@@ -33,8 +32,10 @@ from companion.connectivity import Score, has_batchnorm
 from companion.connectivity.batches import default_batch, fitting
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of, whole
+from companion.core.networks import copied, private
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, check_theta
+from companion.data import Split
 
 KINDS = ("conv", "linear", "norm", "activation", "block", "pool", "module", "output")
 """``block``: a module of the user's with children, in a list or sequence of such. ``module``: any
@@ -67,6 +68,11 @@ class Examples(Protocol):
     @property
     def y(self) -> torch.Tensor: ...
     def __len__(self) -> int: ...
+
+
+def examples_of(data: Any) -> Examples:
+    """Examples as they are, or what :meth:`companion.data.Split.of` makes of a loader or a pair."""
+    return data if hasattr(data, "x") and hasattr(data, "y") else Split.of(data)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ class Taps:
     """
 
     def __init__(self, module: nn.Module, sites: Sequence[Site], *, inputs: bool = False):
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.module = copied(module).eval().requires_grad_(False)
         self.sites = tuple(sites)
         self.inputs: dict[str, torch.Tensor] = {}
         """Site -> the first tensor that went into it, of the last :meth:`run`."""
@@ -336,7 +342,7 @@ def sites(
         one_of("kinds", kind, KINDS)
     if example.ndim < 1 or len(example) < 1:
         raise BadParameter("sites: an example, a batch of inputs (B, …), is needed.")
-    taps = Taps(copy.deepcopy(module).to(example.device), ())
+    taps = Taps(private(module, example), ())
     taps._wanted = None
     with taps:
         seen = [s for s in taps._probe(example) if s[0] == "output"]
@@ -438,12 +444,16 @@ class Layered(Generic[N]):
         return named(self.layers, name)
 
 
-def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -> None:
-    """Refuse networks (what messages call them -> state dict) that do not fit, and no data."""
-    for name, theta in networks.items():
-        check_theta(module, theta, name)
+def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -> list[Theta]:
+    """The networks (what messages call them -> state dict) under the module's names.
+
+    Raises:
+        BadParameter: one does not fit, or there is no data.
+    """
+    found = [check_theta(module, theta, name) for name, theta in networks.items()]
     if not len(split):
         raise BadParameter("split: there is no data to measure features on.")
+    return found
 
 
 def no_output(name: str, output: torch.Tensor) -> None:
@@ -469,7 +479,7 @@ def tapped(
     module: nn.Module, theta: Theta, found: Sequence[Site], x: torch.Tensor, *, inputs: bool = False
 ) -> Taps:
     """Taps on a copy of the network, with the weights ``theta``, on the device of ``x``."""
-    taps = Taps(copy.deepcopy(module).to(x.device), found, inputs=inputs)
+    taps = Taps(private(module, x), found, inputs=inputs)
     taps.load(theta)
     return taps
 

@@ -12,7 +12,6 @@ themselves. What it cannot see is state that a module keeps outside its outputs;
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import math
@@ -29,8 +28,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from companion.connectivity import Measure, Walker
 from companion.connectivity.batches import room
+from companion.connectivity.walk import wide
 from companion.core import deadline
 from companion.core.errors import OutOfTime
+from companion.core.networks import copied, private
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, affine, check_theta, layout
 
@@ -157,7 +158,7 @@ class Replay:
     """
 
     def __init__(self, module: nn.Module):
-        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.module = copied(module).requires_grad_(False)
         state = self.module.state_dict(keep_vars=True)
         self._entries = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
         self._floating = layout(self.module).floating
@@ -229,7 +230,7 @@ class Replay:
 
 def first_uses(module: nn.Module, example: torch.Tensor) -> dict[str, int]:
     """Entry -> when a pass of ``example`` first reads it; what is never read is left out."""
-    return Replay(copy.deepcopy(module).eval()).record(example).reads
+    return Replay(private(module, example)).record(example).reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,13 +278,14 @@ class LayerWalker(Walker):
             ``walker`` where the plain walker had to do it: BatchNorm statistics that are estimated
             anew at every point, a network that keeps state outside its outputs, or not ``fast``.
         """
-        for theta, name in ((a, "A"), (b, "B")):
-            check_theta(self.module, theta, name)
+        a, b = (check_theta(self.module, x, name) for x, name in ((a, "A"), (b, "B")))
         # Tied tensors under their first name only, or the second would undo what the first moved.
         own = self.layout.floating + self.layout.integers
         # Copies: BatchNorm in train mode writes into its buffers.
+        kinds = {k: wide(a[k], self._entries[k]) for k in own}
         ends = {
-            n: {k: t[k].to(self.device, copy=True) for k in own} for n, t in (("a", a), ("b", b))
+            n: {k: t[k].to(self.device, kinds[k], copy=True) for k in own}
+            for n, t in (("a", a), ("b", b))
         }
         if fast and self.bn != "reestimate":
             try:

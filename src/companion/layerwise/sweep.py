@@ -373,8 +373,7 @@ def sweep(
     how["bn_data"] = bn_data
     walker = LayerWalker(module, splits, batch=batch, **how)
     spec = walker.layout
-    for theta, name in ((a, "A"), (b, "B")):
-        check_theta(walker.module, theta, name)
+    a, b = (check_theta(walker.module, x, name) for x, name in ((a, "A"), (b, "B")))
     # Two images are enough to tell the order of the layers.
     groups = layer_groups(walker.module, settings.by, next(iter(splits.values())).x[:2])
 

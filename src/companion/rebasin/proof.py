@@ -7,7 +7,6 @@ weights themselves, guards every :meth:`companion.rebasin.Matching.apply`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from companion.core.errors import BadParameter
+from companion.core.networks import copied, plain
 from companion.core.seeds import Key
 from companion.core.theta import Theta
 from companion.rebasin.spec import Permutations, Spec
@@ -57,15 +57,12 @@ class Subject:
         precision: torch.dtype = torch.float64,
         strength: float = 1.0,
     ):
-        for name, tensor in module.state_dict(keep_vars=True).items():
+        for name, tensor in plain(module).state_dict(keep_vars=True).items():
             if is_lazy(tensor):
                 raise BadParameter(f"the network has lazy layers: {name} has no shape yet.")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 raise BadParameter(f"the network is on the meta device: {name} has no values.")
-        try:
-            self.module = copy.deepcopy(module).to(precision).eval().requires_grad_(False)
-        except (RuntimeError, TypeError) as e:
-            raise BadParameter(f"the network cannot be copied ({e}).") from e
+        self.module = copied(module).to(precision).eval().requires_grad_(False)
         entries = self.module.state_dict(keep_vars=True)
         self.state = {k: v for k, v in entries.items() if isinstance(v, torch.Tensor)}
         device = next((v.device for v in self.state.values()), torch.device("cpu"))
