@@ -33,7 +33,7 @@ def test_nothing_is_held_that_can_move(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "torchvision: resnet18",
+        "torchvision: squeezenet1_1",
         "transformers: Llama, grouped queries",
         "transformers: Pythia (GPT-NeoX)",
         "transformers: Mixtral",

@@ -177,14 +177,14 @@ def holds_and_comes_back(kind: str, names: list[str], seed: int) -> None:
     )
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(sentences, st.integers(0, 99))
 def test_networks_of_a_grammar(sentence: tuple[str, list[str]], seed: int) -> None:
     holds_and_comes_back(*sentence, seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(sentences, st.integers(0, 9999))
 def test_many_networks_of_a_grammar(sentence: tuple[str, list[str]], seed: int) -> None:
     holds_and_comes_back(*sentence, seed)

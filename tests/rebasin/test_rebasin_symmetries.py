@@ -387,6 +387,7 @@ CARRIED: dict[str, tuple[int, Any, int]] = {
     "stack": (0, lambda x: torch.stack([x, -x], 1).flatten(0, 1), 8),
     "assigned": (0, lambda x: _assigned(x), 8),
     "narrow": (0, lambda x: x.narrow(1, 2, 6), 6),
+    "pairs": (0, lambda x: torch.cat([x, x[:, ::2] * x[:, 1::2]], 1)[:, 4:], 8),
     "tile": (0, lambda x: x.tile(2, 1), 8),
     "distances": (0, lambda x: torch.cat([x, torch.cdist(x, x)], 1)[:, :8], 8),
     "sorted rows": (0, lambda x: x.sort(0).values, 8),
@@ -417,8 +418,8 @@ def test_channels_go_along(name: str) -> None:
     moved = sum(
         g.size * (spec.groups[g.within].size if g.within else 1) for g in spec.groups.values()
     )
-    assert moved >= {"narrow": 6, "pixel shuffle": 2}.get(name, 8)
-    if name != "narrow":
+    assert moved >= {"narrow": 6, "pixel shuffle": 2, "pairs": 4}.get(name, 8)
+    if name not in ("narrow", "pairs"):
         assert not spec.held
     assert comes_back(module, spec)
 

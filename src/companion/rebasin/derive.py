@@ -323,7 +323,8 @@ class _Reading:
         held = dict.fromkeys(unread, "forward does not read it on the example")
         for name in self.parameters:
             for dim, axis in enumerate(used.get(name, ())):
-                atoms = (a for block, _ in self._pieces(axis) for a in block if a.size > 1)
+                blocks = [block for block, _ in self._pieces(axis)]
+                atoms = (a for b in blocks for a in b if a.size > 1 and not _beside_moving(a, b))
                 inside = chain.from_iterable((a, *a.shares.values()) for a in atoms)
                 # Then whatever was written out unit by unit, as it stays in order itself.
                 outer = (
@@ -533,6 +534,11 @@ class _Reading:
                         site = spec.ActivationSite(entry.module, entry.op, entry.nth, *at)
                         best[name] = (preferred, site)
         return {n: best[n][1] for n in groups if n in best}
+
+
+def _beside_moving(atom: Atom, block: AtomBlock) -> bool:
+    """True for the pieces of units that move as wholes."""
+    return str(atom.pinned).startswith(PIECES) and any(a.pinned is None for a in block)
 
 
 def _order(pieces: Sequence[Piece]) -> tuple[int, ...] | None:

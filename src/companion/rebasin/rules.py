@@ -205,9 +205,15 @@ def _piece(w: TensorAxes, tensor: Tensor, dim: int, start: int, size: int) -> li
 def slice_(w: TensorAxes, n: Named, out: Any) -> Out:
     """A stretch of an axis."""
     x, dim = n["self"], n["dim"] % n["self"].ndim
-    if n["step"] != 1:
-        return _put_in_order(w, x, [dim], out, "every so many are picked out")
     low, high, _ = slice(n["start"], n["end"]).indices(x.shape[dim])
+    if (step := n["step"]) != 1:
+        count, rest = divmod(x.shape[dim], step)
+        if rest or low >= step or out.shape[dim] != count or count == 1:
+            return _put_in_order(w, x, [dim], out, "every so many are picked out")
+        # One of each few: gates and units that alternate.
+        axes = list(w.of(x))
+        axes[dim : dim + 1] = w.divide(axes[dim], [count, step])
+        return w.pick(axes, dim + 1, low)
     return _piece(w, x, dim, low, high - low)
 
 
