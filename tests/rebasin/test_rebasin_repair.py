@@ -336,15 +336,16 @@ class Twice(nn.Module):
         return self.head(self.other(self.tied(x).relu()).relu())
 
 
-def test_a_layer_that_runs_twice_is_refused_by_name_and_tied_ones_are_left() -> None:
+def test_layers_that_run_twice_and_tied_ones_are_left_and_refused_by_name() -> None:
     module = Twice()
     ties = layout(module).ties
     a, b = (with_aliases(theta(module, i), ties) for i in (1, 2))
     x = torch.randn(50, 4, generator=seeded("t"))
-    with pytest.raises(BadParameter, match="'shared' runs 2 times"):
-        repair(module, a, b, x)
-    got = repair(module, a, b, x, layers=["first"])
+    got = repair(module, a, b, x)
     assert list(got.scale) == ["first"] and "shared" not in got.before
+    assert "runs 2 times" in got.skipped["shared"]
+    with pytest.raises(BadParameter, match="'shared' cannot be corrected: it runs 2 times"):
+        repair(module, a, b, x, layers=["first", "shared"])
     assert "tied" in got.skipped["other"] and "tied" in got.skipped["tied"]
     assert got.theta["other.weight"] is got.theta["tied.weight"]
     with pytest.raises(BadParameter, match=r"'tied' cannot be corrected.*tied to another"):

@@ -4,12 +4,13 @@ A ``Theta`` is a state dict (name -> tensor). A :class:`Layout`, read off an ``n
 which entries are trainable parameters, floating-point buffers (BatchNorm's running statistics) or
 integer buffers, which names are tied, and which layer each belongs to: a layer is all entries that
 share a module name, and tied tensors are one layer (Adilova et al. 2024; our chapters 1 and 4).
+Complex entries are floating-point numbers in pairs: they move as real ones do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,22 @@ from torch import nn
 from companion.core.errors import BadParameter
 
 Theta = Mapping[str, torch.Tensor]
+
+COUNTER = "num_batches_tracked"
+"""Batches that a norm has seen in training; no output depends on it."""
+
+PARAMETRIZATIONS = "parametrizations"
+"""Where torch keeps what a layer's weight is computed from."""
+
+
+def is_continuous(tensor: torch.Tensor) -> bool:
+    """Whether the numbers can be interpolated: real or complex, not whole and not quantised."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, or complex128: what sums over weights are computed in."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,8 @@ class Layout:
     buffers: tuple[str, ...]
     """Persistent floating-point buffers, such as running means and variances."""
     integers: tuple[str, ...]
-    """Persistent integer or boolean buffers; never interpolated, taken from the first network."""
+    """Persistent integer, boolean or quantised entries; never interpolated, taken from the first
+    network. A path refuses those that differ and matter (:func:`check_integers`)."""
     ties: Mapping[str, str]
     """Alias -> the first name of the tensor it shares."""
     groups: Mapping[str, tuple[str, ...]]
@@ -72,15 +90,16 @@ def layout(module: nn.Module) -> Layout:
             ties[name] = first[id(tensor)]
             continue
         first[id(tensor)] = name
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-            parameters.append(name)
-        elif tensor.is_floating_point():
-            buffers.append(name)
-        else:
+        if not is_continuous(tensor):
             integers.append(name)
+        elif isinstance(tensor, nn.Parameter):
+            parameters.append(name)
+        else:
+            buffers.append(name)
     groups: dict[str, list[str]] = {}
     for name in parameters + buffers:
-        groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        owner, _, _ = ("." + name.rpartition(".")[0]).partition(f".{PARAMETRIZATIONS}.")
+        groups.setdefault(owner.removeprefix(".") or name, []).append(name)
     in_order = sorted(groups, key=lambda g: min(list(state).index(n) for n in groups[g]))
     return Layout(
         tuple(parameters),
@@ -141,14 +160,49 @@ def check_ties(theta: Theta, ties: Mapping[str, str], name: str) -> None:
             )
 
 
+def check_is_theta(theta: object, name: str) -> None:
+    """Refuse what is no state dict: a module, a checkpoint with a state dict inside.
+
+    Arguments:
+        name: what the message calls the network.
+
+    Raises:
+        BadParameter: it says what was given, and what to give.
+    """
+    if isinstance(theta, nn.Module):
+        raise BadParameter(
+            f"network {name}: a state dict is needed, but this is the module itself "
+            f"({type(theta).__name__}). Give its state_dict(), or companion.core.theta.snapshot() "
+            "of it, which later training does not change."
+        )
+    if not isinstance(theta, Mapping):
+        raise BadParameter(
+            f"network {name}: a state dict (name -> tensor) is needed, got a "
+            f"{type(theta).__name__}."
+        )
+    for key, value in theta.items():
+        if isinstance(value, Mapping | nn.Module):
+            end = "" if isinstance(value, Mapping) else ".state_dict()"
+            raise BadParameter(
+                f"network {name}: a state dict (name -> tensor) is needed, but {key!r} holds a "
+                f"{type(value).__name__}. If it is the network, give checkpoint[{key!r}]{end}."
+            )
+
+
 def check_theta(module: nn.Module, theta: Theta, name: str) -> None:
     """Refuse a state dict that is no finite point of ``module``'s weight space.
 
     Raises:
-        BadParameter: missing or extra entries, a shape that differs, NaN or infinite values, two
-            values of a tied tensor; the message names the entry. ``name`` is what the message
-            calls the network.
+        BadParameter: no state dict at all; missing or extra entries, a shape that differs, NaN or
+            infinite values, two values of a tied tensor; the message names the entry. ``name`` is
+            what the message calls the network.
     """
+    if not isinstance(module, nn.Module):
+        raise BadParameter(
+            "module: the architecture, an nn.Module, is needed, got a "
+            f"{type(module).__name__}. The order is: module, network A, network B."
+        )
+    check_is_theta(theta, name)
     spec = layout(module)
     own = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
     missing = [k for k in own if k not in theta and k not in spec.ties]
@@ -163,9 +217,45 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> None:
             raise BadParameter(
                 f"network {name}: {k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}."
             )
-        if v.is_floating_point() and not bool(torch.isfinite(v).all()):
+        if is_continuous(v) and not bool(torch.isfinite(v).all()):
             raise BadParameter(f"network {name}: {k} holds NaN or infinite values; it diverged.")
     check_ties(theta, spec.ties, name)
+
+
+def check_integers(
+    thetas: Sequence[Theta], spec: Layout, found: Callable[[Theta], torch.Tensor] | None = None
+) -> None:
+    """Refuse networks between which there is no line, as whole numbers differ that they compute by.
+
+    Arguments:
+        thetas: state dicts; the first is where :attr:`Layout.integers` stay.
+        spec: of their architecture.
+        found: what a network computes of a few examples. Whole numbers that change nothing there
+            may differ. None: none may, but counters of batches.
+
+    Raises:
+        BadParameter: the message names the entries.
+    """
+    first, *others = thetas
+    for number, theta in enumerate(others, start=1):
+        apart = [
+            n
+            for n in spec.integers
+            if not n.endswith(COUNTER) and not torch.equal(first[n], theta[n].to(first[n].device))
+        ]
+        if not apart:
+            continue
+        if found is not None:
+            own, moved = found(theta), found({**theta, **{n: first[n] for n in apart}})
+            if torch.allclose(own, moved, rtol=1e-5, atol=1e-6, equal_nan=True):
+                continue
+        raise BadParameter(
+            f"networks A and {'ABCDEFGH'[number]}: {', '.join(apart[:3])} "
+            f"({str(first[apart[0]].dtype).removeprefix('torch.')}) differ. Whole and quantised "
+            "numbers are not interpolated, and what the networks compute depends on these: there "
+            "is no line between the two. Dequantise weights first; give both networks the same "
+            "indices and masks."
+        )
 
 
 def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[str]) -> Theta:
@@ -175,16 +265,16 @@ def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[st
     networks and their weights together changes no bit, and a combination of equal float32 networks
     with weights that sum to one is that network, so a null control is exactly 0 (gates G1 and G2).
     Networks that are float64 themselves have no bits to spare: there, entries that are equal in all
-    networks are taken as they are.
+    networks are taken as they are. Of complex entries the same holds, part by part.
     """
     out = {}
     unit = abs(sum(weights) - 1) < 1e-12
     for name in names:
         first, *others = (t[name] for t in thetas)
-        total = first.double() * weights[0]
+        total = wide(first) * weights[0]
         for other, weight in zip(others, weights[1:], strict=True):
-            total = total + other.double() * weight
-        if unit and first.dtype == torch.float64:
+            total = total + wide(other) * weight
+        if unit and first.dtype in (torch.float64, torch.complex128):
             equal = torch.stack([other == first for other in others]).all(0)
             total = torch.where(equal, first, total)
         out[name] = total.to(first.dtype)
@@ -192,13 +282,14 @@ def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[st
 
 
 def flatten(theta: Theta, names: Sequence[str]) -> torch.Tensor:
-    """The named entries as one float64 vector, shape (sum of sizes,)."""
-    return torch.cat([theta[n].detach().double().flatten() for n in names])
+    """The named entries as one float64 vector, shape (sum of sizes,); complex ones are two each."""
+    found = (wide(theta[n].detach()) for n in names)
+    return torch.cat([(torch.view_as_real(x) if x.is_complex() else x).flatten() for x in found])
 
 
 def distance(a: Theta, b: Theta, names: Sequence[str]) -> float:
     """Euclidean distance over the named entries (App. B and G of Frankle et al. use parameters)."""
-    return math.sqrt(sum(float(((a[n].double() - b[n].double()) ** 2).sum()) for n in names))
+    return math.sqrt(sum(float(((wide(a[n]) - wide(b[n])).abs() ** 2).sum()) for n in names))
 
 
 def cosine_distance(a: Theta, b: Theta, names: Sequence[str]) -> float:

@@ -9,7 +9,6 @@ At the end: what the instruments on features share.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 import math
@@ -31,7 +30,10 @@ from torch.utils import _pytree as pytree
 
 from companion.connectivity import Score, has_batchnorm
 from companion.connectivity.batches import default_batch, fitting
+from companion.connectivity.statistics import of_each_batch
+from companion.connectivity.walk import Scored
 from companion.core import deadline
+from companion.core.copies import copied, private
 from companion.core.errors import BadParameter, one_of, whole
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, check_theta
@@ -141,7 +143,7 @@ class Taps:
     """
 
     def __init__(self, module: nn.Module, sites: Sequence[Site], *, inputs: bool = False):
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.module = copied(module).eval().requires_grad_(False)
         self.sites = tuple(sites)
         self.inputs: dict[str, torch.Tensor] = {}
         """Site -> the first tensor that went into it, of the last :meth:`run`."""
@@ -336,7 +338,7 @@ def sites(
         one_of("kinds", kind, KINDS)
     if example.ndim < 1 or len(example) < 1:
         raise BadParameter("sites: an example, a batch of inputs (B, …), is needed.")
-    taps = Taps(copy.deepcopy(module).to(example.device), ())
+    taps = Taps(private(module, example), ())
     taps._wanted = None
     with taps:
         seen = [s for s in taps._probe(example) if s[0] == "output"]
@@ -469,7 +471,7 @@ def tapped(
     module: nn.Module, theta: Theta, found: Sequence[Site], x: torch.Tensor, *, inputs: bool = False
 ) -> Taps:
     """Taps on a copy of the network, with the weights ``theta``, on the device of ``x``."""
-    taps = Taps(copy.deepcopy(module).to(x.device), found, inputs=inputs)
+    taps = Taps(private(module, x), found, inputs=inputs)
     taps.load(theta)
     return taps
 
@@ -484,16 +486,16 @@ def batches(
     """
     device = split.x.device
     if (batch := whole("batch", batch, 1, "None")) is None:
-        each = 2 * 4 * sum(math.prod(s.shape) for s in found if not s.same)
-        batch = fitting(default_batch(module, device, "none"), each, device, 1 << 28)
+        batch = default_batch(module, device, "none")
+        if not of_each_batch(module):
+            each = 2 * 4 * sum(math.prod(s.shape) for s in found if not s.same)
+            batch = fitting(batch, each, device, 1 << 28)
     for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
         deadline.stop_if_passed()
         yield x, y
 
 
-def scored(
-    score: Score, output: torch.Tensor, y: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+def scored(score: Score, output: torch.Tensor, y: torch.Tensor) -> Scored:
     """Summed loss, errors and predictions of logits (N, …, K) against targets (N, …)."""
     if output.shape[:-1] != y.shape:
         raise BadParameter(

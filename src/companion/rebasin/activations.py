@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
+from companion.core.copies import private
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
 from companion.core.seeds import Key
@@ -29,7 +30,7 @@ from companion.data import Split
 from companion.rebasin.assignment import assign_nested
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import ActivationSite, Spec
-from companion.rebasin.trace import Tracer, private, taken_apart
+from companion.rebasin.trace import Tracer, taken_apart
 
 PAIR_STATISTICS = ("moment", "correlation")
 """``moment``: the un-centred second moment E[z_A z_B^T] (the paper's: with it the matching is the

@@ -53,7 +53,8 @@ class Subject:
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 raise BadParameter(f"the network is on the meta device: {name} has no values.")
         try:
-            self.module = copy.deepcopy(module).double().eval().requires_grad_(False)
+            own = in_precision(copied(module), torch.float64)
+            self.module = own.eval().requires_grad_(False)
         except (RuntimeError, TypeError) as e:
             raise BadParameter(f"the network cannot be copied ({e}).") from e
         entries = self.module.state_dict(keep_vars=True)

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion.core import codec, deadline
+from companion.core.copies import private
 from companion.core.errors import BadParameter
 from companion.core.losses import mean_loss
 from companion.core.numerics import exact_evaluation
@@ -32,7 +33,6 @@ from companion.core.theta import Theta, affine, check_theta, layout, without_ali
 from companion.data import Split
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Spec
-from companion.rebasin.trace import private
 from companion.rebasin.weights import objective, weight_matching
 
 MeanLoss = Callable[[Tensor, Tensor], Tensor]

@@ -8,7 +8,6 @@ networks through it; they name an operation by module, kind and count.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,19 +17,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-
-
-def private(module: nn.Module, inputs: torch.Tensor) -> nn.Module:
-    """A copy to run on ``inputs``: on their device, in eval mode, without gradients.
-
-    In their precision where they are real numbers, and at least in float32: half precision is for
-    storing weights, not for sums over a dataset.
-    """
-    own = copy.deepcopy(module).to(inputs.device).eval().requires_grad_(False)
-    kinds = {t.dtype for t in own.state_dict().values() if t.is_floating_point()}
-    if inputs.dtype in (torch.float32, torch.float64) and kinds - {inputs.dtype}:
-        return own.to(inputs.dtype)
-    return own.float() if kinds & {torch.float16, torch.bfloat16} else own
 
 
 @contextmanager
