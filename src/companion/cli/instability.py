@@ -261,6 +261,12 @@ def _show(found: Instability, label: str, threshold: float, metric: str) -> None
         failed = "; ".join(str(g) for g in sample.result.barrier.gates if g.passed is False)
         say(f"  INVALID k={sample.k}, init {sample.init}, copies {sample.copies}: {failed}")
     onset, below = found.onset("test", threshold, metric), f"{threshold:g} {UNITS[metric]}"
+    if not found.onset_is_told("test", metric):
+        say(
+            f"onset: none can be told, as no pair at k = {found.ks[-1]} is valid: see the gates "
+            "above (longer training, or --max-error)"
+        )
+        return
     if math.isinf(onset.value):
         say(f"onset: at no k of this grid the mean test barrier stays below {below}")
     else:

@@ -7,7 +7,6 @@ weights themselves, guards every :meth:`companion.rebasin.Matching.apply`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from companion.core.copies import copied, in_precision
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.theta import Theta
