@@ -1,4 +1,4 @@
-"""Checkpoints of the user's: safetensors files, or networks of the run store.
+"""Checkpoints of the user's: files of weights, or networks of the run store.
 
 What is stored and what the model calls it often differ in small ways. Those with one possible
 meaning are undone, and said (:func:`fit`); all others are refused by name.
@@ -6,20 +6,18 @@ meaning are undone, and said (:func:`fit`); all others are refused by name.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
 from torch import nn
 
 from companion.cli.runs import describe_entry, stored_steps
 from companion.core.errors import BadParameter
+from companion.core.files import read_weights
+from companion.core.fitting import fitted, in_type_of
 from companion.core.runs import Store
 from companion.core.theta import Theta, check_theta, layout
 from companion.training import State
@@ -28,15 +26,6 @@ if TYPE_CHECKING:
     from companion.data import Dataset
 
 RUN = "run:"
-WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
-GPT2 = "transformer."  # transformers' GPT2LMHeadModel has it, GPT2Model and its files do not
-_MASKS = re.compile(r"(?:.*\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
-"""Constants of older GPT-2 files, which say that attention looks back only."""
-
-CONVERT = (
-    "Only safetensors files are read, because loading a pickle can run code. To convert one: "
-    "safetensors.torch.save_file(torch.load(path, weights_only=True), 'new.safetensors')."
-)
 
 
 @dataclass(frozen=True)
@@ -49,6 +38,8 @@ class Checkpoint:
         sha256: of the file (hex), or the run's key and step.
         recipe: of a run of the store, its recipe's fields; else empty.
         notes: what was done to it, for the user.
+        names: the file's name of each entry -> the model's; None where it is left out. Known once
+            it is fitted to a model.
     """
 
     source: str
@@ -56,42 +47,27 @@ class Checkpoint:
     sha256: str
     recipe: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    names: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def read_checkpoint(source: str, store: Store | None = None) -> Checkpoint:
-    """Read ``path.safetensors``, or ``run:KEY[@STEP]`` from the run store (default: its last step).
+    """Read a file of weights, or ``run:KEY[@STEP]`` from the run store (default: its last step).
 
     Raises:
-        BadParameter: no such file, run or step, or not a safetensors file.
+        BadParameter: no such run or step; what :func:`read_weights` refuses.
         CorruptEntry: a stored network does not match its checksum.
     """
     return _run(source, store or Store()) if source.startswith(RUN) else _file(source)
 
 
 def _file(source: str) -> Checkpoint:
-    path = Path(source).expanduser()
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise BadParameter(
-            f"checkpoint {source}: no such file. Give a safetensors file, or {RUN}KEY[@STEP] "
-            "for a network of the run store (`companion runs list`)."
-        ) from None
-    except OSError as e:
-        raise BadParameter(f"checkpoint {source}: cannot be read ({e.strerror}).") from e
-    try:
-        tensors = load_bytes(content)
-    except SafetensorError as e:
-        pickled = content[:2] == b"PK" or content[:1] == b"\x80"
-        what = "a file of torch.save" if pickled else f"not a safetensors file ({e})"
-        raise BadParameter(f"checkpoint {source}: this is {what}. {CONVERT}") from e
-    if not tensors:
-        raise BadParameter(f"checkpoint {source}: the file holds no tensors.")
-    notes: tuple[str, ...] = ()
-    if {"step", "trace"} <= tensors.keys() and any(k.startswith("theta/") for k in tensors):
-        state = State.from_tensors(tensors)
-        tensors, notes = (state.theta, (f"a run at step {state.step}; its weights are taken",))
-    return Checkpoint(source, tensors, hashlib.sha256(content).hexdigest(), {}, notes)
+    found = read_weights(source)
+    names = found.tensors.keys()
+    if {"step", "trace"} <= names and any(k.startswith("theta/") for k in names):
+        state = State.from_tensors(found.tensors)
+        notes = (f"a run at step {state.step}; its weights are taken",)
+        return Checkpoint(source, state.theta, found.sha256, {}, notes)
+    return Checkpoint(source, found.tensors, found.sha256, {}, found.about)
 
 
 def _run(source: str, store: Store) -> Checkpoint:
@@ -116,26 +92,6 @@ def _run(source: str, store: Store) -> Checkpoint:
     return Checkpoint(source, theta, f"{entry.key}@{step}", entry.identity["recipe"], (note,))
 
 
-def inside(name: str, own: Collection[str]) -> str | None:
-    """What a model calls an entry of a file; None for a constant that it does not store.
-
-    Arguments:
-        name: the file's.
-        own: names in the model's state dict.
-    """
-    while name not in own and (p := next((w for w in WRAPPERS if name.startswith(w)), "")):
-        name = name.removeprefix(p)
-    return _in_gpt2(name, own)
-
-
-def _in_gpt2(name: str, own: Collection[str]) -> str | None:
-    if name in own or not any(k.startswith(GPT2 + "h.") for k in own):
-        return name
-    if GPT2 + name in own:
-        return GPT2 + name
-    return None if _MASKS.fullmatch(name) else name
-
-
 def vocabulary(dataset: Dataset, ends: Sequence[Checkpoint]) -> int:
     """The number of classes of a model that is to hold these checkpoints, on ``dataset``.
 
@@ -157,63 +113,22 @@ def _rows(end: Checkpoint) -> int | None:
 def fit(module: nn.Module, found: Checkpoint, name: str) -> Checkpoint:
     """The checkpoint as a state dict of ``module``, with a note on everything that had to be done.
 
-    Undone: a common prefix of DataParallel or torch.compile; names of GPT-2 without the prefix
-    "transformer.", and the masks in its older files; a tied tensor stored under its other name;
-    floating-point types other than the module's. ``name`` is what messages call the network.
+    Undone: whatever differs in name alone (:mod:`companion.core.fitting`), and floating-point types
+    other than the module's. ``name`` is what messages call the network.
 
     Raises:
         BadParameter: missing or extra entries, other shapes, integers where the module has
             floating-point numbers, NaN or infinite values; two tensors where the module has one.
     """
+    done = fitted(module, found.theta, layout(module).ties)
     own = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
-    theta, notes = dict(found.theta), list(found.notes)
-    while prefix := next(
-        (
-            p
-            for p in WRAPPERS
-            if all(k.startswith(p) for k in theta) and not all(k.startswith(p) for k in own)
-        ),
-        None,
-    ):
-        theta = {k.removeprefix(prefix): v for k, v in theta.items()}
-        notes.append(f"the prefix {prefix!r} of all names is left out")
-    theta = _as_gpt2(theta, own, notes)
-    for alias, first in layout(module).ties.items():
-        if alias in theta and first not in theta:
-            theta[first] = theta.pop(alias)
-            notes.append(f"{alias} is the tied {first}")
-    # Files keep no order; the module's own makes the first complaint the first layer's.
-    theta = {k: theta[k] for k in [*own, *sorted(theta.keys() - own.keys())] if k in theta}
-    casts: set[str] = set()
-    for k, v in theta.items():
-        if k not in own or v.dtype == own[k].dtype:
-            continue
-        have, want = (str(t.dtype).removeprefix("torch.") for t in (v, own[k]))
-        if v.is_floating_point() and own[k].is_floating_point():
-            theta[k] = v.to(own[k].dtype)
-            casts.add(f"{have} weights are cast to {want}")
-        elif own[k].is_floating_point():
+    for k, v in done.theta.items():
+        if k in own and own[k].is_floating_point() and not v.is_floating_point():
+            have, want = (str(t.dtype).removeprefix("torch.") for t in (v, own[k]))
             raise BadParameter(
                 f"network {name} ({found.source}): {k} holds {have} numbers, the model {want}. "
                 "Quantised weights are no point of weight space: dequantise them first."
             )
-    check_theta(module, theta, f"{name} ({found.source})")
-    return replace(found, theta=theta, notes=(*notes, *sorted(casts)))
-
-
-def _as_gpt2(
-    theta: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor], notes: list[str]
-) -> dict[str, torch.Tensor]:
-    """Entries under the model's names, in case the file's are those of a published GPT-2."""
-    names = {k: _in_gpt2(k, own) for k in theta}
-    if len({*names.values()} - {None}) < sum(new is not None for new in names.values()):
-        return theta  # both forms at once: its names are refused as they are
-    out = {new: theta[k] for k, new in names.items() if new is not None}
-    if any(new is not None and new != k for k, new in names.items()):
-        notes.append(
-            f"names are those of GPT-2 without a head; {GPT2!r} is put before them (the published "
-            "networks have gelu=tanh)"
-        )
-    if None in names.values():
-        notes.append("attention masks, which are constants, are left out")
-    return out
+    theta, casts = in_type_of(done.theta, own)
+    theta = check_theta(module, theta, f"{name} ({found.source})")
+    return replace(found, theta=theta, names=done.names, notes=(*found.notes, *done.notes, *casts))

@@ -98,16 +98,21 @@ def opened(
     from companion.core.seeds import Key
 
     files = (read_checkpoint(a), read_checkpoint(b))
-    net = _named("--model", model, files, "net")
+    net = _named("--model", model or own_folder(a), files, "net")
     source, dataset, example, classes = _data(data, files, device, shape, optional)
     # Its own weights count for nothing, but what is derived of it should not vary with them.
     module = models.build(reachable(net), example, classes, Key("rebasin", "module"))
     first, second = (fit(module, end, label) for label, end in zip("AB", files, strict=True))
     for label, end in (("A", first), ("B", second)):
-        for text in end.notes:
-            note(f"{label} ({end.source}): {text}")
+        if end.notes:
+            note(f"{label} ({end.source}): {'; '.join(end.notes)}")
     ends = (first, second, files)
     return Opened(*ends, models.canonical(net), net, module, example, classes, dataset, source)
+
+
+def own_folder(source: str) -> str | None:
+    """The model that a folder of transformers is its own description of."""
+    return f"hf:{source}" if (Path(source).expanduser() / "config.json").is_file() else None
 
 
 def _named(option: str, given: str | None, ends: Sequence[Checkpoint], field: str) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from companion.core.theta import Theta
     from companion.data import Split
     from companion.experiments.pairs import Evaluation
-    from companion.rebasin import Matching, Rotation, Spec
+    from companion.rebasin import Matching, Permutations, Rotation, Spec
 
 EXAMPLE = (
     "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
@@ -312,8 +312,11 @@ def _permuted(
     key: Key,
 ) -> AlignedPair:
     """B with its units in A's order, in B's own file's form."""
+    import torch
+
     from companion import models
-    from companion.cli.checkpoints import inside
+    from companion.core.fitting import each, fitted
+    from companion.core.theta import layout
     from companion.experiments.methods import Problem
     from companion.rebasin import Matching, derive
     from companion.rebasin.proof import check_equal
@@ -323,28 +326,55 @@ def _permuted(
     spec = derive(module, example, unread="hold")
     derived = time.perf_counter() - begun
     if not spec.groups:
-        why = [f"{axis}: {reason}" for axis, reason in list(spec.held.items())[:3]]
-        raise BadParameter(
-            f"model {pair.name!r}: no unit can be reordered without changing the outputs, so there "
-            f"is nothing to match. {'; '.join(why)}"
-        )
-    one, two = ({k: v.to(device) for k, v in theta.items()} for theta in (a, b))
+        raise BadParameter(f"model {pair.name!r}: there is nothing to match. {_why_none(spec)}")
+    one, two = (each(theta, lambda _, v: v.to(device)) for theta in (a, b))
     found = method.kind.find(method, Problem(module, spec, one, two, train, key))
     assert isinstance(found, Matching)
     spec = found.spec
     aligned = found.apply(module, b, check_outputs=False)
     gap = check_equal(module, b, aligned, spec)
     _show_matching(spec, found, derived, gap)
-    # What the file holds: its own names, with a wrapper's prefix perhaps, and its own number types.
-    # Values are moved, not computed with. Tied tensors: the format allows no shared memory.
-    own, file = module.state_dict().keys(), {}
-    for name, tensor in pair.files[1].theta.items():
-        known = inside(name, own)
-        moved = tensor if known is None else spec.permute_tensor(tensor, known, found.perms)
-        file[name] = moved.contiguous().clone()
+    file = _in_form_of(pair.files[1].theta, pair.b.names, spec, found.perms)
+    # What the file left to the model, such as a tied output matrix, may not be the same any more.
+    again = fitted(module, file, layout(module).ties).theta
+    for name in aligned.keys() - {n for n in pair.b.names.values() if n}:
+        if name not in again or not torch.equal(again[name], aligned[name]):
+            file[name] = aligned[name].contiguous().clone()
     outputs = {"largest_relative_difference": gap, "tolerance": spec.tolerance}
     about = _about(spec, spec, derived, found.summary(), outputs)
     return AlignedPair(module, a, aligned, file, models.canonical(pair.name), found, about)
+
+
+def _why_none(spec: Spec) -> str:
+    """Why no unit of a network can be reordered, as far as it is known."""
+    if not spec.held:
+        return (
+            "Every axis of its weights belongs to the input or to the output, or reads positions "
+            "or whole numbers: there are no hidden units, as in a network of one layer."
+        )
+    reasons: dict[str, list[str]] = {}
+    for axis, why in spec.held.items():
+        reasons.setdefault(why, []).append(axis)
+    told = [
+        f"{axes[0]}{f' and {len(axes) - 1} more' if len(axes) > 1 else ''}: {why}"
+        for why, axes in list(reasons.items())[:4]
+    ]
+    return f"Units are held in place: {'; '.join(told)}."
+
+
+def _in_form_of(
+    theta: Theta, names: Mapping[str, str | None], spec: Spec, perms: Permutations
+) -> dict[str, torch.Tensor]:
+    """B's file with its units moved: its own names, with prefixes perhaps, and number types.
+
+    Values are moved, not computed with. Tied tensors: the format allows no shared memory.
+    """
+    file = {}
+    for name in theta if names else ():
+        known = names[name]
+        moved = theta[name] if known is None else spec.permute_tensor(theta[name], known, perms)
+        file[name] = moved.contiguous().clone()
+    return file
 
 
 def _show_matching(spec: Spec, found: Matching, derived: float, gap: float) -> None:

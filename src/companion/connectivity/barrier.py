@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from companion.connectivity.walk import (
 from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, one_of
 from companion.core.losses import is_label
-from companion.core.theta import Layout, Theta, distance, flatten
+from companion.core.theta import Layout, Theta, check_theta, distance, flatten
 from companion.data import Dataset, Split
 
 DEFINITIONS = ("mean", "linear")
@@ -43,9 +44,16 @@ def grid(points: int) -> list[tuple[float, float]]:
     return [((last - i) / last, i / last) for i in range(points)]
 
 
-def splits_of(data: Dataset | Mapping[str, Split]) -> Mapping[str, Split]:
-    """``{"train": …, "test": …}`` of a dataset; a mapping is passed through."""
-    return {"train": data.train, "test": data.test} if isinstance(data, Dataset) else data
+def splits_of(data: Dataset | Mapping[str, Any] | Any) -> Mapping[str, Split]:
+    """``{"train": …, "test": …}`` of a dataset; of a mapping its splits, by name.
+
+    In place of a split: whatever :meth:`companion.data.Split.of` takes, such as a ``DataLoader``.
+    One of these alone is called ``test``.
+    """
+    if isinstance(data, Dataset):
+        return {"train": data.train, "test": data.test}
+    named = data if isinstance(data, Mapping) else {"test": data}
+    return {name: Split.of(part) for name, part in named.items()}
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,7 @@ def segment(
     one_of("rest", rest, ("a", "b"))
     steps = grid(points)
     walker = walker or Walker(module, splits_of(data), bn=bn)
+    a, b = walker.enter(a, "A"), walker.enter(b, "B")
     names = None if groups is None else walker.layout.select(groups)
     measured = walker.walk((a, b), steps, names=names, rest=a if rest == "a" else b)
     sizes = sizes_of(walker.splits)
@@ -285,6 +294,7 @@ def barrier(
     """
     one_of("bn", bn, BN_MODES)
     splits = splits_of(data)
+    a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
     if isinstance(data, Dataset):
         classes = classes or data.classes
     modes = [bn, *(m for m in BN_MODES if m != bn)] if has_batchnorm(module) else [bn]

@@ -17,10 +17,10 @@ from torch import nn
 from companion.connectivity import statistics
 from companion.connectivity.batches import default_batch
 from companion.core import deadline
-from companion.core.copies import HALF, at_least_single, private
 from companion.core.effective import effective
 from companion.core.errors import BadParameter, one_of, whole
 from companion.core.losses import IGNORED, is_label
+from companion.core.networks import HALF, at_least_single, private
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import (
     Theta,
@@ -157,9 +157,9 @@ class Walker:
         if not splits or any(len(s) == 0 for s in splits.values()):
             raise BadParameter("connectivity: there is no data to evaluate on.")
         self.splits = dict(splits)
-        sample = next(iter(self.splits.values())).x
-        device = sample.device
-        own = private(module, sample, narrow=False)
+        example = next(iter(self.splits.values())).x[:1]
+        device = example.device
+        own = private(module, example, narrow=False)
         self._space = effective(own)
         self.module = self._space.module.requires_grad_(False)
         self.layout = layout(self.module)
@@ -173,7 +173,7 @@ class Walker:
                 "a network with BatchNorm is measured in all three modes, and re-estimating its "
                 "statistics needs bn_data=, or a split called 'train'."
             )
-        self.batch = batch or default_batch(self.module, device, self.bn, sample[:1])
+        self.batch = batch or default_batch(self.module, device, self.bn, example)
         self._average: tuple[torch.Tensor, ...] = ()
         if self.bn == "reestimate" and average is not None:
             self._average = self._cut(head_of(average.x, bn_examples))
@@ -203,8 +203,7 @@ class Walker:
             BadParameter: it is no finite point of this network's weight space.
         """
         check_is_theta(theta, name)
-        check_theta(self._space.of(theta), theta, name)
-        found = self._space.enter(theta)
+        found = self._space.enter(check_theta(self._space.of(theta), theta, name))
         if any(v.dtype in HALF for v in found.values()):
             found = {n: at_least_single(v) for n, v in found.items()}
         return found

@@ -23,8 +23,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from companion.core.copies import copied
 from companion.core.errors import BadParameter
+from companion.core.networks import copied
+from companion.core.networks import plain as unwrapped
 from companion.core.theta import PARAMETRIZATIONS, Theta
 
 _KEPT = 8
@@ -229,6 +230,7 @@ class Effective:
 @torch.no_grad()
 def effective(module: nn.Module) -> Effective:
     """``module`` as a network of effective weights. It is not changed, and not copied if plain."""
+    module = unwrapped(module)
     slots = tuple(_slots(module))
     if not slots:
         return Effective(module, module)

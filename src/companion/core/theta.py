@@ -9,6 +9,7 @@ Complex entries are floating-point numbers in pairs: they move as real ones do.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 
 from companion.core.errors import BadParameter
+from companion.core.fitting import fitted
+from companion.core.networks import plain
 
 Theta = Mapping[str, torch.Tensor]
 
@@ -37,6 +40,9 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
+logger = logging.getLogger("companion")
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the entries of a module's state dict are. Names are in the module's own order."""
@@ -46,8 +52,9 @@ class Layout:
     buffers: tuple[str, ...]
     """Persistent floating-point buffers, such as running means and variances."""
     integers: tuple[str, ...]
-    """Persistent integer, boolean or quantised entries; never interpolated, taken from the first
-    network. A path refuses those that differ and matter (:func:`check_integers`)."""
+    """Persistent entries that never move and are taken from the first network: whole, boolean and
+    quantised numbers, and buffers that hold minus infinity, such as a causal mask, which are
+    constants. A path refuses those that differ and matter (:func:`check_integers`)."""
     ties: Mapping[str, str]
     """Alias -> the first name of the tensor it shares."""
     groups: Mapping[str, tuple[str, ...]]
@@ -78,8 +85,8 @@ class Layout:
 
 
 def layout(module: nn.Module) -> Layout:
-    """Read the :class:`Layout` of ``module``. Tied tensors are found by identity."""
-    state = module.state_dict(keep_vars=True)
+    """Read the :class:`Layout` of ``module``, without its wrappers. Ties are found by identity."""
+    state = plain(module).state_dict(keep_vars=True)
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     parameters, buffers, integers = [], [], []
@@ -90,12 +97,12 @@ def layout(module: nn.Module) -> Layout:
             ties[name] = first[id(tensor)]
             continue
         first[id(tensor)] = name
-        if not is_continuous(tensor):
-            integers.append(name)
-        elif isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) and is_continuous(tensor):
             parameters.append(name)
-        else:
+        elif is_continuous(tensor) and not _has_minus_infinity(tensor):
             buffers.append(name)
+        else:
+            integers.append(name)
     groups: dict[str, list[str]] = {}
     for name in parameters + buffers:
         owner, _, _ = ("." + name.rpartition(".")[0]).partition(f".{PARAMETRIZATIONS}.")
@@ -108,6 +115,10 @@ def layout(module: nn.Module) -> Layout:
         ties,
         {g: tuple(groups[g]) for g in in_order},
     )
+
+
+def _has_minus_infinity(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_meta or tensor.is_complex()) and bool(torch.isneginf(tensor).any())
 
 
 def without_aliases(theta: Theta, ties: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -133,6 +144,18 @@ def with_aliases(theta: Theta, ties: Mapping[str, str]) -> dict[str, torch.Tenso
     over the right one. Arguments as of :func:`without_aliases`.
     """
     return {**theta, **{alias: theta[first] for alias, first in ties.items() if first in theta}}
+
+
+@torch.no_grad()
+def put(module: nn.Module, theta: Theta, ties: Mapping[str, str]) -> None:
+    """Copy a (partial) state dict into the module, entry by entry.
+
+    Unlike ``load_state_dict`` it asks for no version that a plain mapping does not have. Of a tied
+    tensor with both its names, the first name's value counts.
+    """
+    own = module.state_dict(keep_vars=True)
+    for name, value in without_aliases(theta, ties).items():
+        own[name].copy_(value)
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -180,22 +203,27 @@ def check_is_theta(theta: object, name: str) -> None:
             f"network {name}: a state dict (name -> tensor) is needed, got a "
             f"{type(theta).__name__}."
         )
-    for key, value in theta.items():
-        if isinstance(value, Mapping | nn.Module):
+    for key in theta if isinstance(theta, dict) else ():
+        if isinstance(value := theta[key], Mapping | nn.Module):
             end = "" if isinstance(value, Mapping) else ".state_dict()"
             raise BadParameter(
                 f"network {name}: a state dict (name -> tensor) is needed, but {key!r} holds a "
-                f"{type(value).__name__}. If it is the network, give checkpoint[{key!r}]{end}."
+                f"{type(value).__name__}. If that is the network, give it: [{key!r}]{end}."
             )
 
 
-def check_theta(module: nn.Module, theta: Theta, name: str) -> None:
-    """Refuse a state dict that is no finite point of ``module``'s weight space.
+def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
+    """A state dict under ``module``'s own names; refused if it is no finite point there.
+
+    Names that differ in ways that have one meaning are undone (:mod:`companion.core.fitting`).
+
+    Returns:
+        the state dict to go on with: ``theta`` itself, if it has the module's names.
 
     Raises:
         BadParameter: no state dict at all; missing or extra entries, a shape that differs, NaN or
-            infinite values, two values of a tied tensor; the message names the entry. ``name`` is
-            what the message calls the network.
+            infinite values (but in constants), two values of a tied tensor; the message names the
+            entry. ``name`` is what the message calls the network.
     """
     if not isinstance(module, nn.Module):
         raise BadParameter(
@@ -203,7 +231,12 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> None:
             f"{type(module).__name__}. The order is: module, network A, network B."
         )
     check_is_theta(theta, name)
+    module = plain(module)
     spec = layout(module)
+    found = fitted(module, theta, spec.ties)
+    for text in found.notes:
+        logger.info("network %s: %s", name, text)
+    theta = found.theta
     own = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
     missing = [k for k in own if k not in theta and k not in spec.ties]
     extra = [k for k in theta if k not in own]
@@ -212,14 +245,19 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> None:
             f"network {name} does not fit the model: missing {missing[:5] or 'none'}, "
             f"not in the model {extra[:5] or 'none'}. Both networks must be the same architecture."
         )
+    constants = set(spec.integers)
     for k, v in theta.items():
         if v.shape != own[k].shape:
             raise BadParameter(
                 f"network {name}: {k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}."
             )
-        if is_continuous(v) and not bool(torch.isfinite(v).all()):
+        if not is_continuous(v):
+            continue
+        finite = ~torch.isnan(v) if k in constants else torch.isfinite(v)
+        if not bool(finite.all()):
             raise BadParameter(f"network {name}: {k} holds NaN or infinite values; it diverged.")
     check_ties(theta, spec.ties, name)
+    return theta
 
 
 def check_integers(

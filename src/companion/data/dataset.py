@@ -10,8 +10,9 @@ Source: our chapter 1 ("The data").
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,14 +27,15 @@ Kind = Literal["images", "text"]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels, or windows of tokens and the tokens that follow, on one device.
+    """Examples and labels, or windows of tokens and the tokens that follow, on one device.
 
     Shared by all who loaded it: never written in place.
 
     Arguments:
-        x: (N, C, H, W) float32, normalised per channel; or (N, L) int64, tokens.
-        y: (N,) int64, classes ``0 … classes - 1``; or (N, L) int64: ``y[i, t]`` is the token behind
-            ``x[i, t]``, so ``y`` is ``x`` shifted by one.
+        x: (N, …), what forward takes: images (N, C, H, W) float32, normalised per channel; rows of
+            a table (N, F), signals (N, C, T), volumes (N, C, D, H, W); or (N, L) int64, tokens.
+        y: (N,) int64, classes ``0 … classes - 1``; or of tokens (N, L) int64: ``y[i, t]`` is the
+            token behind ``x[i, t]``, so ``y`` is ``x`` shifted by one.
         stream: (T,) int64, the whole text that ``x`` and ``y`` are views of, if they are: only
             :meth:`windows` sets it.
 
@@ -46,18 +48,17 @@ class Split:
     stream: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.x.ndim == 2 and self.x.dtype == torch.int64:
-            expected = tuple(self.x.shape)
-        elif self.x.ndim == 4 and self.x.dtype == torch.float32:
-            expected = tuple(self.x.shape[:1])
-        else:
+        tokens = self.x.ndim == 2 and self.x.dtype == torch.int64
+        if not tokens and (self.x.ndim < 2 or self.x.dtype not in _REAL):
             raise BadParameter(
-                "Split.x: (N, C, H, W) float32 (images) or (N, L) int64 (tokens) expected, "
-                f"got {tuple(self.x.shape)} {self.x.dtype}."
+                "Split.x: (N, …) float32 (images, rows of a table, signals, …) or (N, L) int64 "
+                f"(tokens) expected, got {tuple(self.x.shape)} {self.x.dtype}."
             )
-        if self.y.shape != expected or self.y.dtype != torch.int64:
+        expected = [tuple(self.x.shape[:1]), tuple(self.x.shape)][: 1 + tokens]
+        if tuple(self.y.shape) not in expected or self.y.dtype != torch.int64:
             raise BadParameter(
-                f"Split.y: {expected} int64 expected, got {tuple(self.y.shape)} {self.y.dtype}."
+                f"Split.y: {' or '.join(map(str, expected))} int64 expected, "
+                f"got {tuple(self.y.shape)} {self.y.dtype}."
             )
         if self.x.device != self.y.device:
             raise BadParameter(f"Split: x is on {self.x.device}, y on {self.y.device}.")
@@ -95,10 +96,36 @@ class Split:
     def __len__(self) -> int:
         return len(self.x)
 
+    @classmethod
+    def of(cls, data: Any) -> Split:
+        """A split of what people have.
+
+        Arguments:
+            data: a split; a pair (x, y); or a ``DataLoader``, or anything else that yields batches
+                (x, y), as pairs or as mappings with ``labels``. It is read once, in its order.
+
+        Raises:
+            BadParameter: it is none of these, or x and y do not fit together.
+        """
+        if isinstance(data, Split):
+            return data
+        if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor):
+            return cls(*data)
+        try:
+            batches = [_pair(batch) for batch in data]
+        except TypeError:
+            raise BadParameter(
+                "data: a split, a pair (x, y) or a DataLoader expected, got a "
+                f"{type(data).__name__}."
+            ) from None
+        if not batches:
+            raise BadParameter("data: the loader yields no batches.")
+        return cls(*(torch.cat(part) for part in zip(*batches, strict=True)))
+
     @property
     def kind(self) -> Kind:
-        """``"images"`` or ``"text"``."""
-        return "images" if self.x.is_floating_point() else "text"
+        """``"text"`` where each token is to be predicted; else ``"images"``, whatever they are."""
+        return "images" if self.y.ndim == 1 else "text"
 
     @property
     def window(self) -> int | None:
@@ -132,6 +159,25 @@ class Split:
         if n >= len(self):
             return self
         return Split(head_of(self.x, n), head_of(self.y, n))
+
+
+_REAL = (torch.float32, torch.float64)
+_LABELS = ("labels", "label", "y", "target", "targets")
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Examples and labels of one batch of a loader."""
+    if isinstance(batch, Mapping):
+        labels = next((batch[k] for k in _LABELS if k in batch), None)
+        rest = [v for k, v in batch.items() if isinstance(v, Tensor) and k not in _LABELS]
+        batch = (*rest, labels) if labels is not None else ()
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise BadParameter(
+            "data: a loader's batches must be pairs (x, y), or mappings of one tensor and labels; "
+            "for networks of several inputs wrap the module in one that takes a single tensor."
+        )
+    x, y = (torch.as_tensor(v) for v in batch)
+    return x, y.long() if not (y.is_floating_point() or y.is_complex()) else y
 
 
 def head_of(values: Tensor, n: int | None) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from companion.core.errors import BadParameter
+from companion.core.networks import plain
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta
 from companion.features.measure import Stat
@@ -32,6 +33,7 @@ from companion.features.taps import (
     Site,
     batches,
     checked,
+    examples_of,
     no_output,
     own_statistics,
     rates,
@@ -144,7 +146,8 @@ def weak_additivity(
 
     Source: Zhou et al. 2023, Definition 3, Figures 5 and 6 (claim A06); our chapter 3.
     """
-    checked(module, {"A": a, "B": b}, split)
+    split = examples_of(split)
+    a, b = checked(module, {"A": a, "B": b}, split)
     alphas = rates(alphas)
     found = _asked(_relus(module, split), layers, "ReLU")
     rows: dict[str, list[Tensor]] = {s.name: [] for s in found}
@@ -207,7 +210,8 @@ def commutativity(
     Source: Zhou et al. 2023, Section 5, Figures 7 and 16 to 19, equation 9 (claims A07, A12); our
     chapter 3.
     """
-    checked(module, {"A": a, "B": b}, split)
+    split = examples_of(split)
+    a, b = checked(module, {"A": a, "B": b}, split)
     found = _asked(_linears(module, split), layers, "linear layer or convolution")
     # Squared norms of: the difference of the two sides, one side, the other; then of the inputs.
     sums = {s.name: [0.0] * 6 for s in found}
@@ -258,7 +262,7 @@ def measurable(
 def _relus(module: nn.Module, split: Examples) -> list[Site]:
     def is_relu(path: str) -> bool:
         try:
-            return isinstance(module.get_submodule(path), nn.ReLU)
+            return isinstance(plain(module).get_submodule(path), nn.ReLU)
         except AttributeError:  # no module: a functional call
             return path.removesuffix("()").rpartition(".")[2] == "relu"
 

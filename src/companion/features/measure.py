@@ -25,7 +25,17 @@ from companion.core.errors import BadParameter, one_of, whole
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, affine
 from companion.data import Split
-from companion.features.taps import Examples, Layered, Site, Taps, checked, rates, scored, sites
+from companion.features.taps import (
+    Examples,
+    Layered,
+    Site,
+    Taps,
+    checked,
+    examples_of,
+    rates,
+    scored,
+    sites,
+)
 
 MODES = ("interpolate", "reestimate")
 """What BatchNorm does, at the ends too: use the running statistics, interpolated like weights; or
@@ -301,7 +311,8 @@ def features(
     weights = rates(alphas)
     one_of("bn", bn, MODES)
     one_of("per", per, PER)
-    checked(module, {"A": a, "B": b}, split)
+    split = examples_of(split)
+    a, b = checked(module, {"A": a, "B": b}, split)
     if bn == "reestimate" and bn_data is None and has_batchnorm(module):
         raise BadParameter(
             "bn: re-estimating BatchNorm's statistics needs bn_data=, training data that is not "

@@ -21,8 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from companion.core.errors import BadParameter, whole
+from companion.core.networks import plain
 from companion.core.theta import Theta, check_theta, layout
-from companion.features.taps import Examples, Site, batches, checked, sites, tapped
+from companion.features.taps import Examples, Site, batches, checked, examples_of, sites, tapped
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def weight_spectra(
     Source: Zhou et al. 2023, App. B.5, Figs. 20-22; our chapter 3.
     """
     out = []
-    for name in _weights(module, names, (theta, "A")):
+    theta = check_theta(module, theta, "A")
+    for name in _weights(module, names):
         matrix = theta[name].detach().double().flatten(1)
         values = torch.linalg.svdvals(matrix).tolist()
         out.append(Spectrum(name, "weight", len(matrix), matrix.shape[1], tuple(values)))
@@ -148,7 +150,8 @@ def principal_angles(
     """
     whole("k", k, 1)
     out = []
-    for name in _weights(module, names, (a, "A"), (b, "B")):
+    a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
+    for name in _weights(module, names):
         parts = [
             torch.linalg.svd(t[name].detach().double().flatten(1).cpu(), False) for t in (a, b)
         ]
@@ -222,10 +225,11 @@ def feature_spectra(
 
     Source: Zhou et al. 2023, App. B.5, Figs. 20-22; our chapter 3.
     """
-    checked(module, {"A": theta}, split)
+    split = examples_of(split)
+    (theta,) = checked(module, {"A": theta}, split)
     found = sites(module, split.x[:2], layers)
     moments = {site.name: _Moment(centred) for site in found}
-    modules = dict(module.named_modules())
+    modules = dict(plain(module).named_modules())
     with tapped(module, theta, found, split.x) as taps:
         for x, _ in batches(module, split, batch, found):
             outputs, _ = taps.run(x)
@@ -251,15 +255,11 @@ def _rows(
     return out.movedim(axis, -1).flatten(0, -2)
 
 
-def _weights(
-    module: nn.Module, names: Sequence[str] | None, *networks: tuple[Theta, str]
-) -> list[str]:
-    """Names of the weights of two axes or more, after checking the networks."""
-    for theta, label in networks:
-        check_theta(module, theta, label)
-    spec = layout(module)
+def _weights(module: nn.Module, names: Sequence[str] | None) -> list[str]:
+    """Names of the weights of two axes or more."""
+    spec, own = layout(module), plain(module).state_dict()
     chosen = set(spec.select(names))
-    found = [n for n in spec.parameters if n in chosen and networks[0][0][n].ndim > 1]
+    found = [n for n in spec.parameters if n in chosen and own[n].ndim > 1]
     if not found:
         raise BadParameter("no weight of two axes or more is among the layers asked for.")
     return found

@@ -27,6 +27,7 @@ from companion.features.taps import (
     Taps,
     batches,
     checked,
+    examples_of,
     named,
     no_output,
     own_statistics,
@@ -171,7 +172,8 @@ def stitch(
     Source: Zhou et al. 2023, App. B.4, Tables 2 and 3 (claims A09, A10); our chapter 3.
     """
     one_of("default", default, (*DEFAULTS, "both"))
-    checked(module, {"A": a, "B": b}, split)
+    split = examples_of(split)
+    a, b = checked(module, {"A": a, "B": b}, split)
     found = sites(module, split.x[:2], layers)
     bases = ("b", "a") if default == "both" else (default,)
     networks = {"a": tapped(module, a, found, split.x), "b": tapped(module, b, found, split.x)}

@@ -33,10 +33,11 @@ from companion.connectivity.batches import default_batch, fitting
 from companion.connectivity.statistics import of_each_batch
 from companion.connectivity.walk import Scored
 from companion.core import deadline
-from companion.core.copies import copied, private
 from companion.core.errors import BadParameter, one_of, whole
+from companion.core.networks import copied, private
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, check_theta
+from companion.data import Split
 
 KINDS = ("conv", "linear", "norm", "activation", "block", "pool", "module", "output")
 """``block``: a module of the user's with children, in a list or sequence of such. ``module``: any
@@ -69,6 +70,11 @@ class Examples(Protocol):
     @property
     def y(self) -> torch.Tensor: ...
     def __len__(self) -> int: ...
+
+
+def examples_of(data: Any) -> Examples:
+    """Examples as they are, or what :meth:`companion.data.Split.of` makes of a loader or a pair."""
+    return data if hasattr(data, "x") and hasattr(data, "y") else Split.of(data)
 
 
 @dataclass(frozen=True)
@@ -440,12 +446,16 @@ class Layered(Generic[N]):
         return named(self.layers, name)
 
 
-def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -> None:
-    """Refuse networks (what messages call them -> state dict) that do not fit, and no data."""
-    for name, theta in networks.items():
-        check_theta(module, theta, name)
+def checked(module: nn.Module, networks: Mapping[str, Theta], split: Examples) -> list[Theta]:
+    """The networks (what messages call them -> state dict) under the module's names.
+
+    Raises:
+        BadParameter: one does not fit, or there is no data.
+    """
+    found = [check_theta(module, theta, name) for name, theta in networks.items()]
     if not len(split):
         raise BadParameter("split: there is no data to measure features on.")
+    return found
 
 
 def no_output(name: str, output: torch.Tensor) -> None:

@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from companion.connectivity import Measure, Walker, statistics
 from companion.connectivity.batches import room
 from companion.core import deadline
-from companion.core.copies import copied
 from companion.core.errors import OutOfTime
+from companion.core.networks import copied, private
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import COUNTER, Theta, affine, layout
 
@@ -228,7 +228,7 @@ class Replay:
 
 def first_uses(module: nn.Module, example: torch.Tensor) -> dict[str, int]:
     """Entry -> when a pass of ``example`` first reads it; what is never read is left out."""
-    return Replay(copied(module).eval()).record(example).reads
+    return Replay(private(module, example)).record(example).reads
 
 
 @dataclass(frozen=True, eq=False)

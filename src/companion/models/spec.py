@@ -1,5 +1,7 @@
 """A network by name: "name", or "name:option=value,option=value", or "package.module:factory".
 
+What is not ours is read by :mod:`companion.models.own`.
+
 Everything that can be wrong with a name is found before anything is built.
 """
 
@@ -16,7 +18,7 @@ from torch import nn
 
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
-from companion.models import gpt, images, own
+from companion.models import gpt, images, own, zoo
 from companion.models.layers import initialise
 from companion.models.options import NetworkFamily, Shape, Value, check_together
 
@@ -48,8 +50,7 @@ def _family(spec: str, name: str) -> NetworkFamily:
         if depth in images.NOT_OURS:
             raise BadParameter(
                 f"model {spec!r}: {name} means ImageNet's bottleneck network, which is not here"
-                " (for CIFAR: resnet44, resnet56, …). Wrap torchvision's in a factory of your own"
-                " and name it package.module:factory."
+                f" (for CIFAR: resnet44, resnet56, …). Torchvision's is torchvision:{name}."
             )
         if depth % 6 == 2 and 8 <= depth <= images.MAX_DEPTH:
             return images.family_6n2(depth)
@@ -59,7 +60,8 @@ def _family(spec: str, name: str) -> NetworkFamily:
             " Allowed: 6n+2 (resnet8, resnet14, resnet20, resnet26, resnet32, … up to"
             f" resnet{images.MAX_DEPTH}), and resnet18."
         )
-    allowed = [*FAMILIES, "resnet<6n+2>", "your own as package.module:factory"]
+    allowed = [*FAMILIES, "resnet<6n+2>", "torchvision:NAME", "timm:NAME", "hf:FOLDER"]
+    allowed += ["your own as package.module:factory or nets.py:factory"]
     return FAMILIES[one_of(f"model {spec!r}", name, allowed)]  # raises
 
 
@@ -81,10 +83,11 @@ def _items(spec: str, query: str) -> dict[str, str]:
 def _parse(spec: str) -> _Parsed:
     if not isinstance(spec, str):
         raise BadParameter(f"model: expected a name such as 'resnet20:width=8', got {spec!r}.")
-    if own.is_own(spec):
-        name, question, query = (part.strip() for part in spec.partition("?"))
-        module, factory = (part.strip() for part in name.split(":", 1))
-        for part in (module, factory):
+    if (place := own.place_of(spec)) is not None:
+        _, question, query = (part.strip() for part in spec.partition("?"))
+        where, factory = place
+        names = (factory,) if where.endswith(".py") else place
+        for part in () if where in zoo.PLACES and factory else names:
             if not own.DOTTED.fullmatch(part):
                 raise BadParameter(
                     f"model {spec!r}: {part!r} is not a Python name. A network of your own is"
@@ -99,7 +102,7 @@ def _parse(spec: str) -> _Parsed:
                     " Python name, and in_shape and classes come from the data."
                 )
         literals = {k: own.literal(v) for k, v in items.items()}
-        return _Parsed(f"{module}:{factory}", None, literals, items)
+        return _Parsed(f"{where}:{factory}", None, literals, items)
 
     name, colon, query = (part.strip() for part in spec.partition(":"))
     name = name.casefold()
@@ -222,7 +225,8 @@ def _check_data(spec: str, family: NetworkFamily | None, in_shape: Any, classes:
         shape = tuple(index(n) for n in in_shape)
     except TypeError:
         shape = ()
-    if len(shape) not in (1, 3) or min(shape) < 1:
+    known = (1, 3) if family else range(1, 9)
+    if len(shape) not in known or min(shape) < 1:
         raise BadParameter(
             f"model {spec!r}: in_shape must be (channels, height, width) of one image, such as"
             f" (3, 32, 32), or (tokens,) of one window of a text, but is {in_shape!r}."

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
-from companion.core.copies import private
 from companion.core.errors import BadParameter, one_of
+from companion.core.networks import private
 from companion.core.numerics import exact_evaluation
 from companion.core.seeds import Key
-from companion.core.theta import Theta, check_theta
+from companion.core.theta import Theta, check_theta, layout, put
 from companion.data import Split
 from companion.rebasin.assignment import assign_nested
 from companion.rebasin.matching import Matching
@@ -47,7 +48,7 @@ AGREE = 0.02
 """Relative difference up to which two passes show the same units: what half precision needs.
 Activations of another operation differ by about their own size."""
 
-Inputs = Split | Tensor | Sequence[Any]
+Inputs = Split | DataLoader[Any] | Tensor | Sequence[Any]
 
 
 @exact_evaluation()
@@ -70,9 +71,9 @@ def activation_matching(
         spec: of ``module``.
         module: the architecture.
         a, b: state dicts of it, not changed.
-        inputs: a split; a tensor, shape (N, …); or a sequence whose members are the arguments of
-            one forward pass each, a tuple or a single tensor. No labels are needed. The paper takes
-            the whole training set, un-augmented; a part of it will often do.
+        inputs: a split, or a loader of one; a tensor, shape (N, …); or a sequence whose members
+            are the arguments of one forward pass each, a tuple or a single tensor. No labels are
+            needed. The paper takes the whole training set, un-augmented; a part will often do.
         statistic: one of :data:`PAIR_STATISTICS`.
         batch: samples a forward pass, for a split or a tensor; None: what suits them.
 
@@ -94,16 +95,14 @@ def activation_matching(
     one_of("statistic", statistic, PAIR_STATISTICS)
     batches, probe, sample = _batches(inputs, batch)
     wanted = looks(spec)
-    check_theta(module, a, "A")
-    check_theta(module, b, "B")
+    a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
     first, second = private(module, sample), private(module, sample)
-    # Second names of tied tensors may be missing: they are the same memory.
-    first.load_state_dict(dict(a), strict=False)
+    put(first, a, ties := layout(first).ties)
     both = _Both(first, second, wanted)
     sums = {look: Sums(statistic == "correlation") for look in wanted}
     with torch.no_grad():
         attention = _try_sites(spec, both, a, probe)
-        second.load_state_dict(dict(b), strict=False)
+        put(second, b, ties)
         for args in batches:
             deadline.stop_if_passed()
             missed = both.run(args, attention, lambda look, x, y: sums[look].add(x, y))
@@ -165,6 +164,8 @@ def _batches(
     """Arguments of the forward passes, a few to try sites with, and a tensor of them."""
     if batch is not None and batch < 1:
         raise BadParameter(f"batch: {batch} must be 1 or more.")
+    if isinstance(inputs, DataLoader):
+        inputs = Split.of(inputs)
     if isinstance(inputs, Split):
         inputs = inputs.x
     if isinstance(inputs, str) or not isinstance(inputs, Tensor | Sequence):
@@ -374,7 +375,8 @@ def _try_sites(spec: Spec, both: _Both, a: Theta, args: tuple[Any, ...]) -> bool
     and must show the same units in permuted order.
     """
     perms = spec.random(Key("rebasin", "sites").generator())
-    both.second.module.load_state_dict(spec.permute(a, perms), strict=False)
+    net = both.second.module
+    put(net, spec.permute(a, perms), layout(net).ties)
     index = {
         look: spec.block_index(tuple(str(look.site.block[f]) for f in look.front), perms)
         for look in both.wanted

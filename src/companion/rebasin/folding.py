@@ -17,7 +17,6 @@ Ashkboos et al. 2024); for the merging of transformers Theus et al. 2025. Our ch
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from companion.core.errors import BadParameter
+from companion.core.networks import copied
 from companion.core.theta import Theta, check_theta
 from companion.rebasin.derive import derive
 from companion.rebasin.proof import Subject, Unproven, output_gap
@@ -93,7 +93,7 @@ class Folding:
             BadParameter: ``theta`` is no finite point of the original architecture.
             Unproven: the outputs differ.
         """
-        check_theta(self.original, theta, "to fold")
+        theta = check_theta(self.original, theta, "to fold")
         wide = _folded({k: v.double() for k, v in theta.items()}, self.original, self.parts)
         if check_outputs:
             check_same(self.original, theta, self.module, wide, self.spec.example)
@@ -140,7 +140,7 @@ def fold(module: nn.Module, example: Any) -> Folding:
         Unproven: the layers are there, but forward does something else with them.
     """
     parts = parts_of(module)
-    own = copy.deepcopy(module)
+    own = copied(module)
     head = own.get_submodule(HEAD)
     place = head.get_parameter("weight")
     bias = any(_bias(own, name) is not None for name in ([*parts.readers][-1], HEAD))

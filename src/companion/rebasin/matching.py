@@ -99,7 +99,7 @@ class Matching(Found):
         Raises:
             BadParameter: ``theta`` is no state dict of ``module``, or outputs differ.
         """
-        check_theta(module, theta, "B")
+        theta = check_theta(module, theta, "B")
         out = self.spec.permute(theta, self.perms)
         if check_outputs:
             check_equal(module, theta, out, self.spec)

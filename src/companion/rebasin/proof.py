@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from companion.core.copies import copied, in_precision
 from companion.core.errors import BadParameter
+from companion.core.networks import copied, in_precision, plain
 from companion.core.seeds import Key
 from companion.core.theta import Theta
 from companion.rebasin.spec import Permutations, Spec
@@ -47,16 +47,13 @@ class Subject:
         *,
         shake: tuple[str, ...] = (),
     ):
-        for name, tensor in module.state_dict(keep_vars=True).items():
+        for name, tensor in plain(module).state_dict(keep_vars=True).items():
             if is_lazy(tensor):
                 raise BadParameter(f"the network has lazy layers: {name} has no shape yet.")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 raise BadParameter(f"the network is on the meta device: {name} has no values.")
-        try:
-            own = in_precision(copied(module), torch.float64)
-            self.module = own.eval().requires_grad_(False)
-        except (RuntimeError, TypeError) as e:
-            raise BadParameter(f"the network cannot be copied ({e}).") from e
+        own = in_precision(copied(module), torch.float64)
+        self.module = own.eval().requires_grad_(False)
         entries = self.module.state_dict(keep_vars=True)
         self.state = {k: v for k, v in entries.items() if isinstance(v, torch.Tensor)}
         device = next((v.device for v in self.state.values()), torch.device("cpu"))

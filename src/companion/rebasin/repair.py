@@ -26,13 +26,14 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from companion.connectivity import statistics
 from companion.connectivity.batches import examples_a_pass
 from companion.core import codec, deadline
-from companion.core.copies import private
 from companion.core.effective import effective
 from companion.core.errors import BadParameter, one_of
+from companion.core.networks import private
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import (
     Theta,
@@ -42,6 +43,7 @@ from companion.core.theta import (
     layout,
     with_aliases,
 )
+from companion.data import Split
 
 FORMS = ("forward", "closed")
 """``forward``: the merged network is run, with its corrections. ``closed``: a formula in the
@@ -117,7 +119,7 @@ def repair(
     module: nn.Module,
     a: Theta,
     b: Theta,
-    inputs: Tensor,
+    inputs: Tensor | DataLoader[Any],
     *,
     alpha: float = 0.5,
     layers: Sequence[str] | None = None,
@@ -174,8 +176,7 @@ def repair(
         raise BadParameter(
             f"alpha: {alpha!r} must be a number from 0 (network A) to 1 (network B)."
         )
-    check_theta(module, a, "A")
-    check_theta(module, b, "B")
+    a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
     parts = even_batches(inputs, batch)
     space = effective(module)
     a, b = space.enter(a), space.enter(b)
@@ -266,7 +267,7 @@ def reset_batchnorm(
 
     Source: REPAIR, Section 4; Git Re-Basin, Appendix A.3.3; our chapter 2.
     """
-    check_theta(module, theta, "to reset")
+    theta = check_theta(module, theta, "to reset")
     parts = even_batches(inputs, batch)
     net = Copy(module, parts[0])
     if not net.norms:
@@ -512,8 +513,10 @@ def _refusal(name: str, layer: Layer, entries: set[str], tied: set[str]) -> str:
     return ""
 
 
-def even_batches(inputs: Tensor, batch: int | None) -> list[Tensor]:
+def even_batches(inputs: Tensor | DataLoader[Any], batch: int | None) -> list[Tensor]:
     """``inputs`` in the fewest batches of at most ``batch``, of equal size give or take one."""
+    if isinstance(inputs, DataLoader):
+        inputs = Split.of(inputs).x
     if not isinstance(inputs, Tensor) or inputs.ndim < 2 or len(inputs) < 2:
         what = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
         raise BadParameter(f"inputs: a tensor (N, …) with N of 2 or more is needed, got {what}.")

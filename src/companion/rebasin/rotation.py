@@ -17,7 +17,6 @@ transformers); Schönemann 1966 for the Procrustes problem; our chapter 5.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +28,9 @@ from torch import Tensor, nn
 from companion.connectivity.batches import examples_a_pass
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of
+from companion.core.networks import private
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta, check_theta
+from companion.core.theta import Theta, check_theta, layout, put
 from companion.data import Split
 from companion.rebasin.activations import Sums, activation_matching
 from companion.rebasin.assignment import assign_nested, assign_units, prices
@@ -109,7 +109,7 @@ class Rotation(Found):
         Raises:
             BadParameter: ``theta`` is none of the folded architecture. Unproven: outputs differ.
         """
-        check_theta(self.folding.module, theta, "B")
+        theta = check_theta(self.folding.module, theta, "B")
         wide = transform(self.folding, theta, self.stream, self.perms, self.inner)
         if check_outputs:
             module = self.folding.module
@@ -214,8 +214,7 @@ class _Problem:
 
     def __init__(self, folding: Folding, a: Theta, b: Theta, heads: str):
         self.folding, self.heads = folding, heads
-        check_theta(folding.module, a, "A")
-        check_theta(folding.module, b, "B")
+        a, b = (check_theta(folding.module, x, n) for x, n in ((a, "A"), (b, "B")))
         self.bound = bound(a, b, folding.spec)
         self.a, self.b = (
             {t: x[t].detach().to(sums_on(x[t])).double() for t in folding.spec.objective}
@@ -355,8 +354,8 @@ def _streams(folding: Folding, a: Theta, b: Theta, x: Tensor) -> Tensor:
 
     nets = []
     for theta in (a, b):
-        nets.append(copy.deepcopy(folding.module).to(x.device).eval())
-        nets[-1].load_state_dict(dict(theta))
+        nets.append(private(folding.module, x))
+        put(nets[-1], theta, layout(nets[-1]).ties)
         for name in folding.parts.readers:
             nets[-1].get_submodule(name).register_forward_hook(keep)
     sums = Sums(centred=False)

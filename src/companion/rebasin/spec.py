@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from companion.core.errors import BadParameter, one_of
+from companion.core.fitting import each
 from companion.core.theta import Theta
 
 Factor = str | int
@@ -266,13 +267,13 @@ class Spec:
                 tensor = tensor.index_select(dim, index.to(tensor.device))
         return tensor
 
-    def permute(self, theta: Theta, perms: Permutations) -> dict[str, Tensor]:
+    def permute(self, theta: Theta, perms: Permutations) -> Theta:
         """``theta`` with its units in another order; entries that do not move are the same tensors.
 
         The function that the network computes stays the same. Nothing is checked here:
         :meth:`companion.rebasin.Matching.apply` does.
         """
-        return {name: self.permute_tensor(value, name, perms) for name, value in theta.items()}
+        return each(theta, lambda name, value: self.permute_tensor(value, name, perms))
 
     def log10_count(self) -> float:
         """log10 of the number of permutations, the paper's Table 1 (Section 2)."""

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from companion.core import codec, deadline
-from companion.core.copies import private
 from companion.core.errors import BadParameter
 from companion.core.losses import mean_loss
+from companion.core.networks import private
 from companion.core.numerics import exact_evaluation
 from companion.core.seeds import Key
-from companion.core.theta import Theta, affine, check_theta, layout, without_aliases
+from companion.core.theta import Theta, affine, check_theta, layout, put, without_aliases
 from companion.data import Split
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Spec
@@ -49,7 +50,7 @@ def straight_through(
     module: nn.Module,
     a: Theta,
     b: Theta,
-    train: Split,
+    train: Split | DataLoader[Any],
     *,
     steps: int = STEPS,
     batch: int = 500,
@@ -106,9 +107,8 @@ def straight_through(
         raise BadParameter(f"lr: {lr!r} must be finite and above 0.")
     if not 0 <= momentum < 1:
         raise BadParameter(f"momentum: {momentum!r} must lie in [0, 1).")
-    check_theta(module, a, "A")
-    check_theta(module, b, "B")
-    train, judges = _parts(train, held_out, batch, key)
+    a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
+    train, judges = _parts(Split.of(train), held_out, batch, key)
     device = train.x.device
     a, b = ({n: x.detach().to(device) for n, x in theta.items()} for theta in (a, b))
     middle = Midpoint(module, a, train.x, score)
@@ -188,7 +188,7 @@ class Midpoint:
                 m.train()
         spec = layout(self.module)
         self.names, self.trainable, self.ties = spec.floating, set(spec.parameters), spec.ties
-        self.module.load_state_dict(dict(a), strict=False)  # for the integer buffers
+        put(self.module, a, self.ties)  # for the integer buffers
         self.a, self.score = a, score
 
     def weights(self, b: Theta) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from companion import models
 from companion.core import closing
 from companion.core.errors import BadParameter, Diverged
 from companion.core.losses import mean_loss
+from companion.core.networks import returning_logits
 from companion.core.numerics import exact_float32
 from companion.core.pool import one_thread
 from companion.core.seeds import Key
@@ -68,9 +69,15 @@ class State:
         return cls(int(tensors["step"]), under("theta/"), under("optimizer/"), tensors["trace"])
 
 
+def network(net: str, data: Dataset, key: Key) -> nn.Module:
+    """A network for ``data``, which returns logits whatever the user's own forward returns."""
+    module = models.build(net, data.in_shape, data.classes, key)
+    return returning_logits(module) if models.is_own(net) else module
+
+
 def build(run: Run, data: Dataset, device: torch.device) -> nn.Module:
     """The run's network at its init, on ``device``. Same init label, same bits."""
-    module = models.build(run.recipe.net, data.in_shape, data.classes, run.init_key()).to(device)
+    module = network(run.recipe.net, data, run.init_key()).to(device)
     # Tensor cores want the channels last; the shapes, and so the state dict, stay as they are.
     return module.to(memory_format=torch.channels_last) if device.type == "cuda" else module
 
@@ -216,7 +223,7 @@ def check_fit(recipe: Recipe, data: Dataset) -> None:
         )
     if why := augmentation.fits(data.in_shape):
         raise BadParameter(f"augment: {recipe.augment!r} on {data.name}: {why}.")
-    module = models.build(recipe.net, data.in_shape, data.classes, Key("fit")).eval()
+    module = network(recipe.net, data, Key("fit")).eval()
     few = data.train.x[:2].cpu()
     wanted = (*data.train.y[:2].shape, data.classes)
     taken = f"{'tokens' if text else 'images'} of shape {data.in_shape}"

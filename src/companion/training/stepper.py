@@ -10,7 +10,6 @@ kernels of different replicas run side by side, which one small network cannot f
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion.core.losses import mean_loss, mean_losses
+from companion.core.networks import copied
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.data.augmentation import Draws
 from companion.training.feed import Epoch
@@ -42,7 +42,7 @@ def cast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextMana
 
 def template_of(module: nn.Module) -> nn.Module:
     """A copy in training mode whose BatchNorms do not count batches (the host does)."""
-    template = copy.deepcopy(module).train()
+    template = copied(module).train()
     for layer in template.modules():
         if isinstance(layer, _BatchNorm):
             layer.num_batches_tracked = None

@@ -1,0 +1,140 @@
+"""Anybody's ``nn.Module``: what is behind its wrappers, a private copy of it, and its logits.
+
+Instruments never run the caller's own module. They run a :func:`private` copy, which is plain where
+the module is compiled or wrapped, has no tensors left from training, computes in the data's
+precision, and returns logits whatever its forward returns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from companion.core.errors import BadParameter
+
+HALF = (torch.float16, torch.bfloat16)
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Attributes that hold what torch.compile, FSDP and activation checkpointing have wrapped."""
+_HOLDERS = ("DataParallel", "DistributedDataParallel", "AveragedModel")
+"""Classes that hold it as ``module``."""
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper wraps; None for any other module."""
+    for name in WRAPPERS:
+        if name in module._modules:
+            return module._modules[name]
+    return module._modules.get("module") if type(module).__name__ in _HOLDERS else None
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module without wrappers, around it and around its parts; itself if it has none.
+
+    Nothing is copied but the modules above a wrapped part, and they share all tensors.
+    """
+    while (inner := _inside(module)) is not None:
+        module = inner
+    if not any(_inside(m) is not None for m in module.modules()):
+        return module
+    own = copy.copy(module)
+    own._modules = {n: None if m is None else plain(m) for n, m in module._modules.items()}
+    return own
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy of the plain module.
+
+    Pruning, and weight norm of the old kind, leave results of operations as attributes, which
+    PyTorch refuses to copy; the copy's are values, and its next forward pass makes them anew.
+
+    Raises:
+        BadParameter: it holds something that cannot be copied.
+    """
+    module = plain(module)
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in pytree.tree_leaves([vars(part), part._buffers]):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(module, memo)
+    except (RuntimeError, TypeError) as e:
+        raise BadParameter(f"the network cannot be copied ({e}).") from e
+
+
+def private(module: nn.Module, inputs: torch.Tensor, *, narrow: bool = True) -> nn.Module:
+    """A copy to run on ``inputs``: on their device, in eval mode, without gradients.
+
+    In their precision where they are real numbers, and at least in float32: half precision is for
+    storing weights, not for sums over a dataset. It returns :func:`logits`.
+
+    Arguments:
+        narrow: a network in float64 becomes float32 where the inputs are.
+    """
+    own = returning_logits(copied(module)).to(inputs.device).eval().requires_grad_(False)
+    kinds = {t.dtype for t in own.state_dict().values() if _is_float(t)}
+    narrow = narrow or torch.float64 not in kinds
+    if narrow and inputs.dtype in (torch.float32, torch.float64) and kinds - {inputs.dtype}:
+        return in_precision(own, inputs.dtype)
+    return in_precision(own, torch.float32) if kinds.intersection(HALF) else own
+
+
+def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The very module, its real numbers in ``dtype`` and its complex ones in pairs of them.
+
+    ``module.to(dtype)`` would drop the imaginary parts, ``module.double()`` leave them in single.
+    """
+    pairs = torch.complex128 if dtype == torch.float64 else torch.complex64
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.to(dtype) if t.is_floating_point() else t.to(pairs) if t.is_complex() else t
+
+    module._apply(cast)
+    return module
+
+
+def at_least_single(tensor: torch.Tensor) -> torch.Tensor:
+    """Half-precision numbers in float32; all others as they are."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def returning_logits(module: nn.Module) -> nn.Module:
+    """The very module; from now on it returns :func:`logits` whatever its forward returns."""
+    module.register_forward_hook(_logits_hook)
+    return module
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _logits_hook(module: nn.Module, args: Any, outputs: Any) -> torch.Tensor:
+    return logits(outputs)
+
+
+def logits(outputs: Any) -> torch.Tensor:
+    """The logits in what a forward pass returned.
+
+    Of a record (a dataclass, a named tuple, a dictionary) the entry ``logits``; else the first
+    floating-point tensor of it. Maps of one pixel, (N, K, 1, 1), are logits (N, K).
+
+    Raises:
+        BadParameter: there is no such tensor.
+    """
+    found = outputs
+    if not isinstance(found, torch.Tensor):
+        named = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        found = getattr(outputs, "logits", named)
+    if not isinstance(found, torch.Tensor):
+        leaves = pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+        found = next((t for t in leaves if _is_float(t)), None)
+    if found is None:
+        kind = type(outputs).__name__
+        raise BadParameter(f"forward returns no logits: a {kind} without a floating-point tensor.")
+    out: torch.Tensor = found
+    return out.flatten(1) if out.ndim > 2 and set(out.shape[2:]) == {1} else out
