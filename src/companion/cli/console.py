@@ -19,6 +19,10 @@ from rich.table import Table
 from companion.core import codec
 from companion.core.errors import BadParameter
 
+INVALID = 3
+"""Exit code of a command that did all it was asked, and whose barrier failed a gate: no script
+should take the number for one."""
+
 _PIPED = 200  # columns, where no terminal says how many: a key must not be cut in a log file
 
 
@@ -47,6 +51,12 @@ def out() -> Console:
 def say(text: str = "") -> None:
     """A line of the result, not wrapped: terminals do that, and files should not have it."""
     out().print(text, soft_wrap=True)
+
+
+def end(valid: bool) -> None:
+    """The end of a command that measured barriers: exit code :data:`INVALID` if a gate failed."""
+    if not valid:
+        raise typer.Exit(INVALID)
 
 
 def note(text: str) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from companion.cli import options
 from companion.cli.barrier import summary
-from companion.cli.console import UNITS, number, output, print_table, say, write_json
+from companion.cli.console import UNITS, end, number, output, print_table, say, write_json
 from companion.cli.models import reachable
 from companion.core.errors import BadParameter
 
@@ -210,6 +210,7 @@ def measure_instability(
             title = f"{found.recipe.net} on {found.recipe.data}"
             ax.set_title(f"{title}: mean of {pairs} pairs, 90 % interval", fontsize=10)
         say(f"figure drawn in {plot}")
+    end(all(found.interval(k) is not None for k in found.ks))
 
 
 def _row(found: Instability, k: int, threshold: float, metric: str) -> dict[str, Any]:

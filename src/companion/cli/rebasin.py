@@ -18,7 +18,7 @@ import typer
 
 from companion.cli import options
 from companion.cli.barrier import all_heights, draw, measured, summary
-from companion.cli.console import UNITS, mode_of, number, output, print_table, say
+from companion.cli.console import UNITS, end, mode_of, note, number, output, print_table, say
 from companion.cli.opening import Opened, opened
 from companion.core.errors import BadParameter, one_of
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
@@ -223,6 +223,8 @@ def align_networks(
         barrier=found,
         merged=between,
     )
+    if found:
+        end(after.valid)
 
 
 # --- input
@@ -519,6 +521,8 @@ def _barriers(
 def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
     """Gates, the table, and whether BatchNorm's statistics have to be estimated again."""
     seen = {str(gate) for gate in before.gates}
+    for text in dict.fromkeys(before.notes + after.notes):
+        note(text)
     for gate in before.gates:
         say(f"  before: {gate}")
     for gate in after.gates:
@@ -537,7 +541,7 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
     say()
     say(f"before: {before}")
     say(f"after:  {after}")
-    if after.bn == "none":
+    if "reestimate" not in after.curves:  # no running statistics
         return None
     split = "test" if "test" in after.curve.values else next(iter(after.curve.values))
     modes = {mode: after.height(split, "error", bn=mode) for mode in after.curves}

@@ -108,7 +108,8 @@ def distinct(a: Theta, b: Theta, names: Sequence[str], *, same_noise: bool = Fal
     """
     if same_noise:
         return Gate("G0b distinct", None, "same noise on purpose")
-    if shares_storage(a, b):
+    # Constants that a file has not are the architecture's in both.
+    if shares_storage(*({n: t[n] for n in names} for t in (a, b))):
         return Gate("G0b distinct", False, "the two networks share memory: one object, twice")
     d = distance(a, b, names)
     return Gate("G0b distinct", d > 0, f"distance {d:.4g}")
