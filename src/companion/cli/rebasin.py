@@ -236,9 +236,9 @@ def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> Non
     for option, path in given.items():
         output(path, option, suffixes.get(option, (".safetensors",)))
     files = {option: path.resolve() for option, path in given.items() if path}
-    for name, end in zip("AB", ends, strict=True):
+    for name, source in zip("AB", ends, strict=True):
         for option, path in files.items():
-            if Path(end).expanduser().resolve() == path:
+            if Path(source).expanduser().resolve() == path:
                 raise BadParameter(f"{option}: {path.name} is {name}, which is not overwritten.")
     if len(set(files.values())) < len(files):
         raise BadParameter(f"{', '.join(files)}: each needs a file of its own.")
