@@ -31,6 +31,7 @@ class Parameter:
     name: str
     default: Any
     optional: bool  # annotated with None
+    whole: bool  # a whole number, or a list of them: by its annotation, or its default
     start: int  # byte offsets of the value in the cell's source
     end: int
 
@@ -92,8 +93,11 @@ def declared(source: str, where: str) -> dict[str, Parameter]:
         start = starts[value.lineno - 1] + value.col_offset
         assert value.end_lineno is not None and value.end_col_offset is not None  # parsed from text
         end = starts[value.end_lineno - 1] + value.end_col_offset
-        optional = default is None or (annotation is not None and "None" in ast.unparse(annotation))
-        found[name] = Parameter(name, default, optional, start, end)
+        said = "" if annotation is None else ast.unparse(annotation)
+        some = default[0] if isinstance(default, list | tuple) and default else default
+        whole = "float" not in said and ("int" in said or type(some) is int)
+        optional = default is None or "None" in said
+        found[name] = Parameter(name, default, optional, whole, start, end)
     return found
 
 
@@ -164,8 +168,8 @@ def _assignment(node: ast.stmt) -> tuple[str | None, ast.expr | None, ast.expr |
 
 def _check(value: Any, parameter: Parameter, where: str) -> None:
     """Refuse a value whose type cannot be meant."""
-    _no_text_floats(value, where)
     default = parameter.default
+    _no_text_floats(value, where, parameter.whole)
     if default is _COMPUTED or default is None or (value is None and parameter.optional):
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -183,17 +187,19 @@ def _check(value: Any, parameter: Parameter, where: str) -> None:
         )
 
 
-def _no_text_floats(value: Any, where: str) -> None:
-    """YAML 1.1 reads 1e-3 as text: it wants a point in the mantissa and a sign in the exponent."""
+def _no_text_floats(value: Any, where: str, whole: bool) -> None:
+    """YAML 1.1 reads 1e-3 as text: it wants a point in the mantissa and a sign in the exponent.
+
+    Where a ``whole`` number is needed, a float is no advice.
+    """
     if isinstance(value, str) and _FLOAT.fullmatch(value):
-        plain = repr(float(value))
+        number, plain = float(value), repr(float(value))
         forms = [plainyaml.number(value)] + ([] if "e" in plain else [plain])
+        if whole:
+            forms = [str(int(number))] if number.is_integer() else ["a whole number"]
         raise BadParameter(
             f"{where}: YAML reads {value} as text, not as a number. Write {' or '.join(forms)}."
         )
-    if isinstance(value, list):
-        for item in value:
-            _no_text_floats(item, where)
-    if isinstance(value, dict):
-        for item in value.values():
-            _no_text_floats(item, where)
+    if isinstance(value, list | dict):
+        for item in value if isinstance(value, list) else value.values():
+            _no_text_floats(item, where, whole)

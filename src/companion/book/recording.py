@@ -131,7 +131,12 @@ def prepare(
     text = book.source(chapter_name).read_text(encoding="utf-8")
     _, blocks = captions(text, places(book, chapter_name))
     source = parameters.cell_of(book, chapter_name)
-    overrides = dict(_setting(text) for text in settings)
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        key, value = _setting(setting)
+        if key in overrides:
+            raise BadParameter(f"-p: {key} is given twice ({setting!r} is the second).")
+        overrides[key] = value
     declared = parameters.declared(source, where)
     parameters.check(overrides, declared, "-p")
     values = parameters.profile_values(book, profile, chapter_name, source)

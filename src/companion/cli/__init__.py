@@ -10,6 +10,8 @@ Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 import logging
+import traceback
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,18 +41,57 @@ from companion.core.errors import (
 _BAD_INPUT = (BadParameter, MissingData, CorruptData, DeviceUnavailable)
 
 
+DEBUG = "--debug"
+
+
 class _Commands(TyperGroup):
-    """One clear message for each error raised on purpose; the others keep their traceback."""
+    """One clear message for each error, and a traceback for none of them but with ``--debug``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """``--debug`` may stand anywhere: behind a command that has just failed, above all."""
+        if DEBUG in args:
+            args = [DEBUG, *(word for word in args if word != DEBUG)]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        debug = bool(ctx.params.get("debug"))
         try:
             return super().invoke(ctx)
         except CompanionError as e:
+            if debug:
+                traceback.print_exc()
             error(str(e))
             raise typer.Exit(2 if isinstance(e, _BAD_INPUT) else 1) from None
+        except Exception as e:
+            home = type(e).__module__.partition(".")[0]
+            if home in ("typer", "click") or isinstance(e, BrokenPipeError):
+                raise  # their own messages, and a reader that has gone, such as `head`
+            if debug:
+                traceback.print_exc()
+            error(_unforeseen(e, ctx.invoked_subcommand))
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             error("Interrupted. What is finished is stored; the same command continues from there.")
             raise typer.Exit(130) from None
+
+
+def _unforeseen(e: Exception, command: str | None) -> str:
+    """What is said of an error that nobody has thought of: what failed, where, what to do."""
+    what = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        return f"{command}: there is not enough memory ({what}). Fewer examples need less of it."
+    frames = traceback.extract_tb(e.__traceback__)
+    here = str(Path(__file__).parent.parent)
+    ours = next((f for f in reversed(frames) if f.filename.startswith(here)), None)
+    last = frames[-1] if frames else None
+    places = dict.fromkeys(
+        f"{Path(f.filename).name}, line {f.lineno}, in {f.name}" for f in (last, ours) if f
+    )
+    return (
+        f"{command} failed: {what} ({'; called from '.join(places)}). This was not foreseen. If it "
+        "is not the network's or the data's own fault, please report it where you have companion "
+        f"from, with the output of the same command and {DEBUG}, which shows the traceback."
+    )
 
 
 class _Warnings(logging.Handler):
@@ -93,6 +134,12 @@ def _options(
         bool,
         typer.Option(
             "--version", help="Print the version and stop.", callback=_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            DEBUG, help="Show the traceback of an error; may stand behind a command, too."
         ),
     ] = False,
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.cli.console import note, say, write_json
@@ -11,8 +12,6 @@ from companion.cli.models import reachable, shape_of
 from companion.core.errors import BadParameter, MissingData
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from companion.cli.checkpoints import Checkpoint
@@ -82,6 +81,7 @@ def opened(
     shape: tuple[tuple[int, ...], int] | None = None,
     *,
     optional: bool = False,
+    stream: bool = False,
 ) -> Opened:
     """Read A and B, load the data, build the model, and fit both to it.
 
@@ -89,6 +89,7 @@ def opened(
         a, b, model, data, device: as on the command line; None: as the runs of the store say.
         shape: in place of data, the shape of an example, and classes.
         optional: do without data that the runs name and that are not here.
+        stream: leave tensors in their files until they are needed, each time anew.
 
     Raises:
         BadParameter: model or data are not known, or the networks do not fit. MissingData: no data.
@@ -99,13 +100,19 @@ def opened(
 
     files = (read_checkpoint(a), read_checkpoint(b))
     net = _named("--model", model or own_folder(a), files, "net")
+    if shape is None and data is None and optional:
+        shape = models.example_of(net)
     source, dataset, example, classes = _data(data, files, device, shape, optional)
     # Its own weights count for nothing, but what is derived of it should not vary with them.
     module = models.build(reachable(net), example, classes, Key("rebasin", "module"))
     first, second = (fit(module, end, label) for label, end in zip("AB", files, strict=True))
+    if not stream:
+        first, second = (replace(end, theta=dict(end.theta)) for end in (first, second))
     for label, end in (("A", first), ("B", second)):
         if end.notes:
             note(f"{label} ({end.source}): {'; '.join(end.notes)}")
+    if dataset is not None:
+        _tried(net, module, dataset)
     ends = (first, second, files)
     return Opened(*ends, models.canonical(net), net, module, example, classes, dataset, source)
 
@@ -154,6 +161,41 @@ def _data(
         note(f"no barrier is measured: {e}")
         return known, None, *shape_of(known)
     return known, dataset, dataset.in_shape, vocabulary(dataset, ends)
+
+
+def _tried(net: str, module: nn.Module, dataset: Dataset) -> None:
+    """Refuse a network that cannot read the data, or has too few outputs, before any work."""
+    import torch
+
+    from companion.core.networks import private
+
+    x, y = dataset.test.x[:2], dataset.test.y[:2]
+    if not x.is_floating_point():  # the largest token: an embedding may have too few rows for it
+        x = x.clone()
+        x[0, 0] = max(int(split.x.max()) for split in (dataset.train, dataset.test))
+    shape = "×".join(map(str, x.shape[1:]))
+    try:
+        with torch.no_grad():
+            out = private(module, x)(x)
+    except BadParameter:
+        raise
+    except Exception as e:  # whatever the user's forward does
+        raise BadParameter(
+            f"model {net!r}: its forward fails on examples of {dataset.name} ({shape}): "
+            f"{type(e).__name__}: {e}"
+        ) from e
+    if out.shape[:-1] != y.shape:
+        wanted = ", ".join([*map(str, y.shape), "classes"])
+        raise BadParameter(
+            f"model {net!r}: of {len(x)} examples of {dataset.name} it makes {tuple(out.shape)}; "
+            f"logits ({wanted}) are needed."
+        )
+    most = max(int(split.y.max()) for split in (dataset.train, dataset.test))
+    if out.shape[-1] <= most:
+        raise BadParameter(
+            f"model {net!r}: it has {out.shape[-1]} outputs, but the labels of {dataset.name} go "
+            f"up to {most}."
+        )
 
 
 def amount(split: Split) -> str:

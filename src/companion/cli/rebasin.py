@@ -75,7 +75,7 @@ def align_networks(
         str | None,
         typer.Option(
             help="Without --data: channels,height,width of an image, such as 3,32,32, or the "
-            "tokens in a window, such as 64."
+            "tokens in a window, such as 64; the shape of any other example, likewise."
         ),
     ] = None,
     classes: Annotated[
@@ -153,7 +153,14 @@ def align_networks(
 
     measuring = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     pair = opened(
-        a, b, model, data, device, _shape_and_classes(data, in_shape, classes), optional=True
+        a,
+        b,
+        model,
+        data,
+        device,
+        _shape_and_classes(data, in_shape, classes),
+        optional=True,
+        stream=True,
     )
     dataset, shape = pair.dataset, pair.shape
     if dataset is None and kind.data:
@@ -165,11 +172,8 @@ def align_networks(
         raise BadParameter("--plot draws the barrier, which needs data: say which with --data.")
     if dataset is None and merge and repair in ("forward", "closed"):
         raise BadParameter(f"--repair {repair} looks at data: say which with --data.")
-    what = (
-        f"windows of {shape[0]} tokens"
-        if len(shape) == 1
-        else f"images of {'×'.join(map(str, shape))}"
-    )
+    words = {1: f"windows of {shape[0]} tokens", 3: f"images of {'×'.join(map(str, shape))}"}
+    what = words.get(len(shape), f"examples of {'×'.join(map(str, shape))}")
     pair.announce(dataset.label if dataset else f"{what}, no data")
 
     train = dataset.train if dataset else None
@@ -177,7 +181,7 @@ def align_networks(
     how = Method(method, starts, steps=DEFAULT.steps if steps is None else steps, batch=batch)
     key = Key("rebasin", "cli", seed)
     at = train.x.device if train is not None else resolve_device(device)
-    example = _example(shape, pair.classes, key)
+    example = _example(pair.module, shape, pair.classes, key)
     if kind.folds:
         here = _rotated(how, pair, example.to(at), train, at)
     else:
@@ -255,20 +259,22 @@ def _shape_and_classes(
     if in_shape is None or classes is None:
         raise BadParameter("--in-shape and --classes: without --data both are needed.")
     parts = in_shape.split(",")
-    if len(parts) not in (1, 3) or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+    if not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise BadParameter(
             f"--in-shape: {in_shape!r} is not channels,height,width, such as 3,32,32, nor the "
-            "tokens in a window, such as 64."
+            "tokens in a window, such as 64, nor the shape of another example: whole numbers."
         )
     return tuple(map(int, parts)), classes
 
 
-def _example(shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
-    """Two images of noise, or two windows of random tokens."""
+def _example(module: nn.Module, shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
+    """Two windows of random tokens, for a network that embeds them, or two inputs of noise."""
     import torch
+    from torch import nn
 
     generator = key.fold("example").generator()
-    if len(shape) == 1:
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    if len(shape) == 1 and any(isinstance(m, tables) for m in module.modules()):
         return torch.randint(classes, (2, *shape), generator=generator)
     return torch.randn(2, *shape, generator=generator)
 

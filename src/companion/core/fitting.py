@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,8 @@ def fitted(module: nn.Module, theta: Mapping[str, Tensor], ties: Mapping[str, st
         return Fitted(theta, {k: k for k in theta})
     work = _Fit(module, own, ties, theta)
     for step in (
-        *(work.wrappers, work.prefix, work.gpt2, work.spellings, work.masks, work.constants),
+        *(work.wrappers, work.prefix, work.gpt2, work.published, work.spellings, work.masks),
+        work.constants,
         *(work.shared, work.output, work.defaults, work.beside),
     ):
         if work.done():
@@ -218,6 +219,20 @@ class _Fit:
                 f"names are those of GPT-2 without a head; {GPT2!r} is put before them (the "
                 "published networks have gelu=tanh)"
             )
+
+    def published(self) -> None:
+        """Names of transformers' files, which its own loading translates; its base prefix."""
+        renamings = _renamings(self.module)
+        front = getattr(self.module, "base_model_prefix", "") if renamings is not None else ""
+
+        def native(name: str) -> str:
+            for one in renamings or ():
+                name = one.rename_source_key(name)[0]
+            forms = (name, f"{front}.{name}", name.removeprefix(f"{front}."))
+            return next((f for f in forms if f in self.own), name)
+
+        if changed := self.rename(native):
+            self.say(f"{changed[0][0]} is {changed[0][1]}{_more(len(changed) - 1)}")
 
     def spellings(self) -> None:
         """The two spellings of weight norm, and of the entries of norms in converted networks."""
@@ -322,8 +337,7 @@ class _Fit:
         if any(n not in theta for n in self.names) or not theta:
             return None
         try:
-            net = copied(self.module)
-            net.load_state_dict(dict(theta), strict=True)
+            net = _loaded(self.module, dict(theta))
         except Exception:  # whatever a module's own hooks do with what is not theirs
             return None
         state = {k: v.detach() for k, v in net.state_dict().items() if k in self.own}
@@ -343,6 +357,46 @@ class _Fit:
 
     def say(self, note: str) -> None:
         self.notes.append(note)
+
+
+def _renamings(module: nn.Module) -> list[Any] | None:
+    """What transformers does to the names in files of this network; None for any other network."""
+    if not any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__):
+        return None
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        found = get_model_conversion_mapping(cast(Any, module))
+    except (ImportError, TypeError):  # a version that keeps this elsewhere
+        return []
+    return [one for one in found if isinstance(one, WeightRenaming)]
+
+
+def _loaded(module: nn.Module, theta: dict[str, Tensor]) -> nn.Module:
+    """A network with these weights, read by its own code.
+
+    Raises:
+        Exception: whatever that raises, also for missing and unexpected entries.
+    """
+    if _renamings(module) is None:
+        net = copied(module)
+        net.load_state_dict(theta, strict=True)
+        return net
+    from transformers.utils import logging
+
+    read: Any = type(module)
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        how: Any = {"config": module.config, "state_dict": theta, "dtype": torch.float32}
+        net, told = read.from_pretrained(None, output_loading_info=True, **how)
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    if any(told.get(k) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        raise KeyError("it does not fit")
+    return cast(nn.Module, net)
 
 
 def _has(name: str, segment: str) -> bool:

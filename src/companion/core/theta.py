@@ -338,5 +338,6 @@ def cosine_distance(a: Theta, b: Theta, names: Sequence[str]) -> float:
 
 def shares_storage(a: Theta, b: Theta) -> bool:
     """True if any tensor of ``a`` lives in the same memory as one of ``b``."""
-    where = {v.untyped_storage().data_ptr() for v in a.values() if v.numel()}
+    held = dict(a)  # as long as they are looked at: tensors that are read anew may take turns
+    where = {v.untyped_storage().data_ptr() for v in held.values() if v.numel()}
     return any(v.untyped_storage().data_ptr() in where for v in b.values() if v.numel())

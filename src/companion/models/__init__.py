@@ -4,7 +4,7 @@
 """
 
 from companion.models.layers import ChannelLayerNorm, PadShortcut, first_dropout, parameter_count
-from companion.models.own import is_own, source_digest
+from companion.models.own import example_of, is_own, source_digest
 from companion.models.spec import (
     build,
     canonical,
@@ -22,6 +22,7 @@ __all__ = [
     "build",
     "canonical",
     "describe",
+    "example_of",
     "first_dropout",
     "has_dropout",
     "is_own",

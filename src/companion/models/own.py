@@ -60,6 +60,12 @@ def is_own(spec: str) -> bool:
     return place_of(spec) is not None
 
 
+def example_of(spec: str) -> tuple[Shape, int] | None:
+    """Shape of an example and number of classes, where the network itself says them: of ``hf:``."""
+    place = place_of(spec)
+    return zoo.example_of(spec, place[1]) if place is not None and place[0] == "hf" else None
+
+
 def source_digest(spec: str) -> str:
     """SHA-256 of the file that defines the network of ``spec``, its imports not included.
 

@@ -169,7 +169,7 @@ def _hugging_face(spec: str, folder: str, values: Mapping[str, Any]) -> nn.Modul
 
 def example_of(spec: str, folder: str) -> tuple[Shape, int] | None:
     """Shape of an example and number of classes, where a folder's configuration says them."""
-    config = _config(spec, folder, {})
+    config = _config(spec, folder.partition("?")[0], {})
     size = getattr(config, "image_size", None)
     channels = getattr(config, "num_channels", 3)
     if isinstance(size, int) and isinstance(channels, int):
