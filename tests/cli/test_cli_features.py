@@ -9,10 +9,10 @@ from commands import BATCHNORM, NET, run
 from safetensors.torch import load_file
 
 from companion import data, models
+from companion.cli.console import INVALID
 from companion.cli.features import small
 from companion.core import codec
 from companion.features import (
-from companion.cli.console import INVALID
     MODES,
     Additivity,
     Commutativity,

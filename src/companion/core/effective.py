@@ -210,14 +210,14 @@ class Effective:
         """
         if not self.slots:
             return dict(theta)
-        state = self.original.state_dict()
-        stored: dict[str, Tensor] = {}
         for slot in self.slots:
-            weight = theta[slot.entry]
-            _store(self.original.get_submodule(slot.layer), slot, weight, self._spectral(slot))
-            names = slot.stored(state)
-            stored |= {n: state[n].to(weight.device, copy=True) for n in names}
-        whole = {**theta, **stored}
+            layer = self.original.get_submodule(slot.layer)
+            _store(layer, slot, theta[slot.entry], self._spectral(slot))
+        state = self.original.state_dict()
+        whole = dict(theta)
+        for slot in self.slots:
+            device = theta[slot.entry].device
+            whole |= {n: state[n].to(device, copy=True) for n in slot.stored(state)}
         return {n: whole[n] for n in state if n in whole}
 
     def _spectral(self, slot: _Slot) -> _Spectral | None:
@@ -263,6 +263,12 @@ def _computed(layer: nn.Module, slot: _Slot) -> Tensor:
 def _make_plain(layer: nn.Module, slot: _Slot) -> None:
     """Let ``layer`` store the tensor that it computes."""
     tensor, hook = slot.tensor, slot.hook
+    if parametrize.is_parametrized(layer):
+        # torch gives such a layer a class of its own, which all its copies share: the caller's
+        # module would lose the tensor, too.
+        kind = type(layer)
+        own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(kind.__name__, kind.__bases__, own)
     if slot.kind == SPECTRAL:
         if hook is None:
             steps = _lists(layer)[tensor]
@@ -271,14 +277,18 @@ def _make_plain(layer: nn.Module, slot: _Slot) -> None:
         weight = getattr(layer, f"{tensor}_orig").detach().clone()
         remove_spectral_norm(layer, tensor)
         getattr(layer, tensor).copy_(weight)
-        own = _Spectral(hook.dim, hook.eps)
-        parametrize.register_parametrization(layer, tensor, own, unsafe=True)
+        division = _Spectral(hook.dim, hook.eps)
+        parametrize.register_parametrization(layer, tensor, division, unsafe=True)
     elif hook is None:
         steps = _lists(layer)[tensor]
         if isinstance(getattr(steps, "original", None), nn.Parameter):
             # Its own, or a tensor tied to it would become the computed one, too.
             steps.original = nn.Parameter(steps.original.detach().clone())
+        learnt = any(True for _ in steps.parameters(recurse=False))
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=True)
+        if learnt and tensor in layer._buffers:  # computed from several, without gradients
+            value = layer._buffers.pop(tensor)
+            layer.register_parameter(tensor, nn.Parameter(cast(Tensor, value)))
     elif isinstance(hook, WeightNorm):
         remove_weight_norm(layer, tensor)
     else:
