@@ -240,6 +240,13 @@ def effective(module: nn.Module) -> Effective:
     return Effective(plain, original, slots)
 
 
+def computed_from(theta: Theta) -> list[str]:
+    """Names of entries that weights are computed from, by their spelling: no module is needed."""
+    pairs = (("_mask", "_orig"), ("_u", "_orig"), ("_g", "_v"))
+    hooks = {n for n in theta for a, b in pairs if n.endswith(a) and n.removesuffix(a) + b in theta}
+    return [n for n in theta if n in hooks or f".{PARAMETRIZATIONS}." in f".{n}"]
+
+
 def _vectors(layer: nn.Module, slot: _Slot) -> tuple[Tensor, ...]:
     """The weight before spectral norm, and the two vectors it stores."""
     if slot.hook is None:
