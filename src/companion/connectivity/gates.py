@@ -48,7 +48,8 @@ def commonest(split: Split) -> float:
     """The error of always saying the commonest label, in percent."""
     labels = split.y[is_label(split.y)]
     counts = torch.bincount(labels)
-    return 100 * (1 - int(counts.max()) / len(labels)) if len(labels) else 100.0
+    # As errors are computed: a constant network must not be better by a rounding.
+    return 100 * (len(labels) - int(counts.max())) / len(labels) if len(labels) else 100.0
 
 
 def quality(

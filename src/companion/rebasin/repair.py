@@ -467,7 +467,8 @@ def _observed_axis(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> in
         return _known_axis(module)
     n = len(own["weight"])
     ramp = torch.arange(1, n + 1, device=out.device, dtype=out.dtype) / n
-    scale, shift = 1 + ramp, ramp * (1 + out.abs().max()) if "bias" in own else 0 * ramp
+    size = 1 + out.nan_to_num(0, 0, 0).abs().max()
+    scale, shift = 1 + ramp, ramp * size if "bias" in own else 0 * ramp
     own["weight"] = own["weight"] * scale.view(-1, *[1] * (own["weight"].ndim - 1))
     if "bias" in own:
         own["bias"] = own["bias"] * scale + shift
@@ -476,7 +477,7 @@ def _observed_axis(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> in
         if out.shape[axis] == n:
             shape = [n if i == axis else 1 for i in range(out.ndim)]
             wanted = out * scale.view(shape) + shift.view(shape)
-            if torch.allclose(changed, wanted, rtol=0, atol=1e-3 * float(1 + wanted.abs().max())):
+            if torch.allclose(changed, wanted, rtol=0, atol=1e-3 * float(size), equal_nan=True):
                 return axis if axis < out.ndim - 1 else -1
     return None
 
