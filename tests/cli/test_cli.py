@@ -371,8 +371,8 @@ def test_instability_counts_what_is_stored_already(store):
 
 def test_no_onset_is_told_of_networks_that_have_not_trained(store, tmp_path):
     words = ("instability", "--net", NET, "--data", "digits", "--steps", "2", "--ks", "0,1")
-    words += ("--inits", "1", "--copies", "2", "--points", "3", "--json", tmp_path / "out.json")
-    result = run(*words, code=INVALID)
+    words += ("--inits", "1", "--copies", "2", "--points", "3", "--workers", "1")
+    result = run(*words, "--json", tmp_path / "out.json", code=INVALID)
     assert "INVALID k=1" in result.stdout and "at no k" not in result.stdout
     assert "onset: none can be told, as no pair at k = 1 is valid" in result.stdout
     assert json.loads((tmp_path / "out.json").read_text())["onset"]["test"]["k"] is None

@@ -104,8 +104,8 @@ def test_constant_networks_have_not_trained_where_one_class_is_common(
 ) -> None:
     split = uneven(rare, classes)
     module = nn.Sequential(nn.Flatten(), nn.Linear(9, classes))
-    ends = [constant(answer, classes, i) for i in range(2)]
-    found = barrier(module, *ends, {"test": split}, points=3, classes=classes)
+    a, b = (constant(answer, classes, i) for i in range(2))
+    found = barrier(module, a, b, {"test": split}, points=3, classes=classes)
     share = 100 * float((split.y != 0).double().mean())
     assert found.errors == pytest.approx((share, share)) and found.commonest == found.errors[0]
     assert not found.valid and "always the commonest class" in found.gate("G0").detail

@@ -39,14 +39,14 @@ SPLITS = {"train": data("train", 120), "test": data("test", 60)}
 X, Y = SPLITS["test"].x, SPLITS["test"].y
 
 
-def plain() -> nn.Module:
+def plain() -> nn.Sequential:
     return nn.Sequential(
         *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten()),
         *(nn.Linear(100, 8), nn.ReLU(), nn.Linear(8, 3)),
     )
 
 
-def made(make: Make, number: int, steps: int = 4) -> nn.Module:
+def made(make: Make, number: int, steps: int = 4) -> Any:
     """A network after a few steps, in eval mode: two of them differ in all they store."""
     with Key("states", "net", number).seeded(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the old weight norm
@@ -67,15 +67,15 @@ def loss(net: nn.Module, theta: Any = None) -> float:
 
 
 @torch.no_grad()
-def halfway(*nets: nn.Module, tensor: Callable[[nn.Module, str], Tensor] = getattr) -> nn.Module:
+def halfway(*nets: Any, tensor: Callable[[Any, str], Tensor] = getattr) -> nn.Sequential:
     """The plain network of the mean of what the layers of ``nets`` compute with."""
     out = plain()
     for net in nets:
         net(X)  # hooks compute in a forward pass
     for i in LAYERS:
         for name in ("weight", "bias"):
-            mean = torch.stack([tensor(net[i], name) for net in nets]).mean(0)  # type: ignore[index]
-            getattr(out[i], name).copy_(mean)  # type: ignore[index]
+            mean = torch.stack([tensor(net[i], name) for net in nets]).mean(0)
+            getattr(out[i], name).copy_(mean)
     return out
 
 
@@ -84,6 +84,8 @@ def halfway(*nets: nn.Module, tensor: Callable[[nn.Module, str], Tensor] = getat
 
 class Bent(nn.Module):
     """A parametrization of somebody's own, with a parameter and a buffer of its own."""
+
+    shift: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ def each(how: Callable[[nn.Module], Any], *layers: int) -> Make:
     def make() -> nn.Module:
         net = plain()
         for i in layers or LAYERS:
-            how(net[i])  # type: ignore[index]
+            how(net[i])
         return net
 
     return make
@@ -132,7 +134,7 @@ def test_a_path_is_that_of_the_weights_that_layers_compute(kind: str) -> None:
     assert found.valid and found.curve.values["test"]["loss"] == pytest.approx(expected, abs=1e-6)
     assert any("effective weights" in text for text in found.notes)
     away = sum(
-        float((getattr(a[i], n) - getattr(b[i], n)).detach().square().sum())  # type: ignore[index]
+        float((getattr(a[i], n) - getattr(b[i], n)).detach().square().sum())
         for i in LAYERS
         for n in ("weight", "bias")
     )
@@ -154,7 +156,7 @@ def test_every_instrument_walks_in_the_same_weights(kind: str) -> None:
     mixed = halfway(a, b)
     for i in (0, 5):
         for name in ("weight", "bias"):
-            getattr(mixed[i], name).data.copy_(getattr(b[i], name))  # type: ignore[index]
+            getattr(mixed[i], name).data.copy_(getattr(b[i], name))
     assert curve.values["test"]["loss"][1] == pytest.approx(loss(mixed), abs=1e-6)
     between = features(module, *ends, SPLITS["test"], alphas=[0.5])
     assert between.path_loss[0.5] == pytest.approx(middle, abs=1e-6)
@@ -190,12 +192,12 @@ def test_a_mean_of_what_weights_are_computed_from_is_refused() -> None:
 
 
 @torch.no_grad()
-def divided(net: nn.Module, name: str, dim: int = 0) -> Tensor:
+def divided(net: Any, name: str) -> Any:
     """A tensor of a layer before spectral norm, which is the mean's to divide."""
     if parametrize.is_parametrized(net, name):
-        return net.parametrizations[name].original  # type: ignore[index, union-attr, return-value]
+        return net.parametrizations[name].original
     stored = getattr(net, f"{name}_orig", None)
-    return getattr(net, name) if stored is None else stored  # type: ignore[no-any-return]
+    return getattr(net, name) if stored is None else stored
 
 
 @pytest.mark.parametrize(
@@ -210,11 +212,11 @@ def divided(net: nn.Module, name: str, dim: int = 0) -> Tensor:
 def test_between_networks_each_point_has_its_own_singular_value(make: Make, dim: int) -> None:
     a, b, module = (made(make, i) for i in range(3))
     found = barrier(module, snapshot(a), snapshot(b), SPLITS, points=3, max_error=100)
-    middle = halfway(a, b, tensor=divided)
+    middle: Any = halfway(a, b, tensor=divided)
     with torch.no_grad():
         for i in (0, 3):
-            weight = middle[i].weight  # type: ignore[index]
-            weight /= torch.linalg.matrix_norm(weight.movedim(dim, 0).flatten(1), 2)  # type: ignore[operator, operator, union-attr, arg-type]
+            weight = middle[i].weight
+            weight /= torch.linalg.matrix_norm(weight.movedim(dim, 0).flatten(1), 2)
     expected = [loss(a), loss(middle), loss(b)]
     assert found.valid, found
     assert found.curve.values["test"]["loss"] == pytest.approx(expected, abs=1e-6)
@@ -241,7 +243,7 @@ class Waves(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         waves = torch.fft.rfft2(x) * self.filter * self.phase
-        return self.out(torch.fft.irfft2(waves, s=(5, 5)).flatten(1))  # type: ignore[no-any-return]
+        return self.out(torch.fft.irfft2(waves, s=(5, 5)).flatten(1))
 
 
 def test_complex_entries_move() -> None:
@@ -271,7 +273,7 @@ class Shuffled(nn.Module):
         self.out = nn.Linear(25, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(x.flatten(1)[:, self.order])  # type: ignore[no-any-return]
+        return self.out(x.flatten(1)[:, self.order])
 
 
 def test_whole_numbers_that_differ_are_refused_if_they_matter() -> None:
@@ -322,7 +324,7 @@ def test_running_statistics_of_instance_norm_are_measured_in_all_modes(make: Mak
     mean = {k: (v + ends[1][k]) / 2 for k, v in ends[0].items()}
     net = made(make, 3)
     assert found.curve.values["test"]["loss"][1] == pytest.approx(loss(net, mean), abs=1e-6)
-    net[2].momentum = 1.0  # type: ignore[index, assignment]  # as all inputs are one batch
+    net[2].momentum = 1.0  # as all inputs are one batch
     net.train()
     with torch.no_grad():
         net(SPLITS["train"].x)
@@ -340,7 +342,7 @@ def test_a_batchnorm_that_runs_twice_averages_both_runs() -> None:
             self.norm, self.out = nn.BatchNorm2d(1), nn.Linear(25, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.out(self.norm(3 * self.norm(x) + 1).flatten(1))  # type: ignore[no-any-return]
+            return self.out(self.norm(3 * self.norm(x) + 1).flatten(1))
 
     module = made(Twice, 0)
     walker = Walker(module, SPLITS, bn="reestimate", batch=40)
@@ -348,7 +350,7 @@ def test_a_batchnorm_that_runs_twice_averages_both_runs() -> None:
     parts, mean = SPLITS["train"].x.split(40), 0.0
     for x in parts:  # the second run sees what the first has normalised: mean 1 (and bias)
         norm = module.norm
-        first = F.batch_norm(x, None, None, norm.weight, norm.bias, True)  # type: ignore[arg-type, union-attr]
+        first = F.batch_norm(x, None, None, norm.weight, norm.bias, True)
         mean += float(x.mean() + (3 * first + 1).detach().mean()) / (2 * len(parts))
     found = walker.module.get_buffer("norm.running_mean")
     assert float(found) == pytest.approx(mean, abs=1e-6)
@@ -391,11 +393,11 @@ def test_half_precision_is_measured_in_float32(dtype: torch.dtype) -> None:
 
 def test_outputs_that_overflow_half_precision_are_numbers_in_float32() -> None:
     def loud() -> nn.Module:
-        net = plain()
-        net[5].weight.data *= 1e6  # type: ignore[index, operator, union-attr]
+        net: Any = plain()
+        net[5].weight.data *= 1e6
         return net
 
-    ends = [snapshot(made(loud, i, steps=0).half()) for i in range(2)]
-    ends = [{k: v.clamp(-6e4, 6e4) for k, v in end.items()} for end in ends]
-    found = barrier(plain().half(), *ends, SPLITS, points=3, max_error=100)
+    stored = (snapshot(made(loud, i, steps=0).half()) for i in range(2))
+    a, b = ({k: v.clamp(-6e4, 6e4) for k, v in end.items()} for end in stored)
+    found = barrier(plain().half(), a, b, SPLITS, points=3, max_error=100)
     assert all(v < float("inf") for v in found.curve.values["test"]["loss"])
