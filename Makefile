@@ -12,6 +12,7 @@ MAKEFLAGS += --no-builtin-rules
 PROFILE ?= quick
 ARGS ?=
 PORT ?= 8000
+KILLS ?= 1000
 # Processes that share the tests, a file each; 0: none, for a debugger.
 WORKERS ?= auto
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -35,7 +36,7 @@ PACKAGE := $(shell find src/companion -name '*.py' -not -path '*/book/*' -not -p
 	$(shell find data/recorded -name '*.json' -o -type d 2>/dev/null) $(wildcard data/claims.yaml)
 PAGES := $(wildcard *.md) _config.yml _toc.yml references.bib $(wildcard book/*) $(wildcard src/companion/book/*.py)
 
-.PHONY: book notebooks test test-quick lint format serve gpu-pack clean distclean help
+.PHONY: book notebooks test test-quick soak lint format readme serve gpu-pack clean distclean help
 
 book: $(BUILT) ## the site: PROFILE=quick (default: minutes on a CPU), gpu or paper
 	@printf 'The book is ready:\n  %s\n  file://%s\n' '$(SITE)' '$(abspath $(SITE))'
@@ -48,6 +49,9 @@ test: $(READY) ## all tests
 test-quick: $(READY) ## the tests that take no more than a few seconds each: for daily work
 	$(BIN)/python -m pytest $(SHARED) -m 'not slow' $(ARGS)
 
+soak: $(READY) ## 1,000 kills of commands on one store (KILLS=...): nothing wrong, lost or left behind; hours
+	$(BIN)/python tests/soak.py $(KILLS) build/soak-$$$$
+
 lint: $(READY) $(NOTEBOOKS) ## ruff, formatting, types and the direction of imports, of the package and the chapters' cells
 	$(BIN)/ruff check . $(NOTEBOOKS)
 	$(BIN)/ruff format --check . $(NOTEBOOKS)
@@ -59,6 +63,9 @@ format: $(READY) ## format the package and the chapters' cells, and mend what ru
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BOOK) format
+
+readme: $(BUILT) ## README.md's table of what held, and its picture, from the built run
+	@$(BOOK) readme --profile $(PROFILE)
 
 serve: $(BUILT) ## the site at http://localhost:8000 (PORT=...); it also opens from the disk
 	$(BIN)/python -m http.server --bind localhost --directory '$(dir $(SITE))' $(PORT)

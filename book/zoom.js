@@ -19,6 +19,9 @@ document.addEventListener("DOMContentLoaded", () => {
   dialog.append(button("Close", "×"), large);
   document.body.append(dialog);
   dialog.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("keydown", (event) => { // one control: Tab stays on it, so that Escape closes
+    if (event.key === "Tab") event.preventDefault();
+  });
 
   for (const picture of pictures) {
     const open = () => {
@@ -28,7 +31,7 @@ document.addEventListener("DOMContentLoaded", () => {
       dialog.showModal();
     };
     const frame = document.createElement("span");
-    frame.className = "zoom-frame";
+    frame.className = `zoom-frame ${picture.className}`; // by-day, by-night
     picture.replaceWith(frame);
     const opener = button("Enlarge the figure", "⤢");
     opener.className = "zoom-open";

@@ -13,6 +13,14 @@ from companion.data.text import save_windows
 from companion.experiments import federated, pairs
 from companion.experiments.aligned import align
 from companion.experiments.featured import Scope, examine
+from companion.experiments.landscape import (
+    Bending,
+    Gap,
+    Survey,
+    bend_pairs,
+    decompose_pairs,
+    survey_pairs,
+)
 from companion.experiments.layers import sweep_pairs
 from companion.experiments.merged import merge_runs, split_runs
 from companion.experiments.methods import Method
@@ -56,6 +64,17 @@ ASKED: dict[str, Callable[[Store], Any]] = {
     "features": lambda store: examine(
         [(STRANGERS, Method("weights"))],
         Scope(layers=("layer1.linear", "head"), alphas=(0.5,), points=3, test_examples=30),
+        store=store,
+        workers=1,
+    ),
+    "landscape": lambda store: survey_pairs(
+        [COPIES], Survey(points=3, train_examples=40, test_examples=30), store=store, workers=1
+    ),
+    "logits": lambda store: decompose_pairs(
+        [(STRANGERS, "weights")], Gap(examples=30), store=store, workers=1
+    ),
+    "bend": lambda store: bend_pairs(
+        *([COPIES], Bending(steps=3, points=3, at=(0.5,), sharp_examples=20, test_examples=30)),
         store=store,
         workers=1,
     ),

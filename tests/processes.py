@@ -13,6 +13,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import stat
 import sys
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typer.testing import CliRunner
 
 from companion import data
+from companion.cli import app
 from companion.core.errors import CompanionError
 from companion.core.runs import Store
 from companion.training import Job, Recipe, Run, engine, entry_of, train_one
@@ -178,6 +181,49 @@ def no_rights(_: Path) -> dict[str, Any]:
         return {"folder": name, **json.loads(answers.read_text() or "{}")}
 
 
+def read_only_store(_: Path) -> dict[str, Any]:
+    """A complete store of somebody else: what it has is served, and what is closed is no damage."""
+    words = "instability --net mlp:widths=4 --data digits --steps 3 --ks 0 --inits 1 --copies 2"
+    asked = [*words.split(), "--points", "3", "--max-error", "100", "--workers", "1"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["COMPANION_RUNS"] = str(folder / "store")
+        made = CliRunner().invoke(app, asked)
+        assert made.exit_code == 0, made.output
+        closed = Store().entry({"kind": "closed"})
+        closed.write_json("x.json", 1)
+        shutil.rmtree(folder / "store/.locks", ignore_errors=True)
+        out = folder / "out"
+        out.mkdir()
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        (closed.path / "x.json").chmod(0)
+        out.chmod(0o777)
+
+        def look() -> None:
+            if os.getuid() == 0:
+                os.setuid(65_534)  # nobody: root may write everywhere
+            key = next(e.key for e in Store().entries() if e.identity["kind"] == "run")
+            said: dict[str, Any] = {}
+            for label, command in {
+                "again": asked,
+                "list": ["runs", "list"],
+                "export": ["runs", "export", str(out / "a.tar"), "--kind", "pair"],
+                "barrier": ["barrier", f"run:{key}", f"run:{key}", "--points", "3"],
+                "verify": ["runs", "verify"],
+                "gc": ["runs", "gc", "--yes"],
+            }.items():
+                done = CliRunner().invoke(app, command)
+                said[label] = [done.exit_code, done.output]
+            (out / "answers.json").write_text(json.dumps(said))
+
+        os.waitpid(child(look), 0)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(stat.S_IRWXU)
+        answers = json.loads((out / "answers.json").read_text())
+        return {"first": made.output, "kept": closed.verify(), **answers}
+
+
 KILLED = Run(
     Recipe(
         net="mlp:widths=16,norm=batch",
@@ -230,6 +276,7 @@ SCENARIOS = {
         reader_and_writer,
         file_size_limit,
         no_rights,
+        read_only_store,
         killed_training,
     )
 }

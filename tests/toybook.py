@@ -111,7 +111,9 @@ root: index
 chapters:
   - file: chapters/01_toy
   - file: using
+  - file: claims
   - file: notation
+  - file: provenance
   - file: bibliography
 """
 
@@ -127,6 +129,8 @@ def make(root: Path, chapter: str = CHAPTER) -> Path:
         "references.bib",
         "index.md",
         "using.md",
+        "claims.md",
+        "provenance.md",
         "notation.md",
         "bibliography.md",
     ):

@@ -393,3 +393,16 @@ def test_the_engines_table(tmp_path: Path) -> None:
     assert "- lenet, `compile`, M = 9: RuntimeError: no compiler\n" in text
     assert "- lenet, vmap: twice not finite, replay minus eager 1e-07" in text
     assert "Left out for lack of time: lenet `loop` M = 1." in text
+
+
+@pytest.mark.slow
+def test_the_landscape_of_a_resnet_is_right_at_a_smaller_size(tmp_path):
+    out = tmp_path / "x.json"
+    words = ("--images", 3, "--points", 3, "--eigenvalues", 1, "--threads", 1, "--json", out)
+    script("landscape.py", *words)
+    found = json.loads(out.read_text())
+    on_plane, at_ends = found["losses"]
+    assert on_plane == pytest.approx(at_ends, rel=1e-4)
+    assert found["errors"][0] <= 1e-2 * max(found["values"]) and found["products"] < 60
+    assert all(stage["peak_gb"] < 3 for stage in found["stages"].values())
+    check_machine(found["machine"])

@@ -110,7 +110,11 @@ def test_nothing_of_this_machine_or_moment_is_published(built, page):
 
 
 def test_the_front_page_collects_the_claims(built):
-    text = text_of((Book(built).html("other") / "index.html").read_text(encoding="utf-8"))
+    site = Book(built).html("other")
+    front = (site / "index.html").read_text(encoding="utf-8")
+    for id in ("C01", "C02", "C05"):
+        assert f'href="claims.html#claim-{id}"' in front
+    text = text_of((site / "claims.html").read_text(encoding="utf-8"))
     assert "Claims that the papers draw from experiments (1): 1 reproduced." in text
     ours = "Questions and controls of our own (2): 1 undetermined, 1 not testable at this scale."
     assert ours in text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from papermilled import ROOT, build, entries, run
 
-PAGE = "06_errata"
+PAGE = "07_errata"
 Shown = Callable[[str], Any]
 
 
@@ -101,4 +101,4 @@ def test_the_page_ends_as_every_page_does(notebook: Any) -> None:
 def test_every_chapter_leads_to_it() -> None:
     for path in (ROOT / "chapters").glob("*.md"):
         if path.stem != PAGE and path.stem[2] == "_":  # 02b and its like belong to a chapter
-            assert "[errata](06_errata)" in path.read_text(encoding="utf-8"), path.stem
+            assert "[errata](07_errata)" in path.read_text(encoding="utf-8"), path.stem

@@ -76,6 +76,6 @@ def test_bad_parameters_end_before_anything_trains(
 def test_so_they_do_under_papermill(source: Callable[[str], Path], tmp_path: Path) -> None:
     """It injects a cell of its own, and goes on after a name that it does not know."""
     with pytest.raises(papermill.PapermillExecutionError) as caught:
-        run(source("06_errata"), tmp_path, **MISTYPED)
+        run(source("07_errata"), tmp_path, **MISTYPED)
     assert caught.value.ename == "BadParameter"
     assert "Did you mean 'dataset'" in caught.value.evalue

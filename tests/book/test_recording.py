@@ -798,6 +798,8 @@ def test_a_page_draws_what_is_recorded(root):
     record = recorded.load("01_toy", root)[0]
     assert record.data["date"] in html and record.data["hardware"] in html
     front = (book.html("quick") / "index.html").read_text(encoding="utf-8")
+    assert '<span class="board-scale">far</span>' in front
+    front = (book.html("quick") / "claims.html").read_text(encoding="utf-8")
     assert "Recorded, profile other" in front
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", front))
     assert "Recorded before, at other scales" in words and "2 claims: 1 " in words
@@ -810,7 +812,7 @@ def test_without_records_the_pages_say_so(root):
     assert recorded.load("01_toy", root) == []
     said = recorded.sentence("01_toy", [])
     assert "Nothing is recorded" in said and "companion record 01_toy --profile gpu" in said
-    front = (Book(toybook.built()).html("other") / "index.html").read_text(encoding="utf-8")
+    front = (Book(toybook.built()).html("other") / "claims.html").read_text(encoding="utf-8")
     assert "Nothing is recorded at a larger scale yet" in front
 
 

@@ -134,11 +134,15 @@ def test_math_that_needs_an_extension_finds_it_on_the_disk(browser, site):
 def test_every_picture_is_there_and_has_an_alt_text(browser, site):
     for page in pages(site):
         visit(browser, page)
-        broken = browser.execute_script(
-            "return [...document.images].filter(i => !i.closest('dialog'))"
-            ".filter(i => !i.alt.trim() || !i.complete || !i.naturalWidth).map(i => i.src)"
+        script = (
+            "const shown = i => i.checkVisibility() && !i.closest('dialog');"
+            "document.querySelectorAll('details').forEach(d => { d.open = true; });"
+            "const all = [...document.images].filter(shown);"
+            "all.forEach(i => { i.loading = 'eager'; });"  # they wait until they are scrolled to
+            "const good = i => i.alt.trim() && i.complete && i.naturalWidth;"
+            "return all.filter(i => !good(i)).map(i => i.src)"
         )
-        assert broken == [], page.name
+        wait(lambda script=script: browser.execute_script(script) == [])
 
 
 @pytest.mark.parametrize("width", [400, 1300])
@@ -224,3 +228,93 @@ def test_a_figure_opens_at_full_size_and_closes(browser, site):
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     wait(lambda: not browser.execute_script(is_open))
     assert browser.switch_to.active_element == button
+
+
+def test_the_figures_to_play_with_answer_to_the_keyboard(browser, site):
+    """The front page's: α and the fork step move what is drawn and what is said."""
+    from selenium.webdriver.common.keys import Keys
+
+    visit(browser, site / "index.html")
+    if not browser.find_elements("css selector", "figure.walk"):
+        pytest.skip("the toy book has no figure to play with")
+    alpha, step = browser.find_elements("css selector", "figure.walk input")
+    says = "return document.querySelector('figure.walk figcaption').textContent"
+    place = "return document.querySelector('.walk-here-line').getAttribute('cx')"
+    line = "return document.querySelector('.walk-line').getAttribute('d')"
+    shown = (
+        "return [...document.querySelectorAll('.walk-map')].map(m => getComputedStyle(m).display)"
+    )
+    before = [browser.execute_script(script) for script in (says, place, line)]
+    assert "α = 0.50" in before[0]
+    alpha.send_keys(Keys.HOME)
+    assert "α = 0.00" in browser.execute_script(says)
+    assert browser.execute_script(place) != before[1]
+    assert browser.execute_script(shown).index("inline") == 0
+    step.send_keys(Keys.END)
+    assert browser.execute_script(line) != before[2]
+    assert browser.execute_script(shown)[-1] == "inline"
+    assert browser.execute_script(shown).count("inline") == 1
+    assert alpha.get_attribute("aria-valuetext").startswith("α = 0.00, error ")
+
+
+def test_the_claims_can_be_filtered_and_a_mark_finds_its_row(browser, site):
+    visit(browser, site / "claims.html")
+    visible = (
+        "return [...document.querySelectorAll('.companion-claims tbody tr')]"
+        ".filter(row => !row.hidden).map(row => row.id)"
+    )
+    everything = browser.execute_script(visible)
+    assert everything
+    fields = browser.find_elements("css selector", ".claims-filter select, .claims-filter input")
+    if not fields:
+        pytest.skip("the toy book has claims of one paper only")
+    fields[-1].send_keys("embedding")
+    few = browser.execute_script(visible)
+    assert 0 < len(few) < len(everything)
+    hidden = next(row for row in everything if row not in few)
+    browser.execute_script(f"location.hash = '{hidden}'")
+    wait(lambda: hidden in browser.execute_script(visible))
+
+
+def test_a_link_to_a_formula_shows_it(browser, site):
+    from selenium.webdriver.common.keys import Keys
+
+    page = next(p for p in pages(site) if "<template id=" in p.read_text(encoding="utf-8"))
+    visit(browser, page)
+    browser.execute_script("document.querySelector('a[aria-describedby=companion-card]').focus()")
+    card = "return document.querySelector('.companion-card')"
+    wait(lambda: browser.execute_script(f"{card}.querySelector('mjx-container') !== null"))
+    assert not browser.execute_script(f"{card}.hidden")
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert browser.execute_script(f"{card}.hidden")
+
+
+AXE = toybook.ROOT / "build" / "axe" / "package" / "axe.min.js"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "theme"), [(1400, "light"), (390, "dark")])
+def test_nothing_keeps_anybody_from_using_a_page(browser, site, width, theme):
+    """No violation that axe-core calls serious or critical, on any page."""
+    if not AXE.is_file():
+        pytest.skip("no axe-core: .ci/run fetches it, with npm")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.set_script_timeout(120)
+    found = {}
+    try:
+        for page in pages(site):
+            visit(browser, page)
+            browser.execute_script(f"document.documentElement.dataset.theme = '{theme}'")
+            browser.execute_script(AXE.read_text(encoding="utf-8"))
+            bad = browser.execute_async_script(
+                "const done = arguments[arguments.length - 1];"
+                "axe.run(document, {resultTypes: ['violations']}).then(result => done("
+                "result.violations.filter(v => ['serious', 'critical'].includes(v.impact))"
+                ".map(v => `${v.id}: ${v.nodes.length} × ${v.nodes[0].html.slice(0, 200)}`)))"
+            )
+            if bad:
+                found[page.name] = bad
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert found == {}, json.dumps(found, indent=1)

@@ -248,7 +248,7 @@ def broken(nets, tmp_path_factory) -> Path:
     theta = load_file(nets["a"])
     (folder / "text").write_text("not a tensor in sight")
     (folder / "empty").write_bytes(b"")
-    torch.save(theta, folder / "pickle")
+    torch.save(torch.nn.Linear(2, 2), folder / "pickle")
     save_file({}, folder / "none")
     return spoilt(theta, folder)
 
@@ -256,10 +256,10 @@ def broken(nets, tmp_path_factory) -> Path:
 MLP = f"--model {NET} --data digits"
 BAD_BARRIERS = {
     "missing file": (f"{{x}}/nowhere {{b}} {MLP}", ["nowhere: no such file", "run:KEY"]),
-    "folder": (f"{{x}} {{b}} {MLP}", ["cannot be read"]),
+    "folder": (f"{{x}} {{b}} {MLP}", ["no file of weights"]),
     "text": (f"{{x}}/text {{b}} {MLP}", ["text: this is not a safetensors file"]),
     "empty file": (f"{{x}}/empty {{b}} {MLP}", ["not a safetensors file"]),
-    "pickle": (f"{{a}} {{x}}/pickle {MLP}", ["a file of torch.save", "save_file"]),
+    "pickle": (f"{{a}} {{x}}/pickle {MLP}", ["more than weights", "Linear", "state_dict()"]),
     "no tensors": (f"{{x}}/none {{b}} {MLP}", ["no tensors"]),
     "nan": (f"{{a}} {{x}}/nan {MLP}", ["network B", "nan", "head.bias", "NaN"]),
     "missing entry": (f"{{x}}/less {{b}} {MLP}", ["network A", "less", "head.bias"]),
@@ -627,13 +627,18 @@ def test_version_and_help():
             assert name in text
 
 
-def test_an_unexpected_exception_keeps_its_traceback(monkeypatch):
+def test_an_error_that_nobody_thought_of_is_a_message_and_debug_shows_its_traceback(monkeypatch):
     def broken_load(*_):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("companion.data.load", broken_load)
-    with pytest.raises(ZeroDivisionError):
-        run("models", "show", "mlp", "--data", "images:x")
+    words = ("models", "show", "mlp", "--data", "images:x")
+    said = run(*words, code=1).stderr
+    assert "models failed: ZeroDivisionError: a bug (test_cli.py" in said and "--debug" in said
+    assert "report" in said and "Traceback" not in said
+    for debug in ((*words, "--debug"), ("--debug", *words)):
+        said = run(*debug, code=1).stderr
+        assert "Traceback" in said and "in broken_load" in said
 
 
 def test_an_interruption_ends_with_130_and_one_line(monkeypatch):

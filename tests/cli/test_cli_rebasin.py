@@ -233,7 +233,8 @@ def test_factories_whose_units_cannot_move(tmp_path, monkeypatch):
     align("a.safetensors", "b.safetensors", *words, name)
     Path("out.safetensors").unlink()
     result = align("a.safetensors", "b.safetensors", *words, f"{name}?order=True", code=2)
-    assert "Error: model 'own.net_of_test_rebasin:make?order=True': no unit can" in result.stderr
+    assert "'own.net_of_test_rebasin:make?order=True': there is nothing to match" in result.stderr
+    assert "Units are held in place: " in result.stderr
     assert not Path("out.safetensors").exists()
 
     name = "own.net_of_test_rebasin:grouped"
@@ -272,7 +273,7 @@ BAD = {
     ),
     "a shape": (
         f"{{a}} {{b}} --model {NET} --in-shape 8,8 --classes 10 -o {{o}}",
-        ["'8,8' is not channels,height,width"],
+        ["in_shape must be (channels, height, width)"],
     ),
     "data and shape": (f"{{a}} {{b}} {GOOD} --data digits", ["leave them out"]),
     "no model": (f"{{a}} {{b}} {SHAPE} -o {{o}}", ["--model"]),

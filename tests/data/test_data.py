@@ -114,9 +114,34 @@ def test_device_with_gpus(monkeypatch):
 
 def test_split_refuses_what_does_not_fit():
     x, y = torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
-    for bad in ((x[0], y), (x.double(), y), (x, y[:3]), (x, y.int()), (x, y.to("meta"))):
+    for bad in ((x[0, 0, 0], y[:2]), (x.half(), y), (x, y[:3]), (x, y.int()), (x, y.to("meta"))):
         with pytest.raises(BadParameter):
             Split(*bad)
+
+
+def test_tables_signals_volumes_and_tokens_with_a_label_are_splits_too():
+    y, tokens = torch.zeros(4, dtype=torch.int64), torch.arange(8).reshape(4, 2)
+    for x in (torch.zeros(4, 9), torch.zeros(4, 2, 9), torch.zeros(4, 1, 3, 3, 3), tokens):
+        split = Split(x, y)
+        assert split.kind == "images" and split.window is None and len(split.head(2)) == 2
+    assert Split(tokens, tokens).kind == "text"
+
+
+def test_loaders_and_pairs_become_splits():
+    x, y = torch.randn(7, 3), torch.arange(7) % 2
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=3)
+    records = [{"pixels": x[:4], "labels": y[:4].int()}, {"pixels": x[4:], "labels": y[4:].int()}]
+    for form in (loader, (x, y), records, Split(x, y)):
+        split = Split.of(form)
+        assert torch.equal(split.x, x) and torch.equal(split.y, y) and split.y.dtype == torch.int64
+    for bad, says in (
+        (3, "got a int"),
+        ([], "yields no batches"),
+        ([(x, y, y)], "pairs"),
+        ([{"a": x, "b": x, "labels": y}], "several inputs"),
+    ):
+        with pytest.raises(BadParameter, match=says):
+            Split.of(bad)
 
 
 def test_head_is_a_fixed_class_mixed_beginning():

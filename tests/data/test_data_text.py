@@ -693,7 +693,8 @@ def fake_datasets(monkeypatch, answer) -> list[tuple[str, str]]:
         def to_parquet(self, path: str) -> None:
             parquet(Path(path), self.body)
 
-    def load_dataset(repository: str, configuration: str) -> dict[str, Rows]:
+    def load_dataset(repository: str, configuration: str, revision: str) -> dict[str, Rows]:
+        assert len(revision) == 40, "a commit: what is downloaded today is what was yesterday"
         calls.append((repository, configuration))
         if isinstance(answer, Exception):
             raise answer

@@ -41,7 +41,7 @@ from companion.experiments.pairs import (
     check_null,
     measure_pairs,
 )
-from companion.training import Recipe, Run, build, engine, entry_of, load_weights
+from companion.training import Fork, Recipe, Run, build, engine, entry_of, load_weights
 
 DIGITS = data.load("digits")
 RECIPE = Recipe(net="mlp:widths=32", data="digits", steps=100, batch=60, augment="crop1")
@@ -224,7 +224,38 @@ def test_only_the_wanted_noise_differs(noise: str, k: int) -> None:
     assert noise_of(copy(RECIPE, 0, k, 1, noise=noise)) == a, "and it is the same every time"
 
 
-@pytest.mark.parametrize("noise", ["order", "augment"])
+@pytest.mark.parametrize("k", [0, 20])
+def test_a_perturbed_copy_differs_in_one_weight_at_its_start(k: int, store: Store) -> None:
+    short = replace(RECIPE, steps=30)
+    plain = load_weights(trunk(short, 0), k, store=store)
+    starts = [
+        load_weights(copy(short, 0, k, number, noise="perturb"), k, store=store)
+        for number in (1, 2, 1)
+    ]
+    for start in starts:
+        changed = {n: (v - plain[n])[v != plain[n]] for n, v in start.items()}
+        (name,) = [n for n, v in changed.items() if len(v)]
+        size = float(plain[name].square().mean().sqrt())
+        assert changed[name].abs().tolist() == [pytest.approx(size, 1e-4)]
+        assert plain[name].dim() == 2
+    first, second, again = starts
+    assert all(torch.equal(v, again[n]) for n, v in first.items())
+    assert not all(torch.equal(v, second[n]) for n, v in first.items())
+
+
+def test_a_perturbation_is_part_of_a_run_and_other_runs_keep_their_keys() -> None:
+    plain = Run(RECIPE, init=0, order=1)
+    assert "perturb" not in plain.identity("x", "cpu")
+    run = replace(plain, perturb=3)
+    assert run.identity("x", "cpu") == {**plain.identity("x", "cpu"), "perturb": 3}
+    # A fork at 0 of a perturbed run starts where that did: it is no run of its own from the init.
+    assert Run(RECIPE, order=2, fork=Fork(run, 0)).fork is not None
+    assert Run(RECIPE, order=2, fork=Fork(plain, 0)).fork is None
+    with pytest.raises(BadParameter, match="perturb"):
+        replace(plain, perturb=True)
+
+
+@pytest.mark.parametrize("noise", ["order", "augment", "perturb"])
 def test_one_source_of_noise_is_enough_to_part(noise: str, store: Store) -> None:
     short = replace(RECIPE, steps=30)
     found = analyse(

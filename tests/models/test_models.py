@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from companion import models
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.models import (
@@ -661,11 +662,10 @@ def test_any_shape_that_is_large_enough(spec, shape):
         ),
         ("vgg12", ["Allowed:", "vgg11, vgg13, vgg16, vgg19"]),
         ("", ["Allowed:", "mlp"]),
-        ("mymodule:make", ["'mymodule' is not known", "your own as package.module:factory"]),
         ("resnet21", ["depth of 21", "Did you mean 'resnet20'?", "6n+2", "resnet8, resnet14"]),
         ("resnet2", ["depth of 2 ", "'resnet8'"]),
         ("resnet100000", ["up to resnet1202"]),
-        ("resnet50", ["ImageNet", "resnet44, resnet56", "package.module:factory"]),
+        ("resnet50", ["ImageNet", "resnet44, resnet56", "torchvision:resnet50"]),
         ("resnet20:wdith=8", ["'wdith' is not known", "Did you mean 'width'?", "norm, groups"]),
         ("vgg11:shortcut=A", ["'shortcut' is not known", "Allowed: width, norm"]),
         ("vgg11:head=0", ["head: '0' is not 'none', or widths", "such as 512x2"]),
@@ -768,6 +768,14 @@ def make_for_cifar():
 
 def make_mistake(in_shape, classes):
     raise RuntimeError("a bug of the user's")
+
+def make_torchs(*, weights=None, **options):
+    return inner(**options)
+
+def inner(num_classes=1000):
+    return nn.Sequential(nn.Linear(2, num_classes))
+
+READY = nn.Linear(2, 2)
 """
 
 
@@ -778,7 +786,10 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (package / "__init__.py").touch()
     (package / "nets.py").write_text(OWN)
     (package / "broken.py").write_text("1 / 0\n")
+    (package / "leaving.py").write_text("raise SystemExit('usage')")
+    (tmp_path / "nets_of_test_models.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
 
 
 def test_own_factory(own):
@@ -805,7 +816,19 @@ def test_own_factory_is_seeded(own):
         ("my_lab.nets:LIMIT", ["'LIMIT' is of type int", "in_shape=..., classes=..."]),
         ("my_lab.nets:make_weights", ["must return a torch.nn.Module", "torch.Tensor"]),
         ("my_lab.nets:make_nothing", ["must return a torch.nn.Module", "NoneType"]),
-        ("my_lab.nets:make_for_cifar", ["make_for_cifar() cannot be called with in_shape="]),
+        ("mymodule:make", ["cannot import 'mymodule'", "companion models list"]),
+        (
+            "my_lab.nets:make_mistake",
+            ["make_mistake failed (RuntimeError: a bug of the user's, in"],
+        ),
+        ("my_lab/nets.py:make_nte", ["no 'make_nte'", "Did you mean 'make_net'?"]),
+        ("my_lab/broken.py:make", ["ZeroDivisionError", "in broken.py, line 1"]),
+        ("my_lab/leaving.py:make", ["SystemExit: usage"]),
+        ("my_lab/nowhere.py:make", ["there is no file"]),
+        ("torchvision:resnet8", ["in torchvision", "'resnet8' is not known"]),
+        ("torchvision:resnet18?weights=DEFAULT", ["weights are those of your files"]),
+        ("torchvision:resnet18?wdith=3", ["wdith"]),
+        ("hf:my_lab", ["there is no", "config.json"]),
         ("my_lab.nets:make_net?wdith=3", ["cannot be called with", "wdith"]),
     ],
 )
@@ -816,9 +839,51 @@ def test_own_factories_that_are_refused(own, spec, says):
         assert part in str(error.value)
 
 
-def test_errors_inside_an_own_factory_keep_their_traceback(own):
-    with pytest.raises(RuntimeError, match="a bug of the user's"):
-        build("my_lab.nets:make_mistake", DIGITS, 10)
+def test_factories_get_what_they_name(own):
+    assert build("my_lab.nets:make_for_cifar", DIGITS, 7).out_features == 10
+    assert build("my_lab.nets:make_torchs", DIGITS, 7)[0].out_features == 7
+    assert build("my_lab.nets:make_torchs?num_classes=4", DIGITS, 7)[0].out_features == 4
+    assert build("my_lab.nets:READY", DIGITS, 7) is not build("my_lab.nets:READY", DIGITS, 7)
+    assert build("my_lab/nets.py:make_net?width=3", DIGITS, 7)[1].out_features == 3
+    assert build("nets_of_test_models:make_net", DIGITS, 7)[3].out_features == 7
+    assert canonical(" my_lab/nets.py : make_net ? b=1,a=2") == "my_lab/nets.py:make_net?a=2,b=1"
+    assert models.is_own("nets:make") and not models.is_own("mlp:widths=3")
+
+
+def test_torchvision_by_name():
+    net = build("torchvision:resnet18?width_per_group=64", (3, 32, 32), 7, KEY)
+    assert net.fc.out_features == 7 and net.eval()(images(2, (3, 32, 32))).shape == (2, 7)
+    assert build("torchvision.models:squeezenet1_1", (3, 32, 32), 7).num_classes == 7
+    assert canonical("torchvision:resnet18") == "torchvision:resnet18"
+
+
+def test_timm_by_name():
+    pytest.importorskip("timm")
+    net = build("timm:resnet10t", (1, 32, 32), 7, KEY)
+    assert net(images(2, (1, 32, 32))).shape == (2, 7)
+    vit = build("timm:vit_tiny_patch16_224?depth=1,embed_dim=48", (3, 32, 32), 7)
+    assert vit(images(2, (3, 32, 32))).shape == (2, 7)
+    with pytest.raises(BadParameter, match="in timm: 'resnet10' is not known"):
+        build("timm:resnet10", (3, 32, 32), 7)
+
+
+def test_a_folder_of_transformers_is_an_architecture(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = ViTConfig(**sizes, num_attention_heads=2, image_size=16, patch_size=8, num_labels=5)
+    config.architectures = ["ViTForImageClassification"]
+    config.save_pretrained(tmp_path)
+    net = build(f"hf:{tmp_path}", (3, 16, 16), 10, KEY)
+    assert isinstance(net, ViTForImageClassification) and net.classifier.out_features == 5
+    assert models.example_of(f"hf:{tmp_path}") == ((3, 16, 16), 5)
+    assert build(f"hf:{tmp_path}?num_labels=4", (3, 16, 16), 10).classifier.out_features == 4
+    assert len(models.source_digest(f"hf:{tmp_path}")) == 64
+    with pytest.raises(BadParameter, match="'hidden_sizes' is not known"):
+        build(f"hf:{tmp_path}?hidden_sizes=4", (3, 16, 16), 10)
+    (tmp_path / "config.json").write_text('{"model_type": "nobody"}')
+    with pytest.raises(BadParameter, match="transformers cannot read"):
+        build(f"hf:{tmp_path}", (3, 16, 16), 10)
 
 
 def test_a_question_mark_before_the_colon_is_no_factory() -> None:

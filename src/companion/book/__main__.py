@@ -5,18 +5,35 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from companion.book import notebooks as _notebooks
 from companion.book import site
 from companion.book.layout import Book
 from companion.book.shape import shape as _shape
+from companion.book.stage import readme as _readme
 from companion.book.stage import stage as _stage
+from companion.core import signals
 from companion.core.errors import CompanionError
 
+
+class _Steps(TyperGroup):
+    """Ctrl-C and SIGTERM end a step, and what it started, with one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with signals.interruptible():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            print("Interrupted. What is finished is kept; `make book` goes on.", file=sys.stderr)
+            raise typer.Exit(signals.exit_code(error)) from None
+
+
 app = typer.Typer(
+    cls=_Steps,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,20 +66,31 @@ def execute(chapters: Chapters = None, profile: Profile = "quick", root: Root = 
     """Run chapters' notebooks with a profile's parameters: build/PROFILE/executed/."""
     book = Book(root)
     for chapter in chapters or book.chapters():
-        _notebooks.execute(book, profile, chapter)
+        with book.building(profile, chapter):
+            _notebooks.execute(book, profile, chapter)
 
 
 @app.command()
 def stage(profile: Profile = "quick", root: Root = Path()) -> None:
     """Put the site's source tree together: build/PROFILE/book/."""
-    print(_stage(Book(root), profile))
+    book = Book(root)
+    with book.building(profile, "site"):
+        print(_stage(book, profile))
 
 
 @app.command()
 def html(profile: Profile = "quick", root: Root = Path()) -> None:
     """Build the site from the staged tree and check it: build/PROFILE/book/_build/html/."""
-    front = site.build(Book(root), profile)
-    print(front)
+    book = Book(root)
+    with book.building(profile, "site"):
+        print(site.build(book, profile))
+
+
+@app.command()
+def readme(profile: Profile = "quick", root: Root = Path()) -> None:
+    """Write README's table of what held, and its picture (book/plane.svg), from the built run."""
+    for path in _readme(Book(root), profile):
+        print(path)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from companion.book.parameters import declared, substituted
 from companion.book.prose import captions, fill, give, merged, places
 from companion.core.locations import data_root, runs_root
 from companion.report import tables
-from companion.report.figures import label
+from companion.report.figures import dark, label
 from companion.report.recorded import Record
 
 #: Keys that papermill and nbclient put into metadata: times, paths, durations.
@@ -35,7 +35,9 @@ class Page:
     chapter: str
     notebook: Any
     files: dict[str, bytes] = field(default_factory=dict)  # beside the chapter: files/<chapter>/...
+    dark: dict[str, bytes] = field(default_factory=dict)  # figure -> the same in dark colours
     parameters: dict[str, Any] = field(default_factory=dict)  # name -> value used, where literal
+    values: dict[str, Any] = field(default_factory=dict)  # what page.fill gave
     claims: list[dict[str, Any]] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] | None = None
@@ -127,6 +129,7 @@ def _texts(page: Page, notebook: Any, book: Book) -> None:
         if "companion" in output.get("metadata", {})
     ]
     values = merged((entry["values"] for _, entry in shown if "values" in entry), at(""))
+    page.values = values
     blocks = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -204,6 +207,7 @@ def _downloads(page: Page, figure: dict[str, Any], outputs: list[Any]) -> Any:
     page.figures.append(figure)
     svg = next(o.data["image/svg+xml"] for o in outputs if "image/svg+xml" in o.get("data", {}))
     page.files[f"{name}.svg"] = svg.encode()
+    page.dark[name] = dark(svg).encode()
     links = [f"{{download}}`figure (SVG) <files/{page.chapter}/{name}.svg>`"]
     if figure.get("data") is not None:
         links.insert(0, f"{{download}}`data (JSON) <files/{page.chapter}/{name}.json>`")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from companion.core import plainyaml
+from companion.core import locks, plainyaml
 from companion.core.errors import BadParameter, CompanionError, one_of
 
 
@@ -46,6 +47,15 @@ class Book:
 
     def executed(self, profile: str, chapter: str) -> Path:
         return self.root / "build" / profile / "executed" / f"{chapter}.ipynb"
+
+    def building(self, profile: str, what: str) -> AbstractContextManager[None]:
+        """Held by one process that makes ``what`` of a profile: a chapter's run, or the site.
+
+        Raises:
+            Busy: another process makes the same; the message says which.
+        """
+        path = self.root / "build" / profile / f".{what}.lock"
+        return locks.held(path, f"{what} ({profile})", wait=False)
 
     def staged(self, profile: str) -> Path:
         return self.root / "build" / profile / "book"

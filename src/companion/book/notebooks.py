@@ -13,6 +13,7 @@ from typing import Any
 
 from companion.book import parameters
 from companion.book.layout import Book, BookError
+from companion.core import files
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -68,7 +69,7 @@ def format_cells(book: Book, chapter: str) -> bool:
         text = text[:position] + new + text[position + len(old) :]
         position += len(new)
     if before != after:
-        source.write_text(text, encoding="utf-8")
+        files.write(source, text.encode())
     return before != after
 
 
@@ -138,9 +139,8 @@ def _write(notebook: Any, path: Path) -> None:
     import nbformat
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    working = path.with_suffix(".part")
-    nbformat.write(notebook, working)
-    working.replace(path)
+    with files.whole(path) as working:
+        nbformat.write(notebook, working)
 
 
 def _end(traceback: list[str], lines: int = 20) -> str:

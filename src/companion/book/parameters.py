@@ -170,6 +170,11 @@ def _check(value: Any, parameter: Parameter, where: str) -> None:
     """Refuse a value whose type cannot be meant."""
     default = parameter.default
     _no_text_floats(value, where, parameter.whole)
+    if isinstance(value, dict) or (isinstance(value, list) and not _as_flat(value, default)):
+        raise BadParameter(
+            f"{where}: {value!r} has values inside of values; a plain value is needed, or a list "
+            f"of plain values, as the chapter's own {default!r}."
+        )
     if default is _COMPUTED or default is None or (value is None and parameter.optional):
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -185,6 +190,12 @@ def _check(value: Any, parameter: Parameter, where: str) -> None:
             f"{where}: {value!r} is of type {type(value).__name__}; "
             f"the chapter's own value {default!r} is of type {type(default).__name__}."
         )
+
+
+def _as_flat(value: list[Any], default: Any) -> bool:
+    """Whether a list is one of plain values, unless the chapter's own is not, either."""
+    nested = isinstance(default, list | tuple) and any(isinstance(v, list | tuple) for v in default)
+    return nested or not any(isinstance(v, list | dict) for v in value)
 
 
 def _no_text_floats(value: Any, where: str, whole: bool) -> None:

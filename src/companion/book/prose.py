@@ -22,6 +22,7 @@ from typing import Any
 
 from companion.book.chapter import scan
 from companion.book.layout import Book, BookError
+from companion.report.page import as_text
 
 _OPEN = re.compile(r"(:{3,})\s*\{caption\}\s*(.*?)\s*")
 _INSIDE = r"(?:(?!\n[ \t]*\n).)+?"  # of one paragraph
@@ -33,9 +34,8 @@ _TOKEN = re.compile(
     r"|\{\{(?P<asked>[^\n]*?)\}\}",
     re.DOTALL,
 )
-_ASKED = re.compile(r"\s*([A-Za-z_]\w*)\s*(?::([^{}]*?))?\s*")
+_ASKED = re.compile(r"\s*((?:\w+\.)?[A-Za-z_]\w*)\s*(?::([^{}]*?))?\s*")
 _ODD = {"nan": "no valid value", "inf": "∞", "-inf": "−∞"}  # as page.fillable writes them
-_MARKUP = re.compile(r"[\\`*_{}\[\]<>#+\-:!|~$&=^@]")
 
 At = Callable[[str], str]
 
@@ -271,5 +271,4 @@ def _shown(value: Any, spec: str, markup: bool) -> str:
     shown = format(value, spec)
     if not isinstance(value, str):
         return shown.replace("-", "−")
-    shown = " ".join(shown.split())
-    return _MARKUP.sub(r"\\\g<0>", shown) if markup else shown
+    return as_text(shown) if markup else " ".join(shown.split())

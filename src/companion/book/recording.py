@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
-from uuid import uuid4
 
 import yaml
 
@@ -38,7 +37,7 @@ from companion.book import parameters
 from companion.book.chapter import Cell, cells
 from companion.book.layout import Book
 from companion.book.prose import Caption, captions, give, merged, places
-from companion.core import closing, codec, deadline, plainyaml
+from companion.core import closing, codec, deadline, files, plainyaml
 from companion.core.errors import (
     BadParameter,
     CompanionError,
@@ -51,7 +50,7 @@ from companion.core.runs import Entry, Store
 from companion.data import resolve_device
 from companion.experiments.budget import Cost, Count, Probe, count, estimate, probe
 from companion.report import claims, page, partly, provenance
-from companion.report.recorded import FORMAT, LIMIT, folder, hardware
+from companion.report.recorded import FORMAT, LIMIT, NAME, folder, hardware
 from companion.training import ENGINES, using
 
 MARGIN_S = 20.0
@@ -144,7 +143,7 @@ def prepare(
         raise BadParameter(f"profile {profile}: it sets nothing for {chapter_name}.")
     values |= overrides
     name = name or "-".join([profile, *(_slug(n, v) for n, v in overrides.items())])
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,79}", name):
+    if not re.fullmatch(NAME, name):
         raise BadParameter(
             f"--name: {name!r} is needed as a file name: up to 80 lower-case letters, digits, "
             "points, hyphens and underscores."
@@ -295,7 +294,8 @@ def record(
     except OutOfTime as error:
         raise OutOfTime(f"stopped before the time limit. {piece.progress()}") from error
     finally:
-        if not dry_run:
+        # Nothing of one that was refused before it said what it would do.
+        if not dry_run and piece.budget is not None:
             spent = {"seconds": round(time.monotonic() - began, 1)}
             with contextlib.suppress(StoreUnwritable):  # only the time; do not hide what went wrong
                 entry.write_json(f"piece-{time.time_ns()}.json", spent)
@@ -519,13 +519,9 @@ def _write(path: Path, document: Mapping[str, Any]) -> Path:
             f"{path} would have {len(content) / 1e6:.2f} MB; recorded files have "
             f"{LIMIT / 1e6:g} MB at most. Nothing was written; what is computed is stored.{hint}"
         )
-    working = path.with_name(f".tmp-{uuid4().hex}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        working.write_bytes(content)
-        working.replace(path)
+        files.write(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            working.unlink()
         raise RecordingFailed(f"record: {path} cannot be written ({error.strerror}).") from error
     return path

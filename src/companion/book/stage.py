@@ -18,10 +18,12 @@ from pathlib import Path
 import nbformat
 
 from companion.book.finish import Page, finish
+from companion.book.front import complete, marked
+from companion.book.front import readme as front_readme
 from companion.book.layout import Book, BookError
 from companion.book.notebooks import read
-from companion.core import codec
-from companion.report import claims, recorded
+from companion.report import recorded
+from companion.report.figures import label
 
 #: Where the front page takes the scoreboard.
 MARKER = "<!-- scoreboard -->"
@@ -40,14 +42,23 @@ def stage(book: Book, profile: str) -> Path:
     pages = [_page(book, profile, chapter) for chapter in _chapters(book)]
     files: dict[str, bytes] = {}
     for page in pages:
+        for cell in page.notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = marked(cell.source, pages, profile)
         files[f"chapters/{page.chapter}.ipynb"] = (nbformat.writes(page.notebook) + "\n").encode()
         for name, content in page.files.items():
             files[f"chapters/files/{page.chapter}/{name}"] = content
+        for name, content in page.dark.items():
+            files[f"extra/dark/{page.chapter}/{label(name)}.svg"] = content
     for name in book.pages():
         if not name.startswith("chapters/"):
             files[f"{name}.md"] = _text(book, name)
-    front = f"{book.pages()[0]}.md"
-    files[front] = _with_scoreboard(files[front].decode(), pages, profile).encode()
+    front, *around = (n for n in book.pages() if not n.startswith("chapters/"))
+    if any(page.claims for page in pages) and MARKER not in files[f"{front}.md"].decode():
+        raise BookError(f"the front page has no line {MARKER}, where the scoreboard goes.")
+    for name in (front, *around):
+        text = complete(name, files[f"{name}.md"].decode(), pages, profile)
+        files[f"{name}.md"] = text.encode()
     for name in ("_config.yml", "_toc.yml", "references.bib"):
         path = book.root / name
         if not path.is_file():
@@ -59,6 +70,24 @@ def stage(book: Book, profile: str) -> Path:
     files |= {f"extra/mathjax/{name}": path.read_bytes() for name, path in _mathjax()}
     _write(book.staged(profile), files)
     return book.staged(profile)
+
+
+def readme(book: Book, profile: str) -> list[Path]:
+    """Renew what README.md shows of a run: its table, and the picture of chapter 1's planes.
+
+    Raises:
+        BookError: as :func:`stage`, or README.md has no place for the table.
+    """
+    pages = [_page(book, profile, chapter) for chapter in _chapters(book)]
+    path = book.root / "README.md"
+    files = {path: front_readme(path.read_text(encoding="utf-8"), pages, profile).encode()}
+    for page in pages:
+        if page.chapter == "01_instability":
+            files[book.root / "book" / "plane.svg"] = page.files["plane.svg"]
+            files[book.root / "book" / "plane-dark.svg"] = page.dark["plane"]
+    for path, content in files.items():
+        path.write_bytes(content)
+    return list(files)
 
 
 def _chapters(book: Book) -> list[str]:
@@ -88,43 +117,6 @@ def _text(book: Book, name: str) -> bytes:
     if not path.is_file():
         raise BookError(f"_toc.yml lists {name}, but there is no {name}.md.")
     return path.read_bytes()
-
-
-def _with_scoreboard(text: str, pages: list[Page], profile: str) -> str:
-    """The front page with the chapters' verdicts in place of the marker."""
-    verdicts: list[claims.Verdict] = []
-    links: dict[str, str] = {}
-    scales: dict[str, str] = {}  # chapter -> what its numbers rest on
-    for page in pages:
-        for entry in page.claims:
-            verdict = codec.from_json(claims.Verdict, entry, f"{page.chapter}, claims")
-            if verdict.claim.id in links:
-                raise BookError(
-                    f"{page.chapter}: {verdict.claim.id} is judged in another chapter too."
-                )
-            verdicts.append(verdict)
-            links[verdict.claim.id] = f"chapters/{page.chapter}.html"
-            scales[page.chapter] = entry["scale"]
-    if not verdicts:
-        return text.replace(MARKER, "")
-    if MARKER not in text:
-        raise BookError(f"the front page has no line {MARKER}, where the scoreboard goes.")
-    scale = "; ".join(dict.fromkeys(scales.values()))
-    records = [record for page in pages for record in page.recorded]
-    board = claims.table(
-        verdicts, caption=f"Profile {profile}: {scale}", links=links, recorded=records
-    )
-    line = (
-        f"{claims.headline(verdicts)} All of it as data: "
-        '<a href="results.json" download>results.json</a>.'
-    )
-    if records:
-        line += "\n\nRecorded before, at other scales:\n\n" + "\n".join(
-            f"- `{r.profile}`, {r.title}: {claims.tally(r.verdicts.values())}" for r in records
-        )
-    else:
-        line += "\n\nNothing is recorded at a larger scale yet: every verdict below is of this run."
-    return text.replace(MARKER, f"{line}\n\n{board}\n")
 
 
 def _results(pages: list[Page], profile: str) -> bytes:

@@ -3,7 +3,7 @@
 Exit codes: 0 done; 3 done, but a gate failed and the barrier is INVALID (of `rebasin` that after
 matching; of `instability` all those of some fork step): no number for a script to use; 2 the input
 is wrong; 75 `record` stopped before its time limit; 1 anything else that we know can go wrong (a
-run that diverged, a full disk, a check that found something); 130 interrupted.
+run that diverged, a full disk, a check that found something); 130 interrupted, 143 after SIGTERM.
 Nothing heavy is imported before it is needed.
 """
 
@@ -23,6 +23,7 @@ from companion.cli import (
     data,
     features,
     instability,
+    landscape,
     layers,
     models,
     rebasin,
@@ -30,6 +31,7 @@ from companion.cli import (
     runs,
 )
 from companion.cli.console import error, warning
+from companion.core import signals
 from companion.core.errors import (
     BadParameter,
     CompanionError,
@@ -56,7 +58,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         debug = bool(ctx.params.get("debug"))
         try:
-            return super().invoke(ctx)
+            with signals.interruptible():
+                return super().invoke(ctx)
         except CompanionError as e:
             if debug:
                 traceback.print_exc()
@@ -70,9 +73,9 @@ class _Commands(TyperGroup):
                 traceback.print_exc()
             error(_unforeseen(e, ctx.invoked_subcommand))
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as e:
             error("Interrupted. What is finished is stored; the same command continues from there.")
-            raise typer.Exit(130) from None
+            raise typer.Exit(signals.exit_code(e)) from None
 
 
 def _unforeseen(e: Exception, command: str | None) -> str:
@@ -116,6 +119,7 @@ app.add_typer(runs.app, name="runs")
 app.command("barrier", epilog=barrier.EXAMPLE)(barrier.measure_barrier)
 app.command("layers", epilog=layers.EXAMPLE)(layers.measure_layers)
 app.command("features", epilog=features.EXAMPLE)(features.compare_features)
+app.command("landscape", epilog=landscape.EXAMPLE)(landscape.survey_landscape)
 app.command("instability", epilog=instability.EXAMPLE)(instability.measure_instability)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
 app.command("record", epilog=record.EXAMPLE)(record.record_chapter)

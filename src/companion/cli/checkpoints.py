@@ -16,8 +16,8 @@ from torch import nn
 
 from companion.cli.runs import describe_entry, stored_steps
 from companion.core.errors import BadParameter
-from companion.core.files import read_weights
 from companion.core.fitting import fitted, in_type_of
+from companion.core.reading import read_weights
 from companion.core.runs import Store
 from companion.core.theta import Theta, check_theta, layout
 from companion.training import State

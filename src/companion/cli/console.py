@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from companion.core import codec
+from companion.core import codec, files
 from companion.core.errors import BadParameter
 
 INVALID = 3
@@ -48,9 +49,17 @@ def out() -> Console:
     return console
 
 
+def visible(text: str) -> str:
+    """``text`` with what a terminal would obey, or would not show, in escapes: ``\\x1b[2J``."""
+    odd = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats such as right-to-left, line breaks
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in odd else ascii(c)[1:-1] for c in text
+    )
+
+
 def say(text: str = "") -> None:
     """A line of the result, not wrapped: terminals do that, and files should not have it."""
-    out().print(text, soft_wrap=True)
+    out().print(visible(text), soft_wrap=True)
 
 
 def end(valid: bool) -> None:
@@ -61,17 +70,18 @@ def end(valid: bool) -> None:
 
 def note(text: str) -> None:
     """Something done to the input that the user should know."""
-    typer.echo(f"note: {text}", err=True)
+    typer.echo(f"note: {visible(text)}", err=True)
 
 
 def warning(text: str) -> None:
     """A warning of the package."""
-    typer.echo(f"warning: {text}", err=True)
+    typer.echo(f"warning: {visible(text)}", err=True)
 
 
 def error(text: str) -> None:
     """The one message of a command that failed."""
-    typer.echo(f"Error: {text}" if not text.startswith("Interrupted") else text, err=True)
+    said = visible(text)
+    typer.echo(f"Error: {said}" if not text.startswith("Interrupted") else said, err=True)
 
 
 def print_table(
@@ -85,7 +95,7 @@ def print_table(
         right = name.startswith(">")
         grid.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(visible, row))
     out().print(grid)
 
 
@@ -102,14 +112,11 @@ def output(path: Path | None, option: str, suffixes: Sequence[str] = ()) -> None
     """Refuse, before any work, a file that could not be written at the end.
 
     Raises:
-        BadParameter: no folder to put it in, a folder itself, or none of the ``suffixes``.
+        BadParameter: as :func:`companion.core.files.check`, or none of the ``suffixes``.
     """
     if path is None:
         return
-    if not path.parent.is_dir():
-        raise BadParameter(f"{option}: there is no folder {path.parent} to write {path.name} to.")
-    if path.is_dir():
-        raise BadParameter(f"{option}: {path} is a folder; the name of a file is needed.")
+    files.check(path, option)
     if suffixes and path.suffix.lower() not in suffixes:
         raise BadParameter(
             f"{option}: {path.name!r} must end in {', '.join(suffixes)}: that says the format."
@@ -125,7 +132,7 @@ def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
     whole = {**value, "provenance": provenance.record()}
     try:
         text = json.dumps(codec.to_json(whole, path.name, null=True), indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        files.write(path, f"{text}\n".encode())
     except OSError as e:
         raise BadParameter(f"--json: {path} cannot be written ({e.strerror}).") from e
     say(f"numbers written to {path}")

@@ -93,7 +93,7 @@ def compare_features(
 
     pair = opened(a, b, model, data, device)
     dataset, module, theta_a, theta_b = pair.data, pair.module, pair.a.theta, pair.b.theta
-    test = dataset.test.head(examples or len(dataset.test))
+    test = dataset.test.head(len(dataset.test) if examples is None else examples)
     pair.announce(f"{dataset.label}: test ({amount(test)})")
     modes = BN[1:] if bn == "both" and has_batchnorm(module) else (bn,)
     found: dict[str, Features] = {}

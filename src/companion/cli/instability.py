@@ -14,7 +14,7 @@ from companion.cli import options
 from companion.cli.barrier import summary
 from companion.cli.console import UNITS, end, number, output, print_table, say, write_json
 from companion.cli.models import reachable
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, within
 
 if TYPE_CHECKING:
     from companion.experiments.instability import Instability
@@ -48,7 +48,11 @@ def measure_instability(
     inits: Annotated[int, typer.Option(help="Independent initialisations.")] = 3,
     copies: Annotated[int, typer.Option(help="Copies of each fork; 3 make 3 pairs.")] = 3,
     noise: Annotated[
-        str, typer.Option(help="What differs between copies: both, order or augment.")
+        str,
+        typer.Option(
+            help="What differs between copies: both, order or augment; or perturb: nothing but one "
+            "weight at step k."
+        ),
     ] = "both",
     restart: Annotated[
         bool, typer.Option("--restart", help="Copies train all T steps again (the control).")
@@ -86,9 +90,10 @@ def measure_instability(
     max_error: Annotated[
         float | None,
         typer.Option(
+            callback=lambda value: within("--max-error", value, 0, 100),
             help="A test error, in percent, that counts as trained "
             "(default: 1.5 times the median of all copies; of text, right half as often as it, and "
-            "better than always the commonest token)."
+            "better than always the commonest token).",
         ),
     ] = None,
     metric: Annotated[
@@ -98,8 +103,9 @@ def measure_instability(
     threshold: Annotated[
         float | None,
         typer.Option(
+            callback=lambda value: within("--threshold", value, 0, 1e6),
             help="The barrier below which a network is called stable "
-            "(default: 2 points of error, or 0.03 nats of loss)."
+            "(default: 2 points of error, or 0.03 nats of loss).",
         ),
     ] = None,
     device: options.Device = "auto",

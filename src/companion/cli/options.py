@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, within
 
 if TYPE_CHECKING:
     from companion.experiments.pairs import Evaluation
@@ -55,9 +55,10 @@ TestExamples = Annotated[
 MaxError = Annotated[
     float | None,
     typer.Option(
+        callback=lambda value: within("--max-error", value, 0, 100),
         help="The largest test error, in percent, of a network that counts as trained "
         "(default: half the error of guessing; for text, that of always predicting the most "
-        "frequent token)."
+        "frequent token).",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -8,6 +8,7 @@ what is written is of that form, a network of another name, which :func:`folded_
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from companion.cli import options
 from companion.cli.barrier import all_heights, draw, measured, summary
 from companion.cli.console import UNITS, end, mode_of, note, number, output, print_table, say
 from companion.cli.opening import Opened, opened
-from companion.core.errors import BadParameter, one_of
+from companion.core import files
+from companion.core.errors import BadParameter, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
 if TYPE_CHECKING:
@@ -142,10 +144,9 @@ def align_networks(
     if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
     for option, given in (("--starts", starts), ("--steps", steps)):
-        if given is not None and given < 1:
-            raise BadParameter(f"{option}: {given} must be a whole number of 1 or more.")
-    files = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
-    _check_files(files | {"--merge": merge}, (a, b))
+        whole(option, given, 1, "None")
+    asked = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
+    _check_files(asked | {"--merge": merge}, (a, b))
 
     from companion.connectivity.batches import examples_a_pass
     from companion.core.seeds import Key
@@ -239,13 +240,13 @@ def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> Non
     suffixes = {"--json": (), "--plot": options.PICTURES}
     for option, path in given.items():
         output(path, option, suffixes.get(option, (".safetensors",)))
-    files = {option: path.resolve() for option, path in given.items() if path}
+    places = {option: path.resolve() for option, path in given.items() if path}
     for name, source in zip("AB", ends, strict=True):
-        for option, path in files.items():
+        for option, path in places.items():
             if Path(source).expanduser().resolve() == path:
                 raise BadParameter(f"{option}: {path.name} is {name}, which is not overwritten.")
-    if len(set(files.values())) < len(files):
-        raise BadParameter(f"{', '.join(files)}: each needs a file of its own.")
+    if len(set(places.values())) < len(places):
+        raise BadParameter(f"{', '.join(places)}: each needs a file of its own.")
 
 
 def _shape_and_classes(
@@ -264,6 +265,8 @@ def _shape_and_classes(
             f"--in-shape: {in_shape!r} is not channels,height,width, such as 3,32,32, nor the "
             "tokens in a window, such as 64, nor the shape of another example: whole numbers."
         )
+    whole("--classes", classes, 1, most=10_000_000)
+    whole("--in-shape", math.prod(map(int, parts)), 1)
     return tuple(map(int, parts)), classes
 
 
@@ -607,7 +610,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], origin: dict[str, str],
 
     about = {"format": "pt", "made by": f"companion {__version__} rebasin", **origin}
     try:
-        path.write_bytes(save(tensors, metadata=about))
+        files.write(path, save(tensors, metadata=about))
     except OSError as e:
         raise BadParameter(f"{path} cannot be written ({e.strerror}).") from e
     say(f"{what} written to {path}")

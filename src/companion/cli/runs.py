@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 
 from companion.cli.console import print_table, say, size
 from companion.core import codec
-from companion.core.errors import CorruptEntry, one_of
+from companion.core.errors import CorruptEntry, StoreUnreadable, one_of
 
 if TYPE_CHECKING:
     from companion.core.runs import Entry, Store
@@ -53,7 +54,7 @@ def describe_entry(identity: Mapping[str, Any]) -> str:
         measured = kinds()
         if kind in measured:
             return measured[kind].describe(identity)
-    except (KeyError, TypeError):  # its own checksum is wrong too: `companion runs verify` says so
+    except Exception:  # of any shape: whatever is wrong in it, the other entries are to be seen
         return "unreadable"
     return kind if identity else "unreadable"
 
@@ -62,7 +63,9 @@ def _describe_run(identity: Mapping[str, Any]) -> str:
     recipe = identity["recipe"]
     words = [recipe["net"], f"on {recipe['data']}", f"T={recipe['steps']}"]
     words += [
-        f"{name} {identity[name]}" for name in ("init", "order", "augment") if name in identity
+        f"{name} {identity[name]}"
+        for name in ("init", "order", "augment", "perturb")
+        if name in identity
     ]
     if fork := identity.get("fork"):
         words.append(f"fork k={fork['step']}")
@@ -86,13 +89,7 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
         own: bool = identity.get("semantics") == training.SEMANTICS
         return own and (fork is None or run_current(fork["parent"]))
 
-    old = {
-        entry.key
-        for entry in store.entries()
-        if entry.identity.get("kind") == "run" and not run_current(entry.identity)
-    }
-
-    def current(identity: Mapping[str, Any]) -> bool:
+    def counts(identity: Mapping[str, Any]) -> bool:
         kind = str(identity.get("kind"))
         if kind == "run":
             return run_current(identity)
@@ -101,6 +98,15 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
             return False
         return kind not in measured or measured[kind].is_current(identity)
 
+    def current(identity: Mapping[str, Any]) -> bool:
+        try:
+            return counts(identity)
+        except Exception:  # of a shape that no code of ours writes: not ours to delete
+            return True
+
+    runs = (e for e in store.entries() if e.identity.get("kind") == "run")
+    old: set[str] = set()
+    old = {entry.key for entry in runs if not current(entry.identity)}
     return current
 
 
@@ -126,6 +132,8 @@ def list_entries(
             shown = ", ".join(map(str, steps)) if len(steps) < 6 else f"{len(steps)} steps"
         except CorruptEntry:
             count, shown = 0, "corrupt"
+        except StoreUnreadable:
+            count, shown = 0, "unreadable"
         total += count
         name = str(entry.identity.get("kind", "?"))
         rows.append((entry.key[:12], name, said[entry.key], shown, size(count)))
@@ -164,6 +172,7 @@ def verify(
     store = Store()
     entries = [store.find(key)] if key else list(store.entries())
     problems = [line for entry in entries for line in entry.verify()]
+    problems += [f"run store: {path} is a link; none is followed" for path in store.links()]
     for line in problems:
         say(line)
     say(f"{len(entries)} entries read, {len(problems)} problems, in {store.root}")
@@ -220,29 +229,44 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> None:
     """Remove what no longer counts: made by older code, corrupt, left by killed writes."""
-    from companion.core.runs import Entry, Store
+    from companion.core.runs import Store
 
     store = Store()
-    found = store.garbage(is_current(store))
-    rows, total = [], 0
-    for path, why in found:
-        count = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
-        total += count
-        rows.append((str(path.relative_to(store.root)), why, size(count)))
-    if not rows:
+    current = is_current(store)
+    found = store.garbage(current)
+    if not found:
         say(f"nothing to remove in {store.root}")
         return
+    weights = {path: _weight(path) for path, _ in found}
+    locks = [path for path, _ in found if path.suffix == ".lock"]
+    rows = [
+        (str(path.relative_to(store.root)), why, size(weights[path]))
+        for path, why in found
+        if path not in locks
+    ]
+    if locks:
+        what = str(locks[0].parent.relative_to(store.root))
+        rows.append((what, f"{len(locks)} locks that nobody holds", size(0)))
     print_table(["what", "why", ">size"], rows)
-    say(f"{len(rows)} to remove, {size(total)}, in {store.root}")
+    say(f"{len(found)} to remove, {size(sum(weights.values()))}, in {store.root}")
     if dry_run:
         return
     if not yes:
         typer.confirm("Delete them?", abort=True)
-    for path, _ in found:
-        entry = Entry(store, {}, path.name if path.is_dir() else path.parent.name)
-        with entry.lock():  # a run at work on it finishes first
-            if path.is_dir():
-                entry.discard()
-            else:
-                path.unlink(missing_ok=True)
-    say(f"removed {len(rows)}, {size(total)}")
+    left = dict(store.clear(found, current))
+    gone = [path for path, _ in found if path not in left]
+    say(f"removed {len(gone)}, {size(sum(weights[path] for path in gone))}")
+    for path, why in left.items():
+        say(f"still there: {path.relative_to(store.root)}: {why}")
+    if left:
+        raise typer.Exit(1)
+
+
+def _weight(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder, as far as they can be seen."""
+    inside = [path] if not path.is_dir() else [p for p in path.rglob("*") if p.is_file()]
+    total = 0
+    for one in inside:
+        with suppress(OSError):
+            total += one.lstat().st_size
+    return total

@@ -21,7 +21,7 @@ from companion.connectivity.walk import (
     sizes_of,
 )
 from companion.core.codec import OMIT_DEFAULT
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, whole
 from companion.core.losses import is_label
 from companion.core.theta import Layout, Theta, check_theta, distance, flatten
 from companion.data import Dataset, Split
@@ -40,6 +40,7 @@ def grid(points: int) -> list[tuple[float, float]]:
     """
     if points < 3 or points % 2 == 0:
         raise BadParameter(f"points: {points} must be odd and 3 or more, so that ½ is on the grid.")
+    whole("points", points, 3, most=100_001)
     last = points - 1
     return [((last - i) / last, i / last) for i in range(points)]
 
@@ -371,13 +372,13 @@ class Plane:
         x, y: coordinates of the grid lines, in Euclidean distance of parameters from the origin
             network; the x-axis points from it to network A. Shapes (nx,), (ny,).
         values: split -> metric -> rows over y of values over x.
-        points: the coordinates of the origin, A and B.
+        points: the coordinates of the networks in it: the origin, A and B.
     """
 
     x: tuple[float, ...]
     y: tuple[float, ...]
     values: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
-    points: tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+    points: tuple[tuple[float, float], ...]
     bn: str
 
 

@@ -66,10 +66,9 @@ def classification(outputs: torch.Tensor, targets: torch.Tensor) -> Scored:
         BadParameter: a target that the outputs have no place for.
     """
     outputs, targets = outputs.flatten(0, -2), targets.flatten()
+    exact = outputs if outputs.dtype == torch.float64 else outputs.float()
     try:
-        losses = F.cross_entropy(
-            outputs.float(), targets, reduction="none", ignore_index=IGNORED
-        ).double()
+        losses = F.cross_entropy(exact, targets, reduction="none", ignore_index=IGNORED).double()
     except IndexError as e:
         raise BadParameter(
             f"labels: {e} The network puts out {outputs.shape[-1]} values, for labels from 0 to "
@@ -225,7 +224,8 @@ class Walker:
         # Of equal size, give or take one: BatchNorm averages batches, and refuses a batch of one.
         return values.tensor_split(-(-len(values) // self.batch))
 
-    def _batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets, as they go through the network."""
         return zip(self._cut(split.x), self._cut(split.y), strict=True)
 
     def _reestimate(self) -> None:
@@ -251,7 +251,7 @@ class Walker:
                 m.train()
         out = torch.zeros(len(self.splits), 3, dtype=torch.float64, device=self.device)
         for row, split in zip(out, self.splits.values(), strict=True):
-            for x, y in self._batches(split):
+            for x, y in self.batches(split):
                 part, errors, n = self.score(self.module(x), y)
                 row[0] += part
                 row[1] += errors
@@ -295,7 +295,7 @@ class Walker:
     def _few(self, theta: Theta) -> torch.Tensor:
         """Loss and errors of a network on the first few examples."""
         self.load(theta)
-        x, y = next(self._batches(next(iter(self.splits.values())).head(_PROBE)))
+        x, y = next(self.batches(next(iter(self.splits.values())).head(_PROBE)))
         loss, wrong, _ = self.score(self.module(x), y)
         return torch.stack([loss.double(), wrong.double()])
 

@@ -240,6 +240,24 @@ def effective(module: nn.Module) -> Effective:
     return Effective(plain, original, slots)
 
 
+def only_plain(module: nn.Module) -> None:
+    """Refuse a network whose weights are computed or complex: for instruments of directions.
+
+    Raises:
+        BadParameter: the message names a layer.
+    """
+    module = unwrapped(module)
+    for slot in _slots(module):
+        raise BadParameter(
+            f"layer {slot.layer or slot.tensor!r}: its {slot.tensor} is computed from what is "
+            f"stored ({slot.kind}), and directions are of weights. Store the networks without it: "
+            "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove."
+        )
+    for name, tensor in module.named_parameters():
+        if tensor.is_complex():
+            raise BadParameter(f"{name} holds complex numbers, and directions are of real ones.")
+
+
 def computed_from(theta: Theta) -> list[str]:
     """Names of entries that weights are computed from, by their spelling: no module is needed."""
     pairs = (("_mask", "_orig"), ("_u", "_orig"), ("_g", "_v"))

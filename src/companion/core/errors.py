@@ -38,6 +38,18 @@ class StoreUnwritable(CompanionError, OSError):
     """The run store cannot be written: a full disk, or a read-only folder."""
 
 
+class StoreUnreadable(CompanionError, OSError):
+    """Something in the run store cannot be read, or is a link. It is not taken for damaged."""
+
+
+class Busy(CompanionError):
+    """Another process is at work on the same thing."""
+
+
+class WorkerLost(CompanionError):
+    """A worker process was killed, most often because the machine ran out of memory."""
+
+
 class OutOfTime(CompanionError):
     """A time limit was reached. What was finished is stored; the same call goes on from there."""
 
@@ -56,8 +68,14 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     raise BadParameter(f"{name}: {value!r} is not known.{hint} Allowed: {', '.join(choices)}.")
 
 
-def whole(name: str, value: int | None, least: int, none: str | None = None) -> int | None:
-    """``value`` if it is a whole number of ``least`` or more; else :class:`BadParameter`.
+MOST = 10**8
+"""No count of ours is larger: what asks for more is mistyped, and would only fill the memory."""
+
+
+def whole(
+    name: str, value: int | None, least: int, none: str | None = None, most: int = MOST
+) -> int | None:
+    """``value`` if it is a whole number from ``least`` to ``most``; else :class:`BadParameter`.
 
     Arguments:
         none: what the message calls None where that is allowed, too.
@@ -67,4 +85,16 @@ def whole(name: str, value: int | None, least: int, none: str | None = None) -> 
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         other = f", or {none}" if none else ""
         raise BadParameter(f"{name}: {value!r} must be a whole number of {least} or more{other}.")
+    if value > most:
+        raise BadParameter(f"{name}: {value:,} is too large; {most:,} is the most.")
+    return value
+
+
+def within(name: str, value: float | None, low: float, high: float) -> float | None:
+    """``value`` if it is a number from ``low`` to ``high``; else :class:`BadParameter`. None stays.
+
+    NaN lies nowhere, and infinity only where ``high`` says so.
+    """
+    if value is not None and not low <= value <= high:
+        raise BadParameter(f"{name}: {value:g} must be a number from {low:g} to {high:g}.")
     return value

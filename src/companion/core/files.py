@@ -1,245 +1,124 @@
-"""Files of weights as people have them: safetensors, one or in shards, and files of torch.save.
+"""Files that appear whole or not at all: written beside their place, flushed, and renamed.
 
-Tensors of safetensors are read when they are asked for, from a map of the file, so that two large
-networks need not lie in memory side by side. Files of torch.save are read with
-``torch.load(weights_only=True)`` and in no other way, since a pickle can run code.
+with files.whole(path) as working:
+    figure.savefig(working)
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import pickle
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import IO
+from uuid import uuid4
 
 from companion.core.errors import BadParameter
-from companion.core.fitting import Lazy
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar", ".th", ".chk")
-"""Endings of what torch.save writes; the content decides, not the ending."""
-
-NESTS = (
-    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network"),
-    *("weights", "params", "state", "generator", "ema", "model_ema", "state_dict_ema"),
-    *("ema_state_dict", "params_ema", "ema_model", "teacher", "student"),
-)
-"""Where a training's checkpoint keeps its weights, the first that is there. ``FILE#KEY`` names
-another one."""
-
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
+TEMPORARY = ".tmp-"
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Named tensors, and where they come from.
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write to; at the end of the block that file takes the place of ``path``.
 
-    Arguments:
-        tensors: name -> tensor, on the CPU.
-        sha256: hex, of the file; of shards, of the lines ``sha256  name`` of all of them.
-        about: what was read, where that is not just the file.
-    """
-
-    tensors: Mapping[str, Tensor]
-    sha256: str
-    about: tuple[str, ...] = ()
-
-
-def read_weights(source: str) -> Weights:
-    """Read a file of weights, or a folder that holds one.
-
-    Arguments:
-        source: a safetensors file; an index of shards (``*.index.json``); a folder with either;
-            a file of torch.save. ``FILE#KEY`` takes the weights under one key of the latter.
+    After an error, a full disk or Ctrl-C nothing is left of it, and what was at ``path`` stays.
+    What a kill leaves goes with the next call. What is no regular file, such as ``/dev/stdout``, is
+    written as it is, and through a link the file changes, not the link.
 
     Raises:
-        BadParameter: there is no such file, it is none of these or damaged, or holds no tensors.
+        OSError: it cannot be written.
     """
-    path, key = Path(source).expanduser(), ""
-    if not path.exists() and "#" in source:
-        before, _, key = source.rpartition("#")
-        path = Path(before).expanduser()
+    if not _replaceable(path):
+        yield path
+        return
+    target = Path(os.path.realpath(path))
+    for left in target.parent.glob(f"{TEMPORARY}*-{glob.escape(_short(target))}"):
+        remove_abandoned(left)
+    with replacing(target) as working:
+        yield working
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """:func:`whole` for a folder of our own: whatever is at ``path``, a link too, is replaced."""
+    working = path.with_name(f"{TEMPORARY}{uuid4().hex}-{_short(path)}")
     try:
-        if path.is_dir():
-            path = _inside(source, path)
-        if path.name.endswith(".json"):
-            return _shards(source, path)
-        return _one(source, path, key)
-    except FileNotFoundError as e:
-        what = "no such file" if e.filename in (None, str(path)) else f"there is no {e.filename}"
-        raise BadParameter(
-            f"checkpoint {source}: {what}. Give a file of safetensors or torch.save, a folder or "
-            "index of shards, or run:KEY[@STEP] for a network of the run store (`companion runs "
-            "list`)."
-        ) from None
-    except OSError as e:
-        raise BadParameter(f"checkpoint {source}: cannot be read ({e.strerror or e}).") from e
-
-
-def _inside(source: str, folder: Path) -> Path:
-    """The file of weights in a folder."""
-    for name in (*SINGLES[:1], *INDEXES, *SINGLES[1:]):
-        if (folder / name).is_file():
-            return folder / name
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    found = [p for p in files if p.suffix == ".safetensors"]
-    found = found or [p for p in files if p.name.endswith(".index.json")]
-    found = found or [p for p in files if p.suffix in PICKLES]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(p.name for p in found[:5])
-    raise BadParameter(
-        f"checkpoint {source}: this folder holds "
-        + (
-            f"{len(found)} files of weights ({names}), and no index that says they are shards of "
-            "one network. Name one of them."
-            if found
-            else "no file of weights."
-        )
-    )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _one(source: str, path: Path, key: str) -> Weights:
-    with path.open("rb") as f:
-        begin = f.read(16)
-    tensors: Mapping[str, Tensor]
-    about: tuple[str, ...]
-    if begin[:2] == b"PK" or begin[:1] == b"\x80":
-        tensors, about = _unpickled(source, path, key, begin[:2] == b"PK")
-    else:
-        tensors, about = _mapped(source, path), ()
-    if not tensors:
-        raise BadParameter(f"checkpoint {source}: the file holds no tensors.")
-    return Weights(tensors, _sha256(path), about)
-
-
-def _mapped(source: str, path: Path) -> Lazy:
-    """The tensors of a safetensors file."""
-    try:
-        with safe_open(str(path), "pt") as f:
-            names = list(f.keys())
-    except SafetensorError as e:
-        raise BadParameter(
-            f"checkpoint {source}: this is not a safetensors file ({e}), nor one of torch.save."
-        ) from e
-    return Lazy({name: partial(_tensor, path, name) for name in names})
-
-
-def _tensor(path: Path, name: str) -> Tensor:
-    """One tensor, in memory as long as it is used: the map of the file goes with it."""
-    with safe_open(str(path), "pt") as f:
-        found: Tensor = f.get_tensor(name)
-    return found
-
-
-def _shards(source: str, index: Path) -> Weights:
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({str(name) for name in listed.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BadParameter(
-            f"checkpoint {source}: {index.name} is no index of shards, which has a weight_map."
-        ) from e
-    digests, tensors, about = [], {}, []
-    for name in files:
-        part = _one(source, index.parent / name, "")
-        digests.append(f"{part.sha256}  {name}\n")
-        about += [text for text in part.about if text not in about]
-        missing = [n for n, file in listed.items() if file == name and n not in part.tensors]
-        if missing:
-            raise BadParameter(f"checkpoint {source}: {name} lacks {', '.join(missing[:3])}.")
-        reads = part.tensors.reads if isinstance(part.tensors, Lazy) else None
-        for n in part.tensors:
-            tensors[n] = reads[n] if reads else partial(part.tensors.__getitem__, n)
-    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Weights(Lazy(tensors), digest, (f"{len(files)} shards", *about))
-
-
-def _unpickled(
-    source: str, path: Path, key: str, zipped: bool
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The weights in a file of torch.save, and where in it they are."""
-    try:
-        # A map where the format allows one: what is not needed, such as an optimiser, is not read.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of archives that are refused in a moment
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as e:
-        raise BadParameter(
-            f"checkpoint {source}: it holds more than weights (torch.load(weights_only=True) "
-            f"refuses it: {_first_sentence(str(e))}). Where you trust it, save its "
-            "weights alone: torch.save(module.state_dict(), 'weights.pth')."
-        ) from e
-    except OSError:
+        with working.open("xb") as held:
+            _hold(held)  # while it is written; a kill lets go
+            yield working
+            with working.open("rb+") as written:
+                os.fsync(written.fileno())
+            if path.is_file() and not path.is_symlink():
+                shutil.copymode(path, working)
+            working.replace(path)
+    except BaseException:
+        with suppress(OSError):  # a read-only file system refuses even to look for it
+            working.unlink()
         raise
-    except Exception as e:  # a damaged file, a TorchScript archive, a pickle of something else
-        raise BadParameter(
-            f"checkpoint {source}: torch.load(weights_only=True) cannot read it "
-            f"({type(e).__name__}: {str(e).strip().splitlines()[0].partition('. ')[0]})."
-        ) from e
-    return _state_in(source, value, key)
 
 
-def _first_sentence(text: str) -> str:
-    """What torch.load says it met, without its advice to load anything."""
-    for line in text.splitlines():
-        if "Unsupported" in line or "GLOBAL" in line:
-            return (
-                line.strip()
-                .split(" was not an allowed")[0]
-                .removeprefix("WeightsUnpickler error: ")
-            )
-    return text.strip().partition("\n")[0][:160]
+def _short(path: Path) -> str:
+    """So much of a file's name that a longer one is still a name."""
+    return path.name.encode()[:120].decode(errors="ignore")
 
 
-def _is_state(value: Any) -> bool:
-    """Whether a value is a state dict: names, and at least one tensor directly under them."""
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+def write(path: Path, content: bytes) -> None:
+    """Make ``content`` the file ``path``, whole or not at all. Raises as :func:`whole`."""
+    with whole(path) as working:
+        working.write_bytes(content)
 
 
-def _state_in(source: str, value: Any, key: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    about: tuple[str, ...] = ()
-    where: list[str] = []
-    if key:
-        for part in key.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                has = ", ".join(map(str, value)) if isinstance(value, Mapping) else "no keys"
-                raise BadParameter(f"checkpoint {source}: no {part!r} in it; it has: {has}.")
-            value = value[part]
-            where.append(part)
-    while isinstance(value, Mapping) and (not _is_state(value) or where == []):
-        nested = [k for k in NESTS if isinstance(value.get(k), Mapping) and value[k]]
-        nested = [k for k in nested if _is_state(value[k]) or not _is_state(value)]
-        if not nested:
-            break
-        where.append(nested[0])
-        others = [k for k in nested[1:] if _is_state(value[k])]
-        if others:
-            about += (f"there is also {', '.join(others)} (FILE#{others[0]} takes that)",)
-        value = value[nested[0]]
-    if not _is_state(value):
-        keys = ", ".join(map(str, list(value)[:8])) if isinstance(value, Mapping) else ""
-        kind = f"a mapping with {keys}" if keys else f"a {type(value).__name__}"
-        raise BadParameter(
-            f"checkpoint {source}: no weights are found in it; it holds {kind}. A state dict is "
-            f"looked for, also under {', '.join(NESTS[:4])}, …; FILE#KEY names another key."
-        )
-    # Detached: nn.Parameters come with a gradient; two names of one tensor are two of them here.
-    found = {str(k): v.detach() for k, v in value.items() if isinstance(v, Tensor)}
-    if where:
-        about = (f"its weights are under {'.'.join(where)}", *about)
-    return found, about
+def check(path: Path, option: str) -> None:
+    """Refuse a file that :func:`whole` could not write now. Nothing is left, nothing changed.
+
+    Arguments:
+        option: what the message calls it, such as ``--json``.
+
+    Raises:
+        BadParameter: no such folder, no permission, a read-only file or file system, a folder.
+    """
+    try:
+        if not path.parent.is_dir():
+            where = f"{path.parent} to write {path.name} to"
+            raise BadParameter(f"{option}: there is no folder {where}.")
+        if path.is_dir():
+            raise BadParameter(f"{option}: {path} is a folder; the name of a file is needed.")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(0, "it may only be read")
+        if _replaceable(path):
+            target = Path(os.path.realpath(path))
+            probe = target.with_name(f"{TEMPORARY}{uuid4().hex}-probe")
+            probe.touch(exist_ok=False)
+            probe.unlink()
+    except OSError as e:
+        raise BadParameter(f"{option}: {path} cannot be written ({e.strerror or e}).") from e
+
+
+def remove_abandoned(path: Path) -> bool:
+    """Remove what a killed :func:`whole` left, unless a process is writing it. True if gone."""
+    with suppress(OSError), path.open("rb") as found:
+        if _hold(found):
+            path.unlink()
+    return not path.exists()
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a file of this name can be put in place of what is there: not of a device, a pipe."""
+    stream = str(path) in ("/dev/stdout", "/dev/stderr") or path.is_relative_to("/dev/fd")
+    return not stream and (path.is_file() or not path.exists())
+
+
+def _hold(file: IO[bytes]) -> bool:
+    """Lock an open file until it is closed; False if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: then what a kill leaves stays
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

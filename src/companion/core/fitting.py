@@ -187,7 +187,9 @@ class _Fit:
         extra = [k for k, n in self.names.items() if n is not None and k not in mine]
         if not (self.needed <= self.there and extra and len(fronts) == 1 and "" not in fronts):
             return
-        if any(k.startswith(tuple(fronts)) for k in extra) or self.copies(extra):
+        if any(k.startswith(tuple(fronts)) for k in extra) or self.copies(
+            self.theta.keys() - mine.keys()
+        ):
             return
         self.names |= dict.fromkeys(extra)
         self.say(f"what is stored beside the network ({_listed(extra)}) is left out")

@@ -2,8 +2,9 @@
 
 A small network's training step is too short to use several threads, so a run gets one thread and
 the machine runs as many at once as it has cores. Every job computes with one thread wherever it
-runs, so results do not depend on the number of workers. The pool is joblib's loky: it survives
-dead workers, is reused between calls, and works inside notebooks.
+runs, so results do not depend on the number of workers. The pool is joblib's loky: it is reused
+between calls, and works inside notebooks. A worker that is killed ends the call with one message,
+and a worker whose parent is gone ends by itself, whatever took the parent away.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import contextlib
 import ctypes
 import functools
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from joblib import Parallel, cpu_count, delayed
-from joblib.externals.loky import process_executor
+from joblib.externals.loky import get_reusable_executor, process_executor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from companion.core import closing, deadline, locations
-from companion.core.errors import BadParameter
+from companion.core import closing, deadline, locations, locks
+from companion.core.errors import BadParameter, WorkerLost
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -73,6 +78,29 @@ def keep_memory() -> bool:
     )
 
 
+_LOOK_S = 0.5
+"""How often a worker looks whether its parent is still there."""
+
+
+def _begin_worker(parent: int, who: str) -> None:
+    """What a worker does first: it leaves Ctrl-C to its parent, and ends when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    locks.work_for(who)
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        os._exit(1)  # what is stored stays; locks go with the process
+
+    threading.Thread(target=look, name="companion-parent", daemon=True).start()
+
+
+def end_workers() -> None:
+    """End all workers now, at work or idle; a later call starts others."""
+    get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+
+
 def _call(work: Callable[[T], R], item: T, roots: dict[str, str], end: float | None) -> R:
     # loky keeps its workers, and with them the environment of the call that started them.
     os.environ.update(roots)
@@ -103,6 +131,7 @@ def run_all(
 
     Raises:
         the first error of any job; jobs not yet started are dropped, what was stored stays.
+        WorkerLost: a worker was killed.
         OutOfTime: see :mod:`companion.core.deadline`; the jobs at work store where they are.
     """
     count = min(resolve_workers(workers), len(items))
@@ -121,10 +150,25 @@ def run_all(
                     out.append(work(item))
                 bar.update()
             return out
-        with Parallel(
-            count, backend="loky", inner_max_num_threads=1, return_as="generator"
-        ) as pool:
-            for result in pool(delayed(_call)(work, item, roots, end) for item in items):
-                out.append(result)
-                bar.update()
+        try:
+            with Parallel(
+                count,
+                backend="loky",
+                inner_max_num_threads=1,
+                return_as="generator",
+                initializer=_begin_worker,
+                initargs=(os.getpid(), locks.me()),
+            ) as pool:
+                for result in pool(delayed(_call)(work, item, roots, end) for item in items):
+                    out.append(result)
+                    bar.update()
+        except TerminatedWorkerError as error:
+            raise WorkerLost(
+                f"{label or 'the work'}: a worker process was killed, most often because the "
+                f"machine ran out of memory. Try fewer workers than {count}. What is finished is "
+                "stored; the same command continues from there."
+            ) from error
+        except KeyboardInterrupt:
+            end_workers()
+            raise
     return out

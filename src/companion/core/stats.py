@@ -179,6 +179,16 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     return float(spearmanr(x, y).statistic)
 
 
+def partial_spearman(x: Sequence[float], y: Sequence[float], given: Sequence[float]) -> float:
+    """Spearman's rank correlation of x and y with what ``given`` tells of both taken out.
+
+    NaN if one of the three is constant, or if x or y has the order of ``given``: nothing is left.
+    """
+    xy, xz, yz = spearman(x, y), spearman(x, given), spearman(y, given)
+    left = (1 - xz**2) * (1 - yz**2)
+    return (xy - xz * yz) / math.sqrt(left) if left > 1e-12 else math.nan
+
+
 def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
     """Probability that a positive has the higher score than a negative (ties count half).
 

@@ -246,7 +246,10 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
             f"not in the model {extra[:5] or 'none'}. Both networks must be the same architecture."
         )
     constants = set(spec.integers)
-    for k, v in theta.items():
+    for k in own:  # in the module's order: the first complaint is the first layer's
+        if k not in theta:
+            continue
+        v = theta[k]
         if v.shape != own[k].shape:
             raise BadParameter(
                 f"network {name}: {k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}."

@@ -11,12 +11,12 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from companion.core import files
 from companion.core.errors import BadParameter, CorruptData, MissingData, one_of
 from companion.core.locations import data_root
 from companion.core.numerics import memory_of, resolve_device
@@ -218,7 +218,7 @@ def _from_torchvision(source: Source, root: Path) -> None:
 def _from_hub(source: Source, root: Path) -> None:
     """The three splits of a text, with Hugging Face's ``datasets``, as parquet files."""
     assert source.hub is not None
-    repository, configuration, name = source.hub
+    repository, configuration, name, revision = source.hub
     folder = root / name
     by_hand = (
         f"get {repository} ({configuration}) elsewhere and copy its train, validation "
@@ -232,7 +232,7 @@ def _from_hub(source: Source, root: Path) -> None:
             f"pip install 'companion[hub]'. Without it, {by_hand}"
         ) from None
     try:
-        found = datasets.load_dataset(repository, configuration)
+        found = datasets.load_dataset(repository, configuration, revision=revision)
         splits = {split: found[split] for split in ("train", "validation", "test")}
     except Exception as error:  # its HTTP libraries raise errors of their own
         raise MissingData(
@@ -241,12 +241,8 @@ def _from_hub(source: Source, root: Path) -> None:
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        temporary = folder / f".{split}-{uuid4().hex}.tmp"
-        try:
-            rows.to_parquet(str(temporary))
-            temporary.replace(folder / f"{split}.parquet")
-        finally:
-            temporary.unlink(missing_ok=True)
+        with files.whole(folder / f"{split}.parquet") as working:
+            rows.to_parquet(str(working))
 
 
 def check_dataset(name: str) -> Report:

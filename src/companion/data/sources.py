@@ -11,8 +11,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
@@ -25,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from companion.core import files
 from companion.core.errors import CorruptData
 from companion.core.seeds import Key
 from companion.data.dataset import Kind, TextFacts, stratified_split
@@ -107,8 +106,8 @@ class Source:
         read: data root → the data. Raises ``CorruptData``; called only if nothing is missing.
         how: one line, how to get it.
         torchvision: the torchvision class that can download it, or None.
-        hub: (repository, configuration, folder below the data root) of a text that Hugging Face's
-            ``datasets`` can download, or None.
+        hub: (repository, configuration, folder below the data root, commit) of a text that Hugging
+            Face's ``datasets`` can download, or None.
         hint: data root → what else there is, a sentence for the message that files are missing.
     """
 
@@ -121,7 +120,7 @@ class Source:
     read: Callable[[Path], Raw | RawText]
     how: str
     torchvision: str | None = None
-    hub: tuple[str, str, str] | None = None
+    hub: tuple[str, str, str, str] | None = None
     hint: Callable[[Path], str] = lambda root: ""
     kind: Kind = "images"
 
@@ -160,18 +159,12 @@ def cached_array(
     array = make()
     with suppress(OSError):  # read-only folder, disk full: then without a cache
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
+        with files.whole(path) as working:
+            with working.open("wb") as file:
                 np.save(file, array)
-            digest = bytes.fromhex(sha256_of(temporary))
-            with temporary.open("ab") as file:
+            digest = bytes.fromhex(sha256_of(working))
+            with working.open("ab") as file:
                 file.write(digest)
-            temporary.chmod(0o644)  # mkstemp's 0600 would hide the cache from a shared run store
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return array
 
 

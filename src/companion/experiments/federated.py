@@ -63,7 +63,7 @@ class Federation:
         if self.averaged is not None:
             object.__setattr__(self, "averaged", tuple(self.averaged))
         for name, least in (("clients", 2), ("every", 1)):
-            whole(name, getattr(self, name), least)
+            whole(name, getattr(self, name), least, most=100_000)
         if self.recipe.steps % self.every:
             raise BadParameter(
                 f"every: {self.every} local steps do not divide the {self.recipe.steps} steps of "

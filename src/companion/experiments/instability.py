@@ -22,7 +22,7 @@ from companion import data as datasets
 from companion.connectivity import Barrier
 from companion.connectivity.gates import Gate
 from companion.core import closing
-from companion.core.errors import BadParameter, NotMeasured, one_of, whole
+from companion.core.errors import BadParameter, NotMeasured, one_of, whole, within
 from companion.core.runs import Store
 from companion.core.stats import Interval, clustered
 from companion.experiments.budget import Plan
@@ -40,9 +40,9 @@ from companion.experiments.pairs import (
 from companion.models import has_dropout
 from companion.training import Fork, Recipe, Run, check_fit
 
-NOISE = ("both", "order", "augment")
-"""Which sources of SGD noise differ between copies: data order, augmentation (with dropout), or
-both."""
+NOISE = ("both", "order", "augment", "perturb")
+"""What differs between copies: the data order, augmentation (with dropout), or both. ``perturb``:
+neither, but one weight of W_k, which is moved before the first step (claim C26)."""
 
 THRESHOLD = 2.0
 """Points of error below which the paper calls a network stable (its Section 3)."""
@@ -56,9 +56,10 @@ def threshold_of(metric: str, threshold: float | None = None) -> float:
     """``threshold``, or the one of the metric.
 
     Raises:
-        BadParameter: the metric is not known.
+        BadParameter: the metric is not known, or the threshold is no number from 0 on.
     """
     one_of("metric", metric, THRESHOLDS)
+    within("threshold", threshold, 0, 1e6)
     return THRESHOLDS[metric] if threshold is None else threshold
 
 
@@ -85,6 +86,7 @@ def copy(
         init=init,
         order=own if noise in ("both", "order") else shared,
         augment=own if noise in ("both", "augment") else shared,
+        perturb=own if noise == "perturb" else None,
         fork=Fork(trunk(recipe, init), k, optimizer, schedule),
     )
 
@@ -252,8 +254,8 @@ def check_design(
             raise BadParameter(
                 f"ks: {k!r} must be a step from 0 to {recipe.steps - 1} (T = {recipe.steps})."
             )
-    whole("inits", inits, 1)
-    whole("copies", copies, 2)
+    whole("inits", inits, 1, most=1000)
+    whole("copies", copies, 2, most=1000)
     one_of("noise", noise, NOISE)
     if noise == "augment" and recipe.augment == "none" and not has_dropout(recipe.net):
         raise BadParameter(

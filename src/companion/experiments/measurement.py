@@ -11,6 +11,7 @@ What the store has is read, and its networks may be gone; the rest is trained fo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import pkgutil
@@ -24,7 +25,7 @@ import torch
 from companion import data as datasets
 from companion import experiments
 from companion.core import closing, codec
-from companion.core.errors import CorruptEntry
+from companion.core.errors import CorruptEntry, StoreUnwritable
 from companion.core.pool import run_all
 from companion.core.runs import Entry, Store, digest
 from companion.training import Job, Recipe, Run, train
@@ -140,11 +141,16 @@ def ends(identity: Mapping[str, Any]) -> str:
 def stored_value(entry: Entry, name: str) -> Json | None:
     """A stored value; None without one. One that is corrupt is logged and its entry discarded."""
     try:
-        return dict(entry.read_json(name)) if name in entry else None
+        value = dict(entry.read_json(name))
+    except KeyError:  # not stored, or just discarded by another process
+        return None
     except CorruptEntry as e:
         log.warning("%s; it is discarded and measured again", e)
         entry.discard()
         return None
+    with contextlib.suppress(StoreUnwritable):
+        entry.mend()
+    return value
 
 
 def stored(tasks: Sequence[Measurement], store: Store, device: str) -> list[Json | None]:

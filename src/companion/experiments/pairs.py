@@ -30,7 +30,7 @@ from companion.connectivity import (
 )
 from companion.connectivity.gates import Gate, guessing, noise_independence, null_control
 from companion.core import closing, codec
-from companion.core.errors import one_of, whole
+from companion.core.errors import one_of, whole, within
 from companion.core.runs import Entry, Store
 from companion.core.theta import Theta, cosine_distance, distance, layout
 from companion.data import Augmentation, Dataset, Split
@@ -150,7 +150,7 @@ class Pair:
 
     def jobs(self) -> list[Job]:
         """What has to be trained before its barrier and its distances can be measured."""
-        out = [*jobs_of(self), Job(_root(self.a), weights=(0,))]
+        out = [*jobs_of(self), Job(root_of(self.a), weights=(0,))]
         if self.start:
             run, step = self.start
             out.append(Job(run, weights=() if step else (0,), states=(step,) if step else ()))
@@ -162,7 +162,8 @@ def jobs_of(pair: Pair) -> list[Job]:
     return [Job(pair.a, weights=(pair.at,)), Job(pair.b, weights=(pair.at,))]
 
 
-def _root(run: Run) -> Run:
+def root_of(run: Run) -> Run:
+    """The run that ``run`` comes from in the end, which began at an initialisation."""
     while run.fork:
         run = run.fork.parent
     return run
@@ -255,12 +256,12 @@ class PairBarrier(Measurement):
         splits = evaluation.splits(data)
         how = evaluation.keywords(data) | {"same_noise": pair.a == pair.b}
         found = barrier(module, a, b, splits, classes=data.classes, **how)
-        init = weights(_root(pair.a), 0)
+        init = weights(root_of(pair.a), 0)
         distances = {
             "ab": distance(a, b, names),
             "cosine": cosine_distance(a, b, names),
             "a_init": distance(a, init, names),
-            "b_init": distance(b, weights(_root(pair.b), 0), names),
+            "b_init": distance(b, weights(root_of(pair.b), 0), names),
         }
         start: Mapping[str, Measure] = {}
         if pair.start:
@@ -295,6 +296,8 @@ def measure_pairs(
     Raises:
         as :func:`companion.training.train`.
     """
+    within("max_error", max_error, 0, 100)
+    within("reference_error", reference_error, 0, 100)
     evaluation = evaluation or Evaluation()
     device = str(datasets.resolve_device(where.get("device", "cpu")))
     tasks = [PairBarrier(pair, evaluation) for pair in pairs]

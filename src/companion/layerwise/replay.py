@@ -349,7 +349,7 @@ class _Replayed:
         shape = (self.count, len(walker.splits), 3)
         out = torch.zeros(shape, dtype=torch.float64, device=walker.device)
         for column, split in enumerate(walker.splits.values()):
-            for x, y in walker._batches(split):
+            for x, y in walker.batches(split):
                 for row, tape, cut in self._visit(x):
                     if cut < math.inf:
                         found = self._score(self.replay.run(x, tape, cut), y)

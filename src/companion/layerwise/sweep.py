@@ -97,7 +97,7 @@ class Sweep:
         if self.points != 1:
             grid(self.points)
         for field, least in (("window", 1), ("orders", 1), ("draws", 0)):
-            whole(field, getattr(self, field), least)
+            whole(field, getattr(self, field), least, most=10_000)
         check_bn_examples(self.bn_examples)
         for field in ("train_examples", "test_examples"):
             whole(field, getattr(self, field), 1, "null")

@@ -291,6 +291,19 @@ def build(spec: str, in_shape: tuple[int, ...], classes: int, key: Key | None = 
             return own.build_own(spec, parsed.name, parsed.values, shape, classes)
         options = dict(parsed.values)
         init = options.pop("init", "torch")
-        net = parsed.family.make(shape, classes, **options)
+        try:
+            net = parsed.family.make(shape, classes, **options)
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as e:
+            if not _too_large(e):
+                raise
+            raise BadParameter(
+                f"net {spec!r}: there is not enough memory on this machine for its weights."
+            ) from e
         initialise(net, init)
         return net
+
+
+def _too_large(error: Exception) -> bool:
+    """Whether torch could not allocate, or a number of bytes was no number any more."""
+    words = ("allocate memory", "Overflow when unpacking", "not enough memory", "Storage size")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

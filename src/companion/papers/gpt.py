@@ -433,7 +433,8 @@ def design(
         augment="shift",  # of the windows' starts
     )
     changed = {"net": net, "steps": steps, "batch": batch, "lr": lr, "precision": precision}
-    recipe = replace(recipe, warmup=min(recipe.warmup, (steps or recipe.steps) // 10))
+    last = recipe.steps if steps is None else steps
+    recipe = replace(recipe, warmup=min(recipe.warmup, last // 10))
     recipe = replace(recipe, **{k: v for k, v in changed.items() if v is not None})  # type: ignore[arg-type]  # each value has its field's type
     last = recipe.steps
     for name, value, least in (

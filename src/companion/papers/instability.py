@@ -23,7 +23,7 @@ import numpy as np
 
 from companion import data
 from companion.connectivity import Curve, Plane, gates, plane
-from companion.core import stats
+from companion.core import codec, stats
 from companion.core.errors import BadParameter, NotMeasured
 from companion.core.stats import Interval
 from companion.core.theta import Theta
@@ -76,7 +76,7 @@ class Study:
         ks: fork steps, sorted.
         inits, copies: independent W_0, and copies of each W_k.
         looks: steps at which copies are compared while they train.
-        controls: whether to run what the claims C05, C06 and C28 need.
+        controls: whether to run what the claims C05, C06, C25, C26 and C28 need.
         max_error: percent; at or below it a network counts as trained.
         evaluation, device, workers: as :func:`companion.experiments.instability.analyse`.
     """
@@ -178,6 +178,12 @@ class Study:
         return self._analyse(self.large, [self.first]) if self.controls and self.large else None
 
     @cached_property
+    def perturbed(self) -> Instability | None:
+        """Copies under the same noise, in each of which one weight is moved at the first fork step;
+        None without controls."""
+        return self._analyse(self.noisy, [self.first], noise="perturb") if self.controls else None
+
+    @cached_property
     def strangers(self) -> list[PairResult]:
         """Pairs of different initialisations."""
         return independent_inits(
@@ -216,7 +222,10 @@ class Study:
                 if self.controls and recipe
             ),
             plan_independent(self.noisy, how, inits=max(self.inits, 2)),
-            *(plan_forks(self.noisy, [self.first], how, noise=n, **few) for n in self.noises),
+            *(
+                plan_forks(self.noisy, [self.first], how, noise=n, **few)
+                for n in (*self.noises, *(("perturb",) if self.controls else ()))
+            ),
         ]
 
     # What the page says of it
@@ -446,6 +455,11 @@ def slowed(study: Study) -> Interval | None:
 def enlarged(study: Study) -> Interval | None:
     """The barrier at the first fork step with larger batches."""
     return study.enlarged.interval(study.first) if study.enlarged else None
+
+
+def perturbed(study: Study) -> Interval | None:
+    """The barrier at the first fork step where copies differ in one weight and in nothing else."""
+    return study.perturbed.interval(study.first) if study.perturbed else None
 
 
 def both_ways(study: Study) -> dict[int, tuple[Interval, Interval]]:
@@ -696,9 +710,15 @@ def c25(study: Study) -> Statistic:
     )
 
 
-def c26(_: Study) -> Statistic:
-    """The barrier after a perturbation of one weight: nothing here trains one."""
-    return statistic(None, (False, "no run of this book perturbs a weight"))
+def c26(study: Study) -> Statistic:
+    """The barrier at k = 0 after one weight was moved, under the same noise."""
+    found = perturbed(study)
+    standard = study.forks.interval(study.first)
+    return statistic(
+        found,
+        *_needs(study, "init", "inits", "controls", "unstable"),
+        detail=f"{standard.value:.1f} points with all the noise" if found and standard else "",
+    )
 
 
 def c27(study: Study) -> Statistic:
@@ -784,7 +804,7 @@ def _show_against_k(
 
 
 def planes(study: Study) -> dict[int, Plane]:
-    """First and last fork step -> the plane through W_0 and two copies of the first init."""
+    """Fork step -> the plane through W_0 and two copies of the first initialisation."""
     start = load_weights(trunk(study.noisy, 0), 0, device=study.device)
     module = build(trunk(study.noisy, 0), study.images, study.images.train.x.device)
     test = {"test": study.images.test.head(500 if study.device == "cpu" else 2000)}
@@ -792,19 +812,25 @@ def planes(study: Study) -> dict[int, Plane]:
     def end(k: int, number: int) -> Theta:
         return load_weights(copy(study.noisy, 0, k, number), device=study.device)
 
-    return {k: plane(module, start, end(k, 1), end(k, 2), test) for k in (study.first, study.last)}
+    return {k: plane(module, start, end(k, 1), end(k, 2), test) for k in study.ks}
 
 
 def show_plane(study: Study) -> None:
-    """Test error on the plane through W_0 and two copies, for the first and the last fork step."""
+    """Test error on the plane through W_0 and two copies, for the first and the last fork step.
+
+    The data behind it has the planes and the lines of all fork steps: the front page shows them.
+    """
     found = planes(study)
+    lines = {  # of the very copies that span the plane
+        k: study.forks.at(k)[0].result.barrier.curve.values["test"]["error"] for k in found
+    }
     fig, axes = plots.grid(2, height=4.2)
-    drawn = plots.planes(axes, {str(k): one for k, one in found.items()})
-    peaks: Values = {}
-    for ax, k, name in zip(axes, found, ("peak_first", "peak_last"), strict=True):
+    ends = {"peak_first": study.first, "peak_last": study.last}
+    plots.planes(axes, {str(k): found[k] for k in ends.values()})
+    for ax, k in zip(axes, ends.values(), strict=True):
         ax.set_title(f"copies part at k = {k}")
-        line = study.forks.at(k)[0].result.barrier.curve  # the segment drawn
-        peaks[name] = max(line.values["test"]["error"])
+    drawn = {str(k): {**codec.to_json(found[k]), "line": lines[k]} for k in found}
+    peaks: Values = {name: max(lines[k]) for name, k in ends.items()}
     figures.publish(fig, "plane", data=drawn, values=peaks)
 
 
@@ -1017,6 +1043,7 @@ def values(study: Study) -> Values:
         "last": found.interval(study.last),
         "calm": study.gentle_forks.interval(study.first),
         "slow": slowed(study),
+        "perturbed": perturbed(study),
         "large": enlarged(study),
         "strangers": unrelated(study),
         "trail": trail(study, study.first).get(study.steps),

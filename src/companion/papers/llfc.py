@@ -316,7 +316,7 @@ def design(
     branch = Recipe(
         net="vgg16" if colour else "vgg11:width=8",
         data=main.data,
-        steps=spawned_steps or (12_000 if colour else 400),
+        steps=(12_000 if colour else 400) if spawned_steps is None else spawned_steps,
         batch=128 if photos else 48,
         lr=0.1 if colour else 0.03,
         schedule="step",

@@ -157,7 +157,8 @@ def design(
         raise BadParameter("merges: 1 or more.")
     shared = rebasin.setting(**common)
     digits = shared.main.data == "digits"
-    width = merge_width or (min(shared.width, 128) if digits else shared.width)
+    usual = min(shared.width, 128) if digits else shared.width
+    width = usual if merge_width is None else merge_width
     own = {"many": many, "halves": halves, "merges": merges, "merge_width": width, "split": split}
     study = Study(**(vars(shared) | own))
     first = [run for pair in study.split_pairs[:1] for run in (pair.a, pair.b)]

@@ -192,20 +192,24 @@ def setting(
     if colour if net is None else not net.startswith("mlp"):
         own = {"steps": 12_000, "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine"}
         own |= {"augment": "flip+crop4" if min(images.in_shape[1:]) > 8 else "none"}
-        own |= {"warmup": min(400, (recipe.get("steps") or own["steps"]) // 10)}
-        net, width = net or "resnet20:width={width},norm=layer", width or 64
+        steps = recipe.get("steps")
+        own |= {"warmup": min(400, (own["steps"] if steps is None else steps) // 10)}
+        net = "resnet20:width={width},norm=layer" if net is None else net
+        width = 64 if width is None else width
     elif dataset == "digits":
         own = {"steps": 500, "batch": 48, "lr": 0.1, "schedule": "step", "milestones": (0.85,)}
     else:
         own = {"steps": 3000, "batch": 128, "optimizer": "adam", "lr": 1e-3}
-    net = net or "mlp:widths={width}x3" + ("" if dataset == "digits" else ",init=lecun")
-    width = width or 512
+    if net is None:
+        net = "mlp:widths={width}x3" + ("" if dataset == "digits" else ",init=lecun")
+    width = 512 if width is None else width
     if pairs < 1 or "{width}" not in net:
         raise BadParameter("pairs: 1 or more; net: a name with {width} in it.")
     own |= {name: value for name, value in recipe.items() if value is not None}
     main = Recipe(net=net.replace("{width}", str(width)), data=dataset, **own)
     bn = bn or ("reestimate" if models.may_have_batchnorm(main.net) else "interpolate")
-    examples = train_examples or (500 if dataset == "digits" else 10_000)
+    few = 500 if dataset == "digits" else 10_000
+    examples = few if train_examples is None else train_examples
     evaluation = Evaluation(points, bn, examples, test_examples)
     check_fit(main, images)
     return Setting(images, net, main, width, pairs, evaluation, max_error, where, workers)
@@ -895,7 +899,15 @@ def show_swap() -> None:
                 for y in rows:
                     ax.plot([1, x], [place, y], color=colours[unit], linewidth=1.2)
             ax.plot(1, place, "o", markersize=17, color=colours[unit])
-            ax.text(1, place, "abcd"[unit], ha="center", va="center", color="white", weight="bold")
+            ax.text(
+                1,
+                place,
+                "abcd"[unit],
+                ha="center",
+                va="center",
+                color=figures.ON_DARK,
+                weight="bold",
+            )
             ax.annotate(str(place + 1), (1, place), xytext=(-4, 12), textcoords="offset points")
         for x, rows in ends:
             ax.plot([x] * len(rows), rows, "o", markersize=11, color="#555555")
@@ -910,7 +922,11 @@ def show_plane(study: Study) -> None:
     drawn = plots.planes(
         axes, {"": study.plane}, names=("A", "B", "π(B)"), segments=((0, 1), (0, 2))
     )
-    figures.publish(fig, "rebasin-plane", data=drawn[""])
+    lines = {  # of the pair that spans the plane
+        name: study.first[key][0].barrier.curve.values["test"]["error"]
+        for name, key in (("line", "naive"), ("line matched", "weights"))
+    }
+    figures.publish(fig, "rebasin-plane", data={**drawn[""], **lines})
 
 
 def show_lines(study: Study) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
+from companion.core import files
 from companion.core.errors import BadParameter
 from companion.core.theta import Theta, check_theta
 from companion.rebasin.proof import check_equal
@@ -106,13 +107,21 @@ class Matching(Found):
         return out
 
     def save(self, path: str | Path) -> None:
-        """Write permutations, summary and spec as one safetensors file."""
+        """Write permutations, summary and spec as one safetensors file, whole or not at all.
+
+        Raises:
+            BadParameter: it cannot be written.
+        """
         meta = {
             "format": FILE_FORMAT,
             "summary": json.dumps(self.summary()),
             "spec": json.dumps(self.spec.to_json()),
         }
-        save_file({n: p.contiguous() for n, p in self.perms.items()}, str(path), metadata=meta)
+        content = save({n: p.contiguous() for n, p in self.perms.items()}, metadata=meta)
+        try:
+            files.write(Path(path), content)
+        except OSError as e:
+            raise BadParameter(f"{path} cannot be written ({e.strerror or e}).") from e
 
     @classmethod
     def load(cls, path: str | Path, spec: Spec) -> Matching:

@@ -17,13 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from companion.core import closing, codec
 from companion.core.errors import BadParameter, CompanionError, NotMeasured
 from companion.report import page
 from companion.report.claims_file import EVIDENCE, KINDS, Claim, papers, registry
+from companion.report.page import as_html as escape
 
 if TYPE_CHECKING:
     from companion.core.stats import Interval  # not imported: it takes torch along
@@ -70,6 +70,10 @@ SIGNS = {
 
 class Recorded(Protocol):
     """What the table needs of a record (:class:`companion.report.recorded.Record`)."""
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
 
     @property
     def family(self) -> str:
@@ -260,8 +264,7 @@ def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Recorded
     Arguments:
         verdicts: What :func:`judge` returned, in the order of the table.
         scale: What the numbers rest on: dataset, network, samples, hardware.
-        recorded: What :func:`companion.report.recorded.load` returned; each profile becomes a
-            column.
+        recorded: What :func:`companion.report.recorded.load` returned; it fills the last column.
 
     Raises:
         BadParameter: No verdicts, no scale, or one claim twice.
@@ -292,14 +295,14 @@ def table(
         verdicts: The rows.
         caption: Plain text above the table.
         links: Claim id to address; the ids of the rows become links.
-        recorded: Records of any chapters; each profile among them becomes a column (``paper`` and
-            ``paper-mnist`` share one, and each value says its dataset).
+        recorded: Records of any chapters, in one column; each value says its name and dataset.
     """
     verdicts = list(verdicts)
     names = papers()
     profiles = list(dict.fromkeys(r.family for r in recorded))
     heads = ["Claim", "Reported", "Reproduced here", "Verdict"]
-    heads += [f"Recorded, profile {escape(p)}" for p in profiles]
+    if profiles:  # several in one column: each entry says its name
+        heads += [f"Recorded, profile {escape(profiles[0])}" if len(profiles) == 1 else "Recorded"]
     rows, tags = [], set()
     for v in verdicts:
         claim = v.claim
@@ -314,14 +317,14 @@ def table(
         if claim.kind != "empirical":
             text += _small({"theorem": "no experiment", "ours": "our own question"}[claim.kind])
         rows.append(
-            f'<tr><th scope="row">{name} <span class="claim-text">{text}</span></th>'
+            f'<tr id="claim-{escape(claim.id)}" data-verdict="{escape(v.verdict)}" '
+            f'data-kind="{claim.kind}" data-paper="{escape(names[claim.paper])}">'
+            f'<th scope="row">{name} <span class="claim-text">{text}</span></th>'
             f"<td>{reported}</td>"
-            f"<td>{here}{_small('rule: ' + claim.rule)}{_small(_changed(claim))}</td>"
+            f"<td>{here}{_small('rule: ' + claim.rule)}{_changed(claim)}</td>"
             f'<td class="verdict {kind}"><span aria-hidden="true">'
             f"{SIGNS[v.verdict]}</span> {escape(v.verdict)}{_small(v.note)}</td>"
-            + "".join(
-                f'<td class="recorded">{_recorded(claim.id, recorded, p)}</td>' for p in profiles
-            )
+            + (f'<td class="recorded">{_recorded(claim.id, recorded)}</td>' if profiles else "")
             + "</tr>"
         )
     key = "; ".join(f"[{t}] {words}" for t, words in EVIDENCE.items() if t in tags)
@@ -413,11 +416,11 @@ def _number(claim: Claim, x: float) -> str:
     return claim.format.format(x).replace("-", "−")
 
 
-def _recorded(id: str, records: Sequence[Recorded], profile: str) -> str:
-    """One cell: verdict, value and scale of each record of a family that judged the claim."""
+def _recorded(id: str, records: Sequence[Recorded]) -> str:
+    """One cell: verdict, value and scale of each record that judged the claim."""
     parts = []
     for record in records:
-        if record.family == profile and (v := record.verdicts.get(id)):
+        if v := record.verdicts.get(id):
             parts.append(
                 f'<div class="verdict verdict-{v.verdict.replace(" ", "-")}">'
                 f'<span aria-hidden="true">{SIGNS[v.verdict]}</span> {escape(v.verdict)}</div>'
@@ -437,7 +440,13 @@ def _reported(claim: Claim, names: Mapping[str, str]) -> tuple[str, set[str]]:
 
 
 def _changed(claim: Claim) -> str:
-    return f"The rule was changed. {claim.changed}" if claim.changed else ""
+    """Folded: after what the rule was changed, and from what."""
+    if not claim.changed:
+        return ""
+    return (
+        '<details class="claim-note"><summary>The rule was changed.</summary>'
+        f"{escape(claim.changed)}</details>"
+    )
 
 
 def _small(text: str) -> str:

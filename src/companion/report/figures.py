@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.core import codec
+from companion.core import codec, files
 from companion.core.errors import BadParameter
 from companion.report import page
 
@@ -48,6 +48,20 @@ OKABE_ITO = {
     "black": "#000000",
     "yellow": "#F0E442",
 }
+
+#: Colour of a figure in the light -> in the dark: ink, quiet lines, grid, plates under a text, and
+#: the lines that a dark ground would swallow. Whatever stands on a colour of its own, such as a
+#: number in a cell of a heat map, uses ON_DARK and ON_LIGHT, which stay.
+NIGHT = {
+    "#1a1a1a": "#e6e6e6",
+    "#000000": "#e6e6e6",
+    "#555555": "#ababab",
+    "#d9d9d9": "#404448",
+    "#ffffff": "#14181e",
+    "#bbbbbb": "#4a4f55",
+    "#0072b2": "#4aa3df",
+}
+INK, ON_DARK, ON_LIGHT = "#1a1a1a", "#fefefe", "#010101"
 
 # Equal input gives equal bytes: matplotlib salts the ids inside an SVG, by default at random.
 _DETERMINISTIC: Any = {"svg.hashsalt": "companion", "svg.fonttype": "path"}
@@ -81,9 +95,12 @@ def use_style() -> None:
             "figure.dpi": 100,
             "figure.figsize": (6.8, 4.0),
             "figure.constrained_layout.use": True,
-            # The plate is part of the figure: in dark mode the page does not show through.
-            "figure.facecolor": "white",
-            "savefig.facecolor": "white",
+            # No plate: the page shows through, and a second picture has the dark's colours.
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+            **dict.fromkeys(("xtick.color", "ytick.color"), INK),
             # DejaVu ships with matplotlib, so the picture is the same on every machine.
             "font.family": ["DejaVu Sans"],
             "font.size": 10.5,
@@ -147,6 +164,8 @@ def publish(
 def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
     """A figure of the book's look that is written to a file at the end; no window, no pyplot.
 
+    Its texts are shown as they are: a name with dollars is no formula.
+
     Arguments:
         path: ends in .svg, .pdf or .png.
         title: in the file's metadata.
@@ -162,10 +181,14 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
     fixed: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     with mpl.rc_context():
         use_style()
+        mpl.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white"})
         fig = Figure(**size)
         yield fig
+        _as_written(fig)
         try:
-            fig.savefig(path, format=kind, dpi=160, metadata={"Title": title, **fixed[kind]})
+            with files.whole(path) as working:
+                about = {"Title": title, **fixed[kind]}
+                fig.savefig(working, format=kind, dpi=160, metadata=about)
         except OSError as e:
             raise BadParameter(f"--plot: {path} cannot be written ({e.strerror}).") from e
 
@@ -175,11 +198,26 @@ def label(name: str) -> str:
     return name if name.startswith("fig-") else f"fig-{name}"
 
 
+def _as_written(fig: Figure) -> None:
+    """Show every text as it is: a name with dollars is no formula. Ticks are matplotlib's own."""
+    from matplotlib.text import Text
+
+    for text in fig.findobj(Text):
+        if isinstance(text, Text) and "\\mathdefault" not in text.get_text():
+            text.set_parse_math(not text.get_text())
+
+
+def dark(svg: str) -> str:
+    """A figure of the book in the colours of the dark, from its SVG."""
+    return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: NIGHT.get(found[0].lower(), found[0]), svg)
+
+
 def _svg(fig: Figure, title: str) -> str:
     """The figure as SVG text; equal figures give equal text."""
     import matplotlib as mpl
 
     out = io.StringIO()
+    _as_written(fig)
     with mpl.rc_context(_DETERMINISTIC):
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
     return out.getvalue()

@@ -11,10 +11,12 @@ neither IPython nor MyST-NB, and ``companion record`` runs its cells on a machin
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, Any, Protocol
 
 from companion.core.errors import BadParameter
@@ -87,6 +89,20 @@ def emit(data: Mapping[str, str], entry: Mapping[str, Any]) -> None:
         print(data["text/plain"])
         return
     display(dict(data), metadata={"companion": dict(entry)}, raw=True)
+
+
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>#+\-:!|~$&=^@]")
+
+
+def as_text(data: object) -> str:
+    """Markdown that shows ``data`` as it is, in one line: no markup, no HTML, no formula."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(str(data).split()))
+
+
+def as_html(data: object) -> str:
+    """HTML that shows ``data`` as it is. In one line: a blank one would end a block of HTML inside
+    Markdown, and what follows would be read as markup."""
+    return escape(re.sub(r"\s*[\r\n]\s*", " ", str(data)))
 
 
 def text(markdown: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from companion.core import codec
+from companion.report.figures import ON_DARK, ON_LIGHT
 from companion.report.words import said
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from companion.connectivity import Barrier, Curve, Plane
     from companion.core.stats import Interval
+    from companion.experiments.landscape import Geometry
     from companion.layerwise import LayerBarriers
 
 Axis = Literal["even", "linear", "log"]
@@ -422,7 +424,7 @@ def planes(
     axes: Iterable[Axes],
     found: Mapping[str, Plane],
     *,
-    names: tuple[str, str, str] = ("W₀", "A", "B"),
+    names: Sequence[str] = ("W₀", "A", "B"),
     segments: Sequence[tuple[int, int]] = ((1, 2),),
     split: str = "test",
     metric: str = "error",
@@ -447,7 +449,7 @@ def planes(
     for ax, one, z in zip(axes, found.values(), grids, strict=True):
         z = np.clip(z, steps[0], steps[-1])
         filled = ax.contourf(one.x, one.y, z, levels=steps, cmap=MAP)
-        ax.contour(one.x, one.y, z, levels=steps, colors="white", linewidths=0.4)
+        ax.contour(one.x, one.y, z, levels=steps, colors=ON_DARK, linewidths=0.4)
         for segment in segments:
             style = "-" if segment == segments[-1] else "--"
             ends = zip(*(one.points[i] for i in segment), strict=True)
@@ -455,7 +457,7 @@ def planes(
         for place, ((x, y), name) in enumerate(zip(one.points, names, strict=True)):
             joined = any(place in segment for segment in segments)
             marker = "o" if joined else "s"
-            ax.plot(x, y, marker, color=_RED, markeredgecolor="white", markersize=8)
+            ax.plot(x, y, marker, color=_RED, markeredgecolor=ON_DARK, markersize=8)
             ax.annotate(
                 name,
                 (x, y),
@@ -516,10 +518,10 @@ def heat(
                 fontsize=size,
                 ha="center",
                 va="center",
-                color="w" if dark else "k",
+                color=ON_DARK if dark else ON_LIGHT,
             )
         if apart:
-            ax.axhline(0.5, color="white", linewidth=3)
+            ax.axhline(0.5, color="#ffffff", linewidth=3)
         ticks = columns[key] if isinstance(columns, Mapping) else columns
         ax.set_xticks(range(len(ticks)), [str(c) for c in ticks])
         ax.set_yticks(range(len(table)), list(maps[key]))
@@ -529,6 +531,32 @@ def heat(
         ax.spines[["left", "bottom"]].set_visible(False)
     axes[0].figure.colorbar(picture, ax=axes, label=label, shrink=0.8)
     return {key: {name: list(row) for name, row in rows.items()} for key, rows in maps.items()}
+
+
+def scatter(
+    ax: Axes,
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    equal: bool = False,
+) -> dict[str, Any]:
+    """One number against another, a dot each; groups differ in colour and marker.
+
+    Arguments:
+        groups: label -> (x, y) of each dot.
+        equal: whether x should be y; then there is a dashed line where it is.
+    """
+    for number, (label, dots) in enumerate(groups.items()):
+        look: dict[str, Any] = {"color": f"C{number % 7}", "marker": _MARKERS[number % 7]}
+        x, y = ([dot[axis] for dot in dots] for axis in (0, 1))
+        ax.plot(
+            x, y, linestyle="none", markersize=4, markeredgewidth=0, alpha=0.8, label=label, **look
+        )
+    if equal:
+        ax.axline((0, 0), slope=1, zorder=0, **_DASHED)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return {label: [list(dot) for dot in dots] for label, dots in groups.items()}
 
 
 # --- layers, spectra, calibration
@@ -650,6 +678,42 @@ def layers(fig: Figure, found: LayerBarriers) -> dict[str, Any]:
         _legend(axes[0])
     title = "layer by layer" + ("" if found.bn == "none" else f", BatchNorm {found.bn}")
     heading(fig, title if found.valid else str(found.full))
+    return drawn
+
+
+def landscape(fig: Figure, found: Geometry) -> dict[str, Any]:
+    """The losses between two networks with the parabolas that both ends expect, and the curvature.
+
+    Returns:
+        alpha, losses by split, parabolas and curvature as drawn.
+    """
+    left, right = fig.subplots(1, 2)
+    alphas = np.asarray(found.curve.alphas)
+    drawn: dict[str, Any] = {"alpha": found.curve.alphas}
+    for split, values in found.curve.values.items():
+        drawn[split] = values["loss"]
+        label = f"{split} (n = {found.curve.sizes[split]:,})"
+        left.plot(alphas, values["loss"], label=label, **_SPLITS.get(split, {"linestyle": ":"}))
+    left.set_ylim(left.get_ylim())  # parabolas may leave the picture
+    for name, end, at, label in (("A", found.a, 0.0, "from the ends"), ("B", found.b, 1.0, "")):
+        t = alphas - at
+        parabola = end.loss + end.slope * t + end.curvature / 2 * t**2
+        drawn[f"from {name}"] = parabola
+        left.plot(alphas, parabola, color=_RED, linewidth=1, linestyle="--", label=label)
+    _legend(left)
+    left.set(xlabel="position on the line (0 = A, 1 = B)", ylabel=UNITS["loss"])
+    if len(alphas) >= 7:
+        drawn["curvature"] = found.curvatures()
+        right.plot(alphas, drawn["curvature"], color="C0", label="of the train losses")
+    places = np.linspace(0, 1, len(found.locals))
+    drawn["hessian"] = [one.curvature for one in found.locals]
+    right.plot(places, drawn["hessian"], "o", color=_RED, label="of the Hessian, between kinks")
+    right.axhline(0, color="gray", linewidth=0.8)
+    right.set(
+        xlabel="position on the line (0 = A, 1 = B)", ylabel="curvature (nats); below 0 a ridge"
+    )
+    _legend(right)
+    heading(fig, f"barrier at ½: {found.barrier():.4f} nats on train")
     return drawn
 
 

@@ -66,7 +66,7 @@ def record(**extra: Any) -> dict[str, Any]:
 def show(entry: Mapping[str, Any]) -> None:
     """Display a record as a block that unfolds, and hand it to the book."""
     rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        f'<tr><th scope="row">{page.as_html(name)}</th><td>{page.as_html(value)}</td></tr>'
         for name, value in _rows(entry)
     )
     html = (

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 LIMIT = 1_000_000  # bytes of one file
+NAME = r"[a-z0-9][a-z0-9_.-]{0,79}"  # of a record, and of a profile
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -139,6 +140,8 @@ def _read(path: Path, chapter: str) -> Record:
         raise broken(f"it has format {data['format']}; this version reads {FORMAT}")
     if data["chapter"] != chapter:
         raise broken(f"it is a record of {data['chapter']}")
+    if not all(re.fullmatch(NAME, data[field]) for field in ("name", "profile")):
+        raise broken("its name or its profile is not a file's name")
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", data["date"]) or "name" not in data["dataset"]:
         raise broken("its date or its dataset is not what `companion record` writes")
     try:
@@ -175,8 +178,9 @@ def sentence(chapter: str, records: Sequence[Record]) -> str:
             f"`companion record {chapter} --profile gpu` makes such a file, on a GPU."
         )
     lines = [
-        f"- `{r.name}`: {r.data['scale']}; {r.data['date']}, {r.data['hardware']}, "
-        f"{r.data['seconds'] / 60:.1f} minutes" + (f"; {r.unfinished}" if r.unfinished else "")
+        f"- `{r.name}`: {page.as_text(r.data['scale'])}; {r.data['date']}, "
+        f"{page.as_text(r.data['hardware'])}, {r.data['seconds'] / 60:.1f} minutes"
+        + (f"; {page.as_text(r.unfinished)}" if r.unfinished else "")
         for r in records
     ]
     spent = (

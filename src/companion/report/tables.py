@@ -6,11 +6,11 @@ MyST-NB renders Markdown outputs without table support, so chapters call :func:`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from companion.core.errors import BadParameter
 from companion.report import page
+from companion.report.page import as_html as escape
 
 
 def show(
@@ -48,7 +48,7 @@ def show(
 
 def html(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
     """The table as HTML; everything is plain text."""
-    head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
+    head = "".join(f'<th scope="col">{escape(c)}</th>' if c else "<td></td>" for c in columns)
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>'
         + "".join(f"<td>{escape(value)}</td>" for value in rest)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,13 @@ import torch
 
 from companion import data as datasets
 from companion.core import closing, deadline
-from companion.core.errors import CompanionError, CorruptEntry, one_of
+from companion.core.errors import (
+    BadParameter,
+    CompanionError,
+    CorruptEntry,
+    StoreUnwritable,
+    one_of,
+)
 from companion.core.pool import run_all
 from companion.core.runs import Entry, Store
 from companion.core.theta import snapshot
@@ -33,6 +40,7 @@ log = logging.getLogger("companion")
 RESUME_EVERY_S = 20.0
 """A kill loses at most this many seconds of training (and never a stored checkpoint)."""
 
+_STATE = re.compile(r"state-(\d+)\.safetensors")
 _RESUME = "resume.safetensors"
 _MADE_BY = "made-by.json"
 
@@ -52,7 +60,10 @@ def _names(step: int) -> tuple[str, str]:
 
 def _files(entry: Entry) -> set[str]:
     try:
-        return set(entry.files())
+        found = set(entry.files())
+        with contextlib.suppress(StoreUnwritable):
+            entry.mend()
+        return found
     except CorruptEntry as e:
         log.warning("%s; the entry is discarded and made again", e)
         entry.discard()
@@ -69,25 +80,32 @@ def _missing(entry: Entry, job: Job) -> set[int]:
 def _read(entry: Entry, name: str) -> State | None:
     try:
         return State.from_tensors(entry.read_tensors(name))
-    except CorruptEntry as e:
+    except KeyError:  # discarded by another process just now
+        return None
+    except (CorruptEntry, BadParameter) as e:
         log.warning("%s; it is discarded and made again", e)
         entry.remove(name)
         return None
 
 
 def _origin(run: Run, data: Dataset, device: torch.device, store: Store) -> State:
-    """The state a run starts from: its init, or its parent's state at k."""
+    """The state a run starts from: its init, or its parent's state at k; or either, perturbed."""
     if run.fork is None:
-        return State(0, snapshot(loop.build(run, data, device)))
-    fork = run.fork
-    parent = load_state(fork.parent, fork.step, store=store, device=str(device))
-    step = fork.step if fork.schedule == "continue" else 0
-    return State(step, parent.theta, parent.optimizer if fork.optimizer == "restore" else {})
+        start = State(0, snapshot(loop.build(run, data, device)))
+    else:
+        fork = run.fork
+        parent = load_state(fork.parent, fork.step, store=store, device=str(device))
+        step = fork.step if fork.schedule == "continue" else 0
+        momentum = parent.optimizer if fork.optimizer == "restore" else {}
+        start = State(step, parent.theta, momentum)
+    if run.perturb is not None:
+        start.theta = loop.perturbed(run, start.theta, loop.build(run, data, device))
+    return start
 
 
 def _latest(entry: Entry, before: int) -> State | None:
     """The stored full state nearest below or at step ``before``."""
-    steps = [(int(n[6:14]), n) for n in _files(entry) if n.startswith("state-")]
+    steps = [(int(m[1]), m[0]) for n in _files(entry) if (m := _STATE.fullmatch(n))]
     usable = sorted((s, n) for s, n in steps if s <= before)
     state = None
     while usable and state is None:
@@ -192,6 +210,8 @@ def made_by(run: Run, *, store: Store | None = None, device: str = "cpu") -> dic
 def _made_by(entry: Entry) -> dict[str, Any]:
     try:
         return dict(entry.read_json(_MADE_BY)) if _MADE_BY in _files(entry) else {}
+    except KeyError:
+        return {}
     except CorruptEntry as e:
         log.warning("%s; it is discarded", e)
         entry.remove(_MADE_BY)

@@ -20,7 +20,7 @@ from companion.core.networks import returning_logits
 from companion.core.numerics import exact_float32
 from companion.core.pool import one_thread
 from companion.core.seeds import Key
-from companion.core.theta import check_ties, layout, snapshot
+from companion.core.theta import check_ties, layout, snapshot, with_aliases
 from companion.data import Augmentation, Augmenter, Dataset
 from companion.training.recipe import Recipe, Run
 
@@ -61,12 +61,22 @@ class State:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> State:
-        """The inverse of :meth:`tensors`."""
+        """The inverse of :meth:`tensors`.
+
+        Raises:
+            BadParameter: they are not those of a state.
+        """
+        step, trace = tensors.get("step"), tensors.get("trace")
+        if step is None or trace is None or step.numel() != 1 or not 0 <= float(step) < 2**53:
+            shown = "none" if step is None else f"of shape {tuple(step.shape)}"
+            raise BadParameter(
+                f"step: a whole number is needed in the state of a run, not {shown}."
+            )
 
         def under(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        return cls(int(tensors["step"]), under("theta/"), under("optimizer/"), tensors["trace"])
+        return cls(int(step), under("theta/"), under("optimizer/"), trace)
 
 
 def network(net: str, data: Dataset, key: Key) -> nn.Module:
@@ -80,6 +90,40 @@ def build(run: Run, data: Dataset, device: torch.device) -> nn.Module:
     module = network(run.recipe.net, data, run.init_key()).to(device)
     # Tensor cores want the channels last; the shapes, and so the state dict, stay as they are.
     return module.to(memory_format=torch.channels_last) if device.type == "cuda" else module
+
+
+def perturbed(
+    run: Run, theta: Mapping[str, torch.Tensor], module: nn.Module
+) -> dict[str, torch.Tensor]:
+    """The start of a run with the one weight moved that :attr:`Run.perturb` names.
+
+    The weight is drawn uniformly from those of all matrices and convolutions, and moved up or down
+    by the root mean square of its tensor: about as far as a fresh draw of it alone would be.
+
+    Arguments:
+        theta: what the run would start from.
+        module: its architecture.
+
+    Raises:
+        BadParameter: the network has no matrix that is not zero.
+
+    Source: Altıntaş et al. 2025 (one weight at initialisation is enough); claim C26, our chapter 6.
+    """
+    spec, key = layout(module), run.perturb_key()
+    names = [n for n in spec.parameters if theta[n].dim() > 1 and bool((theta[n] != 0).any())]
+    total = sum(theta[n].numel() for n in names)
+    if not total:
+        raise BadParameter(f"perturb: {run.recipe.net} has no matrix whose weights are not all 0.")
+    place = int(key.fold("place").integers(1, total))
+    for name in names:
+        if place < theta[name].numel():
+            break
+        place -= theta[name].numel()
+    value = theta[name].clone()
+    step = float(value.double().square().mean().sqrt())
+    up = bool(key.fold("sign").integers(1, 2))
+    value[torch.unravel_index(torch.tensor(place), value.shape)] += step if up else -step
+    return with_aliases({**theta, name: value}, spec.ties)
 
 
 def decayed(recipe: Recipe, module: nn.Module) -> frozenset[str]:
@@ -204,10 +248,13 @@ def check_fit(recipe: Recipe, data: Dataset) -> None:
     """Refuse, before any work, a recipe that its dataset cannot serve.
 
     Raises:
-        BadParameter: batch above the number of training images (of text: windows); a network that
+        BadParameter: a learning rate of 0; batch above the number of training images (of text:
+            windows); a network that
             does not take the examples' shape, or not every token of a vocabulary; an augmentation
             wider than the image, or of images for text and the other way round.
     """
+    if recipe.lr == 0:
+        raise BadParameter("lr: 0 trains nothing; a learning rate above 0 is needed.")
     text = data.kind == "text"
     things = f"windows of {data.in_shape[0]} tokens" if text else "images"
     if recipe.batch > len(data.train):

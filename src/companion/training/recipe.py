@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from companion import models
 from companion.core import codec
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, whole
 from companion.core.seeds import Key
 from companion.data import Augmentation, canonical_data
 
@@ -99,9 +99,7 @@ class Recipe:
             if not math.isfinite(value) or value < 0:
                 raise BadParameter(f"{field}: {value!r} must be finite and not negative.")
         for field, least in (("steps", 1), ("batch", 1), ("warmup", 0)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BadParameter(f"{field}: {value!r} must be a whole number of {least} or more.")
+            whole(field, getattr(self, field), least)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("precision", self.precision, PRECISIONS)
@@ -191,7 +189,8 @@ class Run:
 
     ``init``, ``order`` and ``augment`` name samples of three independent noise sources: same
     labels, same bits; different labels, independent draws. A forked run inherits its init. Dropout
-    belongs to ``augment``.
+    belongs to ``augment``. ``perturb`` names a single weight that is moved before the first step
+    (:func:`companion.training.loop.perturbed`); None: none is.
     """
 
     recipe: Recipe
@@ -199,10 +198,13 @@ class Run:
     order: int | str = 0
     augment: int | str = 0
     fork: Fork | None = None
+    perturb: int | str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("init", "order", "augment"):
+        for name in ("init", "order", "augment", "perturb"):
             label = getattr(self, name)
+            if name == "perturb" and label is None:
+                continue
             if isinstance(label, bool) or not isinstance(label, int | str):
                 raise BadParameter(f"{name}: a whole number or text is needed, got {label!r}.")
         if self.fork is None:
@@ -225,7 +227,7 @@ class Run:
                 f"{parent.recipe.net!r}."
             )
         object.__setattr__(self, "init", parent.init)
-        if k == 0 and parent.fork is None:
+        if k == 0 and parent.fork is None and parent.perturb is None:
             # A fork at step 0 is a run from the same init: one identity, trained once.
             object.__setattr__(self, "fork", None)
 
@@ -254,6 +256,8 @@ class Run:
             out["augment"] = self.augment
         if models.is_own(self.recipe.net):  # the name alone does not say what it builds
             out["source"] = models.source_digest(self.recipe.net)
+        if self.perturb is not None:
+            out["perturb"] = self.perturb
         if self.fork:
             out["fork"] = {
                 "parent": self.fork.parent.identity(fingerprint, device),
@@ -274,6 +278,10 @@ class Run:
     def augment_key(self) -> Key:
         """Folded with the epoch, gives every sample's flip and crop, or shift, in that epoch."""
         return Key("augment", self.augment)
+
+    def perturb_key(self) -> Key:
+        """Gives the weight that is moved at the start, and which way."""
+        return Key("perturb", self.perturb or 0)
 
     def dropout_key(self) -> Key:
         """Folded with the step, gives what the network itself draws in that step.

@@ -1,0 +1,103 @@
+"""Chapter 6 end to end: plain papermill with tiny parameters, and the phenomena it stands on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from papermilled import (
+    build,
+    check_budget,
+    check_golden,
+    entries,
+    figures,
+    filled,
+    judged,
+    pictures,
+    run,
+    run_here,
+    values,
+)
+
+from companion import data
+from companion.core.runs import Store
+from companion.papers import landscape as paper
+from companion.report import claims
+
+CHAPTER = "06_landscape"
+TINY: dict[str, Any] = {
+    "net": "mlp:widths=12x3",
+    "steps": 80,
+    "ks": [0, 4, 8, 16],
+    "looks": [0.3, 0.6, 1.0],
+    "inits": 2,
+    "bend_steps": 5,
+    "points": 9,
+    "train_examples": 120,
+    "test_examples": 60,
+    "device": "cpu",
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chapter as `make notebooks` writes it, in a folder of the test."""
+    return build(CHAPTER, tmp_path_factory.mktemp("book"))
+
+
+@pytest.mark.slow
+def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path, store: Store) -> None:
+    notebook = run(source, tmp_path, **TINY)
+    check_golden(CHAPTER, notebook)
+    assert list(figures(notebook)) == [
+        "descent",
+        "apart",
+        "predictors",
+        "annealing",
+        "landscape-layers",
+        "examples",
+        "bends",
+    ]
+    assert [table["name"] for table in entries(notebook, "table")] == ["toys", "ranks", "logits"]
+    by_id = judged(notebook)
+    assert {c.id for c in claims.registry().values() if c.chapter == CHAPTER} == set(by_id)
+    for name in ("L18", "L21"):  # exact at any scale
+        assert by_id[name]["verdict"] == "reproduced", name
+    for name in ("L16", "L17"):
+        assert "two initialisations make one pair" in by_id[name]["note"]
+    (command,) = entries(notebook, "rerun")
+    assert "-p steps 80" in command and "-p dataset" not in command
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load("digits").fingerprint
+    assert record["network"]["steps"] == 80
+    text = filled(notebook, CHAPTER)
+    assert "that part at step 16" in text and "Without a departure nothing is left" in text
+    check_budget(CHAPTER, store, **TINY)
+
+
+@pytest.mark.slow
+def test_images_of_the_users_own_and_no_curves(source: Path, tmp_path: Path) -> None:
+    name = pictures(tmp_path, 240)
+    few = {**TINY, "dataset": name, "ks": [0, 8], "looks": [1.0], "bends": 0}
+    notebook = run_here(source, **few)
+    (record,) = entries(notebook, "provenance")
+    assert record["dataset"]["sha256"] == data.load(name).fingerprint
+    by_id = judged(notebook)
+    assert "curves were left out" in by_id["L19"]["note"]
+    assert "four k or more" in by_id["L01"]["note"]
+    assert "no step was looked at" in by_id["L10"]["note"]
+    assert "did not look often enough" in values(notebook)["ridge_sentence"]
+    assert "bends" not in figures(notebook)
+
+
+@pytest.mark.slow
+def test_a_ridge_and_a_mountainside(store: Store) -> None:
+    """What the chapter stands on, with chapter 1's recipe and one initialisation."""
+    design = paper.design(dataset="digits", ks=[0, 200], looks=(0.05, 0.2, 1), bends=0, points=7)
+    study = replace(design, inits=1, device="cpu", workers=1)
+    (ridge,), (side,) = paper.descents(study, 0), paper.descents(study, 200)
+    assert ridge[0] < 0.5 * ridge[1]
+    assert side[0] > 0.5 * side[1]

@@ -1,0 +1,122 @@
+"""The last touch on the built pages, and the dark twins of figures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import toybook
+
+from companion.book.layout import Book
+from companion.book.polish import polish
+from companion.report import figures
+
+SVG = '<svg width="300pt" height="150pt"><path style="fill: #1a1a1a"/></svg>'
+PAGE = """\
+<html><head><meta name="viewport" content="a" /><meta name="viewport" content="b"/>
+<title>A page &#8212; The book</title>
+<script src="../_static/scripts/fontawesome.js?digest=1"></script>
+<script defer="defer" src="../_static/../mathjax/tex-chtml.js?v=2"></script>
+</head><body><h1>A page</h1><p>It has <em>one</em> "sentence".</p>
+<summary aria-label="Toggle hidden content"><span>Show</span></summary>
+<figure class="align-default" id="fig-one"><img alt="One" src="../_images/a.svg" /></figure>
+<figure class="align-default" id="fig-two"><img alt="Two" src="../_images/a.svg" />
+<figcaption><span class="caption-number">Fig. 28 </span>Two.</figcaption></figure>
+NUMREF
+<li class="toctree-l1"><a class="reference internal" href="02b_more.html">More</a></li>
+<li class="toctree-l1"><a class="reference internal" href="../using.html">Use it</a></li>
+<a class="reference download internal" download="" href="../_downloads/1/one.json"><span
+>data (JSON)</span></a>
+</body></html>
+""".replace(
+    "NUMREF",
+    '<a class="reference internal" href="02b_more.html#fig-far">'
+    '<span class="std std-numref">Fig. 31</span></a>',
+)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    for folder in ("chapters", "_images", "dark/01_toy", "_static/scripts"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "chapters" / "01_toy.html").write_text(PAGE)
+    (tmp_path / "_images" / "a.svg").write_text(SVG)
+    (tmp_path / "dark" / "01_toy" / "fig-one.svg").write_text(figures.dark(SVG))
+    far = '<p>Far.</p><figure class="a" id="fig-far"></figure>'
+    (tmp_path / "chapters" / "02b_more.html").write_text(f"<title>More</title><h1>More</h1>{far}")
+    for name in ("fontawesome.js", "a.js.map"):
+        (tmp_path / "_static" / "scripts" / name).write_text("")
+    polish(tmp_path)
+    return tmp_path
+
+
+def test_a_figure_has_a_size_and_a_twin_for_the_dark_where_there_is_one(site):
+    text = (site / "chapters" / "01_toy.html").read_text()
+    pictures = re.findall(r"<img [^>]*>", text)
+    assert len(pictures) == 3
+    assert all('width="400" height="200" loading="lazy"' in one for one in pictures)
+    assert 'src="../_images/a.svg"' in pictures[0] and 'class="by-day"' in pictures[0]
+    assert 'src="../dark/01_toy/fig-one.svg"' in pictures[1] and 'alt="One"' in pictures[1]
+    assert 'class="by-night dark-light"' in pictures[1]
+    assert "by-" not in pictures[2]
+
+
+def test_figures_and_chapters_have_the_numbers_that_the_text_uses(site):
+    text = (site / "chapters" / "01_toy.html").read_text()
+    assert '<span class="caption-number">Fig. 1.2 </span>' in text
+    assert '<span class="std std-numref">Fig. 2b.1</span>' in text
+    assert '<a class="reference internal" href="02b_more.html">2b. More</a>' in text
+    assert ">Use it</a>" in text
+    assert "<h1>1. A page</h1>" in text and "<title>1. A page " in text
+
+
+def test_what_no_reader_needs_is_gone(site):
+    text = (site / "chapters" / "01_toy.html").read_text()
+    assert text.count("viewport") == 1
+    assert "fontawesome" not in text and "mathjax" not in text and "Toggle hidden" not in text
+    assert not list((site / "_static" / "scripts").iterdir())
+
+
+def test_a_page_says_what_it_is_about(site):
+    text = (site / "chapters" / "01_toy.html").read_text()
+    assert '<meta name="description" content="It has one &quot;sentence&quot;."/>' in text
+    assert 'aria-label="data (JSON), one.json"' in text
+
+
+def test_a_link_to_a_formula_has_it_at_hand_from_any_page(tmp_path):
+    (tmp_path / "_static").mkdir()
+    formula = (
+        '<div class="math notranslate nohighlight" id="equation-eq-b">\n<span class="eqno">(8)'
+        '<a class="headerlink" href="#equation-eq-b">#</a></span>\\[\nB = 1\n\\]</div>'
+    )
+    link = '<a class="reference internal" href="b.html#equation-eq-b">(8)</a>'
+    maths = '<span class="math notranslate"></span>'
+    (tmp_path / "a.html").write_text(f"<body>{maths}{link}</body>")
+    (tmp_path / "b.html").write_text(f"<body>{formula}</body>")
+    polish(tmp_path)
+    card = '<template id="card-equation-eq-b">\\[\nB = 1\n\\]</template>'
+    assert card in (tmp_path / "a.html").read_text()
+
+
+def test_a_page_with_formulas_keeps_their_renderer(tmp_path):
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "a.html").write_text(PAGE.replace("<em>", '<em class="math notranslate">'))
+    polish(tmp_path)
+    assert "mathjax" in (tmp_path / "a.html").read_text()
+
+
+def test_dark_colours_are_of_the_same_kind_and_what_stands_on_a_colour_stays():
+    light = f"fill: #1A1A1A; #ffffff; {figures.ON_DARK}; {figures.ON_LIGHT}; #d55e00; #12345678"
+    ink, plate = figures.NIGHT["#1a1a1a"], figures.NIGHT["#ffffff"]
+    dark = f"fill: {ink}; {plate}; {figures.ON_DARK}; {figures.ON_LIGHT}; #d55e00; #12345678"
+    assert figures.dark(light) == dark
+
+
+@pytest.mark.slow
+def test_every_figure_of_a_book_has_its_twin():
+    html = Book(toybook.built()).html("other")
+    text = (html / "chapters" / "01_toy.html").read_text(encoding="utf-8")
+    assert text.count('class="by-night dark-light"') == text.count('class="by-day"') == 2
+    twin = (html / "dark" / "01_toy" / "fig-toy-curve.svg").read_text(encoding="utf-8")
+    assert figures.INK not in twin and figures.NIGHT[figures.INK] in twin
