@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from companion import __version__, data, models, training
 from companion.cli import instability as instability_command
-from companion.cli.console import size
+from companion.cli.console import INVALID, size
 from companion.cli.options import numbers
 from companion.cli.runs import describe_entry
 from companion.connectivity import BN_MODES, Barrier, barrier
@@ -122,17 +122,17 @@ def test_barrier_draws_the_same_bytes_each_time(nets, tmp_path, suffix):
     assert pictures[0] == pictures[1]
 
 
-def test_a_failed_gate_is_invalid_and_no_error(nets, tmp_path):
+def test_a_failed_gate_is_invalid_with_an_exit_code_of_its_own(nets, tmp_path):
     out = tmp_path / "found.json"
     same = ("barrier", nets["a"], nets["a"], "--model", NET, "--data", "digits", "--points", "3")
-    result = run(*same, "--json", out)
+    result = run(*same, "--json", out, code=INVALID)
     assert "G0b distinct FAIL: distance 0" in result.stdout
     assert "INVALID (" in result.stdout
     written = json.loads(out.read_text())
     assert written["valid"] is False
     assert written["heights"]["test"]["error"]["mean"] is None
     strict = (*same[:2], nets["b"], *same[3:], "--max-error", "0.01")
-    assert "G0 quality FAIL" in run(*strict).stdout
+    assert "G0 quality FAIL" in run(*strict, code=INVALID).stdout
 
 
 def test_wrappers_types_and_ties_are_undone_with_a_note(nets, tmp_path):
@@ -367,6 +367,15 @@ def test_instability_counts_what_is_stored_already(store):
     restarted = run(*common, "--ks", "40", "--restart").stdout
     assert "3 runs: 1 in the store" in restarted
     assert "2 to train (120 steps)" in restarted
+
+
+def test_no_onset_is_told_of_networks_that_have_not_trained(store, tmp_path):
+    words = ("instability", "--net", NET, "--data", "digits", "--steps", "2", "--ks", "0,1")
+    words += ("--inits", "1", "--copies", "2", "--points", "3", "--workers", "1")
+    result = run(*words, "--json", tmp_path / "out.json", code=INVALID)
+    assert "INVALID k=1" in result.stdout and "at no k" not in result.stdout
+    assert "onset: none can be told, as no pair at k = 1 is valid" in result.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["onset"]["test"]["k"] is None
 
 
 def test_every_recipe_field_can_be_given(monkeypatch):

@@ -9,6 +9,7 @@ from commands import BATCHNORM, NET, run
 from safetensors.torch import load_file
 
 from companion import data, models
+from companion.cli.console import INVALID
 from companion.cli.features import small
 from companion.core import codec
 from companion.features import (
@@ -107,9 +108,9 @@ def test_conditions_ask_only_about_the_layers_and_do_without_a_relu(nets, tmp_pa
 
 
 def test_gates(nets):
-    same = run("features", nets["a"], nets["a"], *WORDS)
+    same = run("features", nets["a"], nets["a"], *WORDS, code=INVALID)
     assert "G0b distinct FAIL" in same.stdout and "INVALID as a statement" in same.stdout
-    strict = run("features", nets["a"], nets["b"], *WORDS, "--max-error", "0.01")
+    strict = run("features", nets["a"], nets["b"], *WORDS, "--max-error", "0.01", code=INVALID)
     assert "G0 quality FAIL" in strict.stdout and "INVALID as a statement" in strict.stdout
 
 

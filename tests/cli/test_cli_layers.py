@@ -8,6 +8,7 @@ import pytest
 from commands import BATCHNORM, NET, run, trained
 
 from companion import data, models
+from companion.cli.console import INVALID
 from companion.core import codec
 from companion.layerwise import KINDS, Sweep, sweep
 
@@ -80,7 +81,8 @@ def test_it_draws_the_same_bytes_each_time(nets, tmp_path, suffix):
 
 
 def test_a_failed_gate_shows_as_invalid(nets):
-    same = run("layers", nets["a"], nets["a"], *WORDS, "--kinds", "single", "--draws", "1")
+    words = (*WORDS, "--kinds", "single", "--draws", "1")
+    same = run("layers", nets["a"], nets["a"], *words, code=INVALID)
     assert "G0b distinct FAIL" in same.stdout and "INVALID" in same.stdout
     assert "0.0000" not in same.stdout.partition("one layer")[2]
 

@@ -30,6 +30,7 @@ from companion.connectivity import (
     has_batchnorm,
     plane,
     segment,
+    statistics,
 )
 from companion.core import codec
 from companion.core.errors import BadParameter
@@ -430,12 +431,12 @@ def test_reestimation_does_not_ask_the_device_for_a_counter() -> None:
     seen = []
     module = net(0, NORMED)
     walker = Walker(module, SPLITS, bn="reestimate", batch=50)
-    for norm in walker._norms():
+    for norm in statistics.running(walker.module):
         norm.register_forward_pre_hook(lambda m, _: seen.append(m.momentum) if m.training else None)
-    before = [m.momentum for m in walker._norms()]
+    before = [m.momentum for m in statistics.running(walker.module)]
     walker.at(theta(1, NORMED))
     assert seen[:2] == [1.0, 1.0] and None not in seen and len(set(seen)) == 5  # 230 images
-    assert [m.momentum for m in walker._norms()] == before
+    assert [m.momentum for m in statistics.running(walker.module)] == before
 
 
 def test_reestimation_is_bounded_by_default() -> None:

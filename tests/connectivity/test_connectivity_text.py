@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from companion import data, models
+from companion.cli.console import INVALID
 from companion.connectivity import Barrier, Walker, barrier, classification, gates, segment
 from companion.connectivity.batches import default_batch
 from companion.core import codec
@@ -344,7 +345,9 @@ def test_barrier_from_the_command_line(written: str, tmp_path: Path) -> None:
     assert f"windows of {L} tokens" in out and "images" not in out
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["valid"] and found["heights"]["test"]["loss"]["mean"] >= 0
-    assert "INVALID" in said(*words), "untrained networks are worse than the commonest token"
+    assert "INVALID" in said(*words, code=INVALID), (
+        "untrained networks are worse than the commonest token"
+    )
     out = said(*words[:3], "--model", "resnet8", "--data", written, code=2)
     assert "takes images" in out
 

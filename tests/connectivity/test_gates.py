@@ -15,6 +15,7 @@ from companion.connectivity import Barrier, barrier, gates
 from companion.connectivity.gates import Gate
 from companion.core.seeds import Key
 from companion.core.theta import Theta, layout, snapshot
+from companion.data import Split
 
 DIGITS = data.load("digits")
 SPLITS = {"train": DIGITS.train.head(150), "test": DIGITS.test.head(100)}
@@ -79,6 +80,49 @@ def test_dead_networks_are_invalid_not_stable() -> None:
     assert math.isnan(found.height("test", signed=True, definition="linear"))
     assert str(found).startswith("INVALID") and "G0 quality FAIL" in str(found)
     assert "barrier 0" not in str(found) and "points" not in str(found)
+
+
+def uneven(rare: float, classes: int = 2, n: int = 400) -> Split:
+    """Images of which all but a share ``rare`` are of class 0."""
+    draw = Key("test", "gates", "uneven").generator()
+    y = torch.randint(1, classes, (n,), generator=draw)
+    y[torch.rand(n, generator=draw) >= rare] = 0
+    return Split(torch.randn(n, 1, 3, 3, generator=draw), y)
+
+
+def constant(answer: int, classes: int, number: int) -> dict[str, Tensor]:
+    """A network that says one class whatever it sees."""
+    draw = Key("test", "gates", "constant", number).generator()
+    bias = torch.randn(classes, generator=draw)
+    bias[answer] = 5.0
+    return {"1.weight": 1e-4 * torch.randn(classes, 9, generator=draw), "1.bias": bias}
+
+
+@pytest.mark.parametrize(("rare", "classes", "answer"), [(0.1, 2, 0), (0.3, 5, 0), (0.04, 3, 0)])
+def test_constant_networks_have_not_trained_where_one_class_is_common(
+    rare: float, classes: int, answer: int
+) -> None:
+    split = uneven(rare, classes)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(9, classes))
+    a, b = (constant(answer, classes, i) for i in range(2))
+    found = barrier(module, a, b, {"test": split}, points=3, classes=classes)
+    share = 100 * float((split.y != 0).double().mean())
+    assert found.errors == pytest.approx((share, share)) and found.commonest == found.errors[0]
+    assert not found.valid and "always the commonest class" in found.gate("G0").detail
+    assert not found.judged(reference_error=share).valid, "their own error is not normal"
+    assert found.judged(max_error=share + 1).valid, "whoever names a bound is believed"
+
+
+def test_networks_that_beat_the_commonest_class_have_trained() -> None:
+    found = gates.quality((9.0, 9.5), 2, commonest=10.0)
+    assert found.passed and "below 10.00 %" in found.detail
+    assert not gates.quality((9.0, 10.0), 2, commonest=10.0).passed
+    assert not gates.quality((math.nan, 9.0), 2, commonest=10.0).passed
+    even = gates.quality((40.0, 44.0), 10, commonest=89.0)
+    assert even == gates.quality((40.0, 44.0), 10), "nothing changes where classes are even"
+    assert gates.commonest(uneven(0.2)) == pytest.approx(
+        100 * float((uneven(0.2).y != 0).double().mean())
+    )
 
 
 # ---- G0b

@@ -234,6 +234,20 @@ def test_check_says_which_entry_is_wrong(change, message: str) -> None:
         check_theta(net, theta, "A")
 
 
+def test_what_is_no_state_dict_is_recognised() -> None:
+    net = nn.Linear(2, 2)
+    for wrong, advice in (
+        (net, r"network B: .*the module itself \(Linear\).*state_dict\(\)"),
+        ([net.weight], r"network B: .* got a list"),
+        ({"state_dict": snapshot(net), "epoch": 3}, r"'state_dict' holds a dict.*\['state_dict'\]"),
+        ({"model": net}, r"'model' holds a Linear.*\['model'\]\.state_dict\(\)"),
+    ):
+        with pytest.raises(BadParameter, match=advice):
+            check_theta(net, wrong, "B")  # type: ignore[arg-type]
+    with pytest.raises(BadParameter, match=r"an nn\.Module, is needed, got a dict"):
+        check_theta(snapshot(net), net, "A")  # type: ignore[arg-type]
+
+
 def test_one_tensor_has_one_value() -> None:
     net = Tied()
     theta = snapshot(net)

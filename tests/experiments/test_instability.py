@@ -612,7 +612,14 @@ def test_onset(means: list[float], onset: float) -> None:
 
 def test_a_step_without_a_valid_pair_proves_nothing() -> None:
     found = made_of({k: [[m], [m]] for k, m in ((0, 30.0), (25, 9.0), (50, NONE), (100, 0.3))})
-    assert found.onset() == Interval(100, 50, 100, 2, 2)
+    assert found.onset() == Interval(100, 50, 100, 2, 2) and found.onset_is_told()
+    assert found.onset_is_told("train", "loss")
+
+
+def test_without_a_valid_pair_at_the_last_step_no_onset_is_told() -> None:
+    for last, told in ((NONE, False), (9.0, True), (0.3, True)):
+        found = made_of({k: [[m], [m]] for k, m in ((0, NONE), (25, 9.0), (50, last))})
+        assert found.onset_is_told() is told
 
 
 LOW, OPEN, HIGH = [0.3, 0.3, 0.4], [0.5, 1.5, 3.5], [30.0, 31.0, 32.0]

@@ -336,15 +336,16 @@ class Twice(nn.Module):
         return self.head(self.other(self.tied(x).relu()).relu())
 
 
-def test_a_layer_that_runs_twice_is_refused_by_name_and_tied_ones_are_left() -> None:
+def test_layers_that_run_twice_and_tied_ones_are_left_and_refused_by_name() -> None:
     module = Twice()
     ties = layout(module).ties
     a, b = (with_aliases(theta(module, i), ties) for i in (1, 2))
     x = torch.randn(50, 4, generator=seeded("t"))
-    with pytest.raises(BadParameter, match="'shared' runs 2 times"):
-        repair(module, a, b, x)
-    got = repair(module, a, b, x, layers=["first"])
+    got = repair(module, a, b, x)
     assert list(got.scale) == ["first"] and "shared" not in got.before
+    assert "runs 2 times" in got.skipped["shared"]
+    with pytest.raises(BadParameter, match="'shared' cannot be corrected: it runs 2 times"):
+        repair(module, a, b, x, layers=["first", "shared"])
     assert "tied" in got.skipped["other"] and "tied" in got.skipped["tied"]
     assert got.theta["other.weight"] is got.theta["tied.weight"]
     with pytest.raises(BadParameter, match=r"'tied' cannot be corrected.*tied to another"):
@@ -367,6 +368,124 @@ def test_the_axis_of_a_channel_layer_norm_is_the_channels() -> None:
     assert {n: v.axis for n, v in Copy(module, X).layers.items()} == {
         "0": 1, "1": 1, "4": 1, "5": 1, "9": -1,
     }  # fmt: skip
+
+
+class TokenNorm(nn.LayerNorm):
+    """A LayerNorm under another name, as CLIP has it: channels are last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+class EitherNorm(nn.LayerNorm):
+    """ConvNeXt's: channels are last, or at axis 1, as it is told."""
+
+    def __init__(self, width: int, first: bool):
+        super().__init__(width)
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first:
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(x)
+
+
+class OwnNorm(nn.Module):
+    """One that is no subclass of any norm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(1, keepdim=True)
+        x = x / (x.std(1, keepdim=True) + 1e-3)
+        return self.weight[:, None] * x + self.bias[:, None]
+
+
+class ActiveNorm(nn.GroupNorm):
+    """With an activation inside, as timm has it: a scale does not come out as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class Sequence(nn.Module):
+    """Tokens (N, 6, 6): as many as they have channels, so that shapes do not tell them apart."""
+
+    def __init__(self, norm: nn.Module, back: bool = False):
+        super().__init__()
+        self.embed, self.norm, self.head, self.back = nn.Linear(4, 6), norm, nn.Linear(36, 3), back
+
+    def inside(self, x: Tensor) -> Tensor:
+        return self.norm(F.relu(self.embed(x)))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.inside(x)).flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("norm", "axis"),
+    [
+        (lambda: nn.LayerNorm(6), -1),
+        (lambda: TokenNorm(6), -1),
+        (lambda: EitherNorm(6, first=False), -1),
+        (lambda: EitherNorm(6, first=True), 1),
+        (lambda: ChannelLayerNorm(6), 1),
+        (lambda: OwnNorm(6), 1),
+        (lambda: nn.GroupNorm(2, 6), 1),
+        (lambda: nn.InstanceNorm1d(6, affine=True), 1),
+    ],
+)
+def test_the_axis_of_a_norm_is_the_one_its_weight_acts_on(
+    norm: Callable[[], nn.Module], axis: int
+) -> None:
+    module = Sequence(norm())
+    a, b = theta(module, "axis", 1), theta(module, "axis", 2)
+    x = torch.randn(80, 6, 4, generator=seeded("axis"))
+    assert Copy(module, x).layers["norm"].axis == axis
+    got = repair(module, a, b, x, batch=80)
+    assert list(got.scale) == ["embed", "norm"]
+
+    @torch.no_grad()
+    def spread(state: Any) -> Tensor:
+        module.load_state_dict(state)
+        rows = module.inside(x).movedim(axis, -1).flatten(0, -2)
+        return rows.double().std(0, unbiased=False)
+
+    want = (spread(a) + spread(b)) / 2
+    torch.testing.assert_close(spread(got.theta), want, rtol=1e-4, atol=1e-6)
+    assert got.after["norm"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_norm_whose_outputs_do_not_follow_its_weight_is_left() -> None:
+    x = torch.randn(80, 6, 4, generator=seeded("left"))
+    for norm, why in (
+        (ActiveNorm(2, 6), "not scaled and shifted as its weight and bias are"),
+        (nn.RMSNorm(6), "no bias"),
+        (nn.InstanceNorm1d(6), "no weight"),
+    ):
+        module = Sequence(norm)
+        got = repair(module, theta(module, "left", 1), theta(module, "left", 2), x)
+        assert list(got.scale) == ["embed"] and why in got.skipped["norm"]
+
+
+def test_a_layer_that_runs_three_times_is_left_and_said() -> None:
+    class Thrice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again = nn.Linear(4, 6), nn.Linear(6, 6)
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for _ in range(3):
+                x = x + F.relu(self.again(x))
+            return self.last(x)  # type: ignore[no-any-return]
+
+    module = Thrice()
+    got = repair(module, theta(module, 1), theta(module, 2), torch.randn(30, 4))
+    assert "runs 3 times" in got.skipped["again"] and list(got.scale) == ["first"]
 
 
 # ---- BatchNorm

@@ -1,9 +1,9 @@
 """The command line: the instruments on the user's own networks, and the two stores behind them.
 
-Exit codes: 0 done (also when a gate failed and the barrier is INVALID: that was measured, and
-said); 2 the input is wrong; 75 `record` stopped before its time limit; 1 anything else that we know
-can go wrong (a run that diverged, a full disk, a check that found something); 130 interrupted, 143
-after SIGTERM.
+Exit codes: 0 done; 3 done, but a gate failed and the barrier is INVALID (of `rebasin` that after
+matching; of `instability` all those of some fork step): no number for a script to use; 2 the input
+is wrong; 75 `record` stopped before its time limit; 1 anything else that we know can go wrong (a
+run that diverged, a full disk, a check that found something); 130 interrupted, 143 after SIGTERM.
 Nothing heavy is imported before it is needed.
 """
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.console import UNITS, mode_of, number, output, print_table, say
+from companion.cli.console import UNITS, end, mode_of, note, number, output, print_table, say
 from companion.cli.opening import Opened, amounts, opened
 
 if TYPE_CHECKING:
@@ -64,26 +64,29 @@ def measure_barrier(
 
     Prints the gates, then loss and error at both ends and the barrier under both definitions: above
     the mean of the ends, and above the straight line between them. If a gate fails, the barrier is
-    INVALID.
+    INVALID, and the exit code is 3.
     """
     output(json, "--json")
     output(plot, "--plot", options.PICTURES)
     layers = layers or None
 
+    from companion.core.effective import effective
     from companion.core.theta import distance, layout
 
     how = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     pair = opened(a, b, model, data, device)
-    first, second, entries = pair.a.theta, pair.b.theta, layout(pair.module)
+    first, second, space = pair.a.theta, pair.b.theta, effective(pair.module)
+    entries = layout(space.module)
     moving = set(entries.select(layers)).intersection(entries.parameters)
     pair.announce(f"{pair.data.label}: {points} points, {amounts(how.splits(pair.data))}")
     found = measured(pair, how, max_error, (pair.module, first, second), groups=layers, rest=rest)
     if layers:
-        apart = distance(first, second, sorted(moving))
+        apart = distance(space.enter(first), space.enter(second), sorted(moving))
         say(f"moving: {', '.join(layers)} (distance {apart:.4g}); the rest stays at {rest.upper()}")
     _show(found)
     pair.write(json, "barrier", **pair.about_data(), layers=layers, rest=rest, **summary(found))
     draw(plot, "Error and loss on the line between two networks", "curve", 3.7, {"": found})
+    end(found.valid)
 
 
 def measured(
@@ -115,6 +118,8 @@ def draw(
 
 def _show(found: Barrier) -> None:
     """Gates, the table of the headline mode, and a line for each other mode."""
+    for text in found.notes:
+        note(text)
     for gate in found.gates:
         say(f"  {gate}")
     rows = []

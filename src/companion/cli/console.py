@@ -23,6 +23,10 @@ from companion.core.errors import BadParameter
 if TYPE_CHECKING:
     import torch
 
+INVALID = 3
+"""Exit code of a command that did all it was asked, and whose barrier failed a gate: no script
+should take the number for one."""
+
 _PIPED = 200  # columns, where no terminal says how many: a key must not be cut in a log file
 
 
@@ -59,6 +63,12 @@ def visible(text: str) -> str:
 def say(text: str = "") -> None:
     """A line of the result, not wrapped: terminals do that, and files should not have it."""
     out().print(visible(text), soft_wrap=True)
+
+
+def end(valid: bool) -> None:
+    """The end of a command that measured barriers: exit code :data:`INVALID` if a gate failed."""
+    if not valid:
+        raise typer.Exit(INVALID)
 
 
 def note(text: str) -> None:

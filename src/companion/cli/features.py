@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.console import mode_of, note, number, output, print_table, say
+from companion.cli.console import end, mode_of, note, number, output, print_table, say
 from companion.cli.opening import amount, opened
 from companion.core.errors import BadParameter, one_of
 
@@ -143,6 +143,7 @@ def compare_features(
         say(f"INVALID as a statement about two trained networks: {', '.join(failed)} failed")
     about = {"gates": [str(check) for check in checks], "valid": not failed, "features": found}
     pair.write(json, "features", **pair.about_data(), settings=settings, **about, **more)
+    end(not failed)
 
 
 def _alphas(text: str) -> tuple[float, ...]:

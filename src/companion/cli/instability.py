@@ -11,7 +11,7 @@ import typer
 
 from companion.cli import options
 from companion.cli.barrier import summary
-from companion.cli.console import UNITS, number, output, print_table, say, write_json
+from companion.cli.console import UNITS, end, number, output, print_table, say, write_json
 from companion.core.errors import within
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def measure_instability(
             title = f"{found.recipe.net} on {found.recipe.data}"
             ax.set_title(f"{title}: mean of {pairs} pairs, 90 % interval", fontsize=10)
         say(f"figure drawn in {plot}")
+    end(all(found.interval(k) is not None for k in found.ks))
 
 
 def _row(found: Instability, k: int, threshold: float, metric: str) -> dict[str, Any]:
@@ -241,6 +242,12 @@ def _show(found: Instability, label: str, threshold: float, metric: str) -> None
         failed = "; ".join(str(g) for g in sample.result.barrier.gates if g.passed is False)
         say(f"  INVALID k={sample.k}, init {sample.init}, copies {sample.copies}: {failed}")
     onset, below = found.onset("test", threshold, metric), f"{threshold:g} {UNITS[metric]}"
+    if not found.onset_is_told("test", metric):
+        say(
+            f"onset: none can be told, as no pair at k = {found.ks[-1]} is valid: see the gates "
+            "above (longer training, or --max-error)"
+        )
+        return
     if math.isinf(onset.value):
         say(f"onset: at no k of this grid the mean test barrier stays below {below}")
     else:

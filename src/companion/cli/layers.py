@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.console import UNITS, mode_of, number, output, print_table, say
+from companion.cli.console import UNITS, end, mode_of, note, number, output, print_table, say
 from companion.cli.opening import amounts, opened
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def measure_layers(
         with figures.file(plot, title, figsize=size) as fig:
             plots.layers(fig, found)
         say(f"barriers drawn in {plot}")
+    end(found.valid)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -163,6 +164,8 @@ def _heights(found: LayerBarriers) -> dict[str, Any]:
 
 def _show(found: LayerBarriers) -> None:
     """Gates, a table for each kind of set, and the sum of the single layers."""
+    for text in found.full.notes:
+        note(text)
     for gate in found.full.gates:
         say(f"  {gate}")
     sides = [(split, metric) for split in found.splits for metric in UNITS]

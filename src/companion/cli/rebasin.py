@@ -21,7 +21,9 @@ from companion.cli import options
 from companion.cli.barrier import all_heights, draw, measured, summary
 from companion.cli.console import (
     UNITS,
+    end,
     mode_of,
+    note,
     number,
     output,
     print_table,
@@ -236,6 +238,8 @@ def align_networks(
         barrier=found,
         merged=between,
     )
+    if found:
+        end(after.valid)
 
 
 # --- input
@@ -247,9 +251,9 @@ def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> Non
     for option, path in given.items():
         output(path, option, suffixes.get(option, (".safetensors",)))
     places = {option: path.resolve() for option, path in given.items() if path}
-    for name, end in zip("AB", ends, strict=True):
+    for name, source in zip("AB", ends, strict=True):
         for option, path in places.items():
-            if Path(end).expanduser().resolve() == path:
+            if Path(source).expanduser().resolve() == path:
                 raise BadParameter(f"{option}: {path.name} is {name}, which is not overwritten.")
     if len(set(places.values())) < len(places):
         raise BadParameter(f"{', '.join(places)}: each needs a file of its own.")
@@ -519,6 +523,8 @@ def _barriers(
 def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
     """Gates, the table, and whether BatchNorm's statistics have to be estimated again."""
     seen = {str(gate) for gate in before.gates}
+    for text in dict.fromkeys(before.notes + after.notes):
+        note(text)
     for gate in before.gates:
         say(f"  before: {gate}")
     for gate in after.gates:
@@ -537,7 +543,7 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
     say()
     say(f"before: {before}")
     say(f"after:  {after}")
-    if after.bn == "none":
+    if "reestimate" not in after.curves:  # no running statistics
         return None
     split = "test" if "test" in after.curve.values else next(iter(after.curve.values))
     modes = {mode: after.height(split, "error", bn=mode) for mode in after.curves}

@@ -12,10 +12,18 @@ from torch import nn
 
 from companion.connectivity import gates
 from companion.connectivity.gates import Gate
-from companion.connectivity.walk import BN_EXAMPLES, BN_MODES, Measure, Walker, has_batchnorm
+from companion.connectivity.walk import (
+    BN_EXAMPLES,
+    BN_MODES,
+    Measure,
+    Walker,
+    has_batchnorm,
+    sizes_of,
+)
 from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, one_of, whole
-from companion.core.theta import Layout, Theta, check_theta, distance, flatten, layout
+from companion.core.losses import is_label
+from companion.core.theta import Layout, Theta, check_theta, distance, flatten
 from companion.data import Dataset, Split
 
 DEFINITIONS = ("mean", "linear")
@@ -57,7 +65,7 @@ class Curve:
         alphas: positions, 0 = A, 1 = B, shape (points,).
         values: split -> ``loss`` (nats) or ``error`` (percent) -> one number an alpha.
         bn: the BatchNorm mode, or ``none``.
-        sizes: split -> number of examples behind each value.
+        sizes: split -> number of examples (with a label) behind each value.
         bn_examples: in mode ``reestimate``, the number of training inputs whose statistics each
             point has; else None.
     """
@@ -145,10 +153,10 @@ def segment(
     one_of("rest", rest, ("a", "b"))
     steps = grid(points)
     walker = walker or Walker(module, splits_of(data), bn=bn)
-    a, b = check_theta(walker.module, a, "A"), check_theta(walker.module, b, "B")
+    a, b = walker.enter(a, "A"), walker.enter(b, "B")
     names = None if groups is None else walker.layout.select(groups)
     measured = walker.walk((a, b), steps, names=names, rest=a if rest == "a" else b)
-    sizes = {name: len(s) for name, s in walker.splits.items()}
+    sizes = sizes_of(walker.splits)
     alphas = tuple(alpha for _, alpha in steps)
     return Curve(alphas, values_of(measured), walker.bn, sizes, walker.bn_examples)
 
@@ -166,6 +174,9 @@ class Barrier:
         errors: of the two networks themselves, in percent, as the gates saw them. Where only some
             layers move, the ends of the curve are other networks.
         guess: of a text, the error of always saying its commonest token; else None.
+        commonest: of images, the error of always saying their commonest class; None: not known.
+        notes: what was done to the networks before they were measured (effective weights in place
+            of what is stored, another precision).
     """
 
     curves: Mapping[str, Curve]
@@ -175,6 +186,8 @@ class Barrier:
     classes: int
     errors: tuple[float, float]
     guess: float | None = field(default=None, metadata=OMIT_DEFAULT)
+    commonest: float | None = field(default=None, metadata=OMIT_DEFAULT)
+    notes: tuple[str, ...] = field(default=(), metadata=OMIT_DEFAULT)
 
     @property
     def valid(self) -> bool:
@@ -225,7 +238,7 @@ class Barrier:
         An experiment knows what error is normal for its recipe only after all ends are measured.
         """
         bounds = {"reference": reference_error, "max_error": max_error, "guess": self.guess}
-        first = gates.quality(self.errors, self.classes, **bounds)
+        first = gates.quality(self.errors, self.classes, commonest=self.commonest, **bounds)
         return replace(self, gates=(first, *self.gates[1:]))
 
     def recorded(self, controls: Sequence[Gate]) -> Barrier:
@@ -266,7 +279,8 @@ def barrier(
         module: the architecture.
         a, b: state dicts of it.
         data, points, groups, rest: as :func:`segment`.
-        bn: the headline BatchNorm mode; all three are measured where the network has BatchNorm.
+        bn: the headline BatchNorm mode; all three are measured where the network has BatchNorm
+            (or InstanceNorm) with running statistics. One without measures by the batch.
         bn_data, bn_examples: as :class:`Walker` takes them.
         classes: number of classes, for the default of ``max_error`` (default: the dataset's own,
             or one more than the largest label).
@@ -291,21 +305,18 @@ def barrier(
         curve = segment(module, a, b, data, points=points, groups=groups, rest=rest, walker=walker)
         curves[curve.bn] = curve
         if mode == bn:
+            first, headline = walker, walker.bn
             ends = walker.walk((a, b), [(1.0, 0.0), (0.0, 1.0)])
             mixed = walker.walk((a, a), [grid(points)[points // 3]])[0]
             self_gap = max(abs(mixed[s].loss - ends[0][s].loss) for s in splits)
     return gated(
-        curves,
-        bn if bn in curves else "none",
-        a,
-        b,
-        layout(module),
-        splits,
-        ends,
-        self_gap,
+        *(curves, headline, first.enter(a, "A"), first.enter(b, "B"), first.layout, splits),
+        *(ends, self_gap),
         classes=classes,
         max_error=max_error,
         same_noise=same_noise,
+        apart=first.apart,
+        notes=first.notes,
     )
 
 
@@ -322,6 +333,8 @@ def gated(
     classes: int | None = None,
     max_error: float | None = None,
     same_noise: bool = False,
+    apart: int | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Barrier:
     """The barrier of curves that are measured already: the one place where all gates are asked.
 
@@ -330,21 +343,25 @@ def gated(
         entries: the layout of the network.
         ends: what was measured of A and of B, split -> measure.
         self_gap: as :func:`companion.connectivity.gates.symmetry` takes it.
+        apart: as :func:`companion.connectivity.gates.batchnorm` takes it.
+        notes: as :class:`Barrier` has them.
         curves, splits: as of :func:`barrier`; so is what is not named here.
     """
     held_out = "test" if "test" in splits else list(splits)[-1]
     if classes is None:
-        classes = 1 + max(int(s.y.max()) for s in splits.values())
+        labels = [s.y[is_label(s.y)] for s in splits.values()]
+        classes = 1 + max((int(y.max()) for y in labels if len(y)), default=1)
     errors = (ends[0][held_out].error, ends[1][held_out].error)
     average = curves["reestimate"].bn_examples if "reestimate" in curves else None
     names = entries.parameters
     found = (
         *gates.of_ends(a, b, names, errors, classes, splits[held_out], max_error, same_noise),
         gates.symmetry(a, b, entries.floating, self_gap),
-        gates.batchnorm(headline, list(curves), average),
+        gates.batchnorm(headline, list(curves), average, apart),
     )
-    guess = gates.guessing(splits[held_out])
-    return Barrier(curves, headline, found, distance(a, b, names), classes, errors, guess)
+    guess, commonest = gates.guessing(splits[held_out]), gates.commonest(splits[held_out])
+    about = (distance(a, b, names), classes, errors, guess)
+    return Barrier(curves, headline, found, *about, None if guess else commonest, notes)
 
 
 @dataclass(frozen=True)
@@ -392,7 +409,7 @@ def plane(
     walker = Walker(module, splits_of(data), bn=bn)
     names = walker.layout.parameters
     ends = ((origin, "origin"), (a, "A"), (b, "B"))
-    origin, a, b = (check_theta(walker.module, theta, name) for theta, name in ends)
+    origin, a, b = (walker.enter(theta, name) for theta, name in ends)
     o, u, v = (flatten(t, names).to(walker.device) for t in (origin, a, b))
     u, v = u - o, v - o
     ax = float(u.norm())

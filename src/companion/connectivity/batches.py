@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from companion.connectivity import statistics
+
 STATISTICS = 500
 """Examples behind the statistics of one batch, on every device: with another size the numbers would
 mean something else."""
@@ -36,7 +38,7 @@ def default_batch(
 
     Of text, as many windows as keep the logits (B, L, K) small; one ``example`` (1, L) tells K.
     """
-    if bn not in ("none", "interpolate"):
+    if bn not in ("none", "interpolate") or statistics.of_each_batch(module):
         return STATISTICS
     if example is not None and not example.is_floating_point():
         with torch.no_grad():

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from companion.core.theta import Theta, affine, distance, shares_storage
+from companion.core.losses import is_label
+from companion.core.theta import Theta, affine, distance, shares_storage, wide
 from companion.data import Split
 
 UNLEARNED = 15.0
@@ -38,12 +39,17 @@ class Gate:
 def guessing(split: Split) -> float | None:
     """The error of the best guess on a text, in percent: always its commonest token.
 
-    None for images, whose classes are about equally frequent: there it follows from their number.
+    None for images, whose bound follows from the number of their classes.
     """
-    if split.kind != "text":
-        return None
-    counts = torch.bincount(split.y.flatten())
-    return 100 * (1 - int(counts.max()) / split.y.numel())
+    return commonest(split) if split.kind == "text" else None
+
+
+def commonest(split: Split) -> float:
+    """The error of always saying the commonest label, in percent."""
+    labels = split.y[is_label(split.y)]
+    counts = torch.bincount(labels)
+    # As errors are computed: a constant network must not be better by a rounding.
+    return 100 * (len(labels) - int(counts.max())) / len(labels) if len(labels) else 100.0
 
 
 def quality(
@@ -53,6 +59,7 @@ def quality(
     reference: float | None = None,
     max_error: float | None = None,
     guess: float | None = None,
+    commonest: float | None = None,
 ) -> Gate:
     """G0: every end has trained.
 
@@ -62,6 +69,8 @@ def quality(
         reference: error of the same recipe when all is well; up to 1.5 times that passes (images).
         max_error: a preset that passes too (small test sets make 1.5 × 2 % a coin toss).
             With neither, half the error of guessing is the bound.
+        commonest: of images, the error of :func:`commonest`. An end that is no better has learnt
+            nothing, whatever the bounds but ``max_error``: a constant network errs as often.
         guess: of a text, the error of :func:`guessing`; None for images. Good models of language
             err at most positions, where 1.5 times a normal error is next to no bound. So an end of
             a text must be below ``guess``, and with a reference it must be right at least half as
@@ -72,8 +81,13 @@ def quality(
     if guess is None:
         bounds = [b for b in (reference and 1.5 * reference, max_error) if b is not None]
         bound = max(bounds) if bounds else 50 * (1 - 1 / classes)
-        passed = all(e <= bound for e in errors)  # NaN is not
-        return Gate("G0 quality", passed, f"end errors ≤ {worst:.2f} %, bound {bound:.2f} %")
+        if commonest is None or bound < commonest or bound == max_error:
+            passed = all(e <= bound for e in errors)  # NaN is not
+            return Gate("G0 quality", passed, f"end errors ≤ {worst:.2f} %, bound {bound:.2f} %")
+        least = -1.0 if max_error is None else max_error
+        passed = all(e <= least or e < commonest for e in errors)
+        guessed = f"below {commonest:.2f} % (always the commonest class)"
+        return Gate("G0 quality", passed, f"end errors ≤ {worst:.2f} %, bound {guessed}")
     preset = -1.0 if max_error is None else max_error
     bound = 100.0 if max_error is None else preset
     if reference is not None:
@@ -95,7 +109,8 @@ def distinct(a: Theta, b: Theta, names: Sequence[str], *, same_noise: bool = Fal
     """
     if same_noise:
         return Gate("G0b distinct", None, "same noise on purpose")
-    if shares_storage(a, b):
+    # Constants that a file has not are the architecture's in both.
+    if shares_storage(*({n: t[n] for n in names} for t in (a, b))):
         return Gate("G0b distinct", False, "the two networks share memory: one object, twice")
     d = distance(a, b, names)
     return Gate("G0b distinct", d > 0, f"distance {d:.4g}")
@@ -118,13 +133,14 @@ def of_ends(
         errors: of A and B on ``held_out``.
         classes, max_error, same_noise: as :func:`quality` and :func:`distinct` take them.
     """
-    trained = quality(errors, classes, max_error=max_error, guess=guessing(held_out))
+    bounds = {"guess": guessing(held_out), "commonest": commonest(held_out)}
+    trained = quality(errors, classes, max_error=max_error, **bounds)
     return trained, distinct(a, b, names, same_noise=same_noise)
 
 
 def null_control(a: Theta, b: Theta, names: Sequence[str], barrier: float) -> Gate:
     """G1: same start, same noise, trained twice: the same network, and a barrier of exactly 0."""
-    gap = max(float((a[n].double() - b[n].double()).abs().max()) for n in names)
+    gap = max(float((wide(a[n]) - wide(b[n])).abs().max()) for n in names)
     return Gate(
         "G1 null control",
         gap == 0 and barrier == 0,
@@ -219,20 +235,29 @@ def masks(
     return Gate("G4 masks", not faults, "; ".join(faults[:3]) or f"{len(levels)} rounds nested")
 
 
-def batchnorm(headline: str, modes: Sequence[str], average: int | None = None) -> Gate:
+def batchnorm(
+    headline: str, modes: Sequence[str], average: int | None = None, apart: int | None = None
+) -> Gate:
     """G5: with BatchNorm all three modes are logged, and the headline one is named.
 
     Arguments:
         headline: the mode that is reported.
         modes: all that were measured.
         average: training inputs behind the statistics of ``reestimate``, for the detail.
+        apart: examples a batch, at most, if some BatchNorm keeps no running statistics and
+            normalises each batch by itself; else None.
     """
     if headline == "none":
         return Gate("G5 BatchNorm mode", None, "no running statistics in this network")
+    each = f"BatchNorm without running statistics normalises each batch of up to {apart} by itself"
+    if apart is not None and len(modes) == 1:
+        return Gate("G5 BatchNorm mode", None, each)
     missing = {"interpolate", "reestimate", "batch"} - set(modes)
     detail = f"headline {headline}"
     if average is not None:
         detail += f", statistics re-estimated on {average:,} training inputs"
     if missing:
         detail += f", not logged: {', '.join(sorted(missing))}"
+    if apart is not None:
+        detail += f"; {each}"
     return Gate("G5 BatchNorm mode", not missing, detail)

@@ -13,20 +13,31 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from companion.connectivity import statistics
 from companion.connectivity.batches import default_batch
 from companion.core import deadline
+from companion.core.effective import effective
 from companion.core.errors import BadParameter, one_of, whole
-from companion.core.networks import HALF, private
+from companion.core.losses import IGNORED, is_label
+from companion.core.networks import HALF, at_least_single, private
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta, affine, check_theta, layout, without_aliases
+from companion.core.theta import (
+    Theta,
+    affine,
+    check_integers,
+    check_is_theta,
+    check_theta,
+    layout,
+    without_aliases,
+)
 from companion.data import Split, head_of
 
 BN_MODES = ("interpolate", "reestimate", "batch")
 """What BatchNorm does at a point of the path: use the running statistics interpolated like weights;
 use statistics re-estimated at that point on un-augmented training data (reset, cumulative average);
-use the statistics of each evaluation batch."""
+use the statistics of each evaluation batch. InstanceNorm that keeps running statistics has the same
+modes; in ``batch`` it uses those of each example, as in training."""
 
 BN_EXAMPLES = 2000
 """Training inputs that ``reestimate`` averages over at a point, unless told otherwise.
@@ -35,21 +46,53 @@ All 50,000 images of CIFAR-10 at every point cost more than the training of a sm
 ResNets on CIFAR-10 the first 2,000 give the same barriers to 0.2 points and 0.003 nats, 5,000 to
 0.05 points (measured once, our chapter 1)."""
 
-Score = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, int]]
+Scored = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]
+"""Summed loss in nats, number of errors, number of predictions."""
+
+Score = Callable[[torch.Tensor, torch.Tensor], Scored]
 """(outputs, targets) -> (summed loss in nats, number of errors, number of predictions)."""
 
+_PROBE = 8  # examples on which two networks' whole numbers are compared
 
-def classification(
-    outputs: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+
+def classification(outputs: torch.Tensor, targets: torch.Tensor) -> Scored:
     """Cross-entropy of logits (N, K) and top-1 errors against class indices (N,).
 
-    Of a text, logits are (N, L, K) and targets (N, L): every position is a prediction.
+    Of a text, logits are (N, L, K) and targets (N, L): every position is a prediction. Targets of
+    -100 are left out. Outputs that are not finite, so that there is no loss, count as an error,
+    whatever their largest is said to be.
+
+    Raises:
+        BadParameter: a target that the outputs have no place for.
     """
     outputs, targets = outputs.flatten(0, -2), targets.flatten()
     exact = outputs if outputs.dtype == torch.float64 else outputs.float()
-    loss = F.cross_entropy(exact, targets, reduction="none").double().sum()
-    return loss, (outputs.argmax(1) != targets).sum(), len(targets)
+    try:
+        losses = F.cross_entropy(exact, targets, reduction="none", ignore_index=IGNORED).double()
+    except IndexError as e:
+        raise BadParameter(
+            f"labels: {e} The network puts out {outputs.shape[-1]} values, for labels from 0 to "
+            f"{outputs.shape[-1] - 1}; {IGNORED} is left out."
+        ) from e
+    wrong = (outputs.argmax(1) != targets) | ~losses.isfinite()
+    labelled = is_label(targets)
+    return losses.sum(), (wrong & labelled).sum(), labelled.sum()
+
+
+def sizes_of(splits: Mapping[str, Split]) -> dict[str, int]:
+    """Split -> examples with a label, or of a text windows with one."""
+    return {n: int(is_label(s.y).view(len(s), -1).any(1).sum()) for n, s in splits.items()}
+
+
+def _precision(given: nn.Module, own: nn.Module) -> Iterator[str]:
+    """A note if the copy that is measured has another precision than the network given."""
+    kinds = {
+        (str(a.dtype).removeprefix("torch."), str(b.dtype).removeprefix("torch."))
+        for a, b in zip(given.parameters(), own.parameters(), strict=True)
+        if a.dtype != b.dtype
+    }
+    for have, want in sorted(kinds):
+        yield f"weights in {have} are measured in {want}"
 
 
 @dataclass(frozen=True)
@@ -69,23 +112,27 @@ def check_bn_examples(value: int | None) -> None:
     whole("bn_examples", value, 2, "null for all")
 
 
-def wide(value: torch.Tensor, own: torch.Tensor) -> torch.dtype:
-    """The type that an entry is mixed in: the network's own where it is stored in half of that."""
-    return own.dtype if value.dtype in HALF else value.dtype
-
-
 def has_batchnorm(module: nn.Module) -> bool:
-    """True if the network keeps running statistics, so that a BatchNorm mode has to be named."""
-    return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in module.modules())
+    """True if the network keeps running statistics, so that a BatchNorm mode has to be named.
+
+    InstanceNorm may keep them, too.
+    """
+    return bool(statistics.running(module))
 
 
 class Walker:
     """Evaluates points of weight space on data that stays on the device.
 
+    A point is a set of weights that layers compute with: where they compute them from others first
+    (weight norm, pruning masks and other parametrizations), :attr:`module` and :attr:`layout` are
+    those of the network of effective weights (:mod:`companion.core.effective`). Half precision is
+    measured in float32.
+
     Arguments:
         module: the architecture; copied, never changed.
         splits: name -> data, e.g. ``{"train": …, "test": …}``, on the device to compute on.
-        bn: one of :data:`BN_MODES`; ``none`` is what a network without running statistics has.
+        bn: one of :data:`BN_MODES`; ``none`` is what a network without running statistics has,
+            ``batch`` one whose BatchNorm keeps none.
         bn_data: what ``reestimate`` averages over; default ``splits["train"]``.
         bn_examples: how many inputs of it, those of :meth:`companion.data.Split.head`; None: all.
         batch: examples a forward pass, at most; default :func:`default_batch`. ``batch`` mode
@@ -111,9 +158,14 @@ class Walker:
         self.splits = dict(splits)
         example = next(iter(self.splits.values())).x[:1]
         device = example.device
-        self.module = private(module, example, narrow=False)
+        own = private(module, example, narrow=False)
+        self._space = effective(own)
+        self.module = self._space.module.requires_grad_(False)
         self.layout = layout(self.module)
-        self.bn = bn if has_batchnorm(self.module) else "none"
+        self.notes = (*_precision(module, own), *self._space.notes)
+        """What was done to the networks before they were measured, for the user."""
+        anew = "batch" if statistics.of_each_batch(self.module) else "none"
+        self.bn = bn if has_batchnorm(self.module) else anew
         average = bn_data if bn_data is not None else self.splits.get("train")
         if self.bn == "reestimate" and average is None:
             raise BadParameter(
@@ -129,6 +181,31 @@ class Walker:
         self._entries = {
             k: v for k, v in self.module.state_dict().items() if isinstance(v, torch.Tensor)
         }
+
+    @property
+    def apart(self) -> int | None:
+        """Examples a batch, if some BatchNorm keeps no statistics and normalises each by itself."""
+        return self.batch if statistics.of_each_batch(self.module) else None
+
+    @property
+    def each_batch(self) -> bool:
+        """Whether the size of a batch is a part of what is measured."""
+        return self.bn == "batch" or self.apart is not None
+
+    def enter(self, theta: Theta, name: str) -> Theta:
+        """A state dict of the given architecture as a point of the space that is walked.
+
+        Arguments:
+            name: what messages call the network.
+
+        Raises:
+            BadParameter: it is no finite point of this network's weight space.
+        """
+        check_is_theta(theta, name)
+        found = self._space.enter(check_theta(self._space.of(theta), theta, name))
+        if any(v.dtype in HALF for v in found.values()):
+            found = {n: at_least_single(v) for n, v in found.items()}
+        return found
 
     def load(self, theta: Theta) -> None:
         """Put a (partial) state dict into the private copy of the network.
@@ -151,24 +228,10 @@ class Walker:
         """Inputs and targets, as they go through the network."""
         return zip(self._cut(split.x), self._cut(split.y), strict=True)
 
-    def _norms(self) -> list[_BatchNorm]:
-        return [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
-
     def _reestimate(self) -> None:
-        norms = self._norms()
-        momenta = [m.momentum for m in norms]
-        for m in norms:
-            m.reset_running_stats()
-            m.train()
-        for seen, x in enumerate(self._average, start=1):
-            for m in norms:
-                # PyTorch's cumulative average. Its own way to ask for it, momentum=None, reads a
-                # counter from the device: a wait for every norm and batch.
-                m.momentum = 1 / seen
-            self.module(x)
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
-            m.eval()
+        with statistics.cumulative(statistics.running(self.module)):
+            for x in self._average:
+                self.module(x)
 
     def here(self) -> dict[str, Measure]:
         """Loss and error of the network as loaded, on every split."""
@@ -184,7 +247,7 @@ class Walker:
         if self.bn == "reestimate":
             self._reestimate()
         if self.bn == "batch":
-            for m in self._norms():
+            for m in statistics.running(self.module):
                 m.train()
         out = torch.zeros(len(self.splits), 3, dtype=torch.float64, device=self.device)
         for row, split in zip(out, self.splits.values(), strict=True):
@@ -201,6 +264,10 @@ class Walker:
         for point in torch.stack(list(sums)).tolist() if sums else []:
             found = {}
             for name, (loss, wrong, count) in zip(self.splits, point, strict=True):
+                if not count:
+                    raise BadParameter(
+                        f"split {name!r}: no example has a label to measure by; all are {IGNORED}."
+                    )
                 mean = loss / count
                 # A loss that overflowed is no number; as NaN, max() would quietly pass over it.
                 found[name] = Measure(math.inf if math.isnan(mean) else mean, 100 * wrong / count)
@@ -209,8 +276,28 @@ class Walker:
 
     def at(self, theta: Theta) -> dict[str, Measure]:
         """Loss and error of ``theta``, on every split."""
-        self.load(theta)
+        self.load(self._space.enter(theta))
         return self.here()
+
+    def check_line(self, anchors: Sequence[Theta]) -> None:
+        """Refuse networks that differ in whole numbers they compute by: nothing lies between.
+
+        Arguments:
+            anchors: of :meth:`enter`, on the device.
+
+        Raises:
+            BadParameter: the message names the entries.
+        """
+        check_integers(anchors, self.layout, self._few)
+
+    @exact_evaluation()
+    @torch.no_grad()
+    def _few(self, theta: Theta) -> torch.Tensor:
+        """Loss and errors of a network on the first few examples."""
+        self.load(theta)
+        x, y = next(self.batches(next(iter(self.splits.values())).head(_PROBE)))
+        loss, wrong, _ = self.score(self.module(x), y)
+        return torch.stack([loss.double(), wrong.double()])
 
     def walk(
         self,
@@ -231,21 +318,19 @@ class Walker:
             each: called after every point, such as to take what a score has kept of it.
 
         Raises:
-            BadParameter: an anchor that is no finite point of this network's weight space.
+            BadParameter: an anchor that is no finite point of this network's weight space; whole
+                numbers that differ between anchors and matter.
         """
-        anchors = [
-            check_theta(self.module, theta, "ABCDEFGH"[number])
-            for number, theta in enumerate(anchors)
-        ]
-        own = self._entries
-        on_device = [{k: v.to(self.device, wide(v, own[k])) for k, v in t.items()} for t in anchors]
+        entered = [self.enter(t, "ABCDEFGH"[number]) for number, t in enumerate(anchors)]
+        on_device = [{k: v.to(self.device) for k, v in t.items()} for t in entered]
+        self.check_line(on_device)
         moving = tuple(names) if names is not None else self.layout.floating
-        self.load(rest if rest is not None else on_device[0])
+        self.load(on_device[0] if rest is None else self.enter(rest, "at rest"))
         sums = []
         for row in weights:
             deadline.stop_if_passed()
             self.load(affine(on_device, row, moving))
-            for m in self._norms():
+            for m in statistics.running(self.module):
                 if m.running_var is not None:  # beyond the anchors of a plane it can fall below 0
                     m.running_var.clamp_(min=0)
             sums.append(self._sums())

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORED = -100
+"""The label of what is not to be predicted, PyTorch's ``ignore_index``: left out of every mean."""
+
+
+def is_label(targets: Tensor) -> Tensor:
+    """Where there is something to predict; boolean, of the shape of ``targets``."""
+    return targets != IGNORED
+
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats: of (N, K) and (N,), or of (N, L, K) and (N, L)."""

@@ -80,8 +80,27 @@ def private(module: nn.Module, inputs: torch.Tensor, *, narrow: bool = True) -> 
     kinds = {t.dtype for t in own.state_dict().values() if _is_float(t)}
     narrow = narrow or torch.float64 not in kinds
     if narrow and inputs.dtype in (torch.float32, torch.float64) and kinds - {inputs.dtype}:
-        return own.to(inputs.dtype)
-    return own.float() if kinds.intersection(HALF) else own
+        return in_precision(own, inputs.dtype)
+    return in_precision(own, torch.float32) if kinds.intersection(HALF) else own
+
+
+def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The very module, its real numbers in ``dtype`` and its complex ones in pairs of them.
+
+    ``module.to(dtype)`` would drop the imaginary parts, ``module.double()`` leave them in single.
+    """
+    pairs = torch.complex128 if dtype == torch.float64 else torch.complex64
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.to(dtype) if t.is_floating_point() else t.to(pairs) if t.is_complex() else t
+
+    module._apply(cast)
+    return module
+
+
+def at_least_single(tensor: torch.Tensor) -> torch.Tensor:
+    """Half-precision numbers in float32; all others as they are."""
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def returning_logits(module: nn.Module) -> nn.Module:

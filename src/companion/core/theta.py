@@ -4,13 +4,14 @@ A ``Theta`` is a state dict (name -> tensor). A :class:`Layout`, read off an ``n
 which entries are trainable parameters, floating-point buffers (BatchNorm's running statistics) or
 integer buffers, which names are tied, and which layer each belongs to: a layer is all entries that
 share a module name, and tied tensors are one layer (Adilova et al. 2024; our chapters 1 and 4).
+Complex entries are floating-point numbers in pairs: they move as real ones do.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,23 @@ from companion.core.fitting import fitted
 from companion.core.networks import plain
 
 Theta = Mapping[str, torch.Tensor]
+
+COUNTER = "num_batches_tracked"
+"""Batches that a norm has seen in training; no output depends on it."""
+
+PARAMETRIZATIONS = "parametrizations"
+"""Where torch keeps what a layer's weight is computed from."""
+
+
+def is_continuous(tensor: torch.Tensor) -> bool:
+    """Whether the numbers can be interpolated: real or complex, not whole and not quantised."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, or complex128: what sums over weights are computed in."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
 
 logger = logging.getLogger("companion")
 
@@ -34,8 +52,9 @@ class Layout:
     buffers: tuple[str, ...]
     """Persistent floating-point buffers, such as running means and variances."""
     integers: tuple[str, ...]
-    """Persistent buffers that never move and are taken from the first network: of integers or
-    booleans, and those that hold minus infinity, such as a causal mask, which are constants."""
+    """Persistent entries that never move and are taken from the first network: whole, boolean and
+    quantised numbers, and buffers that hold minus infinity, such as a causal mask, which are
+    constants. A path refuses those that differ and matter (:func:`check_integers`)."""
     ties: Mapping[str, str]
     """Alias -> the first name of the tensor it shares."""
     groups: Mapping[str, tuple[str, ...]]
@@ -78,15 +97,16 @@ def layout(module: nn.Module) -> Layout:
             ties[name] = first[id(tensor)]
             continue
         first[id(tensor)] = name
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+        if isinstance(tensor, nn.Parameter) and is_continuous(tensor):
             parameters.append(name)
-        elif tensor.is_floating_point() and not _has_minus_infinity(tensor):
+        elif is_continuous(tensor) and not _has_minus_infinity(tensor):
             buffers.append(name)
         else:
             integers.append(name)
     groups: dict[str, list[str]] = {}
     for name in parameters + buffers:
-        groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        owner, _, _ = ("." + name.rpartition(".")[0]).partition(f".{PARAMETRIZATIONS}.")
+        groups.setdefault(owner.removeprefix(".") or name, []).append(name)
     in_order = sorted(groups, key=lambda g: min(list(state).index(n) for n in groups[g]))
     return Layout(
         tuple(parameters),
@@ -98,7 +118,7 @@ def layout(module: nn.Module) -> Layout:
 
 
 def _has_minus_infinity(tensor: torch.Tensor) -> bool:
-    return not tensor.is_meta and bool(torch.isneginf(tensor).any())
+    return not (tensor.is_meta or tensor.is_complex()) and bool(torch.isneginf(tensor).any())
 
 
 def without_aliases(theta: Theta, ties: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -163,6 +183,35 @@ def check_ties(theta: Theta, ties: Mapping[str, str], name: str) -> None:
             )
 
 
+def check_is_theta(theta: object, name: str) -> None:
+    """Refuse what is no state dict: a module, a checkpoint with a state dict inside.
+
+    Arguments:
+        name: what the message calls the network.
+
+    Raises:
+        BadParameter: it says what was given, and what to give.
+    """
+    if isinstance(theta, nn.Module):
+        raise BadParameter(
+            f"network {name}: a state dict is needed, but this is the module itself "
+            f"({type(theta).__name__}). Give its state_dict(), or companion.core.theta.snapshot() "
+            "of it, which later training does not change."
+        )
+    if not isinstance(theta, Mapping):
+        raise BadParameter(
+            f"network {name}: a state dict (name -> tensor) is needed, got a "
+            f"{type(theta).__name__}."
+        )
+    for key in theta if isinstance(theta, dict) else ():
+        if isinstance(value := theta[key], Mapping | nn.Module):
+            end = "" if isinstance(value, Mapping) else ".state_dict()"
+            raise BadParameter(
+                f"network {name}: a state dict (name -> tensor) is needed, but {key!r} holds a "
+                f"{type(value).__name__}. If that is the network, give it: [{key!r}]{end}."
+            )
+
+
 def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
     """A state dict under ``module``'s own names; refused if it is no finite point there.
 
@@ -172,10 +221,16 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
         the state dict to go on with: ``theta`` itself, if it has the module's names.
 
     Raises:
-        BadParameter: missing or extra entries, a shape that differs, NaN or infinite values (but
-            in constants), two values of a tied tensor; the message names the entry. ``name`` is
-            what the message calls the network.
+        BadParameter: no state dict at all; missing or extra entries, a shape that differs, NaN or
+            infinite values (but in constants), two values of a tied tensor; the message names the
+            entry. ``name`` is what the message calls the network.
     """
+    if not isinstance(module, nn.Module):
+        raise BadParameter(
+            "module: the architecture, an nn.Module, is needed, got a "
+            f"{type(module).__name__}. The order is: module, network A, network B."
+        )
+    check_is_theta(theta, name)
     module = plain(module)
     spec = layout(module)
     found = fitted(module, theta, spec.ties)
@@ -199,13 +254,49 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
             raise BadParameter(
                 f"network {name}: {k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}."
             )
-        if not v.is_floating_point():
+        if not is_continuous(v):
             continue
         finite = ~torch.isnan(v) if k in constants else torch.isfinite(v)
         if not bool(finite.all()):
             raise BadParameter(f"network {name}: {k} holds NaN or infinite values; it diverged.")
     check_ties(theta, spec.ties, name)
     return theta
+
+
+def check_integers(
+    thetas: Sequence[Theta], spec: Layout, found: Callable[[Theta], torch.Tensor] | None = None
+) -> None:
+    """Refuse networks between which there is no line, as whole numbers differ that they compute by.
+
+    Arguments:
+        thetas: state dicts; the first is where :attr:`Layout.integers` stay.
+        spec: of their architecture.
+        found: what a network computes of a few examples. Whole numbers that change nothing there
+            may differ. None: none may, but counters of batches.
+
+    Raises:
+        BadParameter: the message names the entries.
+    """
+    first, *others = thetas
+    for number, theta in enumerate(others, start=1):
+        apart = [
+            n
+            for n in spec.integers
+            if not n.endswith(COUNTER) and not torch.equal(first[n], theta[n].to(first[n].device))
+        ]
+        if not apart:
+            continue
+        if found is not None:
+            own, moved = found(theta), found({**theta, **{n: first[n] for n in apart}})
+            if torch.allclose(own, moved, rtol=1e-5, atol=1e-6, equal_nan=True):
+                continue
+        raise BadParameter(
+            f"networks A and {'ABCDEFGH'[number]}: {', '.join(apart[:3])} "
+            f"({str(first[apart[0]].dtype).removeprefix('torch.')}) differ. Whole and quantised "
+            "numbers are not interpolated, and what the networks compute depends on these: there "
+            "is no line between the two. Dequantise weights first; give both networks the same "
+            "indices and masks."
+        )
 
 
 def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[str]) -> Theta:
@@ -215,16 +306,16 @@ def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[st
     networks and their weights together changes no bit, and a combination of equal float32 networks
     with weights that sum to one is that network, so a null control is exactly 0 (gates G1 and G2).
     Networks that are float64 themselves have no bits to spare: there, entries that are equal in all
-    networks are taken as they are.
+    networks are taken as they are. Of complex entries the same holds, part by part.
     """
     out = {}
     unit = abs(sum(weights) - 1) < 1e-12
     for name in names:
         first, *others = (t[name] for t in thetas)
-        total = first.double() * weights[0]
+        total = wide(first) * weights[0]
         for other, weight in zip(others, weights[1:], strict=True):
-            total = total + other.double() * weight
-        if unit and first.dtype == torch.float64:
+            total = total + wide(other) * weight
+        if unit and first.dtype in (torch.float64, torch.complex128):
             equal = torch.stack([other == first for other in others]).all(0)
             total = torch.where(equal, first, total)
         out[name] = total.to(first.dtype)
@@ -232,13 +323,14 @@ def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[st
 
 
 def flatten(theta: Theta, names: Sequence[str]) -> torch.Tensor:
-    """The named entries as one float64 vector, shape (sum of sizes,)."""
-    return torch.cat([theta[n].detach().double().flatten() for n in names])
+    """The named entries as one float64 vector, shape (sum of sizes,); complex ones are two each."""
+    found = (wide(theta[n].detach()) for n in names)
+    return torch.cat([(torch.view_as_real(x) if x.is_complex() else x).flatten() for x in found])
 
 
 def distance(a: Theta, b: Theta, names: Sequence[str]) -> float:
     """Euclidean distance over the named entries (App. B and G of Frankle et al. use parameters)."""
-    return math.sqrt(sum(float(((a[n].double() - b[n].double()) ** 2).sum()) for n in names))
+    return math.sqrt(sum(float(((wide(a[n]) - wide(b[n])).abs() ** 2).sum()) for n in names))
 
 
 def cosine_distance(a: Theta, b: Theta, names: Sequence[str]) -> float:

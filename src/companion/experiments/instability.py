@@ -179,6 +179,13 @@ class Instability:
         """Pairs that failed a gate."""
         return [s for s in self.samples if not s.result.barrier.valid]
 
+    def onset_is_told(self, split: str = "test", metric: str | None = None) -> bool:
+        """Whether the last k of the grid has a valid pair: else no onset can be told, nor denied.
+
+        :meth:`onset` is then as if the barrier there were too high.
+        """
+        return self.interval(self.ks[-1], split, metric) is not None
+
     def verdict(
         self, k: int, split: str = "test", threshold: float | None = None, metric: str | None = None
     ) -> str:

@@ -264,6 +264,8 @@ def _batch(batch: int | None, walker: Walker, at: Sequence[Site]) -> int:
     """Inputs a forward pass: as many as the walker takes, if the features of A and B have room."""
     if (chosen := whole("batch", batch, 1, "None")) is not None:
         return chosen
+    if walker.apart is not None:
+        return walker.batch  # BatchNorm takes statistics of it
     item = max((p.element_size() for p in walker.module.parameters()), default=4)
     each = 2 * item * sum(math.prod(s.shape) for s in at if not s.same)
     return fitting(walker.batch, each, walker.device, _ROOM)
@@ -325,7 +327,9 @@ def features(
     size = _batch(batch, walker, at)
     kinds = {k: v.dtype for k, v in walker.module.state_dict().items()}
     own = walker.layout.floating + walker.layout.integers
+    a, b = walker.enter(a, "A"), walker.enter(b, "B")
     a, b = ({k: t[k].to(walker.device, kinds[k]) for k in own} for t in (a, b))
+    walker.check_line((a, b))
     networks = [walker.network(a, b, t) for t in (0.0, 1.0, *weights)]
     with Taps(walker.module, [s for s in at if not s.same]) as taps:
         tables, scores = _stream(taps, networks, split, size, weights, per, score)
@@ -417,5 +421,5 @@ def _stream(
         outputs += [(1 - t) * out_a.double() + t * out_b.double() for t in alphas]
         for row, output in zip(scores, outputs, strict=True):
             loss, wrong, count = scored(score, output, y)
-            row += torch.stack((loss.double(), wrong.double(), torch.full_like(loss, count)))
+            row += torch.stack([torch.as_tensor(v).to(row) for v in (loss, wrong, count)])
     return tables, scores

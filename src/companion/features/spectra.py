@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from companion.core.errors import BadParameter, whole
@@ -251,7 +251,7 @@ def _rows(
     axis = channels
     if axis is None:
         owner = modules.get(site.name.partition("#")[0])
-        axis = -1 if out.ndim == 3 and not isinstance(owner, _ConvNd | _BatchNorm) else 1
+        axis = -1 if out.ndim == 3 and not isinstance(owner, _ConvNd | _NormBase) else 1
     return out.movedim(axis, -1).flatten(0, -2)
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from companion.connectivity import Measure, Score, classification
-from companion.core.errors import one_of
+from companion.core.errors import BadParameter, one_of
+from companion.core.losses import IGNORED
 from companion.core.theta import Theta
 from companion.features.taps import (
     Examples,
@@ -176,12 +177,12 @@ def stitch(
     found = sites(module, split.x[:2], layers)
     bases = ("b", "a") if default == "both" else (default,)
     networks = {"a": tapped(module, a, found, split.x), "b": tapped(module, b, found, split.x)}
-    # (default network, site) -> summed loss, errors; on the device until the end.
+    # (default network, site) -> summed loss, errors, predictions; on the device until the end.
     sums: dict[tuple[str, str], Tensor] = {}
-    count = 0
 
     def add(key: tuple[str, str], output: Tensor, y: Tensor) -> None:
-        more = torch.stack([t.double() for t in scored(score, output, y)[:2]])
+        parts = (torch.as_tensor(v) for v in scored(score, output, y))
+        more = torch.stack([v.to(output.device, torch.float64) for v in parts])
         sums[key] = sums[key] + more if key in sums else more
 
     with networks["a"], networks["b"], torch.inference_mode():
@@ -193,21 +194,21 @@ def stitch(
                 else:
                     seen[name] = taps.run(x)
                 add((name, INPUT), seen[name][1], y)
-            count += y.numel()
             for base in bases:
                 features = seen["a" if base == "b" else "b"][0]
                 for site, output in _stitched(networks[base], found, features, x):
                     add((base, site), output, y)
-    ends = {n: Measure(*_means(sums[n, INPUT], count)[:2]) for n in DEFAULTS}
+    ends = {n: Measure(*_means(sums[n, INPUT])[:2]) for n in DEFAULTS}
     cuts, ended = _places(networks["a"], found, split.x[:8])
     rows = []
     for base in bases:
         places = [(INPUT, INPUT, INPUT), *((s.name, s.kind, s.same or s.name) for s in found)]
         for name, kind, measured in places:
-            loss, error, wrong = _means(sums[base, measured], count)
+            loss, error, wrong = _means(sums[base, measured])
             cut = name == INPUT or measured in cuts
             rows.append(Stitched(name, kind, base, wrong, cut, loss, error))
-    return Stitching(tuple(rows), ends, ended, count, own_statistics(module))
+    n = int(sums[bases[0], INPUT][2])
+    return Stitching(tuple(rows), ends, ended, n, own_statistics(module))
 
 
 def _stitched(
@@ -249,8 +250,10 @@ def _places(taps: Taps, found: Sequence[Site], x: Tensor) -> tuple[frozenset[str
     return frozenset(cuts), tuple(ended)
 
 
-def _means(sums: Tensor, count: int) -> tuple[float, float, int]:
+def _means(sums: Tensor) -> tuple[float, float, int]:
     """Loss, error in percent, errors."""
-    loss, wrong = sums.tolist()
+    loss, wrong, count = sums.tolist()
+    if not count:
+        raise BadParameter(f"split: no example has a label to measure by; all are {IGNORED}.")
     # A loss that overflowed is no number; as NaN, max() would quietly pass over it.
     return math.inf if math.isnan(loss) else loss / count, 100 * wrong / count, int(wrong)

@@ -30,6 +30,8 @@ from torch.utils import _pytree as pytree
 
 from companion.connectivity import Score, has_batchnorm
 from companion.connectivity.batches import default_batch, fitting
+from companion.connectivity.statistics import of_each_batch
+from companion.connectivity.walk import Scored
 from companion.core import deadline
 from companion.core.errors import BadParameter, one_of, whole
 from companion.core.networks import copied, private
@@ -494,16 +496,16 @@ def batches(
     """
     device = split.x.device
     if (batch := whole("batch", batch, 1, "None")) is None:
-        each = 2 * 4 * sum(math.prod(s.shape) for s in found if not s.same)
-        batch = fitting(default_batch(module, device, "none"), each, device, 1 << 28)
+        batch = default_batch(module, device, "none")
+        if not of_each_batch(module):
+            each = 2 * 4 * sum(math.prod(s.shape) for s in found if not s.same)
+            batch = fitting(batch, each, device, 1 << 28)
     for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
         deadline.stop_if_passed()
         yield x, y
 
 
-def scored(
-    score: Score, output: torch.Tensor, y: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+def scored(score: Score, output: torch.Tensor, y: torch.Tensor) -> Scored:
     """Summed loss, errors and predictions of logits (N, …, K) against targets (N, …)."""
     if output.shape[:-1] != y.shape:
         raise BadParameter(

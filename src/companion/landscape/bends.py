@@ -25,6 +25,7 @@ from torch.func import functional_call
 from companion.connectivity import Curve, Walker
 from companion.connectivity.barrier import grid, splits_of, values_of
 from companion.core import deadline
+from companion.core.effective import only_plain
 from companion.core.errors import BadParameter, Diverged, one_of, whole
 from companion.core.losses import mean_loss
 from companion.core.numerics import exact_evaluation
@@ -130,6 +131,7 @@ def fit_bend(
             f"bends: {bends}, lr: {lr}, momentum: {momentum}: at most {_MOST} bends, a learning "
             "rate above 0 and a momentum in [0, 1) are needed."
         )
+    only_plain(module)
     key = key or Key("landscape", "bend")
     device = data.x.device
     net = copy.deepcopy(module).to(device).train()

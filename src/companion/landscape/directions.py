@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from companion.core.effective import only_plain
 from companion.core.errors import BadParameter, whole
 from companion.core.seeds import Key
 from companion.core.theta import Theta, check_theta, flatten, layout
@@ -40,6 +41,7 @@ def towards(module: nn.Module, a: Theta, b: Theta) -> dict[str, torch.Tensor]:
     Raises:
         BadParameter: a network that does not fit the module.
     """
+    only_plain(module)
     for theta, name in ((a, "A"), (b, "B")):
         check_theta(module, theta, name)
     return {n: b[n].double() - a[n].double() for n in layout(module).floating}
@@ -60,6 +62,7 @@ def random_direction(
 
     Source: Li et al. 2018, Section 4.
     """
+    only_plain(module)
     check_theta(module, theta, "theta")
     generator = key.generator()
     out: dict[str, torch.Tensor] = {}
@@ -104,6 +107,7 @@ def principal_directions(
         BadParameter: the trajectory spans fewer dimensions than that.
     """
     whole("count", count, 1)
+    only_plain(module)
     names = layout(module).parameters
     for number, theta in enumerate(trajectory):
         check_theta(module, theta, f"{number} of the trajectory")

@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion.connectivity import Score, Walker, classification
 from companion.core import deadline
+from companion.core.effective import only_plain
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, check_theta, flatten, without_aliases
@@ -130,6 +131,7 @@ class Surface:
         score: Score = classification,
     ):
         one_of("bn", bn, SURFACE_MODES)
+        only_plain(module)
         self.data = in_type(data, dtype)
         own = copy.deepcopy(module).to(dtype)
         self.walker = Walker(own, {"data": self.data}, bn=bn, batch=batch, score=score)
@@ -242,7 +244,7 @@ class Surface:
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
                 outputs = functional_call(self.module, {**rest, **leaves}, (x,))
             loss, _, count = self.walker.score(outputs, y)
-            yield loss, count
+            yield loss, int(count)
 
     @exact_evaluation()
     def _forms(

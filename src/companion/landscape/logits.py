@@ -25,7 +25,9 @@ import torch
 from torch import nn
 
 from companion.connectivity import Walker, classification
+from companion.connectivity.walk import Scored
 from companion.core.errors import BadParameter
+from companion.core.losses import is_label
 from companion.core.theta import Theta
 from companion.data import Split
 
@@ -97,7 +99,7 @@ def logit_gap(
     batches: list[torch.Tensor] = []
     points: list[torch.Tensor] = []
 
-    def keep(outputs: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def keep(outputs: torch.Tensor, y: torch.Tensor) -> Scored:
         batches.append(outputs.double())
         return classification(outputs, y)
 
@@ -107,6 +109,9 @@ def logit_gap(
 
     walker = Walker(module, {"data": data}, score=keep, **how)
     walker.walk((a, b), [(1.0, 0.0), (1 - alpha, alpha), (0.0, 1.0)], each=gather)
+    if not bool((kept := is_label(data.y)).all()):
+        points = [z.flatten(0, -2)[kept.flatten()] for z in points]
+        return decomposed(points, data.y[kept], alpha, walker.bn)
     return decomposed(points, data.y, alpha, walker.bn)
 
 

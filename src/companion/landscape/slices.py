@@ -15,6 +15,7 @@ from torch import nn
 
 from companion.connectivity import Curve, Plane, Walker
 from companion.connectivity.barrier import splits_of, values_of
+from companion.core.effective import only_plain
 from companion.core.errors import BadParameter
 from companion.core.theta import Theta, check_theta, flatten, layout
 from companion.data import Dataset, Split
@@ -122,6 +123,7 @@ def project_path(
     """
     if _dependent(u, v):
         raise BadParameter("plane: the two directions are parallel; they span no plane.")
+    only_plain(module)
     names = layout(module).parameters
     check_theta(module, origin, "origin")
     base = flatten(origin, names)

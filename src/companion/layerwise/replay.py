@@ -22,18 +22,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from companion.connectivity import Measure, Walker
+from companion.connectivity import Measure, Walker, statistics
 from companion.connectivity.batches import room
-from companion.connectivity.walk import wide
 from companion.core import deadline
 from companion.core.errors import OutOfTime
 from companion.core.networks import copied, private
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta, affine, check_theta, layout
+from companion.core.theta import COUNTER, Theta, affine, layout
 
 Weights: TypeAlias = tuple[float, float]
 
@@ -278,15 +276,14 @@ class LayerWalker(Walker):
             ``walker`` where the plain walker had to do it: BatchNorm statistics that are estimated
             anew at every point, a network that keeps state outside its outputs, or not ``fast``.
         """
-        a, b = (check_theta(self.module, x, name) for x, name in ((a, "A"), (b, "B")))
+        a, b = self.enter(a, "A"), self.enter(b, "B")
         # Tied tensors under their first name only, or the second would undo what the first moved.
         own = self.layout.floating + self.layout.integers
         # Copies: BatchNorm in train mode writes into its buffers.
-        kinds = {k: wide(a[k], self._entries[k]) for k in own}
         ends = {
-            n: {k: t[k].to(self.device, kinds[k], copy=True) for k in own}
-            for n, t in (("a", a), ("b", b))
+            n: {k: t[k].to(self.device, copy=True) for k in own} for n, t in (("a", a), ("b", b))
         }
+        self.check_line((ends["a"], ends["b"]))
         if fast and self.bn != "reestimate":
             try:
                 if (sums := _Replayed(self, ends, paths, adapt).sums()) is not None:
@@ -320,9 +317,8 @@ class _Replayed:
         self.walker, self.ends, self.paths, self.adapt = walker, ends, paths, adapt
         self.replay = Replay(walker.module)
         if walker.bn == "batch":
-            for m in self.replay.module.modules():
-                if isinstance(m, _BatchNorm):
-                    m.train()
+            for m in statistics.running(self.replay.module):
+                m.train()
         self.kept: dict[Any, torch.Tensor] = {}
         self.room = _KEPT
         self.last: tuple[Path, Theta] | None = None
@@ -335,11 +331,10 @@ class _Replayed:
         for row, (number, weights) in enumerate(every):
             place = paths[number].mixture(weights)
             self.points.setdefault(place, []).append((row, number, weights))
-        ignored = "num_batches_tracked"  # BatchNorm counts; no output depends on it
         self.mixed = all(
             torch.equal(ends["a"][n], ends["b"][n])
             for n in walker.layout.integers
-            if not n.endswith(ignored)
+            if not n.endswith(COUNTER)
         )
 
     def sums(self) -> torch.Tensor | None:
@@ -375,7 +370,7 @@ class _Replayed:
                 if not self.replay.agrees(x, tape, cut):
                     return False
             most = max(most, tape.bytes())
-        if self.walker.bn != "batch":  # there, batches have a meaning
+        if not self.walker.each_batch:  # there, batches have a meaning
             images = self.walker.batch
             if self.adapt and self.walker.device.type == "cpu":
                 # Small feature maps want large batches, large ones small batches: both are faster.

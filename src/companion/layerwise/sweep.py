@@ -22,10 +22,11 @@ from companion.connectivity import (
     has_batchnorm,
 )
 from companion.connectivity.barrier import gated, splits_of, values_of
+from companion.connectivity.walk import sizes_of
 from companion.core import codec
 from companion.core.errors import BadParameter, one_of, whole
 from companion.core.seeds import Key
-from companion.core.theta import Layout, Theta, check_theta, distance
+from companion.core.theta import Layout, Theta, distance
 from companion.data import Dataset, Split
 from companion.layerwise.groups import Groups, layer_groups, matching
 from companion.layerwise.replay import LayerWalker, Path
@@ -373,7 +374,7 @@ def sweep(
     how["bn_data"] = bn_data
     walker = LayerWalker(module, splits, batch=batch, **how)
     spec = walker.layout
-    a, b = (check_theta(walker.module, x, name) for x, name in ((a, "A"), (b, "B")))
+    a, b = walker.enter(a, "A"), walker.enter(b, "B")
     # Two images are enough to tell the order of the layers.
     groups = layer_groups(walker.module, settings.by, next(iter(splits.values())).x[:2])
 
@@ -394,7 +395,7 @@ def sweep(
     )
     found = dict(zip(paths, measured[1:], strict=True))
 
-    sizes = {name: len(s) for name, s in splits.items()}
+    sizes = sizes_of(splits)
     own = set(spec.parameters)
     rows = tuple(
         Row(
@@ -419,8 +420,9 @@ def sweep(
         plain = LayerWalker(module, {smallest: few}, batch=walker.batch)
         mixed, itself = plain.walk((a, a), [(2 / 3, 1 / 3), (1.0, 0.0)])
         gap = abs(mixed[smallest].loss - itself[smallest].loss)
-        curves = {"none": rows[0].curve}
-        full = gated(curves, "none", a, b, spec, splits, measured[0], gap, **judging)
+        judging |= {"apart": walker.apart, "notes": walker.notes}
+        curves = {walker.bn: rows[0].curve}
+        full = gated(curves, walker.bn, a, b, spec, splits, measured[0], gap, **judging)
     at_ends = {
         split: {m: (v[0], v[1]) for m, v in values.items()}
         for split, values in values_of(measured[0]).items()

@@ -21,7 +21,9 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from companion.connectivity import BN_EXAMPLES, Curve, Walker, classification, grid
+from companion.connectivity.walk import Scored, sizes_of
 from companion.core.errors import BadParameter
+from companion.core.losses import is_label
 from companion.core.theta import Theta
 from companion.data import Split
 
@@ -113,7 +115,7 @@ class _Collector:
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int]:
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Scored:
         if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
             raise BadParameter(
                 "calibration needs logits (N, K), or of a text (N, L, K); the network puts out "
@@ -123,10 +125,12 @@ class _Collector:
         return classification(outputs, targets)
 
     def take(self, splits: Mapping[str, Split]) -> dict[str, Tensor]:
-        """The logits of each split, float64, which came in the order of ``splits``."""
+        """The logits of what each split has labels of, float64; they came in its order."""
         whole = torch.cat(self.rows).double()
         self.rows.clear()
-        return dict(zip(splits, whole.split([s.y.numel() for s in splits.values()]), strict=True))
+        parts = whole.split([s.y.numel() for s in splits.values()])
+        labelled = (is_label(s.y).flatten() for s in splits.values())
+        return {n: z[where] for n, z, where in zip(splits, parts, labelled, strict=True)}
 
 
 def calibrated_curve(
@@ -176,7 +180,7 @@ def calibrated_curve(
     logits = _Collector()
     average = bn_data if bn_data is not None else splits.get("train", fit)
     walker = Walker(module, splits, bn=bn, bn_data=average, bn_examples=bn_examples, score=logits)
-    labels = {name: split.y.flatten() for name, split in splits.items()}
+    labels = {name: split.y[is_label(split.y)] for name, split in splits.items()}
     losses, found = [], []
 
     def fit_here() -> None:
@@ -191,7 +195,7 @@ def calibrated_curve(
     def curve(loss: Mapping[str, tuple[float, ...]]) -> Curve:
         errors = {n: tuple(m[n].error for m in measured) for n in evaluate}
         values = {n: {"loss": loss[n], "error": errors[n]} for n in evaluate}
-        sizes = {n: len(s) for n, s in evaluate.items()}
+        sizes = sizes_of(evaluate)
         alphas = tuple(alpha for _, alpha in steps)
         return Curve(alphas, values, walker.bn, sizes, walker.bn_examples)
 

@@ -163,7 +163,8 @@ class Watcher(Tracer):
         for name, tensor in net.state.items():
             if tensor not in known:
                 movable = tensor.is_floating_point()
-                fixed = self.axes.fix(tensor.shape, "whole numbers")
+                numbers = "complex" if tensor.is_complex() else "whole"
+                fixed = self.axes.fix(tensor.shape, f"{numbers} numbers")
                 known[tensor] = self._units(tensor.shape) if movable else fixed
                 self.axes.own[tensor] = True
             self.state[name] = known[tensor]

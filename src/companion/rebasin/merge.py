@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from companion.core.effective import computed_from
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
-from companion.core.theta import Theta, affine
+from companion.core.theta import Theta, affine, is_continuous
 from companion.rebasin.matching import Found
 from companion.rebasin.spec import Permutations, Spec
 from companion.rebasin.weights import bound, checked_norms, weight_matching
@@ -92,7 +93,7 @@ def merge_many(
 
     Raises:
         BadParameter: fewer than two networks, or one does not fit the spec or the first network,
-            or holds NaN or infinite values.
+            holds NaN or infinite values, or stores what its weights are computed from.
     """
     clock = time.perf_counter()
     count = len(thetas)
@@ -100,6 +101,12 @@ def merge_many(
         raise BadParameter(f"merging takes at least two networks, got {count}.")
     if max_passes < 1:
         raise BadParameter(f"max_passes must be at least 1, got {max_passes}.")
+    if stored := computed_from(thetas[0]):
+        raise BadParameter(
+            f"merging takes the mean of weights, but {', '.join(stored[:3])} are what weights are "
+            "computed from: the mean of these is another network. Store the networks without "
+            "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)."
+        )
     for i, theta in enumerate(thetas):
         _same(thetas[0], theta, i + 1)
         checked_norms(spec, theta, str(i + 1))
@@ -186,7 +193,7 @@ def _mean(
             {name: spec.permute_tensor(t[name].detach(), name, own).to(like.device)}
             for t, own in zip(thetas, perms, strict=True)
         ]
-        if like.is_floating_point():
+        if is_continuous(like):
             out[name] = affine(moved, weights, (name,))[name]
         else:
             out[name] = moved[0][name].clone()

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from companion.core.errors import BadParameter
-from companion.core.networks import copied, plain
+from companion.core.networks import copied, in_precision, plain
 from companion.core.seeds import Key
 from companion.core.theta import Theta
 from companion.rebasin.spec import Permutations, Spec
@@ -62,7 +62,8 @@ class Subject:
                 raise BadParameter(f"the network has lazy layers: {name} has no shape yet.")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 raise BadParameter(f"the network is on the meta device: {name} has no values.")
-        self.module = copied(module).to(precision).eval().requires_grad_(False)
+        own = in_precision(copied(module), precision)
+        self.module = own.eval().requires_grad_(False)
         entries = self.module.state_dict(keep_vars=True)
         self.state = {k: v for k, v in entries.items() if isinstance(v, torch.Tensor)}
         device = next((v.device for v in self.state.values()), torch.device("cpu"))

@@ -16,22 +16,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from companion.connectivity import statistics
 from companion.connectivity.batches import examples_a_pass
 from companion.core import codec, deadline
+from companion.core.effective import effective
 from companion.core.errors import BadParameter, one_of
 from companion.core.networks import private
 from companion.core.numerics import exact_evaluation
-from companion.core.theta import Theta, affine, check_theta, layout, with_aliases
+from companion.core.theta import (
+    Theta,
+    affine,
+    check_integers,
+    check_theta,
+    layout,
+    with_aliases,
+)
 from companion.data import Split
 
 FORMS = ("forward", "closed")
@@ -58,7 +69,7 @@ class Repaired:
             no variance collapse, 0 a network of constants. ``before``: of the plain interpolation,
             ``after``: of ``theta``. NaN: a layer without a channel that
             varies in an end.
-        reset: BatchNorm layers whose running statistics were estimated again.
+        reset: BatchNorm (and InstanceNorm) layers whose running statistics were estimated again.
         skipped: layer that was neither corrected nor reset -> why.
         form: one of :data:`FORMS`.
         alpha: the position between A and B.
@@ -126,7 +137,10 @@ def repair(
 
     A channel that is constant in the merged network keeps its scale and gets its mean. Where the
     network has BatchNorm, its statistics are estimated again on the same inputs (at alpha 0 and 1
-    too, so there the function is A's or B's only without BatchNorm).
+    too, so there the function is A's or B's only without BatchNorm). Which axis of a layer's
+    outputs is that of its channels is observed: a scale and a shift in weight and bias act on it.
+    Where layers compute their weights from others (weight norm, pruning masks), between A and B is
+    between these weights; the result is stored as A is.
 
     Arguments:
         module: the architecture, not changed.
@@ -135,7 +149,8 @@ def repair(
         alpha: position, 0 = A, 1 = B.
         layers: names of those to correct. None: every layer that can take a scale and a shift for
             each channel into itself (linear, convolution and norm layers with weight and bias),
-            but not one whose output is the network's. ``()``: BatchNorm only.
+            but not one whose output is the network's, nor one that runs several times, which one
+            correction cannot fit. ``()``: BatchNorm only.
         form: one of :data:`FORMS`.
         batch: inputs a forward pass, at most; in ``forward`` also what a batch's own statistics are
             of. With all inputs in one batch the targets are met exactly.
@@ -147,8 +162,8 @@ def repair(
 
     Raises:
         BadParameter: state dicts or inputs that do not fit, NaN in them or in features; a named
-            layer that is unknown or cannot be corrected; a layer that runs more than once in a
-            forward pass; nothing to correct.
+            layer that is unknown or cannot be corrected; nothing to correct; a merged weight that
+            a parametrization cannot hold.
 
     Source: REPAIR (ICLR 2023), Section 4 and its notebooks, which add up batch variances where we
     take the variance of all data; the closed form is theirs too; our chapter 2.
@@ -163,20 +178,17 @@ def repair(
         )
     a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
     parts = even_batches(inputs, batch)
-    net = Copy(module, parts[0])
+    space = effective(module)
+    a, b = space.enter(a), space.enter(b)
+    net = Copy(space.module, parts[0])
+    net.check_line(a, b, parts[0])
     names, skipped = _chosen(net.layers, layers)
-    for name in names:
-        if net.layers[name].runs > 1:
-            raise BadParameter(
-                f"layer {name!r} runs {net.layers[name].runs} times in a forward pass, and one "
-                "correction cannot fit them all: leave it out by naming the others in layers=."
-            )
     if not names and not net.norms:
         why = "; ".join(f"{n}: {w}" for n, w in list(skipped.items())[:3])
         raise BadParameter(f"repair: no layer can be corrected, and no BatchNorm be reset ({why}).")
     of_a, of_b = net.moments(a, parts), net.moments(b, parts)
     targets = _targets(of_a, of_b, alpha)
-    merged = interpolated(module, a, b, alpha)
+    merged = _between(space.module, a, b, alpha)
     wanted = {n: targets[n] for n in names}
     if form == "forward":
         found = _forward(net, merged, parts, wanted, passes) if wanted else {}
@@ -192,7 +204,7 @@ def repair(
     if net.norms:
         theta = net.reestimated(theta, parts)
     return Repaired(
-        theta,
+        space.leave(theta),
         scale={n: scale for n, (scale, _) in found.items()},
         shift={n: shift for n, (_, shift) in found.items()},
         before=_shares(net.moments(merged, parts), targets),
@@ -312,7 +324,22 @@ def _targets(
 
 
 def interpolated(module: nn.Module, a: Theta, b: Theta, alpha: float) -> dict[str, Tensor]:
-    """``(1 - alpha) A + alpha B`` with every entry of the state dict, those of integers from A."""
+    """``(1 - alpha) A + alpha B`` with every entry of the state dict, those of integers from A.
+
+    Between the weights that layers compute with, where these are computed from what is stored
+    (:mod:`companion.core.effective`).
+
+    Raises:
+        BadParameter: whole numbers that differ; a merged weight that a parametrization cannot hold.
+    """
+    space = effective(module)
+    a, b = space.enter(a), space.enter(b)
+    check_integers((a, b), layout(space.module))
+    return space.leave(_between(space.module, a, b, alpha))
+
+
+def _between(module: nn.Module, a: Theta, b: Theta, alpha: float) -> dict[str, Tensor]:
+    """The same of a network of effective weights."""
     lay = layout(module)
     there = {k: v.to(a[k].device) for k, v in b.items() if k in a}
     mixed = affine((a, there), (1 - alpha, alpha), lay.floating)
@@ -403,41 +430,87 @@ class Layer:
     """A module that scales channels, in the private copy of the network."""
 
     module: nn.Module
-    axis: int  # of the channels in its outputs
+    axis: int | None  # of the channels in its outputs; None: not known
     runs: int  # in one forward pass
     last: bool  # the network's outputs are its own
     refused: str  # why a scale and a shift cannot be written into it, or ""
 
 
-def _axis(module: nn.Module) -> int | None:
-    """Where the channels of a module's outputs are; None: no module that scales channels."""
-    if isinstance(module, nn.Linear):
+_LAYERS = (nn.Linear, _ConvNd, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
+
+
+def _scales(module: nn.Module) -> bool:
+    """Whether a module may scale channels: a layer of torch's or a class made of one; or a norm
+    of somebody's own, which has a weight and a bias of one axis."""
+    if isinstance(module, _LAYERS):
+        return True
+    own = {n: p.ndim for n, p in module.named_parameters(recurse=False)}
+    return own == {"weight": 1, "bias": 1} and next(module.children(), None) is None
+
+
+def _known_axis(module: nn.Module) -> int | None:
+    """Where torch's own classes have their channels."""
+    if type(module) in (nn.Linear, nn.LayerNorm, nn.RMSNorm):
         return -1
-    if isinstance(module, nn.LayerNorm):
-        # Subclasses norm feature maps over their channels: ours, and torchvision's LayerNorm2d.
-        return -1 if type(module) is nn.LayerNorm else 1
-    return 1 if isinstance(module, _ConvNd | nn.GroupNorm | _BatchNorm) else None
+    return 1 if isinstance(module, _ConvNd | nn.GroupNorm | _NormBase) else None
 
 
-def _refusal(name: str, module: nn.Module, entries: set[str], tied: set[str]) -> str:
+def _observed_axis(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> int | None:
+    """The axis of the outputs that a scale and a shift in weight and bias act on; None: none.
+
+    The class does not tell: a subclass of LayerNorm may norm tokens or feature maps, and one of
+    GroupNorm may have an activation inside.
+    """
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    own = {n: own[n] for n in ("weight", "bias") if n in own}
+    if "weight" not in own or isinstance(module, _ConvTransposeNd):
+        return _known_axis(module)
+    n = len(own["weight"])
+    ramp = torch.arange(1, n + 1, device=out.device, dtype=out.dtype) / n
+    size = 1 + out.nan_to_num(0, 0, 0).abs().max()
+    scale, shift = 1 + ramp, ramp * size if "bias" in own else 0 * ramp
+    own["weight"] = own["weight"] * scale.view(-1, *[1] * (own["weight"].ndim - 1))
+    if "bias" in own:
+        own["bias"] = own["bias"] * scale + shift
+    changed = functional_call(module, own, args, kwargs)
+    for axis in range(1, out.ndim):
+        if out.shape[axis] == n:
+            shape = [n if i == axis else 1 for i in range(out.ndim)]
+            wanted = out * scale.view(shape) + shift.view(shape)
+            if torch.allclose(changed, wanted, rtol=0, atol=1e-3 * float(size), equal_nan=True):
+                return axis if axis < out.ndim - 1 else -1
+    return None
+
+
+def _refusal(name: str, layer: Layer, entries: set[str], tied: set[str]) -> str:
     """Why a scale and a shift for each channel cannot be written into a layer, or ``""``."""
-    if isinstance(module, _BatchNorm):
-        if module.running_mean is None:
-            return "BatchNorm without running statistics: each batch is normalised by itself"
-        return "BatchNorm: its running statistics are estimated again instead"
+    module = layer.module
+    kind = "BatchNorm" if isinstance(module, _BatchNorm) else "InstanceNorm"
+    if isinstance(module, _BatchNorm) and module.running_mean is None:
+        return "BatchNorm without running statistics: each batch is normalised by itself"
+    if statistics.running(module):
+        return f"{kind}: its running statistics are estimated again instead"
     if isinstance(module, _ConvTransposeNd):
         return "transposed convolutions are not supported"
+    if parametrize.is_parametrized(module):
+        return "its weight or bias is computed from other tensors (a parametrisation)"
     if getattr(module, "weight", None) is None:
         return "it has no weight to take the scale"
     if getattr(module, "bias", None) is None:
         return "it has no bias to take the shift"
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         return "its weight has a value for each position, not for each channel"
-    own = {f"{name}.weight", f"{name}.bias"}
+    own = {f"{name}.weight", f"{name}.bias"} if name else {"weight", "bias"}
     if not own <= entries:
         return "its weight or bias is computed from other tensors (a parametrisation)"
     if own & tied:
         return "its weight or bias is tied to another layer's"
+    if layer.runs > 1:
+        return (
+            f"it runs {layer.runs} times in a forward pass, and one correction cannot fit them all"
+        )
+    if layer.axis is None:
+        return "its outputs are not scaled and shifted as its weight and bias are"
     return ""
 
 
@@ -477,23 +550,33 @@ class Copy:
 
     def __init__(self, module: nn.Module, example: Tensor):
         self.module = private(module, example)
-        norms = (m for m in self.module.modules() if isinstance(m, _BatchNorm))
-        self.norms = [m for m in norms if m.running_mean is not None]
-        for m in self.norms:
-            m.momentum = None  # PyTorch's cumulative average
+        self.norms = statistics.running(self.module)
         self.layers = self._find(example[:2])
 
+    @exact_evaluation()
     @torch.no_grad()
     def _find(self, example: Tensor) -> dict[str, Layer]:
-        """Run the network once and see which layers put out what."""
+        """Run the network once and see which layers put out what, and where their channels are."""
         seen: dict[nn.Module, list[Tensor]] = {}
+        axes: dict[nn.Module, int | None] = {}
+        looking = True
 
-        def look(module: nn.Module, args: Any, out: Any) -> None:
+        def look(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            nonlocal looking
+            if not looking or not isinstance(out, Tensor):
+                return
             seen.setdefault(module, []).append(out)
+            looking = False
+            axes[module] = _observed_axis(module, args, kwargs, out)
+            looking = True
 
         names = {m: n for n, m in self.module.named_modules()}
-        with _hooks({m: look for m in names if _axis(m) is not None}):
+        hooks = [m.register_forward_hook(look, with_kwargs=True) for m in names if _scales(m)]
+        try:
             final = self.module(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
         # By memory, so that a view of a layer's outputs still counts as its outputs. All features
         # are alive here, so none of them can lie where another one was.
         final = [t for t in pytree.tree_leaves(final) if isinstance(t, Tensor)]
@@ -503,13 +586,22 @@ class Copy:
         tied = set(lay.ties) | set(lay.ties.values())
         found = {}
         for module, outs in seen.items():
-            name, axis = names[module], _axis(module)
-            assert axis is not None
             last = any(o.untyped_storage().data_ptr() in ends for o in outs)
-            found[name] = Layer(
-                module, axis, len(outs), last, _refusal(name, module, entries, tied)
-            )
+            layer = Layer(module, axes[module], len(outs), last, "")
+            why = _refusal(names[module], layer, entries, tied)
+            found[names[module]] = replace(layer, refused=why)
         return found
+
+    def check_line(self, a: Theta, b: Theta, example: Tensor) -> None:
+        """Refuse networks that differ in whole numbers which they compute by."""
+
+        @torch.no_grad()
+        def found(theta: Theta) -> Tensor:
+            self.load(theta)
+            leaves = pytree.tree_leaves(self.module(example[:8]))
+            return torch.cat([t.flatten() for t in leaves if isinstance(t, Tensor)])
+
+        check_integers((a, b), layout(self.module), found)
 
     @torch.no_grad()
     def load(self, theta: Theta) -> None:
@@ -537,7 +629,7 @@ class Copy:
             layer = self.layers[name]
 
             def call(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
-                assert hook is not None
+                assert hook is not None and layer.axis is not None
                 # A copy even where it is float64 already: the next layer may write in place.
                 x = out.movedim(layer.axis, 0).flatten(1).to(torch.float64, copy=True)
                 found = hook(name, x)
@@ -568,7 +660,7 @@ class Copy:
 
     def moments(self, theta: Theta, parts: Sequence[Tensor]) -> dict[str, Moments]:
         """Layer -> moments of its outputs in network ``theta``, if it runs once."""
-        once = [n for n, layer in self.layers.items() if layer.runs == 1]
+        once = [n for n, x in self.layers.items() if x.runs == 1 and x.axis is not None]
         found = {n: Moments() for n in once}
 
         def hook(name: str, x: Tensor) -> None:
@@ -591,10 +683,8 @@ class Copy:
     def reestimated(self, theta: Theta, parts: Sequence[Tensor]) -> dict[str, Tensor]:
         """``theta`` with running statistics that are cumulative averages over ``parts``."""
         self.load(theta)
-        for m in self.norms:
-            m.reset_running_stats()
         fresh = {n: v for n, v in theta.items() if not self._is_statistic(n)}
-        with self.batch_statistics():
+        with statistics.cumulative(self.norms):
             self.run(fresh, parts)
         state = self.module.state_dict()
         return {

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from companion.connectivity import statistics
 from companion.core import codec, deadline
 from companion.core.errors import BadParameter
 from companion.core.losses import mean_loss
@@ -183,9 +183,8 @@ class Midpoint:
 
     def __init__(self, module: nn.Module, a: Theta, inputs: Tensor, score: MeanLoss):
         self.module = private(module, inputs)
-        for m in self.module.modules():
-            if isinstance(m, _BatchNorm):
-                m.train()
+        for m in statistics.running(self.module):
+            m.train()
         spec = layout(self.module)
         self.names, self.trainable, self.ties = spec.floating, set(spec.parameters), spec.ties
         put(self.module, a, self.ties)  # for the integer buffers

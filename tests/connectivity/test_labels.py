@@ -1,0 +1,146 @@
+"""Labels that are left out, labels that do not exist, and outputs that are no numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from companion.connectivity import Walker, barrier, classification
+from companion.connectivity.gates import commonest, guessing
+from companion.core.errors import BadParameter
+from companion.core.losses import IGNORED
+from companion.core.seeds import Key
+from companion.core.theta import snapshot
+from companion.data import Split
+from companion.features import features, stitch
+from companion.layerwise import sweep
+from companion.rebasin.calibration import calibrated_curve
+
+
+def draw(*label: str) -> torch.Generator:
+    return Key("labels", *label).generator()
+
+
+class Words(nn.Module):
+    """Tokens (N, L) to logits (N, L, 7)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(x)))  # type: ignore[no-any-return]
+
+
+def network(kind: str, number: int) -> nn.Module:
+    with Key("labels", "net", number).seeded():
+        return Words() if kind == "text" else nn.Sequential(nn.Flatten(), nn.Linear(16, 7))
+
+
+def split(kind: str) -> Split:
+    """A third of the labels is left out: of images, of tokens, and one whole window."""
+    if kind == "text":
+        x = torch.randint(7, (40, 6), generator=draw("x"))
+    else:
+        x = torch.randn(90, 1, 4, 4, generator=draw("x"))
+    y = torch.randint(7, x.shape[: 2 if kind == "text" else 1], generator=draw("y"))
+    y[torch.rand(y.shape, generator=draw("out")) < 1 / 3] = IGNORED
+    if kind == "text":
+        y[3] = IGNORED
+    return Split(x, y)
+
+
+@torch.no_grad()
+def truth(net: nn.Module, data: Split) -> tuple[float, float]:
+    """Loss and error over the labels that are there."""
+    kept = data.y >= 0
+    logits, y = net(data.x)[kept], data.y[kept]
+    return float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(1) != y).double().mean())
+
+
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_ignored_labels_are_left_out_everywhere(kind: str) -> None:
+    data = split(kind)
+    a, b, module = (network(kind, i) for i in range(3))
+    ends = (snapshot(a), snapshot(b))
+    wanted = [pytest.approx(truth(net, data), abs=1e-5) for net in (a, b)]
+    found = barrier(module, *ends, {"test": data}, points=3, max_error=100)
+    values = found.curve.values["test"]
+    assert [(values["loss"][i], values["error"][i]) for i in (0, 2)] == wanted
+    kept = data.y >= 0
+    assert found.curve.sizes == {"test": 39 if kind == "text" else int(kept.sum())}
+    often = 100 * (1 - int(torch.bincount(data.y[kept]).max()) / int(kept.sum()))
+    assert commonest(data) == pytest.approx(often)
+    assert guessing(data) == (commonest(data) if kind == "text" else None)
+    layers = sweep(module, *ends, {"test": data}, max_error=100)
+    assert (layers.ends["test"]["loss"][0], layers.ends["test"]["error"][0]) == wanted[0]
+    seen = features(module, *ends, data)
+    assert (seen.losses["a"], seen.errors["a"]) == wanted[0]
+    assert seen.predictions == int(kept.sum())
+    sewn = stitch(module, *ends, data)
+    assert (sewn.ends["b"].loss, sewn.ends["b"].error) == wanted[1] and sewn.n == int(kept.sum())
+    cool = calibrated_curve(module, *ends, data, {"test": data}, points=3)
+    assert cool.curve.values["test"]["loss"][0] <= values["loss"][0] + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_labels_that_are_none_are_refused(kind: str) -> None:
+    data, net = split(kind), network(kind, 0)
+    for wrong in (7, -1):
+        y = data.y.clone()
+        y[0] = wrong
+        with pytest.raises(BadParameter, match=rf"labels: .*{wrong}.* from 0 to 6; -100 is left"):
+            Walker(net, {"test": Split(data.x, y)}).at(snapshot(net))
+    nothing = Split(data.x, torch.full_like(data.y, IGNORED))
+    with pytest.raises(BadParameter, match="split 'some': no example has a label"):
+        Walker(net, {"some": nothing}).at(snapshot(net))
+    with pytest.raises(BadParameter, match="no example has a label"):
+        barrier(net, snapshot(net), snapshot(network(kind, 1)), {"test": nothing}, points=3)
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        ([math.nan, 0.0, 1.0], True),
+        ([math.nan] * 3, True),
+        ([math.inf, 0.0, 0.0], True),  # where the right class is the infinite one, too
+        ([-math.inf] * 3, True),
+        ([3.0, -math.inf, 0.0], False),  # a class that is masked out
+        ([3.0, 1e38, 0.0], True),
+        ([1e38, 0.0, 0.0], False),
+    ],
+)
+def test_outputs_that_are_no_numbers_are_errors(row: list[float], wrong: bool) -> None:
+    outputs = torch.tensor([row, [9.0, 0.0, 0.0]])
+    _, errors, count = classification(outputs, torch.zeros(2, dtype=torch.int64))
+    assert (int(errors), int(count)) == (wrong, 2)
+    _, errors, count = classification(outputs, torch.tensor([IGNORED, 0]))
+    assert (int(errors), int(count)) == (0, 1)
+
+
+class Root(nn.Module):
+    """No number at all half-way between a gain of 1 and one of -1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.out = nn.Parameter(torch.ones(())), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x.flatten(1)) * torch.sqrt(self.gain.abs() - 0.5)  # type: ignore[no-any-return]
+
+
+def test_a_point_without_numbers_is_no_good_point_although_class_0_is_common() -> None:
+    with Key("labels", "root").seeded():
+        a, b = (snapshot(Root()) for _ in range(2))
+    b["gain"] = -b["gain"]
+    y = torch.zeros(50, dtype=torch.int64)
+    y[:3] = 1
+    data = {"test": Split(torch.randn(50, 1, 3, 3, generator=draw("root")), y)}
+    curve = barrier(Root(), a, b, data, points=3, max_error=100).curve.values["test"]
+    assert curve["error"][1] == 100 and curve["loss"][1] == math.inf
+    swept = sweep(Root(), a, b, data, max_error=100)
+    assert swept.select("full")[0].half("test", "error") == 100
