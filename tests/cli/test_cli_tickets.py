@@ -26,6 +26,7 @@ FEW = ("--points", "3", "--inits", "2", "--train-examples", "100", "--test-examp
 WORDS = ("tickets", *TINY, *FEW, "--rewind", "20", "--skip", "head", "--controls", "random")
 
 
+@pytest.mark.slow
 def test_it_prints_and_writes_the_numbers_of_the_library(tmp_path: Path, store: Store) -> None:
     out, picture, ticket = (tmp_path / f"t.{end}" for end in ("json", "svg", "safetensors"))
     first = said(
