@@ -1006,3 +1006,10 @@ def test_no_two_chapters_have_a_figure_of_one_name():
             owners.setdefault(repr(block.name), set()).add(page_name)
     assert len(owners) > 30
     assert not {name: found for name, found in owners.items() if len(found) > 1}
+
+
+def test_a_refused_recording_keeps_nothing(root, store):
+    """It used to write an entry for the time that it had not spent."""
+    with pytest.raises(BadParameter, match="k = 999"):
+        recording.record(ready(root, "ks=[999]"), say=str)
+    assert list(store.entries()) == []

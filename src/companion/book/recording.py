@@ -41,7 +41,10 @@ from companion.core import closing, codec, deadline, files, plainyaml
 from companion.core.errors import (
     BadParameter,
     CompanionError,
+    CorruptData,
     CorruptEntry,
+    DeviceUnavailable,
+    MissingData,
     OutOfTime,
     StoreUnwritable,
     one_of,
@@ -285,17 +288,22 @@ def record(
         start = began if started is None else started
         end = start + time_limit - min(MARGIN_S, time_limit / 10)
     entry = Store().entry(recording.identity())
-    piece = _Piece(recording, entry, dry_run, commit, say, sys.stdout)
+    piece, refused = _Piece(recording, entry, dry_run, commit, say, sys.stdout), False
+    known = bool(entry.files())
     try:
         with page.captured(piece.on_budget) as found, deadline.until(end), using(engine):
             _run_cells(piece)
     except _Planned:
         return None
+    except (BadParameter, MissingData, CorruptData, DeviceUnavailable):
+        refused = True
+        if not known:  # nothing was done before, and nothing is kept of it
+            entry.discard()
+        raise
     except OutOfTime as error:
         raise OutOfTime(f"stopped before the time limit. {piece.progress()}") from error
     finally:
-        # Nothing of one that was refused before it said what it would do.
-        if not dry_run and piece.budget is not None:
+        if not dry_run and not refused:
             spent = {"seconds": round(time.monotonic() - began, 1)}
             with contextlib.suppress(StoreUnwritable):  # only the time; do not hide what went wrong
                 entry.write_json(f"piece-{time.time_ns()}.json", spent)

@@ -80,7 +80,7 @@ def measure_instability(
     threshold: Annotated[
         float | None,
         typer.Option(
-            callback=lambda value: within("--threshold", value, 0, 1e6),
+            callback=lambda value: within("--threshold", value, 0, 1e12),
             help="The barrier below which a network is called stable "
             "(default: 2 points of error, or 0.03 nats of loss).",
         ),

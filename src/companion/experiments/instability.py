@@ -59,7 +59,7 @@ def threshold_of(metric: str, threshold: float | None = None) -> float:
         BadParameter: the metric is not known, or the threshold is no number from 0 on.
     """
     one_of("metric", metric, THRESHOLDS)
-    within("threshold", threshold, 0, 1e6)
+    within("threshold", threshold, 0, 1e12)
     return THRESHOLDS[metric] if threshold is None else threshold
 
 
