@@ -240,8 +240,10 @@ def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> Non
         output(path, option, suffixes.get(option, (".safetensors",)))
     places = {option: path.resolve() for option, path in given.items() if path}
     for name, end in zip("AB", ends, strict=True):
+        source = Path(end.partition("#")[0]).expanduser().resolve()
+        shards = source.parent if source.suffix == ".json" else source
         for option, path in places.items():
-            if Path(end).expanduser().resolve() == path:
+            if source == path or (path.exists() and path.parent == shards):
                 raise BadParameter(f"{option}: {path.name} is {name}, which is not overwritten.")
     if len(set(places.values())) < len(places):
         raise BadParameter(f"{', '.join(places)}: each needs a file of its own.")
