@@ -50,7 +50,9 @@ def align_networks(
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP. It stays."
+            metavar="A",
+            help="A file of safetensors or torch.save, a folder or index of shards, or "
+            "run:KEY[@STEP]. It stays.",
         ),
     ],
     b: Annotated[
