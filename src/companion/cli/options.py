@@ -19,7 +19,7 @@ A = Annotated[
     str,
     typer.Argument(
         metavar="A",
-        help="A file of safetensors or torch.save, a folder or index of shards, or run:KEY[@STEP].",
+        help="A file of safetensors or torch.save, a folder or index of shards, or run:KEY@STEP.",
     ),
 ]
 B = Annotated[str, typer.Argument(metavar="B", help="The other network, likewise.")]
