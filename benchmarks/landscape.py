@@ -33,15 +33,17 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def timed(what: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+def timed(name: str, what: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """What it returns; seconds, seconds of the processor by thread, and the peak so far."""
     wall, work = time.perf_counter(), time.process_time()
     found = what()
-    return found, {
+    cost = {
         "seconds": time.perf_counter() - wall,
         "busy": (time.process_time() - work) / torch.get_num_threads(),
         "peak_gb": peak(),
     }
+    print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in cost.items()), flush=True)
+    return found, cost
 
 
 def measure(images: int, size: int, points: int, count: int) -> dict[str, Any]:
@@ -61,11 +63,13 @@ def measure(images: int, size: int, points: int, count: int) -> dict[str, Any]:
     surface = Surface(net, split, dtype=torch.float32)
     out: dict[str, Any] = {"start": {"peak_gb": peak()}}
     plane, out["plane"] = timed(
-        lambda: plane_along(net, a, delta, u, {"train": split}, steps, steps)
+        "plane", lambda: plane_along(net, a, delta, u, {"train": split}, steps, steps)
     )
-    ends, out["slopes and curvatures"] = timed(lambda: [surface.local(t, delta) for t in (a, b)])
+    ends, out["slopes and curvatures"] = timed(
+        "slopes and curvatures", lambda: [surface.local(t, delta) for t in (a, b)]
+    )
     spectrum, out["eigenvalues"] = timed(
-        lambda: top_eigenvalues(surface, a, count, tolerance=1e-2, most=60)
+        "eigenvalues", lambda: top_eigenvalues(surface, a, count, tolerance=1e-2, most=60, kept=16)
     )
     first = plane.values["train"]["loss"][0]
     return {
@@ -89,8 +93,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = measure(args.images, args.size, args.points, args.eigenvalues)
-    for name, stage in found["stages"].items():
-        print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in stage.items()))
     values = zip(found["values"], found["errors"], strict=True)
     print("eigenvalues: " + ", ".join(f"{v:.4g} ± {e:.1g}" for v, e in values))
     print(f"products with the Hessian: {found['products']}")

@@ -356,6 +356,30 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def families(found: dict[str, Any]) -> str:
+    """Of each family: permutations, ways to order the units, what is held, seconds."""
+    body = []
+    for name, row in found["rows"].items():
+        held = "; ".join(f"{n} axes: {why}" for why, n in row.get("held", {}).items())
+        if "why" in row:
+            body.append([name, "no", "", "", row["why"], f"{row['seconds']:.1f}"])
+            continue
+        counts = [
+            f"{row['groups']} ({row['inner']})",
+            f"10^{row['log10']}",
+            f"{row['tolerance']:.0e}",
+        ]
+        body.append([name, *counts, held or "nothing", f"{row['seconds']:.1f}"])
+    header = ["network", "groups (inside others)", "orders", "proven to", "held in place", "s"]
+    table = [f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body]]
+    machine = found["machine"]
+    packages = ", ".join(f"{p} {v}" for p, v in machine["packages"].items() if p in PACKAGES)
+    return "\n".join([*table, "", f"Derived on {machine['date']} with {packages}."])
+
+
+PACKAGES = ("torch", "torchvision", "transformers", "timm")
+
+
 def between(text: str, name: str, body: str, where: str) -> str:
     """The text with what stands between a table's markers replaced."""
     pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
@@ -378,6 +402,11 @@ def render(text: str, results: Path) -> str:
     return between(text, "engine", engine(cards), "README.md")
 
 
+def render_families(text: str, results: Path) -> str:
+    """The page of the families, its table made anew."""
+    return between(text, "families", families(load(results / "families.json")), "families.md")
+
+
 def render_recorded(text: str, folder: Path) -> str:
     """The records' README, its table made anew from the files beside it."""
     documents = [load(path) for path in sorted(folder.glob("*/*.json"))]
@@ -391,6 +420,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, default=HERE / "README.md")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--recorded", type=Path, default=RECORDED, help="the records' folder")
+    parser.add_argument("--families", type=Path, default=HERE.parent / "families.md")
     options = parser.parse_args(arguments)
     made = {
         options.readme: (render, options.results, "benchmarks/README.md"),
@@ -399,6 +429,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.recorded,
             "data/recorded/README.md",
         ),
+        options.families: (render_families, HERE / "results", "families.md"),
     }
     for path, (make, folder, name) in made.items():
         old = path.read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 from companion.core.runs import Store
 from companion.data import Split
 from companion.data.text import save_windows
-from companion.experiments import federated, pairs
+from companion.experiments import federated, measurement, pairs
 from companion.experiments.aligned import align
 from companion.experiments.featured import Scope, examine
 from companion.experiments.landscape import (
@@ -24,6 +24,7 @@ from companion.experiments.landscape import (
 from companion.experiments.layers import sweep_pairs
 from companion.experiments.merged import merge_runs, split_runs
 from companion.experiments.methods import Method
+from companion.experiments.tickets import Chain, MaskCheck
 from companion.layerwise import Sweep
 from companion.training import Fork, Recipe, Run
 
@@ -46,6 +47,7 @@ A, B, C = (_run(n) for n in range(3))
 STRANGERS = pairs.Pair(A, B)
 COPIES = pairs.Pair(_copy(1), _copy(2), start=(TRUNK, 2))
 HALVES = pairs.Pair(_run(0, "digits@split-a"), _run(1, "digits@split-b"))
+SPARSE = Chain(PLAIN, init=0, k=2).run(2)
 FEDERATION = federated.Federation(recipe=PLAIN, clients=2, every=2, averaged=("head",))
 
 ASKED: dict[str, Callable[[Store], Any]] = {
@@ -81,6 +83,7 @@ ASKED: dict[str, Callable[[Store], Any]] = {
     "federated": lambda store: federated.measure_federations(
         [(FEDERATION, 0)], store=store, workers=1
     ),
+    "subnetwork": lambda store: measurement.run([MaskCheck(SPARSE)], store=store, workers=1),
 }
 """Kind of a measurement -> asks for one of it."""
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from companion import __version__, data, models, training
 from companion.cli import instability as instability_command
 from companion.cli.console import size
-from companion.cli.instability import numbers
+from companion.cli.options import numbers
 from companion.cli.runs import describe_entry
 from companion.connectivity import BN_MODES, Barrier, barrier
 from companion.core import codec

@@ -22,6 +22,7 @@ from companion.landscape import (
     Surface,
     combined,
     cos_of_branches,
+    group_prediction,
     hessian_trace,
     inner,
     layer_predictions,
@@ -243,6 +244,16 @@ def test_layer_predictions_are_the_expansion_of_adilovas_barrier() -> None:
     for label, heights in found.heights("single", "x", "loss").items():
         assert heights["a"] == pytest.approx(expected[label], abs=2e-6), label
         assert heights["b"] == pytest.approx(back[label], abs=2e-6), label
+    # Two layers together: theirs, and the curvature between them.
+    base, two = surface.blocks(a, delta, layer_groups(net)), ("1", "5")
+    both = Sweep(kinds=(), subsets=(("two", two),), rest="a")
+    (height,) = sweep(net, a, b, {"x": split}, both, max_error=100).worst("subset", "x").values()
+    expected_of_both = group_prediction(base, surface.loss(b), two)
+    assert height == pytest.approx(expected_of_both, abs=2e-6)
+    cross = expected_of_both + (base.loss - surface.loss(b)) / 2 - expected["1"] - expected["5"]
+    assert cross == pytest.approx(base.matrix[0][2] / 4) and abs(cross) > 4e-6
+    with pytest.raises(BadParameter, match="'9' is none of 1, 3, 5"):
+        group_prediction(base, 0.0, ("9",))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -287,6 +298,7 @@ def test_the_top_eigenvalues_are_those_of_the_whole_hessian(small: Any, kept: in
     assert found.lowest >= float(true[-1]) - 1e-9
     for value, error, v in zip(found.values, found.errors, found.vectors, strict=True):
         assert length(v) == pytest.approx(1)
+        assert surface.local(theta, v).curvature == pytest.approx(value, rel=1e-6)
         rest = combined([(1, surface.hessian_times(theta, v)), (-value, v)])
         assert length(rest) == pytest.approx(error, rel=1e-3, abs=1e-8)
         assert float((true - value).abs().min()) <= error + 1e-9

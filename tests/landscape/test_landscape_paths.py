@@ -236,6 +236,7 @@ def test_the_weights_of_a_path(kind: str, bends: int) -> None:
         assert float(bend.at(1 / (bends + 1))["w"]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "bends"), [("bezier", 1), ("polychain", 2)])
 def test_a_bent_path_is_lower_than_the_line(kind: str, bends: int) -> None:
     net = models.build(NET, DIGITS.in_shape, 10)

@@ -261,7 +261,7 @@ class Norms(nn.Module):
         (nn.LayerNorm([30, 30]), [8]),
         (nn.PReLU(8), [8]),
         (nn.Conv2d(8, 8, 1, groups=8), [8]),
-        (nn.Conv2d(8, 8, 1, groups=2), []),
+        (nn.Conv2d(8, 8, 1, groups=2), [2, 4, 4]),
     ],
     ids=str,
 )
@@ -336,7 +336,7 @@ class Between(nn.Module):
         (lambda h: h * torch.arange(8.0, dtype=h.dtype), 0),
         (lambda h: h * torch.full((8,), 3.0, dtype=h.dtype), 8),
         (lambda h: h[:, torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])], 0),
-        (lambda h: h.sort(-1).values, 0),
+        (lambda h: h.sort(-1).values, 8),
         (lambda h: h - h.amax(-1, keepdim=True), 8),
         (lambda h: h / (1 + h.norm(dim=-1, keepdim=True)), 8),
         (lambda h: h.softmax(-1), 8),

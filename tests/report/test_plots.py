@@ -12,6 +12,7 @@ from companion.connectivity import Curve, Plane
 from companion.core import codec
 from companion.core.errors import BadParameter
 from companion.core.stats import Interval
+from companion.landscape import Projected
 from companion.report import figures, plots, recorded
 
 mpl.use("Agg")
@@ -74,6 +75,13 @@ def test_what_is_empty_draws_no_legend_and_does_not_warn(ax):
     fig, drawn = plots.panels({"nothing": (9, {})})
     assert list(drawn) == ["nothing"]
     drawn_without_a_window(fig)
+
+
+def test_a_trajectory_says_what_the_plane_leaves_out(ax):
+    found = Projected(((0.0, 0.0), (1.0, 2.0)), (0.0, 0.25), 0.25)
+    assert plots.trajectory(ax, found, "copy 1") == codec.to_json(found)
+    assert entries(ax) == ["copy 1 (25 % of it outside the plane)"]
+    assert ax.lines[0].get_xydata().tolist() == [[0, 0], [1, 2]]
 
 
 def test_band_has_a_colour_and_a_marker_of_its_own(ax):

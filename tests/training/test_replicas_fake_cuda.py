@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from companion import data as datasets
 from companion.core.theta import snapshot
 from companion.data import Dataset, Split
-from companion.training import Recipe, Run, State, build
+from companion.training import Recipe, Run, State, build, pruned
 from companion.training.feed import Feed
 from companion.training.stepper import Stepper
 
@@ -137,6 +137,9 @@ def test_a_step_stays_on_its_device(
     cpu = torch.device("cpu")
     modules = [build(run, DIGITS, cpu) for run in runs]
     states = [State(0, snapshot(m)) for m in modules]
+    # The first is a subnetwork, whose mask has to be on the device, too.
+    mask = {n: v > 0 for n, v in states[0].theta.items() if v.ndim > 1}
+    states[0] = pruned(states[0], mask, modules[0])
     with Feed(runs, DIGITS) as feed:
         epoch = feed.epoch(0)
     module = copy.copy(modules[0])
@@ -163,7 +166,9 @@ def test_a_step_stays_on_its_device(
         # Three warm steps and the captured one, each replica on its own stream, joined each time.
         assert calls.count("wait_event") == (0 if engine == "vmap" else 4 * 3)
         assert calls.count("wait_stream") == 2 + (0 if engine == "vmap" else 4 * 3)
-        assert {t.device for t in (losses, stepper.stack.theta, stepper.stack.grad)} == {CUDA}
+        kept = stepper.stack.kept
+        assert kept is not None
+        assert {t.device for t in (losses, stepper.stack.theta, stepper.stack.grad, kept)} == {CUDA}
         weights = [t for leaves in stepper._leaves for t in leaves.values()]
         assert all(t.device == CUDA and t.requires_grad and t.is_leaf for t in weights)
         half = {t.dtype for t in weights}

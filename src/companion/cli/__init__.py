@@ -29,6 +29,7 @@ from companion.cli import (
     rebasin,
     record,
     runs,
+    tickets,
 )
 from companion.cli.console import error, warning
 from companion.core import signals
@@ -121,6 +122,7 @@ app.command("layers", epilog=layers.EXAMPLE)(layers.measure_layers)
 app.command("features", epilog=features.EXAMPLE)(features.compare_features)
 app.command("landscape", epilog=landscape.EXAMPLE)(landscape.survey_landscape)
 app.command("instability", epilog=instability.EXAMPLE)(instability.measure_instability)
+app.command("tickets", epilog=tickets.EXAMPLE)(tickets.prune_network)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
 app.command("record", epilog=record.EXAMPLE)(record.record_chapter)
 

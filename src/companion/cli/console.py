@@ -11,7 +11,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.table import Table
 
 from companion.core import codec, files
 from companion.core.errors import BadParameter
+
+if TYPE_CHECKING:
+    import torch
 
 _PIPED = 200  # columns, where no terminal says how many: a key must not be cut in a log file
 
@@ -126,3 +129,32 @@ def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
     except OSError as e:
         raise BadParameter(f"--json: {path} cannot be written ({e.strerror}).") from e
     say(f"numbers written to {path}")
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    command: str,
+    about: Mapping[str, str],
+    what: str,
+) -> None:
+    """Write a safetensors file, and say so.
+
+    Arguments:
+        command: that made it, for its metadata.
+        about: more metadata: where they come from.
+        what: they are, in the line that is said.
+
+    Raises:
+        BadParameter: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    from companion import __version__
+
+    known = {"format": "pt", "made by": f"companion {__version__} {command}", **about}
+    try:
+        files.write(path, save(dict(tensors), metadata=known))
+    except OSError as e:
+        raise BadParameter(f"{path} cannot be written ({e.strerror}).") from e
+    say(f"{what} written to {path}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +12,7 @@ import typer
 from companion.cli import options
 from companion.cli.barrier import summary
 from companion.cli.console import UNITS, number, output, print_table, say, write_json
-from companion.cli.models import reachable
-from companion.core.errors import BadParameter, within
+from companion.core.errors import within
 
 if TYPE_CHECKING:
     from companion.experiments.instability import Instability
@@ -25,25 +23,10 @@ EXAMPLE = (
 )
 
 
-def numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:
-    """The numbers of ``"0,50,200"``.
-
-    Raises:
-        BadParameter: one of them is none.
-    """
-    try:
-        return [kind(part) for part in re.split(r"[,\s]+", text.strip(", ")) if part]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise BadParameter(f"{option}: {text!r} must be {what} with commas between them.") from None
-
-
 def measure_instability(
-    net: Annotated[
-        str, typer.Option(help="A network of `companion models list`, or package.module:factory.")
-    ],
-    data: Annotated[str, typer.Option(help="A dataset of `companion data list`.")],
-    steps: Annotated[int, typer.Option(help="T, the optimiser steps of the whole training.")],
+    net: options.Net,
+    data: options.TrainedOn,
+    steps: options.Steps,
     ks: Annotated[str, typer.Option(help="Fork steps, each below T, such as 0,50,200.")],
     inits: Annotated[int, typer.Option(help="Independent initialisations.")] = 3,
     copies: Annotated[int, typer.Option(help="Copies of each fork; 3 make 3 pairs.")] = 3,
@@ -60,28 +43,22 @@ def measure_instability(
     restore: Annotated[
         bool, typer.Option("--restore", help="Copies go on with the optimiser's momentum at k.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Images, or windows of text, a step.")] = 128,
-    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
-    momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
-    nesterov: Annotated[bool, typer.Option("--nesterov", help="For sgd.")] = False,
-    betas: Annotated[str, typer.Option(help="Of adam and adamw.")] = "0.9,0.999",
-    weight_decay: Annotated[float, typer.Option(help="As the optimiser defines it.")] = 0.0,
-    weight_decay_on: Annotated[
-        str, typer.Option(help="all, or matrices: no norms, biases and embeddings.")
-    ] = "all",
-    schedule: Annotated[
-        str, typer.Option(help="constant, step (with milestones), cosine or onecycle.")
-    ] = "constant",
-    milestones: Annotated[
-        str, typer.Option(help="Where step lowers the rate: fractions of T, or steps above 1.")
-    ] = "",
-    gamma: Annotated[float, typer.Option(help="What step multiplies the rate by.")] = 0.1,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
-    div: Annotated[float, typer.Option(help="onecycle starts at lr / div.")] = 25.0,
-    final_div: Annotated[float, typer.Option(help="onecycle ends at lr / div / final_div.")] = 1e4,
-    augment: Annotated[str, typer.Option(help="none, flip, crop4, …; for text shift.")] = "none",
-    precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
+    batch: options.Batch = 128,
+    optimizer: options.Optimizer = "sgd",
+    lr: options.Lr = 0.1,
+    momentum: options.Momentum = 0.9,
+    nesterov: options.Nesterov = False,
+    betas: options.Betas = "0.9,0.999",
+    weight_decay: options.WeightDecay = 0.0,
+    weight_decay_on: options.WeightDecayOn = "all",
+    schedule: options.Schedule = "constant",
+    milestones: options.Milestones = "",
+    gamma: options.Gamma = 0.1,
+    warmup: options.Warmup = 0,
+    div: options.Div = 25.0,
+    final_div: options.FinalDiv = 1e4,
+    augment: options.Augment = "none",
+    precision: options.Precision = "float32",
     bn_examples: options.BnExamples = None,
     points: options.Points = 31,
     bn: options.Bn = "interpolate",
@@ -109,7 +86,7 @@ def measure_instability(
         ),
     ] = None,
     device: options.Device = "auto",
-    workers: Annotated[int, typer.Option(help="Processes; 0 is one per core (CPU only).")] = 0,
+    workers: options.Workers = 0,
     json: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw barrier against k into this file (.svg, .png, .pdf).")
@@ -129,12 +106,10 @@ def measure_instability(
     from companion.core.runs import Store
     from companion.experiments.budget import count
     from companion.experiments.instability import analyse, plan_forks, threshold_of
-    from companion.training import Recipe, check_fit, recipe_from
+    from companion.training import check_fit
 
-    grid = numbers("--ks", ks, int)
-    values = {field.name: given[field.name] for field in fields(Recipe)} | {"net": reachable(net)}
-    values |= {n: numbers(f"--{n}", given[n], float) for n in ("betas", "milestones")}
-    recipe = recipe_from(values)
+    grid = options.numbers("--ks", ks, int)
+    recipe = options.recipe(given)
     how = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
     forks: dict[str, Any] = {
         "inits": inits,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from companion.cli.models import reachable
 from companion.core.errors import BadParameter, within
 
 if TYPE_CHECKING:
     from companion.experiments.pairs import Evaluation
+    from companion.training import Recipe
 
 PICTURES = (".svg", ".png", ".pdf")
 """What ``--plot`` can write."""
@@ -68,6 +72,67 @@ MaxError = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[Path | None, typer.Option(help="Write all numbers to this file.")]
+Workers = Annotated[int, typer.Option(help="Processes; 0 is one per core (CPU only).")]
+
+# How a network is trained: the fields of a Recipe, for :func:`recipe`.
+Net = Annotated[
+    str, typer.Option(help="A network of `companion models list`, or package.module:factory.")
+]
+TrainedOn = Annotated[str, typer.Option(help="A dataset of `companion data list`.")]
+Steps = Annotated[int, typer.Option(help="T, the optimiser steps of the whole training.")]
+Batch = Annotated[int, typer.Option(help="Images, or windows of text, a step.")]
+Optimizer = Annotated[str, typer.Option(help="sgd, adam or adamw.")]
+Lr = Annotated[float, typer.Option(help="Peak learning rate.")]
+Momentum = Annotated[float, typer.Option(help="Of sgd.")]
+Nesterov = Annotated[bool, typer.Option("--nesterov", help="For sgd.")]
+Betas = Annotated[str, typer.Option(help="Of adam and adamw.")]
+WeightDecay = Annotated[float, typer.Option(help="As the optimiser defines it.")]
+WeightDecayOn = Annotated[
+    str, typer.Option(help="all, or matrices: no norms, biases and embeddings.")
+]
+Schedule = Annotated[
+    str, typer.Option(help="constant, step (with milestones), cosine or onecycle.")
+]
+Milestones = Annotated[
+    str, typer.Option(help="Where step lowers the rate: fractions of T, or steps above 1.")
+]
+Gamma = Annotated[float, typer.Option(help="What step multiplies the rate by.")]
+Warmup = Annotated[int, typer.Option(help="Steps of linear warm-up.")]
+Div = Annotated[float, typer.Option(help="onecycle starts at lr / div.")]
+FinalDiv = Annotated[float, typer.Option(help="onecycle ends at lr / div / final_div.")]
+Augment = Annotated[str, typer.Option(help="none, flip, crop4, …; for text shift.")]
+Precision = Annotated[str, typer.Option(help="float32 or bf16.")]
+
+
+def numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    """The numbers of ``"0,50,200"``.
+
+    Raises:
+        BadParameter: one of them is none.
+    """
+    try:
+        return [kind(part) for part in re.split(r"[,\s]+", text.strip(", ")) if part]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise BadParameter(f"{option}: {text!r} must be {what} with commas between them.") from None
+
+
+def recipe(given: Mapping[str, Any]) -> Recipe:
+    """How to train, of the options by the names of its fields.
+
+    Arguments:
+        given: name of an option -> its value; others are left out.
+
+    Raises:
+        BadParameter: as :class:`companion.training.Recipe`.
+    """
+    from dataclasses import fields
+
+    from companion.training import Recipe, recipe_from
+
+    values = {f.name: given[f.name] for f in fields(Recipe)} | {"net": reachable(given["net"])}
+    values |= {n: numbers(f"--{n}", given[n], float) for n in ("betas", "milestones")}
+    return recipe_from(values)
 
 
 def bn_average(bn_examples: int | None) -> int | None:

@@ -19,9 +19,16 @@ import typer
 
 from companion.cli import options
 from companion.cli.barrier import all_heights, draw, measured, summary
-from companion.cli.console import UNITS, mode_of, number, output, print_table, say
+from companion.cli.console import (
+    UNITS,
+    mode_of,
+    number,
+    output,
+    print_table,
+    say,
+    write_tensors,
+)
 from companion.cli.opening import Opened, opened
-from companion.core import files
 from companion.core.errors import BadParameter, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
@@ -206,7 +213,7 @@ def align_networks(
         "aligned to (sha256)": pair.a.sha256,
         "made from (sha256)": pair.b.sha256,
     }
-    _write(out, here.file, about, "aligned B")
+    write_tensors(out, here.file, "rebasin", about, "aligned B")
     if matching:
         assert here.matching is not None
         here.matching.save(matching)
@@ -214,7 +221,8 @@ def align_networks(
     between = None
     if merge:
         theta, between = _merged(pair, here, measuring, alpha=alpha, form=repair)
-        _write(merge, theta, about | {"alpha": f"{alpha:g}", "repair": repair}, "merged network")
+        about |= {"alpha": f"{alpha:g}", "repair": repair}
+        write_tensors(merge, theta, "rebasin", about, "merged network")
         if kind.folds:
             say(f"the merged network is in folded form, too: --model {here.model}")
     if found:
@@ -339,7 +347,7 @@ def _permuted(
     spec = derive(module, example, unread="hold")
     derived = time.perf_counter() - begun
     if not spec.groups:
-        raise BadParameter(f"model {pair.name!r}: there is nothing to match. {_why_none(spec)}")
+        raise BadParameter(f"model {pair.name!r}: there is nothing to match: {spec.why_none()}.")
     one, two = (each(theta, lambda _, v: v.to(device)) for theta in (a, b))
     found = method.kind.find(method, Problem(module, spec, one, two, train, key))
     assert isinstance(found, Matching)
@@ -356,23 +364,6 @@ def _permuted(
     outputs = {"largest_relative_difference": gap, "tolerance": spec.tolerance}
     about = _about(spec, spec, derived, found.summary(), outputs)
     return AlignedPair(module, a, aligned, file, models.canonical(pair.name), found, about)
-
-
-def _why_none(spec: Spec) -> str:
-    """Why no unit of a network can be reordered, as far as it is known."""
-    if not spec.held:
-        return (
-            "Every axis of its weights belongs to the input or to the output, or reads positions "
-            "or whole numbers: there are no hidden units, as in a network of one layer."
-        )
-    reasons: dict[str, list[str]] = {}
-    for axis, why in spec.held.items():
-        reasons.setdefault(why, []).append(axis)
-    told = [
-        f"{axes[0]}{f' and {len(axes) - 1} more' if len(axes) > 1 else ''}: {why}"
-        for why, axes in list(reasons.items())[:4]
-    ]
-    return f"Units are held in place: {'; '.join(told)}."
 
 
 def _in_form_of(
@@ -600,17 +591,3 @@ def _merged(
         heads = [f">{s} {m}" for s in walker.splits for m in ("error (%)", "loss (nats)")]
         print_table(["", *heads], rows, title=f"the network at α = {alpha:g}")
     return {k: v.contiguous().clone() for k, v in theta.items()}, about
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], origin: dict[str, str], what: str) -> None:
-    """A file of weights, with where they come from in its metadata."""
-    from safetensors.torch import save
-
-    from companion import __version__
-
-    about = {"format": "pt", "made by": f"companion {__version__} rebasin", **origin}
-    try:
-        files.write(path, save(tensors, metadata=about))
-    except OSError as e:
-        raise BadParameter(f"{path} cannot be written ({e.strerror}).") from e
-    say(f"{what} written to {path}")

@@ -36,7 +36,7 @@ def known_kinds() -> list[str]:
     """Every kind of entry: runs, all registered measurements, and what is kept beside them."""
     from companion.experiments.measurement import kinds
 
-    return ["run", *kinds(), "windows", "recording"]
+    return ["run", "mask", *kinds(), "windows", "recording"]
 
 
 def describe_entry(identity: Mapping[str, Any]) -> str:
@@ -47,6 +47,8 @@ def describe_entry(identity: Mapping[str, Any]) -> str:
     try:
         if kind == "run":
             return _describe_run(identity)
+        if kind == "mask":
+            return f"mask: {identity['rule']}, {identity['density']:.1%} of the weights left"
         if kind == "windows":
             return f"windows of text to measure on, SHA-256 {identity['windows'][:12]}"
         if kind == "recording":
@@ -69,6 +71,8 @@ def _describe_run(identity: Mapping[str, Any]) -> str:
     ]
     if fork := identity.get("fork"):
         words.append(f"fork k={fork['step']}")
+    if mask := identity.get("mask"):
+        words.append(f"mask {mask[:12]}")
     return ", ".join(words) + ("" if identity["device"] == "cpu" else f", {identity['device']}")
 
 
@@ -76,18 +80,24 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
     """A predicate on identities: would this version of the code still ask for that entry?
 
     A run counts while its own semantics and those of all runs it forks from are today's; what is
-    measured, while its class says so. Whatever refers by key to a run that is in the store, and is
-    old, is old too. Other kinds are kept: whoever wrote them knows better.
+    measured, while its class says so. Whatever refers by key to a run or mask that is in the store,
+    and is old, is old too. Other kinds are kept: whoever wrote them knows better.
     """
     from companion import training
     from companion.experiments.measurement import kinds
 
     measured = kinds()
 
+    old: set[str] = set()
+
     def run_current(identity: Mapping[str, Any]) -> bool:
         fork = identity.get("fork")
         own: bool = identity.get("semantics") == training.SEMANTICS
-        return own and (fork is None or run_current(fork["parent"]))
+        return (
+            own
+            and identity.get("mask") not in old
+            and (fork is None or run_current(fork["parent"]))
+        )
 
     def counts(identity: Mapping[str, Any]) -> bool:
         kind = str(identity.get("kind"))
@@ -96,6 +106,9 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
         fields = [field if isinstance(field, list) else [field] for field in identity.values()]
         if not old.isdisjoint(v for field in fields for v in field if isinstance(v, str)):
             return False
+        if kind == "mask":
+            rule = training.MaskRecipe.rules.get(str(identity.get("rule")))
+            return bool(rule and identity.get("semantics") == rule.SEMANTICS)
         return kind not in measured or measured[kind].is_current(identity)
 
     def current(identity: Mapping[str, Any]) -> bool:
@@ -104,9 +117,10 @@ def is_current(store: Store) -> Callable[[Mapping[str, Any]], bool]:
         except Exception:  # of a shape that no code of ours writes: not ours to delete
             return True
 
-    runs = (e for e in store.entries() if e.identity.get("kind") == "run")
-    old: set[str] = set()
-    old = {entry.key for entry in runs if not current(entry.identity)}
+    made = {e.key: e.identity for e in store.entries() if e.identity.get("kind") in ("run", "mask")}
+    # A mask names the run it was pruned from, and a run its mask: until nothing more is old.
+    while more := {key for key, identity in made.items() if not current(identity)} - old:
+        old |= more
     return current
 
 

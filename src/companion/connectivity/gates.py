@@ -183,14 +183,18 @@ def masks(
     rewound: Theta | None = None,
     start: Theta | None = None,
     keep: float = 0.8,
+    slack: int = 1,
 ) -> Gate:
     """G4: pruning masks mean what they say (Frankle et al. 2020, Algorithm 2).
 
     Arguments:
         weights: the trained sparse network, to check against the last mask.
         levels: mask after each round (name -> boolean tensor), nested, each keeping ``keep`` of the
-            one before within one weight a round.
+            one before.
         rewound, start: the network that was trained and W_k: masked equality, bit by bit.
+        keep: share of the weights that each round keeps.
+        slack: weights a round by which the numbers may differ; where every tensor is rounded by
+            itself, as many as there are tensors.
     """
     faults = []
     last = levels[-1]
@@ -202,7 +206,7 @@ def masks(
     for number, level in enumerate(levels, 1):
         expected *= keep
         alive = sum(int(m.sum()) for m in level.values())
-        if abs(alive - expected) > number:
+        if abs(alive - expected) > number * slack:
             faults.append(f"round {number}: {alive} weights alive, {expected:.0f} expected")
         if number > 1 and any(bool((level[n] & ~levels[number - 2][n]).any()) for n in level):
             faults.append(f"round {number}: a pruned weight came back")

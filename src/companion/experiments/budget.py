@@ -22,7 +22,17 @@ from companion.core.runs import Entry, Store
 from companion.core.theta import snapshot
 from companion.experiments.measurement import Measurement
 from companion.experiments.pairs import Evaluation
-from companion.training import Job, Recipe, Run, State, advance, build, entry_of, merge_jobs
+from companion.training import (
+    Job,
+    Recipe,
+    Run,
+    State,
+    advance,
+    build,
+    entry_of,
+    lineage,
+    merge_jobs,
+)
 
 _PROBE_S = 0.5  # seconds of the last call of a recipe, at least
 
@@ -108,11 +118,9 @@ def count(plans: Sequence[Plan], *, store: Store | None = None, device: str) -> 
 
 
 def _all_jobs(tasks: Iterable[Measurement]) -> list[Job]:
-    """What has to be trained for them: one job a run, the trunks included that copies leave."""
-    every = wave = [job for task in tasks for job in task.jobs()]
-    while wave := [parent for job in wave if (parent := job.parents())]:
-        every = every + wave
-    return merge_jobs(every)
+    """What has to be trained for them: one job a run, with all that copies and masks come from."""
+    asked = [job for task in tasks for job in task.jobs()]
+    return merge_jobs([*asked, *(job for wave in lineage(asked) for job in wave)])
 
 
 def _files(entry: Entry) -> set[str]:

@@ -38,7 +38,7 @@ from companion.experiments.pairs import (
     measure_pairs,
 )
 from companion.models import has_dropout
-from companion.training import Fork, Recipe, Run, check_fit
+from companion.training import Fork, MaskRecipe, Recipe, Run, check_fit
 
 NOISE = ("both", "order", "augment", "perturb")
 """What differs between copies: the data order, augmentation (with dropout), or both. ``perturb``:
@@ -63,22 +63,26 @@ def threshold_of(metric: str, threshold: float | None = None) -> float:
     return THRESHOLDS[metric] if threshold is None else threshold
 
 
-def trunk(recipe: Recipe, init: int) -> Run:
+def trunk(recipe: Recipe, init: int | str) -> Run:
     """The run that trains W_0 to W_k; ``init`` labels W_0 and the trunk's own noise."""
     return Run(recipe, init=init, order=f"{init}/trunk", augment=f"{init}/trunk")
 
 
 def copy(
     recipe: Recipe,
-    init: int,
+    init: int | str,
     k: int,
     number: int,
     *,
     noise: str = "both",
     optimizer: Literal["reset", "restore"] = "reset",
     schedule: Literal["continue", "restart"] = "continue",
+    mask: MaskRecipe | None = None,
 ) -> Run:
-    """Copy ``number`` of W_k. Copies of the same init and number see the same noise at every k."""
+    """Copy ``number`` of W_k. Copies of the same init and number see the same noise at every k.
+
+    With a ``mask``, of the subnetwork ``mask * W_k``.
+    """
     one_of("noise", noise, NOISE)
     own, shared = f"{init}/{number}", f"{init}/shared"
     return Run(
@@ -88,6 +92,7 @@ def copy(
         augment=own if noise in ("both", "augment") else shared,
         perturb=own if noise == "perturb" else None,
         fork=Fork(trunk(recipe, init), k, optimizer, schedule),
+        mask=mask,
     )
 
 

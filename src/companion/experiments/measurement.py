@@ -27,7 +27,7 @@ from companion import experiments
 from companion.core import closing, codec
 from companion.core.errors import CorruptEntry, StoreUnwritable
 from companion.core.pool import run_all
-from companion.core.runs import Entry, Store, digest
+from companion.core.runs import Entry, Store
 from companion.training import Job, Recipe, Run, train
 
 log = logging.getLogger("companion")
@@ -130,7 +130,7 @@ def kinds() -> dict[str, type[Measurement]]:
 def key_of(run: Run, device: str) -> str:
     """The store's key of a run."""
     data = datasets.load(run.recipe.data, device)
-    return digest(run.identity(data.fingerprint, torch.device(device).type))
+    return run.key(data.fingerprint, torch.device(device).type)
 
 
 def ends(identity: Mapping[str, Any]) -> str:

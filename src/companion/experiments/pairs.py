@@ -43,10 +43,13 @@ from companion.training import (
     Run,
     build,
     entry_of,
+    load_mask,
     load_state,
     load_weights,
     made_by,
+    mask_entry,
     train_one,
+    write_mask,
 )
 
 
@@ -415,6 +418,9 @@ def _null(run: Run, evaluation: Evaluation, store: Store, device: str) -> Gate:
         if name not in used[1]:
             state = load_state(parent, step, store=store, device=device)
             used[1].write_tensors(name, state.tensors())
+    if run.mask:  # made before, too: of runs that need not be trained again
+        used.append(mask_entry(run.mask, fresh, device))
+        write_mask(used[-1], load_mask(run.mask, store=store, device=device))
     # On a GPU kernels may depend on the engine and on how many replicas there are at once.
     how = made_by(run, store=store, device=device)
     train_one(Job(run, weights=(run.last_step,)), store=fresh, device=device, like=how)

@@ -32,6 +32,7 @@ from companion.landscape.logits import LogitGap, logit_gap
 from companion.landscape.predict import (
     PREDICTORS,
     cos_of_branches,
+    group_prediction,
     layer_predictions,
     path_curvature,
     predictions,
@@ -64,6 +65,7 @@ __all__ = [
     "combined",
     "cos_of_branches",
     "fit_bend",
+    "group_prediction",
     "hessian_trace",
     "inner",
     "layer_predictions",

@@ -15,7 +15,7 @@ Source: ours, as the theorem of Singh et al. 2024 could not be read; our chapter
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,23 +84,34 @@ def predictions(a: Local, b: Local, at: float = 0.5) -> dict[str, float]:
     return {name: predict(a, b, at) for name, predict in PREDICTORS.items()}
 
 
-def layer_predictions(base: Blocks, other: float) -> dict[str, float]:
-    """The barrier of each block alone, at the middle, with the other blocks at the base network.
+def group_prediction(base: Blocks, other: float, labels: Collection[str]) -> float:
+    """The barrier at the middle if these blocks move and the others stay at the base network.
 
-    (L₁ - L₂)/2 + ½ g · P_l Δ + ⅛ Δᵀ P_l H P_l Δ predicts L(θ₁ + P_l Δ/2) - (L₁ + L₂)/2. A group of
-    blocks has the sum of their terms, and an eighth of the curvature between them.
+    (L₁ - L₂)/2 + ½ g · PΔ + ⅛ Δᵀ P H P Δ, where P keeps the blocks, predicts
+    L(θ₁ + PΔ/2) - (L₁ + L₂)/2. In it are the curvatures of single blocks and those between them.
 
     Arguments:
         base: of network 1, along Δ towards network 2.
         other: loss of network 2.
+        labels: of the blocks.
 
     Returns:
-        label -> nats.
+        nats.
+
+    Raises:
+        BadParameter: a label that is no block's.
     """
-    ahead = (base.loss - other) / 2
-    diagonal = [row[i] for i, row in enumerate(base.matrix)]
-    terms = zip(base.labels, base.slopes, diagonal, strict=True)
-    return {label: ahead + slope / 2 + bend / 8 for label, slope, bend in terms}
+    if unknown := set(labels) - set(base.labels):
+        raise BadParameter(f"blocks: {min(unknown)!r} is none of {', '.join(base.labels)}.")
+    rows = [i for i, label in enumerate(base.labels) if label in labels]
+    slope = sum(base.slopes[i] for i in rows)
+    bend = sum(base.matrix[i][j] for i in rows for j in rows)
+    return (base.loss - other) / 2 + slope / 2 + bend / 8
+
+
+def layer_predictions(base: Blocks, other: float) -> dict[str, float]:
+    """:func:`group_prediction` of each block alone, by its label."""
+    return {label: group_prediction(base, other, (label,)) for label in base.labels}
 
 
 def path_curvature(alphas: Sequence[float], losses: Sequence[float]) -> tuple[float, ...]:

@@ -275,7 +275,10 @@ class Look:
                 f"{self} has shape {tuple(out.shape)}, which does not fit the spec. The inputs "
                 "must look like those that the spec was derived with."
             )
-        x = out.detach().narrow(dim, start, length).movedim(dim, -1)
+        x = out.detach()
+        if self.site.order is not None:
+            x = x.index_select(dim, torch.tensor(self.site.order, device=x.device))
+        x = x.narrow(dim, start, length).movedim(dim, -1)
         if len(self.sizes) > 1:
             x = x.unflatten(-1, self.sizes)
             lead = x.dim() - len(self.sizes)

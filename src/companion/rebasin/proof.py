@@ -24,10 +24,16 @@ from companion.rebasin.spec import Permutations, Spec
 
 PRIME = 1_000_003
 DRAWS = 5
+STRICT = 1e-6
+"""Tolerances below this are for networks that compute in float64 throughout."""
 
 
 class Unproven(BadParameter):
     """Permuted weights change the network's output: what was derived is no symmetry of it."""
+
+
+class Chaotic(Unproven):
+    """Rounding alone changes the outputs by more than a proof allows: nothing can be said."""
 
 
 class Subject:
@@ -37,6 +43,8 @@ class Subject:
         example: what its forward takes; floating-point tensors become float64.
         theta: weights to start from; None: the network's own.
         shake: add noise: to the ``weights``, to the ``inputs``.
+        precision: of weights and inputs; less than float64 only for a forward that needs it.
+        strength: of the noise in the weights, as a share of the usual one.
     """
 
     def __init__(
@@ -46,13 +54,15 @@ class Subject:
         theta: Theta | None = None,
         *,
         shake: tuple[str, ...] = (),
+        precision: torch.dtype = torch.float64,
+        strength: float = 1.0,
     ):
         for name, tensor in plain(module).state_dict(keep_vars=True).items():
             if is_lazy(tensor):
                 raise BadParameter(f"the network has lazy layers: {name} has no shape yet.")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 raise BadParameter(f"the network is on the meta device: {name} has no values.")
-        self.module = copied(module).double().eval().requires_grad_(False)
+        self.module = copied(module).to(precision).eval().requires_grad_(False)
         entries = self.module.state_dict(keep_vars=True)
         self.state = {k: v for k, v in entries.items() if isinstance(v, torch.Tensor)}
         device = next((v.device for v in self.state.values()), torch.device("cpu"))
@@ -61,7 +71,7 @@ class Subject:
             if not isinstance(value, torch.Tensor):
                 return value
             value = value.detach().to(device, copy=True)
-            return value.double() if value.is_floating_point() else value
+            return value.to(precision) if value.is_floating_point() else value
 
         if isinstance(example, Mapping):
             given: Any = ((), dict(example))
@@ -71,7 +81,7 @@ class Subject:
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         self.tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         self.raw: list[torch.Tensor] = []
-        self.shaken = shake
+        self.shaken, self.strength = shake, strength
         if theta is not None:
             self.load(theta)
         self.shake()
@@ -93,7 +103,7 @@ class Subject:
             part = draws[start : start + size]
             if len(part) < size:
                 part = draws.roll(-start).repeat(-(-size // length))[:size]
-            return part.view(like.shape).to(like.device)
+            return part.view(like.shape).to(like)
 
         for i, tensor in enumerate(floats):
             sample = tensor.flatten()[:PRIME]
@@ -104,9 +114,21 @@ class Subject:
             if any(tensor is t for t in inputs):
                 tensor.add_(noise(tensor, i), alpha=spread or 1.0)
             elif buffer and bool((tensor > 0).all()):  # such as running variances
-                tensor.mul_(torch.exp(0.3 * noise(tensor, i)))
+                tensor.mul_(torch.exp(0.3 * self.strength * noise(tensor, i)))
             else:
-                tensor.add_(noise(tensor, i), alpha=0.3 * spread or 0.1)
+                tensor.add_(noise(tensor, i), alpha=self.strength * (0.3 * spread or 0.1))
+
+    @torch.no_grad()
+    def rounding(self, reference: list[torch.Tensor], eps: float) -> float:
+        """How much the outputs change if every weight does by ``eps`` of its size."""
+        generator = Key("rebasin", "rounding").generator()
+        kept = {n: t.clone() for n, t in self.state.items() if t.is_floating_point()}
+        for name, old in kept.items():
+            signs = torch.randint(0, 2, old.shape, generator=generator).to(old) * 2 - 1
+            self.state[name].copy_(old * (1 + eps * signs))
+        found = output_gap(reference, self.run())
+        self.load(kept)
+        return found
 
     @torch.no_grad()
     def load(self, theta: Theta) -> None:
@@ -199,6 +221,11 @@ def prove_spec(net: Subject, spec: Spec, reference: list[torch.Tensor]) -> None:
             "forward gives other outputs for the same input and weights (or none that are finite), "
             "in eval mode: nothing can be proven of it."
         )
+    kind = torch.float64 if spec.tolerance < STRICT else torch.float32
+    if not net.rounding(reference, 4 * torch.finfo(kind).eps) * 10 < found:
+        raise Chaotic(
+            "rounding alone changes the outputs as much as permuted units do: nothing is proven."
+        )
     guilty = []
     for name in spec.groups:
         alone = {**stay, name: perms[name]}
@@ -221,7 +248,11 @@ def check_equal(module: nn.Module, a: Theta, b: Theta, spec: Spec) -> float:
     if spec.example is None:
         raise BadParameter("this spec was not derived from a network: there is no example to run.")
     net = Subject(module, spec.example, a)
-    reference = net.run()
+    try:
+        reference = net.run()
+    except BadParameter:
+        net = Subject(module, spec.example, a, precision=torch.float32)
+        reference = net.run()
     net.load(b)
     found = output_gap(reference, net.run())
     if not found <= spec.tolerance:

@@ -16,6 +16,9 @@ stretch of positions that stay in order. So, of a network with 64 channels ``c``
 A group may lie ``within`` another: every unit of the outer group (a head) then has a permutation of
 the inner units of its own. An inner group occurs only in blocks that hold its outer group as well.
 
+Where a tensor does not have its units in blocks, a :class:`View` lays it out so: queries, keys and
+values that alternate from head to head, or experts on one axis and their units on another.
+
 A permutation is an index vector p, ``new[i] = old[p[i]]``: unit i of network A is matched with unit
 p[i] of network B. Source: Git Re-Basin (Ainsworth et al. 2023), Sections 2 and 3.2; our chapter 2.
 """
@@ -34,6 +37,9 @@ from torch import Tensor
 from companion.core.errors import BadParameter, one_of
 from companion.core.fitting import each
 from companion.core.theta import Theta
+
+UNKNOWN = "no rule for the operation"
+"""How reasons begin that come from an operation which the derivation does not know."""
 
 Factor = str | int
 Block = tuple[Factor, ...]
@@ -60,6 +66,45 @@ class Group:
 
 
 @dataclass(frozen=True)
+class View:
+    """A tensor laid out so that its units lie in blocks.
+
+    Arguments:
+        shape: of the tensor.
+        dims: for each axis of the view the dimensions that it is made of, row-major.
+        order: for each axis of the view the order in which its positions are taken, or None.
+    """
+
+    shape: tuple[int, ...]
+    dims: tuple[tuple[int, ...], ...]
+    order: tuple[tuple[int, ...] | None, ...]
+
+    @cached_property
+    def _flat(self) -> tuple[int, ...]:
+        return tuple(d for dims in self.dims for d in dims)
+
+    @cached_property
+    def _taken(self) -> tuple[tuple[int, Tensor], ...]:
+        orders = enumerate(self.order)
+        return tuple((i, torch.tensor(order)) for i, order in orders if order is not None)
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """The tensor in this view; a copy where its order says so."""
+        sizes = [math.prod(self.shape[d] for d in dims) for dims in self.dims]
+        x = x.permute(self._flat).reshape(sizes)
+        for i, order in self._taken:
+            x = x.index_select(i, order.to(x.device))
+        return x
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """A tensor in this view as it was."""
+        for i, order in self._taken:
+            x = x.index_select(i, order.argsort().to(x.device))
+        x = x.reshape([self.shape[d] for d in self._flat])
+        return x.permute([self._flat.index(d) for d in range(len(self.shape))])
+
+
+@dataclass(frozen=True)
 class Use:
     """One place where a block with a certain group lies."""
 
@@ -79,6 +124,7 @@ class ActivationSite:
     dim: int  # axis of the activation, counted from the end (negative)
     start: int  # the block's position
     block: Block
+    order: tuple[int, ...] | None = None  # in which that axis is taken first, as in a view
 
 
 @dataclass(frozen=True)
@@ -100,6 +146,8 @@ class Spec:
         tolerance: relative difference of outputs up to which the spec was proven: 1e-8 in float64,
             more only where the forward pass itself computes in less.
         example: what forward took when the spec was derived.
+        views: name in the state dict -> how the tensor is laid out for its ``axes``, where that is
+            not as it is.
     """
 
     groups: Mapping[str, Group]
@@ -110,6 +158,7 @@ class Spec:
     notes: tuple[str, ...] = ()
     tolerance: float = 1e-8
     example: Any = field(default=None, repr=False, compare=False)
+    views: Mapping[str, View] = field(default_factory=dict)
 
     @cached_property
     def uses(self) -> Mapping[str, tuple[Use, ...]]:
@@ -133,6 +182,21 @@ class Spec:
             if outer.within is None
         )
 
+    def why_none(self) -> str:
+        """Why there are no groups, as a sentence: units that cannot move, or of which it is unknown.
+
+        An operation without a rule holds whatever it touches, and that says nothing of symmetries.
+        """
+        unknown = dict.fromkeys(why for why in self.held.values() if why.startswith(UNKNOWN))
+        if unknown:
+            return (
+                "no unit is known to move without changing the outputs, but there may be some: "
+                f"{'; '.join(list(unknown)[:3])}. Units that such an operation touches are held"
+            )
+        shown = [f"{axis}: {reason}" for axis, reason in list(self.held.items())[:3]]
+        reason = "; ".join(shown) or "all of its axes belong to the input or to the output"
+        return f"no unit can be reordered without changing the outputs ({reason})"
+
     def hold(self, *names: str) -> Spec:
         """The same spec with the units of these groups, and of groups within them, left in place.
 
@@ -150,7 +214,12 @@ class Spec:
 
         axes = {t: tuple(tuple(map(still, x)) for x in xs) for t, xs in self.axes.items()}
         sites = {n: replace(s, block=still(s.block)) for n, s in self.sites.items()}
-        asked = {f"{u.tensor}[{u.dim}]": "held on request" for g in out for u in self.uses[g]}
+        asked = {
+            f"{u.tensor}[{dim}]": "held on request"
+            for g in out
+            for u in self.uses[g]
+            for dim in (self.views[u.tensor].dims[u.dim] if u.tensor in self.views else (u.dim,))
+        }
         return replace(
             self,
             groups={n: g for n, g in self.groups.items() if n not in out},
@@ -259,13 +328,25 @@ class Spec:
         """True if any factor of the axis is a group."""
         return any(isinstance(f, str) for block in axis for f in block)
 
+    def lay_out(self, tensor: Tensor, name: str) -> Tensor:
+        """One entry as its ``axes`` see it."""
+        return self.views[name].lay_out(tensor) if name in self.views else tensor
+
+    def put_back(self, tensor: Tensor, name: str) -> Tensor:
+        """What :meth:`lay_out` made, as it is in the state dict."""
+        return self.views[name].put_back(tensor).contiguous() if name in self.views else tensor
+
     def permute_tensor(self, tensor: Tensor, name: str, perms: Permutations) -> Tensor:
         """One entry with the permutations of its axes applied."""
-        for dim, axis in enumerate(self.axes.get(name, ())):
-            if self.moves(axis):
-                index = self.index(axis, perms)
-                tensor = tensor.index_select(dim, index.to(tensor.device))
-        return tensor
+        moved = [
+            (dim, axis) for dim, axis in enumerate(self.axes.get(name, ())) if self.moves(axis)
+        ]
+        if not moved:
+            return tensor
+        tensor = self.lay_out(tensor, name)
+        for dim, axis in moved:
+            tensor = tensor.index_select(dim, self.index(axis, perms).to(tensor.device))
+        return self.put_back(tensor, name)
 
     def permute(self, theta: Theta, perms: Permutations) -> Theta:
         """``theta`` with its units in another order; entries that do not move are the same tensors.
@@ -285,11 +366,21 @@ class Spec:
 
     def to_json(self) -> dict[str, Any]:
         """Groups and axes as JSON-able values, to tell whether two specs are the same."""
-        return {
+        out = {
             "groups": [[g.name, g.size, g.within] for g in self.groups.values()],
             "axes": {n: [[list(b) for b in a] for a in axes] for n, axes in self.axes.items()},
             "objective": list(self.objective),
         }
+        if self.views:
+            out["views"] = {
+                n: [[list(d) for d in v.dims], [list(o) if o else None for o in v.order]]
+                for n, v in self.views.items()
+            }
+        return out
+
+    def _place(self, use: Use) -> str:
+        dims = self.views[use.tensor].dims[use.dim] if use.tensor in self.views else (use.dim,)
+        return f"{use.tensor}[{', '.join(map(str, dims))}]"
 
     def __str__(self) -> str:
         lines = [
@@ -297,7 +388,7 @@ class Spec:
         ]
         for name, group in self.groups.items():
             where = f" within each unit of {group.within}" if group.within else ""
-            places = list(dict.fromkeys(f"{u.tensor}[{u.dim}]" for u in self.uses[name]))
+            places = list(dict.fromkeys(map(self._place, self.uses[name])))
             more = f" and {len(places) - 4} more" if len(places) > 4 else ""
             lines.append(f"  {name}: {group.size} units{where}; {', '.join(places[:4])}{more}")
         if self.held:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -20,25 +20,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
-def taken_apart(attention: bool = False) -> Iterator[None]:
+def taken_apart(attention: bool = False, recurrent: bool = False) -> Iterator[None]:
     """Inside, attention layers of torch.nn are many operations and not one.
 
-    With ``attention`` the product of queries, keys and values and recurrent layers are, too.
+    With ``recurrent`` recurrent layers are, too; with ``attention`` they and the product of
+    queries, keys and values.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
-    onednn = torch.backends.mkldnn.enabled
+    onednn, cudnn = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        if attention:
-            # And recurrent layers, which oneDNN runs as one operation in float32.
+        if attention or recurrent:
+            # oneDNN and cuDNN run recurrent layers as one operation.
             torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # typed as torch's property
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
+            torch.backends.cudnn.enabled = False
+        with sdpa_kernel(SDPBackend.MATH) if attention else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         torch.backends.mkldnn.enabled = onednn
+        torch.backends.cudnn.enabled = cudnn
 
 
 class Tracer(TorchDispatchMode):

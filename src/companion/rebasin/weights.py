@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from companion.core.errors import BadParameter, one_of
-from companion.core.fitting import Lazy
 from companion.core.seeds import Key
 from companion.core.theta import Theta
 from companion.rebasin.assignment import assign_nested, assign_units, prices
 from companion.rebasin.matching import Matching
-from companion.rebasin.spec import Permutations, Spec
+from companion.rebasin.spec import Permutations, Spec, View
 
 THIN = 16
 """Columns up to which terms are gathered into one product: biases and norm scales have one each,
@@ -32,9 +31,6 @@ and adding n x n outer products one by one costs more than multiplying them toge
 
 ROOM = 0.25
 """Of the size of both networks: what gains may take that are kept from the anchored pass."""
-
-ROOM_BESIDE_FILES = 0.7
-"""The same where the networks are read from their files and are not in memory themselves."""
 
 LARGE = 1 << 24
 """Numbers of a tensor above which its sums are made in pieces: their float64 copies would be the
@@ -233,7 +229,8 @@ def checked_norms(spec: Spec, theta: Theta, name: str) -> dict[str, float]:
     for t, axes in spec.axes.items():
         if t not in theta:
             continue  # a buffer or a second name of a tied tensor: not needed here
-        shape = tuple(sum(spec.length(block) for block in axis) for axis in axes)
+        view = spec.views.get(t)
+        shape = view.shape if view else tuple(sum(map(spec.length, axis)) for axis in axes)
         if tuple(theta[t].shape) != shape:
             raise BadParameter(
                 f"network {name}: {t} has shape {tuple(theta[t].shape)}, the spec {shape}."
@@ -261,7 +258,7 @@ class Descent:
         self.kept: dict[str, tuple[frozenset[Term], Tensor]] = {}
         self.last: Tensor | None = None
         size = sum(x.numel() * x.element_size() for n in spec.objective for x in (a[n], b[n]))
-        self.room = size * (ROOM_BESIDE_FILES if isinstance(a, Lazy) else ROOM)
+        self.room = size * ROOM
         moved = any(not torch.equal(self.perms[n], p) for n, p in self.stay.items())
         self.now = {
             t: spec.permute_tensor(b[t], t, self.perms) if moved else b[t] for t in spec.objective
@@ -331,12 +328,13 @@ class Descent:
         relative = {**self.stay, **step}
         out = {}
         for t in family.others:
-            out[t] = self.now[t]
+            out[t] = self.spec.lay_out(self.now[t], t)
             for dim, axis in enumerate(self.spec.axes[t]):
                 if any(f in step for block in axis for f in block):
                     whole = len(axis) == 1 and len(axis[0]) == 1
                     p = relative[str(axis[0][0])] if whole else self.spec.index(axis, relative)
                     out[t] = out[t].index_select(dim, p.to(out[t].device))
+            out[t] = self.spec.put_back(out[t], t)
         return out
 
     def product(self, tensors: Mapping[str, Tensor]) -> float:
@@ -428,10 +426,14 @@ class Term:
     start: int
     sizes: tuple[int, ...]  # of its factors
     front: tuple[int, ...]  # those that make up the rows; the others stay, and join the columns
+    view: View | None = None  # of the tensor
 
     def rows(self, x: Tensor, device: torch.device) -> Tensor:
         """The block as a float64 matrix, (units, everything else). Copied only where it has to."""
-        x = x.detach().narrow(self.dim, self.start, math.prod(self.sizes)).movedim(self.dim, 0)
+        x = x.detach()
+        if self.view is not None:
+            x = self.view.lay_out(x)
+        x = x.narrow(self.dim, self.start, math.prod(self.sizes)).movedim(self.dim, 0)
         x = x.to(device)
         if len(self.sizes) > 1:
             x = x.unflatten(0, self.sizes)
@@ -498,7 +500,7 @@ def families_of(spec: Spec) -> tuple[FamilyTerms, ...]:
                     fronts = fronts or [(i,) for i, f in enumerate(block) if f == outer]
                     for front in fronts:
                         dims.add(dim)
-                        term = Term(t, dim, start, spec.sizes(block), front)
+                        term = Term(t, dim, start, spec.sizes(block), front, spec.views.get(t))
                         terms[str(block[front[-1]])].append(term)
                     if len(fronts) > 1 or (fronts and len(dims) > 1):
                         twice.add(t)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from companion.connectivity import Barrier, Curve, Plane
     from companion.core.stats import Interval
     from companion.experiments.landscape import Geometry
+    from companion.landscape import Projected
     from companion.layerwise import LayerBarriers
 
 Axis = Literal["even", "linear", "log"]
@@ -417,6 +418,55 @@ def conditions(
     }
 
 
+def quadrants(
+    ax: Axes,
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    lines: tuple[float, float],
+    xlabel: str,
+    ylabel: str,
+    corners: tuple[str, str, str, str],
+) -> dict[str, Any]:
+    """Two numbers of each thing against each other, and a line that each is held to.
+
+    Both axes are linear up to twice their line, and logarithmic beyond.
+
+    Arguments:
+        groups: label -> (x, y) of each.
+        lines: where x and y are cut.
+        corners: what the four parts mean: lower left, lower right, upper left, upper right.
+
+    Returns:
+        label -> ``x`` and ``y``.
+    """
+    drawn = {}
+    for number, (label, points) in enumerate(groups.items()):
+        x, y = ([p[i] for p in points] for i in (0, 1))
+        ax.plot(x, y, _MARKERS[number % 7], color=f"C{number}", label=label, alpha=0.8)
+        drawn[label] = {"x": x, "y": y}
+    dashed(ax, lines[1], x=lines[0])
+    ax.set_xscale("symlog", linthresh=2 * lines[0])
+    ax.set_yscale("symlog", linthresh=2 * lines[1])
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+    places = ((0, 0), (1, 0), (0, 1), (1, 1))
+    for (right, top), text in zip(places, corners, strict=True):
+        ax.annotate(
+            text,
+            (0.99 if right else 0.01, 0.98 if top else 0.02),
+            xycoords="axes fraction",
+            ha="right" if right else "left",
+            va="top" if top else "bottom",
+            color=_DASHED["color"],
+            fontsize=9,
+            bbox=_PLATE,
+        )
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.margins(0.08)
+    _legend(ax)
+    return drawn
+
+
 # --- maps
 
 
@@ -679,6 +729,15 @@ def layers(fig: Figure, found: LayerBarriers) -> dict[str, Any]:
     title = "layer by layer" + ("" if found.bn == "none" else f", BatchNorm {found.bn}")
     heading(fig, title if found.valid else str(found.full))
     return drawn
+
+
+def trajectory(ax: Axes, found: Projected, label: str = "training") -> dict[str, Any]:
+    """A trajectory's shadow on a plane that is drawn; the legend says what it leaves out."""
+    x, y = zip(*found.coordinates, strict=True)
+    said_outside = f"{label} ({said(100 * found.share, '{:.0f}')} % of it outside the plane)"
+    ax.plot(x, y, "o-", color=_RED, markersize=3, linewidth=1, label=said_outside)
+    ax.legend()
+    return codec.to_json(found)
 
 
 def landscape(fig: Figure, found: Geometry) -> dict[str, Any]:

@@ -7,8 +7,19 @@ once, and :func:`load_weights` hands them out. Used in every chapter; explained 
 
 from companion.training.engine import entry_of, load_state, load_weights, made_by, train, train_one
 from companion.training.engines import ENGINES, using
-from companion.training.loop import State, advance, build, check_fit, make_optimizer
-from companion.training.recipe import SEMANTICS, Fork, Job, Recipe, Run, merge_jobs, recipe_from
+from companion.training.loop import State, advance, build, check_fit, make_optimizer, pruned
+from companion.training.masking import load_mask, mask_entry, write_mask
+from companion.training.recipe import (
+    SEMANTICS,
+    Fork,
+    Job,
+    MaskRecipe,
+    Recipe,
+    Run,
+    lineage,
+    merge_jobs,
+    recipe_from,
+)
 from companion.training.replicas import advance_many
 from companion.training.speed import Throughput, throughput
 
@@ -17,6 +28,7 @@ __all__ = [
     "SEMANTICS",
     "Fork",
     "Job",
+    "MaskRecipe",
     "Recipe",
     "Run",
     "State",
@@ -26,14 +38,19 @@ __all__ = [
     "build",
     "check_fit",
     "entry_of",
+    "lineage",
+    "load_mask",
     "load_state",
     "load_weights",
     "made_by",
     "make_optimizer",
+    "mask_entry",
     "merge_jobs",
+    "pruned",
     "recipe_from",
     "throughput",
     "train",
     "train_one",
     "using",
+    "write_mask",
 ]

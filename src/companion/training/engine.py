@@ -23,6 +23,7 @@ from companion.core import closing, deadline
 from companion.core.errors import (
     BadParameter,
     CompanionError,
+    CorruptData,
     CorruptEntry,
     StoreUnwritable,
     one_of,
@@ -33,7 +34,8 @@ from companion.core.theta import snapshot
 from companion.data import Dataset
 from companion.training import engines, loop, replicas
 from companion.training.loop import State
-from companion.training.recipe import Job, Recipe, Run, merge_jobs
+from companion.training.masking import load_mask
+from companion.training.recipe import Job, Recipe, Run, lineage
 
 log = logging.getLogger("companion")
 
@@ -82,14 +84,14 @@ def _read(entry: Entry, name: str) -> State | None:
         return State.from_tensors(entry.read_tensors(name))
     except KeyError:  # discarded by another process just now
         return None
-    except (CorruptEntry, BadParameter) as e:
+    except (CorruptEntry, CorruptData, BadParameter) as e:
         log.warning("%s; it is discarded and made again", e)
         entry.remove(name)
         return None
 
 
 def _origin(run: Run, data: Dataset, device: torch.device, store: Store) -> State:
-    """The state a run starts from: its init, or its parent's state at k; or either, perturbed."""
+    """The state a run starts from: its init, or its parent's state at k; perturbed, or masked."""
     if run.fork is None:
         start = State(0, snapshot(loop.build(run, data, device)))
     else:
@@ -100,6 +102,9 @@ def _origin(run: Run, data: Dataset, device: torch.device, store: Store) -> Stat
         start = State(step, parent.theta, momentum)
     if run.perturb is not None:
         start.theta = loop.perturbed(run, start.theta, loop.build(run, data, device))
+    if run.mask is not None:
+        mask = load_mask(run.mask, store=store, device=str(device))
+        start = loop.pruned(start, mask, loop.build(run, data, torch.device("cpu")))
     return start
 
 
@@ -358,7 +363,8 @@ def _advance(
             work.save(reached)
     how |= {"steps": stop - first, "seconds": round(time.monotonic() - begun, 3)}
     for work in group:
-        if _on_gpu(where):
+        # A start that is asked for later says nothing about how the rest was trained.
+        if _on_gpu(where) and (stop > first or not work.made):
             work.entry.write_json(_MADE_BY, how)
         work.entry.remove(_RESUME)
 
@@ -398,7 +404,8 @@ def train(
     at_once: int = 0,
     engine: str = "auto",
 ) -> None:
-    """Make every state of every job exist, many runs at once; parents before the copies they fork.
+    """Make every state of every job exist, many runs at once; parents before the copies they fork
+    and the subnetworks they are pruned to.
 
     On a CPU every run has a process (:mod:`companion.core.pool`); on a GPU jobs of one recipe are
     trained as replicas (:mod:`companion.training.replicas`) with one of its engines, at most
@@ -413,14 +420,10 @@ def train(
     one_of("engine", engine, engines.ENGINES)
     store = store or Store()
     where = str(datasets.resolve_device(device))
-    generations: list[list[Job]] = []
-    wave = merge_jobs(jobs)
-    while wave:
-        generations.append(wave)
-        wave = merge_jobs(p for job in wave if (p := job.parents()))
-    for recipe in {job.run.recipe for wave in generations for job in wave}:
+    waves = lineage(jobs)
+    for recipe in {job.run.recipe for wave in waves for job in wave}:
         loop.check_fit(recipe, datasets.load(recipe.data, where))
-    for wave in reversed(generations):
+    for wave in waves:
         todo = []
         for job in wave:
             data = datasets.load(job.run.recipe.data, where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -16,6 +16,7 @@ from companion import models
 from companion.core import closing
 from companion.core.errors import BadParameter, Diverged
 from companion.core.losses import mean_loss
+from companion.core.masks import Mask, masked, pack, unpack
 from companion.core.networks import returning_logits
 from companion.core.numerics import exact_float32
 from companion.core.pool import one_thread
@@ -38,18 +39,22 @@ class State:
         theta: the state dict.
         optimizer: the optimiser's tensors, ``"<index>.<slot>"`` -> tensor; empty = fresh.
         trace: the loss of each step so far on its own batch, shape (step - first step,), nats.
+        mask: which weights there are; empty = all. The others are exactly 0, and stay so, like
+            what the optimiser keeps of them. See :func:`pruned`.
     """
 
     step: int
     theta: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor] = field(default_factory=dict)
     trace: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    mask: Mask = field(default_factory=dict)
 
     def tensors(self, full: bool = True) -> dict[str, torch.Tensor]:
-        """As one flat dictionary for safetensors; ``full=False`` leaves the optimiser out."""
+        """As one flat dictionary for safetensors; ``full=False``: to look at, not to go on from."""
         out = {f"theta/{k}": v for k, v in self.theta.items()}
         if full:
             out |= {f"optimizer/{k}": v for k, v in self.optimizer.items()}
+            out |= {f"mask/{k}": v for k, v in pack(self.mask).items()}
         return out | {"trace": self.trace, "step": torch.tensor(self.step)}
 
     def cpu(self) -> State:
@@ -57,7 +62,7 @@ class State:
         theta, optimizer = (
             {k: v.cpu() for k, v in part.items()} for part in (self.theta, self.optimizer)
         )
-        return State(self.step, theta, optimizer, self.trace.cpu())
+        return State(self.step, theta, optimizer, self.trace.cpu(), self.mask)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> State:
@@ -76,7 +81,33 @@ class State:
         def under(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        return cls(int(step), under("theta/"), under("optimizer/"), trace)
+        kept = unpack(under("mask/"))
+        return cls(int(step), under("theta/"), under("optimizer/"), trace, kept)
+
+
+def pruned(state: State, mask: Mask, module: nn.Module) -> State:
+    """``state`` with only the weights of ``mask``: weights and the optimiser's tensors times it.
+
+    Every further step leaves the pruned ones at exactly 0: their gradient is masked before the
+    optimiser sees it, and neither momentum, nor Adam's averages, nor weight decay moves a 0.
+
+    Arguments:
+        module: of the architecture.
+
+    Raises:
+        BadParameter: the mask does not fit, or names what is not trained.
+    """
+    trained = [n for n, p in module.named_parameters() if p.requires_grad]
+    places = {name: i for i, name in enumerate(trained)}
+    if strange := [n for n in mask if n not in places]:
+        raise BadParameter(f"mask: {strange[0]} is not trained in this network, or has two names.")
+    theta = with_aliases(masked(state.theta, mask), layout(module).ties)
+    optimizer = dict(state.optimizer)
+    for slot, value in state.optimizer.items():
+        name = trained[int(slot.partition(".")[0])]
+        if name in mask and value.ndim:  # Adam's count of steps is one number for all weights
+            optimizer |= masked({slot: value}, {slot: mask[name]})
+    return State(state.step, theta, optimizer, state.trace, dict(mask))
 
 
 def network(net: str, data: Dataset, key: Key) -> nn.Module:
@@ -307,6 +338,16 @@ def check_finite(theta: Mapping[str, torch.Tensor], data: Dataset, step: int, ru
             raise diverged(f"{name} of {run.recipe.net} on {data.name} is", step, run)
 
 
+def check_masks(runs: Sequence[Run], states: Sequence[State]) -> None:
+    """Refuse to train a subnetwork from a state that does not know which weights it has.
+
+    Raises:
+        BadParameter: it is so.
+    """
+    if any(run.mask and not state.mask for run, state in zip(runs, states, strict=True)):
+        raise BadParameter("mask: the run has one, the state none. Start from pruned(state, mask).")
+
+
 def advance(
     run: Run,
     state: State,
@@ -342,9 +383,11 @@ def advance(
     closing.refuse_work()
     recipe, device = run.recipe, data.train.x.device
     module = module if module is not None else build(run, data, device)
+    check_masks([run], [state])
     check_ties(state.theta, layout(module).ties, f"{run.recipe.net} at step {state.step}")
     module.load_state_dict(state.theta)
     module.train()
+    masks = [(p, state.mask[n].to(p)) for n, p in module.named_parameters() if n in state.mask]
     optimizer = make_optimizer(recipe, module)
     places = _places(optimizer, module)
     _load_optimizer(optimizer, state.optimizer, places)
@@ -380,9 +423,8 @@ def advance(
         look(step)
         theta = snapshot(module)
         check_finite(theta, data, step, run)
-        return State(
-            step, theta, _optimizer_tensors(optimizer, places), trace[: step - first].clone()
-        )
+        kept = _optimizer_tensors(optimizer, places)
+        return State(step, theta, kept, trace[: step - first].clone(), state.mask)
 
     calm = one_thread() if device.type == "cpu" else contextlib.nullcontext()
     exact = exact_float32(recipe.precision == "float32")
@@ -403,6 +445,9 @@ def advance(
                 loss = mean_loss(net(x), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            for p, kept in masks:
+                if p.grad is not None:
+                    p.grad.mul_(kept)
             optimizer.step()
             trace[step - first] = loss.detach()
             done = step + 1

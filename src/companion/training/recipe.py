@@ -7,16 +7,24 @@ Source: Frankle et al. 2020, Algorithm 1 and Table 1; our chapter 1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from companion import models
 from companion.core import codec
 from companion.core.errors import BadParameter, one_of, whole
+from companion.core.runs import digest
 from companion.core.seeds import Key
 from companion.data import Augmentation, canonical_data
+
+if TYPE_CHECKING:
+    from companion.core.masks import Mask
+    from companion.core.runs import Store
+    from companion.data import Dataset
 
 SEMANTICS = 1
 """Raised by hand when a recipe would train to other weights: old runs then no longer count."""
@@ -189,8 +197,10 @@ class Run:
 
     ``init``, ``order`` and ``augment`` name samples of three independent noise sources: same
     labels, same bits; different labels, independent draws. A forked run inherits its init. Dropout
-    belongs to ``augment``. ``perturb`` names a single weight that is moved before the first step
-    (:func:`companion.training.loop.perturbed`); None: none is.
+    belongs to ``augment``. With a ``mask`` it trains a subnetwork: it starts from the mask times
+    its init (or its parent's weights at k), and pruned weights stay exactly 0. ``perturb`` names a
+    single weight that is moved before the first step (:func:`companion.training.loop.perturbed`);
+    None: none is.
     """
 
     recipe: Recipe
@@ -198,6 +208,7 @@ class Run:
     order: int | str = 0
     augment: int | str = 0
     fork: Fork | None = None
+    mask: MaskRecipe | None = None
     perturb: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -207,6 +218,8 @@ class Run:
                 continue
             if isinstance(label, bool) or not isinstance(label, int | str):
                 raise BadParameter(f"{name}: a whole number or text is needed, got {label!r}.")
+        if self.mask is not None:
+            self._check_mask(self.mask)
         if self.fork is None:
             return
         parent, k = self.fork.parent, self.fork.step
@@ -227,9 +240,21 @@ class Run:
                 f"{parent.recipe.net!r}."
             )
         object.__setattr__(self, "init", parent.init)
-        if k == 0 and parent.fork is None and parent.perturb is None:
+        if k == 0 and parent.fork is None and parent.mask is None and parent.perturb is None:
             # A fork at step 0 is a run from the same init: one identity, trained once.
             object.__setattr__(self, "fork", None)
+
+    def _check_mask(self, mask: MaskRecipe) -> None:
+        if self.perturb is not None:
+            raise BadParameter("perturb: not under a mask; the weight moved could be a pruned one.")
+        for job in mask.jobs():
+            for field in ("net", "data"):
+                there, here = getattr(job.run.recipe, field), getattr(self.recipe, field)
+                if there != here:
+                    raise BadParameter(
+                        f"mask: it comes from the {field} {there!r}, the run has {here!r}. "
+                        "Both must be the same."
+                    )
 
     @property
     def first_step(self) -> int:
@@ -265,7 +290,13 @@ class Run:
                 "optimizer": self.fork.optimizer,
                 "schedule": self.fork.schedule,
             }
+        if self.mask is not None:  # how it is made stands in its own entry
+            out["mask"] = self.mask.key(fingerprint, device)
         return out
+
+    def key(self, fingerprint: str, device: str) -> str:
+        """The name of its entry in the store: the digest of :meth:`identity`, 64 hex digits."""
+        return digest(self.identity(fingerprint, device))
 
     def init_key(self) -> Key:
         """Seeds the initial weights."""
@@ -315,10 +346,72 @@ class Job:
                     f"{self.run.first_step} to {self.run.last_step}."
                 )
 
-    def parents(self) -> Job | None:
-        """The job that must be done before this one."""
-        fork = self.run.fork
-        return Job(fork.parent, states=(fork.step,)) if fork else None
+    def parents(self) -> list[Job]:
+        """The jobs that must be done before this one: of the run it forks, and for its mask."""
+        fork, mask = self.run.fork, self.run.mask
+        start = [Job(fork.parent, states=(fork.step,))] if fork else []
+        return start + (mask.jobs() if mask else [])
+
+
+class MaskRecipe(ABC):
+    """How a pruning mask is made, as a picklable value; a subclass is a frozen dataclass.
+
+    The mask itself is made when the first run needs it, and kept under :meth:`key`, one bit a
+    weight. So a run under a mask is known, and can be counted, before anything is trained.
+
+    Class attributes:
+        RULE: its name in the store.
+        SEMANTICS: raised by hand when the same rule would give another mask.
+        rules: every subclass that was imported, by its rule.
+
+    A subclass has a field ``density``: the share of the weights that is left.
+    """
+
+    RULE: ClassVar[str]
+    SEMANTICS: ClassVar[int] = 1
+    rules: ClassVar[dict[str, type[MaskRecipe]]] = {}
+    density: float
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.rules[cls.RULE] = cls
+
+    @abstractmethod
+    def details(self, fingerprint: str, device: str) -> dict[str, Any]:
+        """Everything besides the rule's name and semantics that determines the mask, JSON-able.
+
+        Runs are named by :meth:`Run.key`, other masks by :meth:`key`.
+        """
+
+    @abstractmethod
+    def jobs(self) -> list[Job]:
+        """What has to be trained first: runs of one network on one dataset, one at least."""
+
+    @abstractmethod
+    def make(self, data: Dataset, store: Store) -> Mask:
+        """The mask. What :meth:`jobs` names is trained if it is missing."""
+
+    def identity(self, fingerprint: str, device: str) -> dict[str, Any]:
+        """Its identity in the store. Arguments as :meth:`Run.identity`."""
+        return {
+            "kind": "mask",
+            "semantics": self.SEMANTICS,
+            "rule": self.RULE,
+            "density": self.density,
+            "data": fingerprint,
+            "device": device,
+            **self.details(fingerprint, device),
+        }
+
+    def key(self, fingerprint: str, device: str) -> str:
+        """The name of its entry: the digest of how it is made, 64 hex digits."""
+        return _mask_key(self, fingerprint, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _mask_key(mask: MaskRecipe, fingerprint: str, device: str) -> str:
+    # The key of a run that was pruned ten times goes back through ten masks: once each.
+    return digest(mask.identity(fingerprint, device))
 
 
 def merge_jobs(jobs: Iterable[Job]) -> list[Job]:
@@ -332,3 +425,25 @@ def merge_jobs(jobs: Iterable[Job]) -> list[Job]:
             tuple(sorted({*old.states, *job.states})),
         )
     return list(merged.values())
+
+
+def lineage(jobs: Iterable[Job]) -> list[list[Job]]:
+    """``jobs`` and all that they descend from, one a run, in waves.
+
+    Each wave needs nothing but the waves before it, and a run is in the earliest that it can be:
+    what may be trained side by side is.
+    """
+    every = wave = merge_jobs(jobs)
+    while wave := merge_jobs(parent for job in wave for parent in job.parents()):
+        every = every + wave
+    number: dict[Run, int] = {}
+
+    def place(run: Run) -> int:
+        if run not in number:
+            number[run] = 1 + max((place(p.run) for p in Job(run).parents()), default=-1)
+        return number[run]
+
+    waves: dict[int, list[Job]] = {}
+    for job in merge_jobs(every):
+        waves.setdefault(place(job.run), []).append(job)
+    return [waves[n] for n in sorted(waves)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -248,6 +249,7 @@ def advance_many(
         raise BadParameter("advance_many: all runs must have one recipe.")
     if len({(state.step, len(state.trace)) for state in states}) > 1:
         raise BadParameter("advance_many: all states must be at one step of their runs.")
+    loop.check_masks(runs, states)
     recipe, device, first = runs[0].recipe, data.train.x.device, states[0].step
     module = module if module is not None else loop.build(runs[0], data, device)
     engine = choose(module, device, engine, data)
@@ -269,7 +271,7 @@ def advance_many(
                 for m, (run, state) in enumerate(zip(runs, states, strict=True))
             ]
         if stop <= first:
-            return [State(s.step, dict(s.theta), dict(s.optimizer), s.trace) for s in states]
+            return [replace(s, theta=dict(s.theta), optimizer=dict(s.optimizer)) for s in states]
         extra = max(width - len(runs), 0)
         full_runs = [*runs, *[runs[-1]] * extra]
         stepper = Stepper(

@@ -112,6 +112,10 @@ class Stack:
         if recipe.precision == "bf16":
             self.half = torch.zeros_like(self.theta, dtype=torch.bfloat16)
         self.state = {slot: blank() for slot in slots(recipe)}
+        self.masks = [s.mask for s in states]
+        self.kept: Tensor | None = None
+        if any(self.masks):
+            self.kept = torch.ones_like(self.theta)
         self.decayed: Tensor | None = None
         if recipe.weight_decay_on != "all":
             self.decayed = torch.zeros(size, dtype=torch.bool, device=self.device)
@@ -123,6 +127,8 @@ class Stack:
         for m, state in enumerate(states):
             for index, place in enumerate(self.places):
                 place.view(self.theta[m]).copy_(state.theta[place.name])
+                if self.kept is not None and place.name in state.mask:
+                    place.view(self.kept[m]).copy_(state.mask[place.name])
                 for slot, flat in self.state.items():
                     if (value := state.optimizer.get(f"{index}.{slot}")) is not None:
                         place.view(flat[m]).copy_(value)
@@ -183,7 +189,7 @@ class Stack:
                     optimizer[f"{index}.step"] = torch.tensor(float(self.taken[m] + done))
                 for slot, value in slot_values.items():
                     optimizer[f"{index}.{slot}"] = own(place.view(value[m]))
-            out.append(State(step, values, optimizer, traces[m].clone()))
+            out.append(State(step, values, optimizer, traces[m].clone(), self.masks[m]))
         return out
 
 

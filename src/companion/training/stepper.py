@@ -139,6 +139,8 @@ class Stepper:
         self._gradients(x, y)
         with torch.no_grad():
             row = self._table.index_select(0, self._taken)[0]
+            if stack.kept is not None:
+                stack.grad.mul_(stack.kept)
             update(self.recipe, stack.theta, stack.grad, stack.state, row, stack.decayed)
             # Elementwise instead of an indexed write: the same bits in every mode of torch.
             here = self._slots == self._slot
