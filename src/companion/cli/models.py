@@ -56,8 +56,10 @@ def list_networks() -> None:
     ]
     print_table(["name", "options and their defaults", "what"], rows)
     say("resnet<6n+2> of any depth exists. `companion models show NAME` explains the options.")
-    say("Your own: package.module:factory?option=value, called with in_shape=(C, H, W), classes=K;")
-    say("on a text with in_shape=(tokens in a window,), classes=size of the vocabulary.")
+    say("Others': torchvision:NAME, timm:NAME, hf:FOLDER (a folder of transformers).")
+    say("Your own: nets.py:factory, nets:factory or package.module:factory?option=value, called")
+    say("with in_shape=(C, H, W), classes=K if it takes them; on a text with in_shape=(tokens in")
+    say("a window,), classes=size of the vocabulary.")
 
 
 @app.command(

@@ -20,14 +20,19 @@ PICTURES = (".svg", ".png", ".pdf")
 """What ``--plot`` can write."""
 
 A = Annotated[
-    str, typer.Argument(metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP.")
+    str,
+    typer.Argument(
+        metavar="A",
+        help="A file of safetensors or torch.save, a folder or index of shards, or run:KEY@STEP.",
+    ),
 ]
 B = Annotated[str, typer.Argument(metavar="B", help="The other network, likewise.")]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The architecture: a name of `companion models list`, or package.module:factory. "
-        "For runs of the store it is known."
+        help="The architecture: a name of `companion models list`, torchvision:NAME, timm:NAME, "
+        "hf:FOLDER, nets.py:factory, or package.module:factory. For runs of the store, and where A "
+        "is a folder of transformers, it is known."
     ),
 ]
 Data = Annotated[

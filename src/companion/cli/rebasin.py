@@ -59,7 +59,9 @@ def align_networks(
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A", help="A safetensors file, or run:KEY or run:KEY@STEP. It stays."
+            metavar="A",
+            help="A file of safetensors or torch.save, a folder or index of shards, or "
+            "run:KEY[@STEP]. It stays.",
         ),
     ],
     b: Annotated[
@@ -251,9 +253,11 @@ def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> Non
     for option, path in given.items():
         output(path, option, suffixes.get(option, (".safetensors",)))
     places = {option: path.resolve() for option, path in given.items() if path}
-    for name, source in zip("AB", ends, strict=True):
+    for name, end in zip("AB", ends, strict=True):
+        source = Path(end.partition("#")[0]).expanduser().resolve()
+        shards = source.parent if source.suffix == ".json" else source
         for option, path in places.items():
-            if Path(source).expanduser().resolve() == path:
+            if source == path or (path.exists() and path.parent == shards):
                 raise BadParameter(f"{option}: {path.name} is {name}, which is not overwritten.")
     if len(set(places.values())) < len(places):
         raise BadParameter(f"{', '.join(places)}: each needs a file of its own.")

@@ -15,6 +15,7 @@ from torch import nn
 
 from companion.core import files
 from companion.core.errors import BadParameter
+from companion.core.fitting import each
 from companion.core.theta import Theta, check_theta
 from companion.rebasin.proof import check_equal
 from companion.rebasin.spec import Permutations, Spec
@@ -101,7 +102,7 @@ class Matching(Found):
             BadParameter: ``theta`` is no state dict of ``module``, or outputs differ.
         """
         theta = check_theta(module, theta, "B")
-        out = self.spec.permute(theta, self.perms)
+        out = each(theta, lambda name, value: self.spec.permute_tensor(value, name, self.perms))
         if check_outputs:
             check_equal(module, theta, out, self.spec)
         return out

@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from companion.core.errors import BadParameter, one_of
-from companion.core.fitting import each
 from companion.core.theta import Theta
 
 UNKNOWN = "no rule for the operation"
@@ -348,13 +347,13 @@ class Spec:
             tensor = tensor.index_select(dim, self.index(axis, perms).to(tensor.device))
         return self.put_back(tensor, name)
 
-    def permute(self, theta: Theta, perms: Permutations) -> Theta:
+    def permute(self, theta: Theta, perms: Permutations) -> dict[str, Tensor]:
         """``theta`` with its units in another order; entries that do not move are the same tensors.
 
         The function that the network computes stays the same. Nothing is checked here:
         :meth:`companion.rebasin.Matching.apply` does.
         """
-        return each(theta, lambda name, value: self.permute_tensor(value, name, perms))
+        return {name: self.permute_tensor(value, name, perms) for name, value in theta.items()}
 
     def log10_count(self) -> float:
         """log10 of the number of permutations, the paper's Table 1 (Section 2)."""

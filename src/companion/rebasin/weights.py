@@ -32,6 +32,10 @@ and adding n x n outer products one by one costs more than multiplying them toge
 ROOM = 0.25
 """Of the size of both networks: what gains may take that are kept from the anchored pass."""
 
+LARGE = 1 << 24
+"""Numbers of a tensor above which its sums are made in pieces: their float64 copies would be the
+largest things there are."""
+
 
 def objective(spec: Spec, a: Theta, b: Theta, perms: Permutations | None = None) -> float:
     """``<A, P(B)>``: the sum of inner products over the spec's objective, in float64.
@@ -382,7 +386,14 @@ def gains_of(terms: Sequence[Term], a: Theta, b: Theta) -> Tensor | None:
 
     for term in terms:
         device = sums_on(a[term.tensor])
-        x, y = (term.rows(theta[term.tensor], device) for theta in (a, b))
+        whole = [theta[term.tensor] for theta in (a, b)]
+        if whole[0].numel() > LARGE and whole[0].dim() == 2:
+            across = 1 - term.dim
+            size = max(1, LARGE // 4 // whole[0].shape[term.dim])
+            for x, y in zip(*(t.split(size, across) for t in whole), strict=True):
+                total = add(term.rows(x, device), term.rows(y, device))
+            continue
+        x, y = (term.rows(t, device) for t in whole)
         if x.shape[1] <= THIN:
             thin.setdefault(device, []).append((x, y))
         else:
@@ -399,6 +410,9 @@ def sums_on(x: Tensor) -> torch.device:
 
 def dot(x: Tensor, y: Tensor) -> float:
     device = sums_on(x)
+    if x.numel() > LARGE and x.dim():
+        size = max(1, LARGE // 4 // math.prod(x.shape[1:]))
+        return sum(dot(*part) for part in zip(x.split(size), y.split(size), strict=True))
     x = x.detach().to(device).double().reshape(-1)
     return float(x.dot(y.detach().to(device).double().reshape(-1)))
 
