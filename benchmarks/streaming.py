@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from harness import machine, write
@@ -30,7 +31,10 @@ from companion.core.seeds import Key
 from companion.rebasin import derive
 
 NOISE = 0.01
-SIZES = {"full": {}, "small": {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 999}}
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "small": {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 999},
+}
 
 
 def plant(folder: Path, size: str) -> tuple[Path, Path, int]:

@@ -26,6 +26,7 @@ class Tied(nn.Module):
     def __init__(self, tied: bool = False):
         super().__init__()
         self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.positions: Tensor
         self.register_buffer("positions", torch.arange(5), persistent=False)
         if tied:
             self.head.weight = self.table.weight

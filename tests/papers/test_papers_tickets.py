@@ -73,9 +73,9 @@ def tickets(
                         (kind, level), (errors[name], heights[name])
                     )
                     two = pair(at(height, k, init), at(error, k, init), train)
-                    along = (None, None)
+                    along: list[PairResult | None] = [None, None]
                     if kind == "imp" and level:
-                        along = tuple(pair(at(v, k, init)) for v in (previous, dense))
+                        along = [pair(at(v, k, init)) for v in (previous, dense)]
                     sample = Sample(init, k, (1, 2), two)
                     out.append(Subnetwork(kind, level, k, init, (sample,), {}, *along))
     return Tickets(search, tuple(out))
@@ -118,7 +118,10 @@ def world(
     errors, heights = ERRORS | dict(errors or {}), HEIGHTS | dict(heights or {})
     found = tickets(asked, errors, heights, **more)
     whole = Instability(own, asked.ks, found.instability("imp", 0).samples)
-    renewed = dict.fromkeys(("imp", "whole"), 3.0) | {"reinit": 8.0, "permuted": 4.0}
+    renewed: dict[str, ByK] = dict.fromkeys(("imp", "whole"), 3.0) | {
+        "reinit": 8.0,
+        "permuted": 4.0,
+    }
     renewed |= dict(new or {})
     moved = tickets(study.new_start, renewed, dict.fromkeys(renewed, 5.0))
     study.__dict__.update(found=found, whole=whole, renewed=moved if study.carried else None)

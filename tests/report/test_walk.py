@@ -24,8 +24,8 @@ PLANE = {
 
 def drawn(cases: list[walk.Case]) -> tuple[str, list[dict]]:
     text = walk.html(cases, name="toy", switch="parted at step", names=("<W>", "A", "B"))
-    data = escapes.unescape(re.search(r'data-walk="(.*?)"', text)[1])
-    return text, json.loads(data)
+    (data,) = re.findall(r'data-walk="(.*?)"', text)
+    return text, json.loads(escapes.unescape(data))
 
 
 def test_ends_and_line_stand_where_they_were_measured():

@@ -253,8 +253,8 @@ def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> Non
     for option, path in given.items():
         output(path, option, suffixes.get(option, (".safetensors",)))
     places = {option: path.resolve() for option, path in given.items() if path}
-    for name, end in zip("AB", ends, strict=True):
-        source = Path(end.partition("#")[0]).expanduser().resolve()
+    for name, given_end in zip("AB", ends, strict=True):
+        source = Path(given_end.partition("#")[0]).expanduser().resolve()
         shards = source.parent if source.suffix == ".json" else source
         for option, path in places.items():
             if source == path or (path.exists() and path.parent == shards):
