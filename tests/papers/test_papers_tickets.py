@@ -118,10 +118,7 @@ def world(
     errors, heights = ERRORS | dict(errors or {}), HEIGHTS | dict(heights or {})
     found = tickets(asked, errors, heights, **more)
     whole = Instability(own, asked.ks, found.instability("imp", 0).samples)
-    renewed: dict[str, ByK] = dict.fromkeys(("imp", "whole"), 3.0) | {
-        "reinit": 8.0,
-        "permuted": 4.0,
-    }
+    renewed: dict[str, ByK] = {"imp": 3.0, "whole": 3.0, "reinit": 8.0, "permuted": 4.0}
     renewed |= dict(new or {})
     moved = tickets(study.new_start, renewed, dict.fromkeys(renewed, 5.0))
     study.__dict__.update(found=found, whole=whole, renewed=moved if study.carried else None)
