@@ -13,6 +13,7 @@ from commands import NET, run, said
 from safetensors.torch import load_file
 
 from companion.cli import tickets as command
+from companion.cli.console import INVALID
 from companion.cli.options import numbers
 from companion.core.masks import alive, masked
 from companion.core.runs import Store
@@ -76,7 +77,8 @@ def test_it_prints_and_writes_the_numbers_of_the_library(tmp_path: Path, store: 
     kept = {n: list(counts) for n, counts in alive(mask).items()}
     assert rows[1]["weights"][0] == kept
     # It is a network like any other.
-    assert "barrier" in said("barrier", ticket, ticket, "--model", NET, "--data", "digits")
+    same = said("barrier", ticket, ticket, "--model", NET, "--data", "digits", code=INVALID)
+    assert "G0b distinct FAIL" in same  # it loads; with itself it has no barrier
 
     more = said(*WORDS, "--rounds", 3, "--levels", "2,3")
     assert "9 to train" in more, "level 3, a copy of it and two controls an init; the null control"
