@@ -44,6 +44,8 @@ def at_work(tmp_path: Path, runs_root: Path) -> Iterator[subprocess.Popen[str]]:
         [sys.executable, "-m", "companion", *words.split(), "--copies", "2", "--workers", "2"],
         env={**os.environ, "COMPANION_RUNS": str(runs_root)},
         start_new_session=True,
+        # Whoever runs the tests in the background ignores Ctrl-C, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

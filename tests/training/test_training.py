@@ -182,7 +182,7 @@ class nothing(nn.Module):
     ("changes", "message"),
     [
         ({"batch": N + 1}, rf"batch: {N + 1} is more than the {N} training images of digits"),
-        ({"net": "torch.nn:Linear"}, "torch.nn:Linear.* cannot be called with in_shape"),
+        ({"net": "torch.nn:Linear"}, "torch.nn:Linear.* cannot be called with nothing"),
         ({"net": "my.nets:for_32"}, r"my.nets:for_32 does not take images of shape \(1, 8, 8\)"),
         ({"net": "my.nets:two"}, r"my.nets:two makes \(2, 2\) of 2 images.*\(2, 10\) are needed"),
         ({"net": "my.nets:nothing"}, "my.nets:nothing does not take images"),
