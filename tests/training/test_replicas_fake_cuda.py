@@ -88,7 +88,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         "torch.autograd.grad": lambda _, leaves: [torch.empty_like(x) for x in leaves],
         "torch.Tensor.pin_memory": lambda t: t,
         "companion.training.stepper.copied": lambda module: module,
-        "companion.core.theta._has_minus_infinity": lambda tensor: False,  # asked once, at the start
+        "companion.core.theta._has_minus_infinity": lambda tensor: False,  # asked once, at first
     }.items():
         monkeypatch.setattr(name, stand_in)
     monkeypatch.setattr(Dataset, "black", property(lambda _: torch.empty(black, device=CUDA)))
