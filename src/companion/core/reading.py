@@ -141,8 +141,16 @@ def _mapped(source: str, path: Path) -> Lazy:
 
 def _tensor(path: Path, name: str) -> Tensor:
     """One tensor, in memory as long as it is used: the map of the file goes with it."""
-    with safe_open(str(path), "pt") as f:
-        found: Tensor = f.get_tensor(name)
+    try:
+        with safe_open(str(path), "pt") as f:
+            found: Tensor = f.get_tensor(name)
+        if not found.is_complex():
+            found.new_zeros(1).to(torch.float32)  # some kinds can be stored, and nothing else
+    except (SafetensorError, NotImplementedError, RuntimeError) as e:
+        raise BadParameter(
+            f"{path.name}: {name} holds numbers that PyTorch cannot read ({e}). "
+            "Convert the file to float32 or bfloat16 first."
+        ) from e
     return found
 
 
