@@ -243,9 +243,9 @@ def test_what_is_no_state_dict_is_recognised() -> None:
         ({"model": net}, r"'model' holds a Linear.*\['model'\]\.state_dict\(\)"),
     ):
         with pytest.raises(BadParameter, match=advice):
-            check_theta(net, wrong, "B")  # type: ignore[arg-type]
+            check_theta(net, wrong, "B")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(BadParameter, match=r"an nn\.Module, is needed, got a dict"):
-        check_theta(snapshot(net), net, "A")  # type: ignore[arg-type]
+        check_theta(snapshot(net), net, "A")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_one_tensor_has_one_value() -> None:

@@ -229,7 +229,7 @@ def test_blocks_add_up_and_each_is_its_own_direction() -> None:
 
 def test_layer_predictions_are_the_expansion_of_adilovas_barrier() -> None:
     torch.manual_seed(0)
-    make = lambda: nn.Sequential(  # noqa: E731
+    make = lambda: nn.Sequential(  # noqa: E731  a factory of one line
         *(nn.Flatten(), nn.Linear(64, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 10))
     )
     net, split = make(), DIGITS.test.head(60)
@@ -264,7 +264,7 @@ def test_attention_and_tied_weights(tied: bool) -> None:
     with Key("other").seeded():
         b = snapshot(models.build(name, (6,), 11, Key("gpt", 1)))
     split = Examples(*(torch.randint(11, (9, 6), generator=Key("x").generator()) for _ in "xy"))
-    surface: Any = Surface(net, split)  # type: ignore[arg-type]
+    surface: Any = Surface(net, split)  # type: ignore[arg-type]  # wrong on purpose
     delta = towards(net, a, b)
     local, near = surface.local(a, delta), surface.differences(a, delta, 1e-4)
     assert near.slope == pytest.approx(local.slope, rel=1e-4)

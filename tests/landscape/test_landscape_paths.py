@@ -183,7 +183,7 @@ def test_without_deviation_at_the_output_there_is_no_barrier() -> None:
             self.inner = net
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x.double())  # type: ignore[no-any-return]
+            return self.inner(x.double())  # type: ignore[no-any-return]  # a module returns Any
 
     a, b = ({f"inner.{n}": v for n, v in t.items()} for t in (a, b))
     found = logit_gap(Cast(), a, b, FEW)
@@ -274,4 +274,4 @@ def test_bends_that_cannot_be() -> None:
     net, a, b = pair_of(NETS["mlp"])
     for wrong in ({"kind": "spline"}, {"bends": 0}, {"bends": 9}, {"lr": 0}, {"steps": 0}):
         with pytest.raises(BadParameter, match=next(iter(wrong))):
-            fit_bend(net, a, b, FEW, **wrong)  # type: ignore[arg-type]
+            fit_bend(net, a, b, FEW, **wrong)  # type: ignore[arg-type]  # wrong on purpose

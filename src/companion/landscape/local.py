@@ -141,7 +141,7 @@ class Surface:
             if isinstance(m, _BatchNorm) and m.running_mean is not None:
                 # PyTorch's own has no derivative with respect to running statistics.
                 forward = _by_running if bn == "interpolate" else _by_batch
-                m.forward = partial(forward, m)  # type: ignore[method-assign]
+                m.forward = partial(forward, m)  # type: ignore[method-assign]  # on purpose
 
     def loss(self, theta: Theta) -> float:
         """Mean loss at ``theta``, in nats."""
