@@ -103,7 +103,7 @@ def _name() -> tuple[str, str]:
     else:
         name = f"{socket.gethostname()}-{os.getpid()}"
     try:
-        log = str(Path(f"/proc/self/fd/{sys.stderr.fileno()}").readlink())
+        log = str(Path(f"/proc/self/fd/{sys.stdout.fileno()}").readlink())
     except (OSError, ValueError):
         log = ""
     return name, log if log.startswith("/") and not log.startswith("/dev") else ""

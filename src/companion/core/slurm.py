@@ -87,14 +87,10 @@ class Engine:
     stale: float = STALE_S
 
     def __str__(self) -> str:
-        shown = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "kind"
-        }
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
         given = ",".join(
-            f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
-            for k, v in shown.items()
-            if v != defaults[k]
+            f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}"
+            for f in dataclasses.fields(self)
+            if f.name != "kind" and (value := getattr(self, f.name)) != f.default
         )
         return f"{self.kind}:{given}" if given else self.kind
 
@@ -177,18 +173,11 @@ def queue_of(engine: Engine) -> Queue:
 
 def command(engine: Engine, queue: Queue) -> list[str]:
     """The command line of a worker."""
-    kept = {"COMPANION_DATA": locations.data_root(), "COMPANION_RUNS": locations.runs_root()}
-    if "PYTHONPATH" in os.environ:
-        kept["PYTHONPATH"] = Path(os.environ["PYTHONPATH"])
-    words = ["env", *(f"{k}={v}" for k, v in kept.items()), sys.executable, "-m", "companion"]
-    words += [
-        "work",
-        str(queue.folder),
-        "--idle",
-        f"{engine.idle:g}",
-        "--stale",
-        f"{engine.stale:g}",
-    ]
+    places = {"COMPANION_DATA": locations.data_root(), "COMPANION_RUNS": locations.runs_root()}
+    kept = [f"{name}={path}" for name, path in places.items()]
+    kept += [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
+    words = ["env", *kept, sys.executable, "-m", "companion", "work", str(queue.folder)]
+    words += f"--idle {engine.idle:g} --stale {engine.stale:g}".split()
     limit = 60 * engine.time - engine.margin
     return words + (["--time-limit", f"{limit:g}"] if engine.kind == "slurm" else [])
 
@@ -281,7 +270,7 @@ class _Watch:
         self, engine: Engine, queue: Queue, plan: Plan, numbers: Sequence[int], label: str
     ):
         self.engine, self.queue, self.plan, self.numbers = engine, queue, plan, numbers
-        self.label, self.said = label or "jobs", 0.0
+        self.label, self.said = label or "jobs", time.monotonic()
         self.state: Counter[str] = Counter()
 
     def left(self) -> int:
@@ -360,13 +349,14 @@ class _Watch:
             ],
             additional_parameters={"requeue": True},
         )
-        jobs = executor.submit_array([submitit.helpers.CommandFunction([line])] * engine.size(jobs))
-        array = str(jobs[0].job_id).partition("_")[0]
+        one = submitit.helpers.CommandFunction([line])
+        tasks = executor.submit_array([one] * engine.size(jobs))
+        array = str(tasks[0].job_id).partition("_")[0]
         (self.queue.folder / "arrays").mkdir(exist_ok=True)
         (self.queue.folder / "arrays" / array).touch()
         for left in (*logs.glob("*.pkl"), *(logs / "after_submission").glob("*")):
             left.unlink(missing_ok=True)
-        self.say(f"array {array}: {len(jobs)} tasks for {self.left()} jobs; logs in {logs}")
+        self.say(f"array {array}: {len(tasks)} tasks for {self.left()} jobs; logs in {logs}")
 
     def arrays(self) -> list[str]:
         """Numbers of the arrays that were submitted for this queue."""

@@ -85,7 +85,8 @@ def name_of(thing: type | Callable[..., Any]) -> str:
 
 def function(name: str) -> Callable[..., Any]:
     """The function of this package that :func:`name_of` names. Raises as :func:`from_wire`."""
-    return _found(name, callable)
+    found: Callable[..., Any] = _found(name, callable)
+    return found
 
 
 def _is_ours(name: str) -> bool:
