@@ -73,7 +73,7 @@ def running() -> Iterator[Path]:
         found = {"host": socket.gethostname().split(".")[0], "ports": _ports(2)}
         cores = max(2, len(os.sched_getaffinity(0)))
         conf.write_text(CONF.format(folder=folder, cores=cores, **found))
-        become = "setpriv --reuid=munge --regid=munge --init-groups".split()
+        become = ["setpriv", "--reuid=munge", "--regid=munge", "--init-groups"]
         places = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed"}
         options = [f"--{name}={folder / 'munge' / file}" for name, file in places.items()]
         log = f"--log-file={folder / 'munge' / 'log'}"

@@ -122,7 +122,20 @@ def test_the_engine_asked_for_in_code_hides_the_environment(monkeypatch):
             assert slurm.asked_for() is None and not slurm.elsewhere()
 
 
-WORDS = "--net mlp:widths=8 --data digits --steps 40 --batch 60 --inits 1 --copies 2".split()
+WORDS = [
+    "--net",
+    "mlp:widths=8",
+    "--data",
+    "digits",
+    "--steps",
+    "40",
+    "--batch",
+    "60",
+    "--inits",
+    "1",
+    "--copies",
+    "2",
+]
 
 
 @pytest.mark.slow
@@ -216,7 +229,7 @@ def test_work_that_kills_its_workers_is_given_up(tmp_path):
         die(tmp_path, f"dead-{n}")
     with (
         Claims(tmp_path, "a") as claims,
-        pytest.raises(WorkerLost, match="3 workers died on it.*dead-2"),
+        pytest.raises(WorkerLost, match=r"3 workers died on it.*dead-2"),
         claims.take("7"),
     ):
         raise AssertionError
@@ -384,6 +397,7 @@ def test_half_a_line_of_a_killed_worker_costs_nothing(tmp_path):
 
 def test_the_command_takes_a_queue_or_a_plan(tmp_path):
     plan, _ = Queue(tmp_path).add([Work("companion.core.runs:digest", n) for n in range(3)])
+    assert "stopped" in said("work", plan.folder, "--time-limit", "0.001", code=75)
     assert "3 jobs done" in said("work", plan.folder)
     plan.end()
     assert "0 jobs done" in said("work", tmp_path, "--idle", "0")

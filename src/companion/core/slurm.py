@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -306,13 +305,17 @@ class _Watch:
             deadline.stop_if_passed()
             now = time.monotonic()
             if now - asked > min(30.0, 4 * pause) and self.engine.kind == "slurm":
-                asked, live = now, self.live()
-                if live == 0 and self.plan.look() is not None and self.left():
+                first, asked, live = not asked, now, self.live()
+                self.plan.look()  # what they noted before they went
+                left = self.left()
+                if live == 0 and left:
                     lost = lost + 1 if left == before else 1
                     before = left
                     if lost > _TRIES:
                         raise WorkerLost(self._lost(left))
                     self.submit(left)
+                elif live and left and first:
+                    self.say(f"{self._arrays()} is at work already, with {live} tasks")
             self._say(bar, left)
             time.sleep(pause)
             pause = min(5.0, 1.2 * pause)
