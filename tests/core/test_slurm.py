@@ -184,8 +184,17 @@ def test_ctrl_c_cancels_and_a_closed_terminal_does_not(request):
         "--inits",
         "1",
     ]
-    words = [sys.executable, "-m", "companion", "instability", *words, "--points", "3"]
-    words += ["--copies", "2", "--engine", "slurm:time=5,tasks=1,idle=0"]
+    words = [sys.executable, "-m", "companion", "instability", *words]
+    words += [
+        "--ks",
+        "0",
+        "--inits",
+        "1",
+        "--copies",
+        "2",
+        "--engine",
+        "slurm:time=5,tasks=1,idle=0",
+    ]
 
     def command() -> subprocess.Popen[str]:
         quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
