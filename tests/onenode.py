@@ -25,8 +25,8 @@ SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 SlurmUser=root
 AuthType=auth/munge
-# A requeued task waits until its credential has expired: two minutes, if nobody says less.
-AuthInfo=socket={folder}/munge/socket,cred_expire=4
+# A requeued task waits until its credential has expired: two minutes, or so long (5 at least).
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none

@@ -32,7 +32,7 @@ from typing import Any
 from uuid import uuid4
 
 from companion.core import files
-from companion.core.errors import WorkerLost
+from companion.core.errors import StoreUnwritable, WorkerLost
 
 STALE_S = 180.0
 """Seconds without a sign of life after which a worker counts as dead. NFS shows another machine a
@@ -137,6 +137,11 @@ class Claims:
             # The answer of a server may be lost, and the link asked for once more.
             if not (path.exists() and path.samefile(self._mine)):
                 return None
+        except OSError as e:
+            raise StoreUnwritable(
+                f"{self.folder} takes no hard links ({e.strerror or e}), which workers on several "
+                "machines claim their jobs by. Point COMPANION_RUNS at another file system."
+            ) from e
         if self._top(name)[0] == top + 1 and (not top or self._is(name, top, inode)):
             return top + 1
         with suppress(OSError):  # somebody came between looking and linking

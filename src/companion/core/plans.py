@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import shutil
 import time
 import traceback
 import zlib
@@ -151,6 +152,7 @@ class Queue:
         Returns:
             the plan, and the numbers that the jobs have in it, in their order.
         """
+        self._tidy()
         lines = [job.line() for job in jobs]
         keys = [_key(line) for line in lines]
         for plan in self.plans():
@@ -165,6 +167,13 @@ class Queue:
         except OSError as e:
             raise StoreUnwritable(f"plan: {folder} cannot be written ({e.strerror or e}).") from e
         return Plan(folder), list(range(len(lines)))
+
+    def _tidy(self) -> None:
+        """Remove plans that have been over for an hour; who still reads one does so within it."""
+        for mark in (self.folder / "plans").glob(f"*/{_OVER}"):
+            with contextlib.suppress(OSError):
+                if time.time() - mark.stat().st_mtime > 3600:
+                    shutil.rmtree(mark.parent)
 
 
 def _key(line: bytes | str) -> str:
