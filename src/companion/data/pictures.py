@@ -120,7 +120,7 @@ def _test_split(
 
 
 def _find_tree(path: Path) -> PictureFiles:
-    splits = {d.name for d in _folders(path)}
+    splits = {d.name for d in folders(path)}
     if "train" not in splits and not splits.intersection(TEST_NAMES):
         return PictureFiles("tree", path, _images(path), None)
     train = _images(path / "train") if "train" in splits else []
@@ -134,14 +134,15 @@ def _find_tree(path: Path) -> PictureFiles:
     return PictureFiles("tree", path, train + test, len(train))
 
 
-def _folders(path: Path) -> list[Path]:
+def folders(path: Path) -> list[Path]:
+    """The folders in one, sorted by name, without hidden ones."""
     return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
 def _images(path: Path) -> list[Path]:
     """All images of ``path/<class>/``, at any depth, sorted by their path below ``path``."""
     found = []
-    for folder in _folders(path):
+    for folder in folders(path):
         images = [f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
         images = [f for f in images if not f.name.startswith(".")]
         if not images:
@@ -369,12 +370,34 @@ def read_pictures(
             f"images: {path}: label={label}, but folders of pictures have no columns."
         )
     listing = _list_tree(layout) if layout.kind == "tree" else _list_parquet(layout, label)
-    y, class_names = _encode(listing, str(path))
+    return read_listing(listing, layout.root, layout.files, size, mean, std, where=str(path))
+
+
+def read_listing(
+    listing: Listing,
+    root: Path,
+    paths: Sequence[Path],
+    size: int | None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    where: str | None = None,
+) -> Raw:
+    """Decode what is listed; the pixels are kept under the fingerprint of the files ``paths``.
+
+    Arguments:
+        root: the folder below which the files' names count.
+        where: what messages call it; None: ``root``.
+
+    Raises:
+        CorruptData, BadParameter: as :func:`read_pictures`.
+    """
+    where = where or str(root)
+    y, class_names = _encode(listing, where)
     if listing.n_train is None:
         counts = np.bincount(y, minlength=len(class_names))
         if counts.min() < 2:
             raise CorruptData(
-                f"images: {path}: class {class_names[int(counts.argmin())]!r} has "
+                f"images: {where}: class {class_names[int(counts.argmin())]!r} has "
                 f"{counts.min()} image(s); 2 are needed to split them into train and test."
             )
         train: Any
@@ -391,8 +414,8 @@ def read_pictures(
         f"size={size or 'as it is'}; normalise={f'{mean}/{std}' if mean else 'train'}"
     )
     with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(sha256_of, layout.files))
-    names = [f.relative_to(layout.root).as_posix() for f in layout.files]
+        digests = list(pool.map(sha256_of, paths))
+    names = [f.relative_to(root).as_posix() for f in paths]
     digest = fingerprint(rule, zip(names, digests, strict=True))
     images = cached_array(
         runs_root() / "decoded" / digest / "images.npy",
@@ -406,7 +429,7 @@ def read_pictures(
         mean=mean,
         std=std,
         class_names=class_names,
-        files=tuple(map(FileReport.of, layout.files)),
+        files=tuple(map(FileReport.of, paths)),
         notes=(*listing.notes, f"split: {split}"),
     )
 

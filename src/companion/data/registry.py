@@ -1,8 +1,9 @@
 """Datasets by name: load, list, download, check. Only :func:`download` downloads anything.
 
 ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``cifar10-jpeg`` (lossy,
-labelled as such), ``images:PATH`` (``pictures.py``), texts (``text.py``), and with ``@split-a``
-behind any images a part of them (``parts.py``). Source: our chapter 1 ("The data").
+labelled as such), ``tiny-imagenet``, ``domainnet?size=64&classes=10`` (``published_pictures.py``),
+``images:PATH`` (``pictures.py``), texts (``text.py``), and with ``@split-a`` behind any images a
+part of them (``parts.py``). Source: our chapter 1 ("The data").
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from companion.data import text
 from companion.data.dataset import Dataset, Split, TextFacts, channel_statistics, standardise
 from companion.data.parts import SEPARATOR, Part, split_name
 from companion.data.pictures import CIFAR10_JPEG, user_images
+from companion.data.published_pictures import TINY_IMAGENET, domainnet, is_domainnet
 from companion.data.sources import PUBLISHED, FileReport, RawText, Source
 
-SOURCES = {source.name: source for source in (*PUBLISHED, CIFAR10_JPEG)}
+NAMED = (*PUBLISHED, CIFAR10_JPEG, TINY_IMAGENET, domainnet("domainnet"))
+SOURCES = {source.name: source for source in NAMED}
 MOVE = "Set COMPANION_DATA to look in another data root."
 
 
@@ -117,6 +120,7 @@ def _load_part(base: str, part: Part, root: Path, device: str, stamp: str) -> Da
         name=f"{base}{SEPARATOR}{part.name}",
         label=f"{whole.label}, {part.label}",
         train=Split(whole.train.x[at], whole.train.y[at]),
+        domains=whole.domains and (whole.domains[0][rows], whole.domains[1]),
         fingerprint=part.fingerprint(whole.fingerprint, rows),
     )
 
@@ -149,6 +153,9 @@ def _load(name: str, root: Path, device: str, stamp: str) -> Dataset:
     return Dataset(
         *(name, source.label, train, test, raw.classes, shape, mean, std, raw.fingerprint),
         class_names=raw.class_names,
+        domains=raw.domains
+        and (torch.from_numpy(raw.domains[0]), torch.from_numpy(raw.domains[1])),
+        domain_names=raw.domain_names,
     )
 
 
@@ -310,6 +317,8 @@ def _source(name: str) -> Source:
         return user_images(name)
     if text.is_text(name):
         return text.text_source(name)
+    if is_domainnet(name):
+        return domainnet(name)
     names = [*SOURCES, *text.TEXTS, "images:PATH", "text:PATH"]
     return SOURCES[one_of("dataset", name, names)]
 

@@ -60,7 +60,8 @@ class Raw:
     """A dataset as read: integer pixels, (N, C, H, W) uint8, and labels, (N,) int64.
 
     ``mean`` and ``std`` are None where they are to be computed on the train split. ``notes`` say in
-    words what a reader had to choose.
+    words what a reader had to choose. ``domains``, where there are some, are those of the
+    train and of the test images, (N,) int64 each: indices into ``domain_names``.
     """
 
     train_x: NDArray[np.uint8]
@@ -75,6 +76,8 @@ class Raw:
     class_names: tuple[str, ...] = ()
     files: tuple[FileReport, ...] = ()
     notes: tuple[str, ...] = ()
+    domains: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    domain_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
