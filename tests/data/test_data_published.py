@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from commands import run
 from PIL import Image
+from torchvision import transforms
 
-from companion import data
+from companion import data, models
+from companion.connectivity import barrier
 from companion.core.errors import BadParameter, CorruptData, MissingData
+from companion.core.seeds import Key
 from companion.experiments.federated import Federation, client_data, measure_federations
 from companion.training import Recipe
 
@@ -138,3 +145,107 @@ def test_with_feature_shift_every_client_has_one_domain_and_all_classes(root: Pa
     digits = Recipe(net="mlp:widths=8", data="digits", steps=4, batch=4)
     with pytest.raises(BadParameter, match="digits has no domains"):
         client_data(Federation(recipe=digits, split="domains", every=2), data.load("digits"), 0)
+
+
+# ---- ImageNet, which stays on the disk
+
+SMALL = "imagenet?size=32&short=40"
+
+
+def imagenet(root: Path, val: int = 7) -> Path:
+    folder = root / "imagenet"
+    for split, count in (("train", 5), ("val", val)):
+        for i, name in enumerate(("n01", "n02", "n03")):
+            for n in range(count):
+                paint(folder / split / name / f"{n}.JPEG", 20 + 90 * i + 3 * n, side=50 + n)
+    paint(folder / "val" / "n02" / "grey.JPEG", 77, side=48, mode="L")
+    return folder
+
+
+def decoded(path: Path) -> torch.Tensor:
+    """By torchvision's own transforms."""
+    steps = [transforms.Resize(40), transforms.CenterCrop(32), transforms.ToTensor()]
+    steps += [transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    found: torch.Tensor = transforms.Compose(steps)(Image.open(path).convert("RGB"))
+    return found
+
+
+def test_imagenet_is_read_as_torchvision_reads_it_and_only_when_asked(root: Path) -> None:
+    folder = imagenet(root)
+    found = data.load(SMALL)
+    x, y = found.test.x, found.test.y
+    assert found.in_shape == (3, 32, 32) and found.class_names == ("n01", "n02", "n03")
+    assert tuple(x.shape) == (22, 3, 32, 32) and y.bincount().tolist() == [7, 8, 7]
+    paths = sorted((folder / "val").rglob("*.JPEG"))
+    expected = torch.stack([decoded(path) for path in paths])
+    assert torch.equal(x[:5], expected[:5]) and torch.equal(x[3], expected[3])
+    some = torch.tensor([9, 2, 21])
+    assert torch.equal(x[some], expected[some])
+    for size in (1, 3, 22):
+        assert torch.equal(torch.cat(list(x.split(size))), expected)
+        assert torch.equal(torch.cat(list(x.tensor_split(size))), expected)
+    head = found.test.head(6)  # a head is in memory
+    assert isinstance(head.x, torch.Tensor) and len(head) == 6
+    (folder / "val" / "n01" / "0.JPEG").write_bytes(b"no picture")
+    with pytest.raises(CorruptData, match=r"0.JPEG: cannot be read as an image"):
+        list(x.split(5))
+    part = data.load(f"{SMALL}@split-a")
+    assert not isinstance(part.train.x, torch.Tensor) and len(part.train) == len(part.train.y)
+
+
+def test_a_line_over_pictures_on_the_disk_is_that_over_the_same_in_memory(root: Path) -> None:
+    imagenet(root)
+    found = data.load(SMALL)
+    whole = {n: data.Split(s.x[:], s.y) for n, s in (("train", found.train), ("test", found.test))}
+    net = "resnet8:width=4"
+    a, b = (models.build(net, (3, 32, 32), 3, Key(k)).state_dict() for k in "ab")
+    module = models.build(net, (3, 32, 32), 3)
+    how: dict[str, Any] = {"points": 3, "bn": "reestimate"}
+    streamed, kept = (barrier(module, a, b, d, **how) for d in (found, whole))
+    assert streamed.curves == kept.curves
+
+
+@pytest.mark.slow  # networks of 25 million weights
+@pytest.mark.parametrize(
+    ("net", "data"),
+    [
+        ("torchvision:resnet50", SMALL),
+        (
+            "torchvision:inception_v3?aux_logits=false",
+            "imagenet?size=75&short=80",
+        ),
+    ],
+)
+def test_the_papers_networks_are_evaluated_from_the_disk(root: Path, net: str, data: str) -> None:
+    imagenet(root, val=2)
+    for name in "ab":
+        torch.save(models.build(net, (3, 75, 75), 3, Key(name)).state_dict(), root / f"{name}.pth")
+    ends = [root / "a.pth", root / "b.pth"]
+    asked = ["--model", net, "--data", data, "--points", 3, "--json", root / "out.json"]
+    run("barrier", *ends, *asked, code=3)  # INVALID: nobody trained them
+    assert json.loads((root / "out.json").read_text())
+
+
+@pytest.mark.slow  # a proof of ResNet-18
+def test_networks_are_matched_and_merged_from_the_disk(root: Path) -> None:
+    imagenet(root, val=2)
+    for name in "ab":
+        module = torchvision.models.resnet18(num_classes=3)
+        torch.save(module.state_dict(), root / f"{name}.pth")
+    ends = [root / "a.pth", root / "b.pth"]
+    asked = ["--model", "torchvision:resnet18", "--data", SMALL, "--points", 3]
+    made = ["-o", root / "moved.safetensors", "--merge", root / "merged.safetensors"]
+    run("rebasin", *ends, *asked, *made, "--method", "activations", code=3)
+    assert (root / "moved.safetensors").is_file() and (root / "merged.safetensors").is_file()
+
+
+def test_imagenet_in_another_size_or_with_gaps_is_refused(root: Path) -> None:
+    for wrong in ("imagenet?size=0", "imagenet?colour=1", "imagenet?size=300"):
+        with pytest.raises(BadParameter, match=r"size|colour|centre"):
+            data.load(wrong)
+    with pytest.raises(MissingData, match="train, val missing"):
+        data.load("imagenet")
+    folder = imagenet(root)
+    (folder / "val" / "n99").mkdir()
+    with pytest.raises(CorruptData, match="train has no such class"):
+        data.load(SMALL)

@@ -282,7 +282,7 @@ def decode(
     """
 
     def decode_some(rows: range) -> list[NDArray[np.uint8]]:
-        return [_decode_one(names[i], read(i), size) for i in rows]
+        return [decode_one(names[i], read(i), size) for i in rows]
 
     # Pillow decodes outside Python's lock: threads help, and need no copies between processes.
     chunks = [range(i, min(i + 256, len(names))) for i in range(0, len(names), 256)]
@@ -303,22 +303,33 @@ def decode(
     return out
 
 
-def _decode_one(name: str, data: bytes, size: int | None) -> NDArray[np.uint8]:
-    """One image: (H, W) uint8 if its mode is greyscale, else (H, W, 3)."""
+def decode_one(
+    name: str, data: bytes, size: int | None, short: int | None = None, colour: bool = False
+) -> NDArray[np.uint8]:
+    """One image: (H, W) uint8 if its mode is greyscale, else (H, W, 3).
+
+    Arguments:
+        size: as in :func:`decode`.
+        short: the shorter side is resized to this before the centre of ``size`` is kept; None: to
+            ``size``, so that nothing but the ends of the longer side is cut off.
+        colour: (H, W, 3) of greyscale images, too.
+    """
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image: Image.Image = opened
             if image.mode.startswith(("I", "F")):
                 raise BadParameter(f"{name}: {image.mode} pixels; convert it to 8 bits first.")
-            grey = image.mode in GREY_MODES
+            grey = image.mode in GREY_MODES and not colour
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # Pillow's own advice for such palettes
             image = image.convert("L" if grey else "RGB")
             if size is not None and image.size != (size, size):
                 from torchvision.transforms import functional
 
-                short = functional.resize(image, [size], functional.InterpolationMode.BILINEAR)
-                image = functional.center_crop(short, [size, size])
+                whole = functional.resize(
+                    image, [short or size], functional.InterpolationMode.BILINEAR
+                )
+                image = functional.center_crop(whole, [size, size])
             return np.asarray(image)
     except CompanionError:
         raise

@@ -1,24 +1,30 @@
-"""Published datasets that are folders of pictures: Tiny ImageNet and DomainNet.
+"""Published datasets that are folders of pictures: Tiny ImageNet, DomainNet and ImageNet.
 
 ``tiny-imagenet`` is ``tiny-imagenet-200/`` as published: ``train/<class>/images/*.JPEG``, and
 ``val/images/*.JPEG`` with the classes in ``val/val_annotations.txt`` (its test labels are not
 public, so val is the test split). ``domainnet`` is ``domainnet/<domain>/<class>/*``, with the
 splits in ``<domain>_train.txt`` and ``<domain>_test.txt``;
 ``domainnet?size=64&classes=10&domains=clipart-real`` takes the first ten classes and two domains.
+``imagenet`` is torchvision's layout, ``imagenet/{train,val}/<class>/*.JPEG``: it stays on the disk
+(:mod:`companion.data.streamed`), is resized to 256 and cropped to 224 pixels, and serves
+evaluation, matching and merging; ``imagenet?size=299&short=342`` is Inception's.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from companion.core.errors import BadParameter, CorruptData, one_of
-from companion.data.pictures import Listing, folders, read_listing
-from companion.data.sources import Raw, Source
+from companion.data.pictures import Listing, decode_one, folders, read_listing
+from companion.data.sources import Raw, Source, Streamed, fingerprint
+from companion.data.streamed import Pixels
 
 TINY = "tiny-imagenet-200"
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
@@ -173,6 +179,88 @@ def domainnet(name: str) -> Source:
         files=partial(_lists, asked),
         read=partial(_read_domains, asked),
         how="as published: domainnet/<domain>/<class>/ with <domain>_train.txt, <domain>_test.txt",
+    )
+
+
+def _sizes(name: str) -> dict[str, int]:
+    """Of ``imagenet?size=224&short=256``: pixels."""
+    found = {"size": 224, "short": 256}
+    for option in filter(None, name.partition("?")[2].split("&")):
+        key, _, value = option.partition("=")
+        one_of(f"{name}: option", key, tuple(found))
+        if not value.isdecimal() or int(value) < 1:
+            raise BadParameter(f"{name}: {key} is a number of pixels, not {value!r}.")
+        found[key] = int(value)
+    if found["short"] < found["size"]:
+        raise BadParameter(
+            f"{name}: a shorter side of {found['short']} pixels has no centre of {found['size']}."
+        )
+    return found
+
+
+def _imagenet_files(root: Path) -> tuple[list[Path], list[str]]:
+    parts = [root / "imagenet" / split for split in ("train", "val")]
+    return [p for p in parts if p.is_dir()], [p.name for p in parts if not p.is_dir()]
+
+
+def _read_imagenet(size: int, short: int, root: Path) -> Streamed:
+    folder = root / "imagenet"
+    classes = [d.name for d in folders(folder / "train")]
+    index = {name: i for i, name in enumerate(classes)}
+    splits: list[tuple[Pixels, NDArray[np.int64]]] = []
+    manifest: list[tuple[str, str]] = []
+    for split in ("train", "val"):
+        paths: list[Path] = []
+        labels: list[int] = []
+        for own in folders(folder / split):
+            if own.name not in index:
+                raise CorruptData(f"{own}: train has no such class.")
+            pictures = sorted((e.name, e.stat().st_size) for e in os.scandir(own) if e.is_file())
+            paths += [own / name for name, _ in pictures]
+            labels += [index[own.name]] * len(pictures)
+            manifest += [(f"{split}/{own.name}/{name}", str(bytes_)) for name, bytes_ in pictures]
+        if not paths:
+            raise CorruptData(f"{folder / split}: no class folder with pictures.")
+
+        def read(i: int, paths: list[Path] = paths) -> NDArray[np.uint8]:
+            return decode_one(str(paths[i]), paths[i].read_bytes(), size, short, colour=True)
+
+        shape = (len(paths), 3, size, size)
+        rows = np.arange(len(paths), dtype=np.int64)
+        splits.append(
+            (
+                Pixels(read, rows, shape, IMAGENET_MEAN, IMAGENET_STD),
+                np.array(labels, dtype=np.int64),
+            )
+        )
+    rule = f"imagenet v1: short={short} size={size}; names and sizes of files"
+    train, test = splits
+    return Streamed(train, test, tuple(classes), fingerprint(rule, manifest))
+
+
+def is_imagenet(name: str) -> bool:
+    """Whether a dataset's name asks for ImageNet."""
+    return name.partition("?")[0] == "imagenet"
+
+
+def imagenet(name: str) -> Source:
+    """The source of ``imagenet?size=224&short=256``.
+
+    Raises:
+        BadParameter: an option that does not exist or make sense.
+
+    Source: Russakovsky et al. 2015; Git Re-Basin (Ainsworth et al. 2023), section 5.2.
+    """
+    sizes = _sizes(name)
+    return Source(
+        name=name,
+        label="ImageNet",
+        classes=1000,
+        shape=(3, sizes["size"], sizes["size"]),
+        folder="imagenet",
+        files=_imagenet_files,
+        read=partial(_read_imagenet, sizes["size"], sizes["short"]),
+        how="in torchvision's layout, imagenet/train/<class>/ and imagenet/val/<class>/",
     )
 
 
