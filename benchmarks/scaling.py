@@ -15,7 +15,6 @@ import json
 import os
 import tempfile
 import time
-import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +66,16 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
             with entry.lock():
                 entry.write_json("value.json", {"n": n})
 
-    few = min(count, 1_000)  # the rest are there to be listed, and need not reach the disk
+    few = min(count, 1_000)
     found["store"] = cost(lambda: fill(0, few)) * count / few
-    with unittest.mock.patch("os.fsync"):
-        fill(few, count)
+    first = store.entry({"kind": "made up", "n": 0}).path
+    pattern = {name: (first / name).read_bytes() for name in ("value.json", "manifest.json")}
+    for n in range(few, count):  # the rest are there to be found, and need not reach the disk
+        entry = store.entry({"kind": "made up", "n": n})
+        entry.path.mkdir(parents=True)
+        (entry.path / "identity.json").write_text(json.dumps(dict(entry.identity)))
+        for name in pattern:
+            (entry.path / name).write_bytes(pattern[name])
     found["missing"] = cost(
         lambda: [
             "value.json" in store.entry({"kind": "made up", "n": n}).files() for n in range(count)
