@@ -354,7 +354,7 @@ def scaling(found: dict[str, Any]) -> str:
         "finding a plan that has the same jobs": "attach",
         "a worker takes a job, and notes it": "work",
         "seeing that it is done": "see",
-        "an entry of the run store, written": "store",
+        "an entry of the run store, written (mean of 1,000 at most)": "store",
         "… asked for by its key": "missing",
         "… listed": "list",
     }
