@@ -63,10 +63,8 @@ def test_every_bit_is_that_of_autograd_and_torch_optim(
 def test_perceptrons_are_computed_by_hand() -> None:
     data, cpu = datasets.load("digits", "cpu"), torch.device("cpu")
     for net, layers in {"mlp:widths=8x3": 4, "lenet-300-100": 3}.items():
-        made = build(
-            Run(Recipe(net=net, data="digits", steps=1, batch=2)), data, torch.device("cpu")
-        )
-        assert len(byhand.perceptron(made)) == layers
+        run = Run(Recipe(net=net, data="digits", steps=1, batch=2))
+        assert len(byhand.perceptron(build(run, data, cpu))) == layers
 
 
 def _plain(*rest: nn.Module) -> nn.Sequential:

@@ -109,7 +109,8 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
             parameters=values,
             kernel_name=KERNEL["name"],
             cwd=str(book.root),
-            progress_bar=sys.stderr.isatty(),
+            # make runs two chapters at once, whose bars would write over each other
+            progress_bar=sys.stderr.isatty() and "MAKELEVEL" not in os.environ,
         )
     except PapermillExecutionError as error:
         failed.parent.mkdir(parents=True, exist_ok=True)
