@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ _sgd, _adam = (import_module(f"torch.optim.{name}") for name in ("sgd", "adam"))
 _MEAN = 1  # of ATen's losses: the mean over the batch
 
 
-def perceptron(module: nn.Module) -> list[nn.Linear]:
+Layer: TypeAlias = tuple[Tensor, Tensor]
+"""The weight and the bias of a linear layer."""
+
+
+def perceptron(module: nn.Module) -> list[Layer]:
     """The layers of a network that is ``Linear (ReLU Linear)*`` on flattened inputs, in order.
 
     Empty for every other network: one with norms, hooks, parametrizations, layers that are used
@@ -42,11 +46,11 @@ def perceptron(module: nn.Module) -> list[nn.Linear]:
         or len({id(t) for t in tensors}) < len(tensors)
     ):
         return []
-    return layers
+    return [(m.weight, m.bias) for m in layers]
 
 
 @torch.no_grad()
-def gradients(layers: Sequence[nn.Linear], x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+def gradients(layers: Sequence[Layer], x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The mean cross-entropy of :func:`perceptron` layers, and the gradients of all parameters.
 
     Arguments:
@@ -58,20 +62,20 @@ def gradients(layers: Sequence[nn.Linear], x: Tensor, y: Tensor) -> tuple[Tensor
     """
     aten = torch.ops.aten
     inputs, out = [], x.flatten(1)
-    for i, layer in enumerate(layers):
+    for i, (weight, bias) in enumerate(layers):
         out = out.relu_() if i else out
         inputs.append(out)
-        out = torch.addmm(layer.bias, out, layer.weight.t())
+        out = torch.addmm(bias, out, weight.t())
     log_p = torch.log_softmax(out, 1)
-    loss, weight = aten.nll_loss_forward.default(log_p, y, None, _MEAN, IGNORED)
+    loss, total = aten.nll_loss_forward.default(log_p, y, None, _MEAN, IGNORED)
     one = torch.ones_like(loss)
-    back = aten.nll_loss_backward.default(one, log_p, y, None, _MEAN, IGNORED, weight)
+    back = aten.nll_loss_backward.default(one, log_p, y, None, _MEAN, IGNORED, total)
     back = aten._log_softmax_backward_data.default(back, log_p, 1, log_p.dtype)
     found: list[Tensor] = []
     for i in reversed(range(len(layers))):
         found += [back.sum(0), back.t().mm(inputs[i])]
         if i:
-            back = aten.threshold_backward.default(back.mm(layers[i].weight), inputs[i], 0)
+            back = aten.threshold_backward.default(back.mm(layers[i][0]), inputs[i], 0)
     return loss, found[::-1]
 
 
@@ -80,33 +84,33 @@ def step_of(optimizer: torch.optim.SGD | torch.optim.Adam) -> Callable[[], None]
 
     The first step is the optimiser's own, which makes its state.
     """
-    lists: list[tuple[dict[str, Any], list[nn.Parameter], dict[str, list[Any]]]] = []
-    names = (
-        ("momentum_buffer",)
-        if isinstance(optimizer, torch.optim.SGD)
-        else ("exp_avg", "exp_avg_sq", "step")
-    )
+    sgd = isinstance(optimizer, torch.optim.SGD)
+    names = ("momentum_buffer",) if sgd else ("exp_avg", "exp_avg_sq", "step")
+    # Each group, what is moved, and what the function of torch.optim takes but gradients and lr.
+    lists: list[tuple[dict[str, Any], list[nn.Parameter], list[Any], dict[str, Any]]] = []
+
+    def begin() -> None:
+        for group in optimizer.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            own = [[optimizer.state[p].get(name) for p in moved] for name in names]
+            options = {"foreach": False, "fused": True}
+            options |= {k: group[k] for k in ("weight_decay", "maximize")}
+            if sgd:
+                options |= {k: group[k] for k in ("momentum", "dampening", "nesterov")}
+            else:
+                own.insert(2, [])  # the largest squares, which amsgrad keeps
+                options |= {k: group[k] for k in ("eps", "amsgrad", "decoupled_weight_decay")}
+                options["beta1"], options["beta2"] = group["betas"]
+            lists.append((group, moved, own, options))
+
+    update = _sgd.sgd if sgd else _adam.adam
 
     @torch.no_grad()
     def step() -> None:
+        for group, moved, own, options in lists:
+            update(moved, [p.grad for p in moved], *own, lr=group["lr"], **options)
         if not lists:
             optimizer.step()
-            for group in optimizer.param_groups:
-                moved = [p for p in group["params"] if p.grad is not None]
-                own = {n: [optimizer.state[p].get(n) for p in moved] for n in names}
-                lists.append((group, moved, own))
-            return
-        for group, moved, own in lists:
-            grads = [p.grad for p in moved]
-            given = {k: group[k] for k in ("lr", "weight_decay", "maximize")}
-            if isinstance(optimizer, torch.optim.SGD):
-                given |= {k: group[k] for k in ("momentum", "dampening", "nesterov")}
-                _sgd.sgd(moved, grads, own["momentum_buffer"], foreach=False, fused=True, **given)
-            else:
-                given["beta1"], given["beta2"] = group["betas"]
-                given |= {k: group[k] for k in ("eps", "amsgrad", "decoupled_weight_decay")}
-                given |= {"max_exp_avg_sqs": [], "state_steps": own["step"]}
-                averages = own["exp_avg"], own["exp_avg_sq"]
-                _adam.adam(moved, grads, *averages, foreach=False, fused=True, **given)
+            begin()
 
     return step
