@@ -243,7 +243,7 @@ def computed(number: int) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def test_half_way_is_between_the_weights_that_layers_use(digits) -> None:
-    """Half of two masks is no mask, and half of two lengths times half of two directions no mean."""
+    """Half of two masks is no mask; half of two lengths times half of two directions no mean."""
     (a, plain_a), (b, plain_b), (module, plain) = (computed(n) for n in range(3))
     train, held = digits
     spec = derive(module, train.x[:2])

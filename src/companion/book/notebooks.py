@@ -16,6 +16,7 @@ from companion.book.layout import Book, BookError
 from companion.core import files
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+_QUIET = "ignore:resource_tracker"  # as PYTHONWARNINGS has it
 
 
 def build(book: Book, chapter: str) -> Path:
@@ -98,6 +99,9 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
     working = target.with_suffix(".part.ipynb")
     # The kernel of this environment, even if the user has another one called python3.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    # Of a kernel that is stopped, what clears up behind its workers would say that it does so.
+    others = [w for w in os.environ.get("PYTHONWARNINGS", "").split(",") if w and w != _QUIET]
+    os.environ["PYTHONWARNINGS"] = ",".join([*others, _QUIET])
     started = time.monotonic()
     _say(f"{chapter} ({profile}): running " + (f"with {values}" if values else "with its defaults"))
     target.unlink(missing_ok=True)  # from here on, an old result would be a wrong one
@@ -111,6 +115,7 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
             cwd=str(book.root),
             progress_bar=sys.stderr.isatty(),
         )
+        working.replace(target)
     except PapermillExecutionError as error:
         failed.parent.mkdir(parents=True, exist_ok=True)
         working.replace(failed)
@@ -122,7 +127,8 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
         raise BookError(
             f"{chapter} ({profile}): the kernel died; most often the machine ran out of memory."
         ) from error
-    working.replace(target)
+    finally:
+        working.unlink(missing_ok=True)  # of a chapter that was stopped
     _say(f"{chapter} ({profile}): done in {time.monotonic() - started:.0f} s")
     return target
 

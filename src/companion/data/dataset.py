@@ -155,7 +155,8 @@ class Split:
         Raises:
             BadParameter: none has one.
         """
-        has = is_label(self.y).view(len(self), -1).any(1)
+        has = is_label(self.y)
+        has = has.any(1) if has.ndim > 1 else has
         if bool(has.all()):
             return self
         if not bool(has.any()):
