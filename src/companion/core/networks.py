@@ -63,8 +63,8 @@ def copied(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     module = plain(module)
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for value in (*part._parameters.values(), *part._buffers.values()) if dtype else ():
-            if id(value) in memo or value is None or not value.is_leaf:
+        for value in (*part._parameters.values(), *part._buffers.values()):
+            if dtype is None or value is None or not value.is_leaf or id(value) in memo:
                 continue  # a tied one is one
             if type(value) in (nn.Parameter, torch.Tensor):
                 found = _cast(value.detach(), dtype)

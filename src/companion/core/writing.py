@@ -37,4 +37,4 @@ def in_pieces(
     yield struct.pack("<Q", len(text)) + text
     for name in order:
         value = tensors[name].detach().cpu().contiguous()
-        yield memoryview(value.reshape(-1).view(torch.uint8).numpy())
+        yield value.reshape(-1).view(torch.uint8).numpy().data
