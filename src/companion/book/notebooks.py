@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -102,6 +103,8 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
     # Of a kernel that is stopped, what clears up behind its workers would say that it does so.
     others = [w for w in os.environ.get("PYTHONWARNINGS", "").split(",") if w and w != _QUIET]
     os.environ["PYTHONWARNINGS"] = ",".join([*others, _QUIET])
+    for name in ("papermill", "traitlets", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
     started = time.monotonic()
     _say(f"{chapter} ({profile}): running " + (f"with {values}" if values else "with its defaults"))
     target.unlink(missing_ok=True)  # from here on, an old result would be a wrong one
@@ -147,6 +150,11 @@ def _write(notebook: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as working:
         nbformat.write(notebook, working)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a kernel died: who stopped it knows, and else it is an error with words of ours."""
+    return "Kernel died" not in record.getMessage()
 
 
 def _end(traceback: list[str], lines: int = 20) -> str:
