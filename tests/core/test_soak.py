@@ -64,21 +64,17 @@ def until(condition: Any) -> None:
         time.sleep(0.05)
 
 
-def workers_of(pid: int) -> list[int]:
-    return [p for p in soak.session(pid) if b"LokyProcess" in soak.words_of(p)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGKILL", "a worker"])
 def test_no_worker_outlives_its_command(
     at_work: subprocess.Popen[str], how: str, runs_root: Path
 ) -> None:
-    assert len(workers_of(at_work.pid)) == 2
+    assert len(soak.workers_of(at_work.pid)) == 2
     holders = [p.read_text() for p in runs_root.glob(".locks/*")]
     assert all(f"a worker of process {at_work.pid} on " in text for text in holders)
     assert all("(companion instability --net" in text for text in holders)
     if how == "a worker":
-        os.kill(workers_of(at_work.pid)[0], signal.SIGKILL)
+        os.kill(soak.workers_of(at_work.pid)[0], signal.SIGKILL)
     elif how == "SIGINT":  # as a terminal sends it: to all of them
         os.killpg(at_work.pid, signal.SIGINT)
     else:

@@ -341,6 +341,7 @@ def _permuted(
 
     from companion import models
     from companion.core.fitting import each, fitted
+    from companion.core.networks import without_weights
     from companion.core.theta import layout
     from companion.experiments.methods import Problem
     from companion.rebasin import Matching, derive
@@ -350,6 +351,7 @@ def _permuted(
     module, a, b = pair.module, pair.a.theta, pair.b.theta
     spec = derive(module, example, unread="hold")
     derived = time.perf_counter() - begun
+    without_weights(module)  # from here on A's and B's are loaded into copies of it
     if not spec.groups:
         raise BadParameter(f"model {pair.name!r}: there is nothing to match: {spec.why_none()}.")
     one, two = (each(theta, lambda _, v: v.to(device)) for theta in (a, b))

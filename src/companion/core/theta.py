@@ -256,11 +256,20 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
             )
         if not is_continuous(v):
             continue
-        finite = ~torch.isnan(v) if k in constants else torch.isfinite(v)
-        if not bool(finite.all()):
+        if not _is_finite(v, infinity=k in constants):
             raise BadParameter(f"network {name}: {k} holds NaN or infinite values; it diverged.")
     check_ties(theta, spec.ties, name)
     return theta
+
+
+def _is_finite(x: torch.Tensor, infinity: bool) -> bool:
+    """Whether no entry is NaN, nor, but with ``infinity``, infinite. No copy of a large tensor."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    x = x.float() if x.element_size() == 1 else x  # which has no largest and smallest
+    if not x.numel():
+        return True
+    ends = torch.stack(torch.aminmax(x.detach()))  # of NaN both are NaN
+    return bool((~torch.isnan(ends) if infinity else torch.isfinite(ends)).all())
 
 
 def check_integers(

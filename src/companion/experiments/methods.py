@@ -295,6 +295,7 @@ def gradient(module: nn.Module, theta: Theta, part: Split) -> dict[str, torch.Te
     from torch.func import functional_call
 
     from companion.connectivity.batches import examples_a_pass
+    from companion.core.losses import is_label
     from companion.core.theta import layout, without_aliases
 
     own = layout(module)
@@ -302,11 +303,11 @@ def gradient(module: nn.Module, theta: Theta, part: Split) -> dict[str, torch.Te
     rest = {n: v for n, v in without_aliases(theta, own.ties).items() if n not in leaves}
     module = module.eval()
     out = {n: torch.zeros_like(v) for n, v in leaves.items()}
-    size = examples_a_pass(part.x)
+    size, labels = examples_a_pass(part.x), int(is_label(part.y).sum())
     for x, y in zip(part.x.split(size), part.y.split(size), strict=True):
         logits = functional_call(module, {**rest, **leaves}, (x,))
         loss = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
-        found = torch.autograd.grad(loss / part.y.numel(), list(leaves.values()))
+        found = torch.autograd.grad(loss / labels, list(leaves.values()))
         for n, g in zip(leaves, found, strict=True):
             out[n] += g
     return out

@@ -15,7 +15,7 @@ from torch import nn
 from companion import models
 from companion.core import closing
 from companion.core.errors import BadParameter, Diverged
-from companion.core.losses import mean_loss
+from companion.core.losses import IGNORED, is_label, mean_loss
 from companion.core.masks import Mask, masked, pack, unpack
 from companion.core.networks import returning_logits
 from companion.core.numerics import exact_float32
@@ -339,12 +339,20 @@ def check_finite(theta: Mapping[str, torch.Tensor], data: Dataset, step: int, ru
             raise diverged(f"{name} of {run.recipe.net} on {data.name} is", step, run)
 
 
-def check_masks(runs: Sequence[Run], states: Sequence[State]) -> None:
+def check_start(runs: Sequence[Run], states: Sequence[State], data: Dataset) -> None:
     """Refuse to train a subnetwork from a state that does not know which weights it has.
+
+    And on labels that are left out elsewhere: steps and orders count all examples of a recipe.
 
     Raises:
         BadParameter: it is so.
     """
+    if not bool(is_label(data.train.y).all()):
+        raise BadParameter(
+            f"data {data.name}: labels of {IGNORED} in its training split. A run counts its steps "
+            "and epochs by examples, each with a label: leave the others out "
+            "(Split.labelled(), for examples without any)."
+        )
     if any(run.mask and not state.mask for run, state in zip(runs, states, strict=True)):
         raise BadParameter("mask: the run has one, the state none. Start from pruned(state, mask).")
 
@@ -408,7 +416,7 @@ def advance(
     closing.refuse_work()
     recipe, device = run.recipe, data.train.x.device
     module = module if module is not None else build(run, data, device)
-    check_masks([run], [state])
+    check_start([run], [state], data)
     check_ties(state.theta, layout(module).ties, f"{run.recipe.net} at step {state.step}")
     module.load_state_dict(state.theta)
     module.train()
