@@ -58,7 +58,7 @@ def site(request: pytest.FixtureRequest) -> Path:
     if not CHROMIUM or not DRIVER:
         pytest.skip("no chromium with its chromedriver on the path")
     if request.param == "toy":
-        return Book(toybook.built()).html("other")
+        return Book(request.getfixturevalue("toy")).html("other")
     real = Book(toybook.ROOT).html("quick")
     if not (real / "index.html").is_file():
         pytest.skip("the real book is not built: `make book` builds it")
