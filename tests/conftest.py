@@ -18,9 +18,6 @@ from commands import BATCHNORM, NET, Nets, files, trained
 
 from companion.core.runs import Store
 
-# The tests have the cores already: where no number of workers is asked for, it is one.
-os.environ["LOKY_MAX_CPU_COUNT"] = "1"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with most slow tests come first: no process is left with a long one at the end.

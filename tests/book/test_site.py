@@ -332,7 +332,9 @@ def test_nothing_keeps_anybody_from_using_a_page(browser: Any, site: Path) -> No
     for width, theme in ((1400, "light"), (390, "dark")):
         with window(browser, width):
             for page in pages(site):
-                visit(browser, page)  # what is too wide for it, the page makes reachable as it opens
+                visit(
+                    browser, page
+                )  # what is too wide for it, the page makes reachable as it opens
                 browser.execute_script(axe)
                 if bad := browser.execute_async_script(FAULTS, theme):
                     found[f"{page.name}, {width} pixels, {theme}"] = bad
