@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import toybook
 from commands import BATCHNORM, NET, Nets, files, trained
 
 from companion.core.runs import Store
@@ -79,6 +78,8 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of a toy book whose site is built, once for all processes that share the tests."""
+    import toybook  # what trains on a borrowed GPU has no tools for books
+
     shared = tmp_path_factory.getbasetemp()
     return toybook.built(shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared)
 
