@@ -398,7 +398,7 @@ def test_the_engines_table(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_landscape_of_a_resnet_is_right_at_a_smaller_size(tmp_path):
     out = tmp_path / "x.json"
-    few = ("--images", 2, "--size", 16, "--points", 2, "--eigenvalues", 1, "--threads", 1)
+    few = ("--images", 3, "--points", 2, "--eigenvalues", 1, "--threads", 1)
     script("landscape.py", *few, "--json", out)
     found = json.loads(out.read_text())
     on_plane, at_ends = found["losses"]
