@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import shutil
-import subprocess
 import sys
-from functools import lru_cache
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+from filelock import FileLock
+
+from companion.book import __main__ as book
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTER = """\
@@ -143,30 +150,49 @@ def make(root: Path, chapter: str = CHAPTER) -> Path:
     return root
 
 
-@lru_cache(maxsize=1)
-def _folder() -> TemporaryDirectory[str]:
-    return TemporaryDirectory(prefix="toybook-")  # held here, removed when Python ends
-
-
-@lru_cache(maxsize=1)
-def built() -> Path:
-    """The root of a toy book whose site is built with the profile ``other``, once per session."""
-    root = make(Path(_folder().name) / "book")
-    for words in (
-        ["notebooks"],
-        *([w, "--profile", "other"] for w in ("execute", "stage", "html")),
-    ):
-        done = run(root, *words)
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+def built(folder: Path) -> Path:
+    """The root of a book in ``folder`` whose site is built with the profile ``other``."""
+    root, whole = folder / "toybook", folder / "toybook.whole"
+    with FileLock(folder / "toybook.lock"):
+        if not whole.exists():
+            shutil.rmtree(root, ignore_errors=True)
+            make(root)
+            for words in (
+                ["notebooks"],
+                *([w, "--profile", "other"] for w in ("execute", "stage", "html")),
+            ):
+                done = run(root, *words)
+                assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+            whole.touch()
     return root
 
 
-def run(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """One command of companion.book in that book, as the Makefile calls it."""
-    return subprocess.run(
-        [sys.executable, "-m", "companion.book", *words],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@dataclass(frozen=True)
+class Done:
+    """What a command said, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(root: Path, *words: str) -> Done:
+    """One command of companion.book in that book, as the Makefile calls it, in this process."""
+    out, err, code, usual = io.StringIO(), io.StringIO(), 0, os.dup(2)
+    with (
+        tempfile.TemporaryFile("w+") as children,
+        contextlib.chdir(root),
+        patch.object(sys, "argv", ["companion.book", *words]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        os.dup2(children.fileno(), 2)
+        try:
+            book.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            os.dup2(usual, 2)
+            os.close(usual)
+        children.seek(0)
+        return Done(code, out.getvalue(), err.getvalue() + children.read())

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import toybook
 
 from companion.book.layout import Book
 from companion.book.polish import polish
@@ -124,8 +123,8 @@ def test_dark_colours_are_of_the_same_kind_and_what_stands_on_a_colour_stays():
 
 
 @pytest.mark.slow
-def test_every_figure_of_a_book_has_its_twin():
-    html = Book(toybook.built()).html("other")
+def test_every_figure_of_a_book_has_its_twin(toy):
+    html = Book(toy).html("other")
     text = (html / "chapters" / "01_toy.html").read_text(encoding="utf-8")
     assert text.count('class="by-night dark-light"') == text.count('class="by-day"') == 2
     twin = (html / "dark" / "01_toy" / "fig-toy-curve.svg").read_text(encoding="utf-8")

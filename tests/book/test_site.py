@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,7 +58,7 @@ def site(request: pytest.FixtureRequest) -> Path:
     if not CHROMIUM or not DRIVER:
         pytest.skip("no chromium with its chromedriver on the path")
     if request.param == "toy":
-        return Book(toybook.built()).html("other")
+        return Book(request.getfixturevalue("toy")).html("other")
     real = Book(toybook.ROOT).html("quick")
     if not (real / "index.html").is_file():
         pytest.skip("the real book is not built: `make book` builds it")
@@ -87,6 +88,17 @@ def visit(browser: Any, page: Path) -> None:
     wait(lambda: browser.execute_script(script))
 
 
+@contextlib.contextmanager
+def window(browser: Any, width: int) -> Iterator[None]:
+    """A window of that many pixels."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def loaded(browser: Any) -> list[str]:
     """Every address that was asked for since the last call."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -96,15 +108,54 @@ def loaded(browser: Any) -> list[str]:
     return [url for url in sent if not url.startswith(("data:", "blob:"))]
 
 
-def test_pages_load_nothing_from_the_network_and_log_no_error(browser, site):
+PICTURES = """
+document.querySelectorAll('details').forEach(d => { d.open = true; });
+const shown = i => i.checkVisibility() && !i.closest('dialog');
+const all = [...document.images].filter(shown);
+all.forEach(i => { i.loading = 'eager'; });  // they wait until they are scrolled to
+return all.filter(i => !(i.alt.trim() && i.complete && i.naturalWidth)).map(i => i.src);
+"""
+WIDE = """
+return [innerWidth, Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)];
+"""
+Seen = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def seen(browser: Any, site: Path) -> Seen:
+    """What a look at each page finds wrong: kind -> page -> what. Each is opened once."""
+    found: Seen = {kind: {} for kind in ("addresses", "errors", "pictures", "wide")}
     loaded(browser), browser.get_log("browser")  # forget what other tests left there
     for page in pages(site):
         visit(browser, page)
         addresses = loaded(browser)
         assert any(url.endswith(page.name) for url in addresses), "the log is not working"
-        assert [url for url in addresses if not url.startswith("file:")] == [], page.name
-        errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]
-        assert errors == [], page.name
+        found["addresses"][page.name] = [url for url in addresses if not url.startswith("file:")]
+        found["wide"][page.name] = []
+        for width in (400, 1300):
+            with window(browser, width):
+                inner, wide = browser.execute_script(WIDE)
+            if inner != width or wide > width:
+                found["wide"][page.name].append((width, inner, wide))
+        with contextlib.suppress(AssertionError):
+            wait(lambda: browser.execute_script(PICTURES) == [])
+        found["pictures"][page.name] = browser.execute_script(PICTURES)
+        said = browser.get_log("browser")
+        found["errors"][page.name] = [e["message"] for e in said if e["level"] == "SEVERE"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("addresses", id="it asks for nothing from the network"),
+        pytest.param("errors", id="it logs no error"),
+        pytest.param("pictures", id="every picture is there and has an alt text"),
+        pytest.param("wide", id="it is no wider than its window"),
+    ],
+)
+def test_a_look_at_each_page(seen: Seen, kind: str) -> None:
+    assert {name: wrong for name, wrong in seen[kind].items() if wrong} == {}
 
 
 def test_math_is_typeset(browser, site):
@@ -129,36 +180,6 @@ def test_math_that_needs_an_extension_finds_it_on_the_disk(browser, site):
     # A \\boldsymbol is not part of MathJax's core: a bold glyph says that its file was found.
     bold = "return document.querySelector('mjx-container .TEX-BI') !== null"
     wait(lambda: browser.execute_script(bold))
-
-
-def test_every_picture_is_there_and_has_an_alt_text(browser, site):
-    for page in pages(site):
-        visit(browser, page)
-        script = (
-            "const shown = i => i.checkVisibility() && !i.closest('dialog');"
-            "document.querySelectorAll('details').forEach(d => { d.open = true; });"
-            "const all = [...document.images].filter(shown);"
-            "all.forEach(i => { i.loading = 'eager'; });"  # they wait until they are scrolled to
-            "const good = i => i.alt.trim() && i.complete && i.naturalWidth;"
-            "return all.filter(i => !good(i)).map(i => i.src)"
-        )
-        wait(lambda script=script: browser.execute_script(script) == [])
-
-
-@pytest.mark.parametrize("width", [400, 1300])
-def test_no_page_is_wider_than_its_window(browser, site, width):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    try:
-        for page in pages(site):
-            visit(browser, page)
-            inner, wide = browser.execute_script(
-                "return [innerWidth, Math.max(document.documentElement.scrollWidth, "
-                "document.body.scrollWidth)]"
-            )
-            assert inner == width and wide <= width, page.name
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_search_works_from_the_disk(browser, site):
@@ -292,29 +313,29 @@ def test_a_link_to_a_formula_shows_it(browser, site):
 AXE = toybook.ROOT / "build" / "axe" / "package" / "axe.min.js"
 
 
+FAULTS = """
+const done = arguments[arguments.length - 1];
+document.documentElement.dataset.theme = arguments[0];
+axe.run(document, {resultTypes: ['violations']}).then(result => done(
+  result.violations.filter(v => ['serious', 'critical'].includes(v.impact))
+    .map(v => `${v.id}: ${v.nodes.length} × ${v.nodes[0].html.slice(0, 200)}`)));
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "theme"), [(1400, "light"), (390, "dark")])
-def test_nothing_keeps_anybody_from_using_a_page(browser, site, width, theme):
-    """No violation that axe-core calls serious or critical, on any page."""
+def test_nothing_keeps_anybody_from_using_a_page(browser: Any, site: Path) -> None:
+    """No violation that axe-core calls serious or critical, on any page, wide and narrow."""
     if not AXE.is_file():
         pytest.skip("no axe-core: .ci/run fetches it, with npm")
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.set_script_timeout(120)
-    found = {}
-    try:
-        for page in pages(site):
-            visit(browser, page)
-            browser.execute_script(f"document.documentElement.dataset.theme = '{theme}'")
-            browser.execute_script(AXE.read_text(encoding="utf-8"))
-            bad = browser.execute_async_script(
-                "const done = arguments[arguments.length - 1];"
-                "axe.run(document, {resultTypes: ['violations']}).then(result => done("
-                "result.violations.filter(v => ['serious', 'critical'].includes(v.impact))"
-                ".map(v => `${v.id}: ${v.nodes.length} × ${v.nodes[0].html.slice(0, 200)}`)))"
-            )
-            if bad:
-                found[page.name] = bad
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    axe, found = AXE.read_text(encoding="utf-8"), {}
+    for width, theme in ((1400, "light"), (390, "dark")):
+        with window(browser, width):
+            for page in pages(site):
+                visit(
+                    browser, page
+                )  # what is too wide for it, the page makes reachable as it opens
+                browser.execute_script(axe)
+                if bad := browser.execute_async_script(FAULTS, theme):
+                    found[f"{page.name}, {width} pixels, {theme}"] = bad
     assert found == {}, json.dumps(found, indent=1)

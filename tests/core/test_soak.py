@@ -23,16 +23,19 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 
 @pytest.mark.slow
 def test_kills_at_any_moment_lose_nothing(tmp_path: Path) -> None:
-    """0 wrong, 0 lost, 0 left behind; two workers at the end have the bits of one."""
+    """0 wrong, 0 lost, 0 left behind; two workers at the end have the bits of one.
+
+    The sixth round is the one that kills a training with workers.
+    """
     done = subprocess.run(
-        [sys.executable, str(TESTS / "soak.py"), "12", str(tmp_path), "3"],
+        [sys.executable, str(TESTS / "soak.py"), "6", str(tmp_path), "3"],
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["problems"] == [] and found["kills"] == 12
+    assert found["problems"] == [] and found["kills"] == 6
     assert (found["wrong"], found["lost"], found["left behind"], found["tracebacks"]) == (0,) * 4
 
 

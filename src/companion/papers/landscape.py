@@ -60,6 +60,7 @@ from companion.landscape import (
 from companion.layerwise import Sweep
 from companion.models import title
 from companion.papers import instability
+from companion.papers.forked import Forked
 from companion.report import figures, plots, provenance, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.words import MISSING, Values, listed, said
@@ -88,7 +89,7 @@ HALF = "weights"
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Study(Forked):
     """The chapter's experiment. A property that trains or measures does so once, when first read.
 
     Arguments:
@@ -111,21 +112,6 @@ class Study:
     bending: Bending | None
     device: str
     workers: int
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return self.recipe.steps
-
-    @property
-    def first(self) -> int:
-        """The smallest fork step."""
-        return self.ks[0]
-
-    @property
-    def last(self) -> int:
-        """The largest fork step."""
-        return self.ks[-1]
 
     @property
     def drop(self) -> int | None:
