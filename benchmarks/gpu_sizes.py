@@ -22,7 +22,7 @@ GAIN = 1.25
 """Another engine than `auto`'s own choice has to reach this many times its T to be taken."""
 
 AUTO = {"lenet": "vmap", "resnet20": "graphs", "vgg16": "graphs", "gpt": "loop"}
-"""What `--engine auto` trains the benchmark's networks with (``companion.training.replicas``)."""
+"""What `--gpu-engine auto` trains the benchmark's networks with."""
 
 
 @dataclass(frozen=True)

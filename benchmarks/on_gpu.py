@@ -456,7 +456,7 @@ def recording(design: Design) -> Stage:
         if notes.get("sized"):  # it goes on as it began: another T would be other runs
             sized = Sized(**notes["sized"])
         else:
-            found = size(design, slot, known, choose=offers("--engine"))
+            found = size(design, slot, known, choose=offers("--gpu-engine"))
             if found is None:
                 return f"does not fit: {design.least} steps need more than its {slot:.0f} s"
             sized = found
@@ -464,7 +464,7 @@ def recording(design: Design) -> Stage:
         for setting in sized.settings:
             words += ["-p", setting]
         words += ["--name", design.name, "--commit", site.commit, "--root", str(site.book)]
-        words += ["--engine", sized.engine] if sized.engine else []
+        words += ["--gpu-engine", sized.engine] if sized.engine else []
         words += ["--time-limit", f"{slot - 5:.0f}"]  # the process needs a moment to end, too
         return Planned((Step(python(*words), slot),), {"sized": asdict(sized)})
 

@@ -347,12 +347,46 @@ def recorded(documents: Sequence[dict[str, Any]]) -> str:
     return f"{table}\n\n{last}"
 
 
+def scaling(found: dict[str, Any]) -> str:
+    """Of each number of jobs: microseconds a job, milliseconds in all, the largest folder."""
+    each = {
+        "writing the plan": "plan",
+        "finding a plan that has the same jobs": "attach",
+        "a worker takes a job, and notes it": "work",
+        "seeing that it is done": "see",
+        "an entry of the run store, written": "store",
+        "… asked for by its key": "missing",
+        "… listed": "list",
+    }
+    cases = found["cases"]
+    header = ["made-up jobs", *(f"{case['jobs']:,}" for case in cases)]
+    body = [
+        [f"{name}, µs a job", *(f"{1e6 * case[key] / case['jobs']:,.0f}" for case in cases)]
+        for name, key in each.items()
+    ]
+    once = {"looking again when nothing is new": "see again", "finding an entry": "find"}
+    body += [[f"{n}, ms", *(f"{1e3 * case[k]:,.1f}" for case in cases)] for n, k in once.items()]
+    largest = {"queue": "files of a plan", "run store": "files of the store"}
+    body += [
+        [f"entries of the largest folder of the {n}", *(f"{case[k]:,}" for case in cases)]
+        for n, k in largest.items()
+    ]
+    machine = found["machine"]
+    return (
+        f"{rows(header, body)}\n\n"
+        f"Time of one core, one worker, on a local disk. Measured on {machine['date']}: "
+        f"{machine['cpu']['name']} ({machine['os']}), Python {machine['python']}; "
+        "other programs ran beside."
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pool": pool,
     "barrier": barrier,
     "rebasin": rebasin,
     "layers": layers,
     "features": features,
+    "scaling": scaling,
 }
 
 

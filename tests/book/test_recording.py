@@ -324,7 +324,7 @@ def as_if_cuda(monkeypatch):
 def test_the_engine_reaches_every_training(root, store, monkeypatch, as_if_cuda):
     """Trunks, copies and the null control, and no cell of the chapter says a word about it."""
     monkeypatch.chdir(root)
-    run("record", "01_toy", "--profile", "other", "--engine", "graphs")
+    run("record", "01_toy", "--profile", "other", "--gpu-engine", "graphs")
     runs = [e for e in store.entries() if e.identity["kind"] == "run"]
     trained = [e.read_json("made-by.json") for e in runs if "made-by.json" in e.files()]
     assert len(runs) == 10 and {t["engine"] for t in trained} == {"graphs"} and len(trained) == 10
@@ -927,7 +927,7 @@ def test_the_real_profiles_fit_their_chapters():
         (["01_toy", "--profile", "other", "-p", "lr=1e-3"], "YAML reads 1e-3 as text"),
         (["01_toy", "--profile", "other", "-p", "lr"], "is not NAME=VALUE"),
         (["01_toy", "--profile", "other", "--time-limit", "0"], "above 0 seconds"),
-        (["01_toy", "--profile", "other", "--engine", "graph"], "Did you mean 'graphs'?"),
+        (["01_toy", "--profile", "other", "--gpu-engine", "graph"], "Did you mean 'graphs'?"),
         (["01_toy", "--profile", "other", "--name", "../x"], "is needed as a file name"),
         (["01_toy", "--profile", "other", "--root", "nowhere"], "there is no book in"),
     ],

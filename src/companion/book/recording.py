@@ -27,7 +27,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,7 +50,7 @@ from companion.core.errors import (
 )
 from companion.core.runs import Entry, Store
 from companion.data import resolve_device
-from companion.experiments.budget import Cost, Count, Probe, count, estimate, probe
+from companion.experiments.budget import Cost, Count, count, submitted
 from companion.report import claims, page, partly, provenance
 from companion.report.recorded import FORMAT, LIMIT, NAME, folder, hardware
 from companion.training import ENGINES, using
@@ -232,11 +231,8 @@ class _Piece:
             # A probe takes one or two seconds a recipe, and here they may be counted.
             self.say("no estimate while recording on a GPU; --dry-run makes one")
             return
-        speed: Probe = partial(probe, evaluation=b.evaluation, device=b.device)
-        s = sum(estimate(costs, speed, device=b.device, workers=b.workers))
-        hours = f"{s / 60:.0f} min" if s < 5400 else f"{s / 3600:.1f} h"
-        time_needed = f"{s:.0f} s" if s < 90 else hours
-        self.say(f"estimate: {time_needed} on {b.device} to train and to walk along lines")
+        for line in submitted(costs, b.evaluation, device=b.device, workers=b.workers):
+            self.say(line)
 
     def progress(self) -> str:
         """What the store has by now, in one sentence."""
@@ -280,7 +276,7 @@ def record(
         RecordingFailed: a cell failed, or the result is larger than :data:`LIMIT` bytes.
     """
     began = time.monotonic()
-    one_of("--engine", engine, ENGINES)
+    one_of("--gpu-engine", engine, ENGINES)
     end = None
     if time_limit is not None:
         if not time_limit > 0:

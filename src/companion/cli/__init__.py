@@ -2,9 +2,9 @@
 
 Exit codes: 0 done; 3 done, but a gate failed and the barrier is INVALID (of `rebasin` that after
 matching; of `instability` all those of some fork step): no number for a script to use; 2 the input
-is wrong; 75 `record` stopped before its time limit; 1 anything else that we know can go wrong (a
-run that diverged, a full disk, a check that found something); 130 interrupted, 143 after SIGTERM.
-Nothing heavy is imported before it is needed.
+is wrong; 75 `record` or `work` stopped before its time limit; 1 anything else that we know can go
+wrong (a run that diverged, a full disk, a check that found something); 130 interrupted, 143 after
+SIGTERM. Nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from companion.cli import (
     record,
     runs,
     tickets,
+    work,
 )
 from companion.cli.console import error, warning
 from companion.core import signals
@@ -125,6 +126,7 @@ app.command("instability", epilog=instability.EXAMPLE)(instability.measure_insta
 app.command("tickets", epilog=tickets.EXAMPLE)(tickets.prune_network)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
 app.command("record", epilog=record.EXAMPLE)(record.record_chapter)
+app.command("work", epilog=work.EXAMPLE)(work.do_jobs)
 
 
 def _version(asked: bool) -> None:

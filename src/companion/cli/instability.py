@@ -87,6 +87,8 @@ def measure_instability(
     ] = None,
     device: options.Device = "auto",
     workers: options.Workers = 0,
+    engine: options.Engine = None,
+    dry_run: options.DryRun = False,
     json: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw barrier against k into this file (.svg, .png, .pdf).")
@@ -104,7 +106,6 @@ def measure_instability(
 
     from companion import data as datasets
     from companion.core.runs import Store
-    from companion.experiments.budget import count
     from companion.experiments.instability import analyse, check_design, plan_forks, threshold_of
     from companion.training import check_fit
 
@@ -126,12 +127,7 @@ def measure_instability(
     store = Store()
     check_design(recipe, grid, inits=inits, copies=copies, noise=noise, device=where)
     design = plan_forks(recipe, grid, how, **forks, controls=False)
-    for cost in count([design], store=store, device=where):
-        runs, left = cost.whole.runs, cost.missing
-        say(
-            f"{runs} runs: {runs - left.runs} in the store {store.root}, "
-            f"{left.runs} to train ({left.steps:,} steps) on {where}"
-        )
+    options.announce(design, how, store, where, workers, dry_run)
     found = analyse(
         *(recipe, grid),
         **forks,

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from companion.cli.console import say
 from companion.cli.models import reachable
 from companion.core.errors import BadParameter, within
 
 if TYPE_CHECKING:
+    from companion.core.runs import Store
+    from companion.experiments.budget import Plan
     from companion.experiments.pairs import Evaluation
     from companion.training import Recipe
 
@@ -74,6 +77,31 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[Path | None, typer.Option(help="Write all numbers to this file.")]
 Workers = Annotated[int, typer.Option(help="Processes; 0 is one per core (CPU only).")]
 
+
+def _use(ctx: typer.Context, text: str | None) -> str | None:
+    """The engine, for as long as the command runs."""
+    from companion.core import slurm
+
+    ctx.with_resource(slurm.using(text))
+    return text
+
+
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        callback=_use,
+        help="Where to train and measure: local; slurm, with what Slurm should know, such as "
+        "slurm:partition=main,time=60,tasks=32,cpus=4 (also account, qos, constraint, gpus, "
+        "memory, jobs); queue, for workers started by hand. Default: COMPANION_ENGINE, else local.",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Only say what there is to do, how long it takes, and what is submitted."
+    ),
+]
+
 # How a network is trained: the fields of a Recipe, for :func:`recipe`.
 Net = Annotated[
     str, typer.Option(help="A network of `companion models list`, or package.module:factory.")
@@ -133,6 +161,35 @@ def recipe(given: Mapping[str, Any]) -> Recipe:
     values = {f.name: given[f.name] for f in fields(Recipe)} | {"net": reachable(given["net"])}
     values |= {n: numbers(f"--{n}", given[n], float) for n in ("betas", "milestones")}
     return recipe_from(values)
+
+
+def announce(
+    tasks: Plan, how: Evaluation, store: Store, device: str, workers: int, dry_run: bool
+) -> None:
+    """Say what is to be trained; of a dry run also what it costs, and end there.
+
+    Arguments:
+        tasks: all that the command measures.
+        how: to evaluate, for the estimate.
+        store, device, workers: of the command.
+        dry_run: whether that is all.
+    """
+    from companion.core import slurm
+    from companion.experiments.budget import count, submitted
+
+    costs = count([tasks], store=store, device=device)
+    for cost in costs:
+        runs, left = cost.whole.runs, cost.missing
+        say(
+            f"{runs} runs: {runs - left.runs} in the store {store.root}, "
+            f"{left.runs} to train ({left.steps:,} steps) on {device}"
+        )
+    if dry_run:
+        for line in submitted(costs, how, device=device, workers=workers):
+            say(line)
+        raise typer.Exit
+    if engine := slurm.asked_for():
+        slurm.check(engine)
 
 
 def bn_average(bn_examples: int | None) -> int | None:

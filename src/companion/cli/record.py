@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from companion.cli import options
 from companion.cli.console import note, say
 from companion.core.errors import BadParameter, OutOfTime
 
@@ -57,7 +58,8 @@ def record_chapter(
             "nothing. Also on a machine without a GPU, after companion runs import.",
         ),
     ] = False,
-    engine: Annotated[
+    engine: options.Engine = None,
+    gpu_engine: Annotated[
         str,
         typer.Option(
             help="What trains on a GPU: auto (each network's own), loop, loop-compile, graphs, "
@@ -100,7 +102,7 @@ def record_chapter(
                 started=_STARTED,
                 dry_run=dry_run,
                 commit=commit,
-                engine=engine,
+                engine=gpu_engine,
                 say=say,
             )
     except OutOfTime as e:

@@ -95,6 +95,8 @@ def prune_network(
     test_examples: options.TestExamples = None,
     device: options.Device = "auto",
     workers: options.Workers = 0,
+    engine: options.Engine = None,
+    dry_run: options.DryRun = False,
     json: options.Json = None,
     plot: Annotated[
         Path | None,
@@ -127,7 +129,6 @@ def prune_network(
 
     from companion import data as datasets
     from companion.core.runs import Store
-    from companion.experiments.budget import count
     from companion.experiments.tickets import (
         CONTROLS,
         Search,
@@ -160,12 +161,7 @@ def prune_network(
     dataset = datasets.load(recipe.data, where)
     check_search(search, where)
     store = Store()
-    for cost in count([plan_tickets(search, how)], store=store, device=where):
-        runs, left = cost.whole.runs, cost.missing
-        say(
-            f"{runs} runs: {runs - left.runs} in the store {store.root}, "
-            f"{left.runs} to train ({left.steps:,} steps) on {where}"
-        )
+    options.announce(plan_tickets(search, how), how, store, where, workers, dry_run)
     found = find_tickets(search, how, store=store, device=where, workers=workers)
     _show(found, dataset.label, tolerance)
     write_json(

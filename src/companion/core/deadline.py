@@ -17,6 +17,15 @@ from companion.core.errors import OutOfTime
 _end: ContextVar[float | None] = ContextVar("companion_deadline", default=None)
 
 
+_asked = False  # of the whole process
+
+
+def stop_soon() -> None:
+    """From now on the time is up for all work of this process, whatever its limit."""
+    global _asked
+    _asked = True
+
+
 def current() -> float | None:
     """The deadline, to hand to another process; None: no limit."""
     return _end.get()
@@ -35,7 +44,7 @@ def until(end: float | None) -> Iterator[None]:
 def passed() -> bool:
     """Whether the time is up."""
     end = _end.get()
-    return end is not None and time.monotonic() >= end
+    return _asked or (end is not None and time.monotonic() >= end)
 
 
 def stop_if_passed() -> None:

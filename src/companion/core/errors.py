@@ -50,6 +50,10 @@ class WorkerLost(CompanionError):
     """A worker process was killed, most often because the machine ran out of memory."""
 
 
+class JobsFailed(CompanionError):
+    """Jobs that were sent to other machines failed there; all others are done."""
+
+
 class OutOfTime(CompanionError):
     """A time limit was reached. What was finished is stored; the same call goes on from there."""
 

@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
     working = path.with_name(f"{TEMPORARY}{uuid4().hex}-{_short(path)}")
     try:
         with working.open("xb") as held:
-            _hold(held)  # while it is written; a kill lets go
+            hold(held)  # while it is written; a kill lets go
             yield working
             with working.open("rb+") as written:
                 os.fsync(written.fileno())
@@ -104,7 +104,7 @@ def check(path: Path, option: str) -> None:
 def remove_abandoned(path: Path) -> bool:
     """Remove what a killed :func:`whole` left, unless a process is writing it. True if gone."""
     with suppress(OSError), path.open("rb") as found:
-        if _hold(found):
+        if hold(found):
             path.unlink()
     return not path.exists()
 
@@ -115,7 +115,7 @@ def _replaceable(path: Path) -> bool:
     return not stream and (path.is_file() or not path.exists())
 
 
-def _hold(file: IO[bytes]) -> bool:
+def hold(file: IO[bytes]) -> bool:
     """Lock an open file until it is closed; False if another process has it."""
     try:
         import fcntl

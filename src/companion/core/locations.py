@@ -5,7 +5,8 @@
 | data root | ``COMPANION_DATA`` | ``data/`` | the user's cache folder ``companion/data`` |
 | run store | ``COMPANION_RUNS`` | ``runs/`` | the user's cache folder ``companion/runs`` |
 
-The package reads no other environment variable, and never writes inside itself.
+``COMPANION_ENGINE`` says where the jobs are done (:mod:`companion.core.slurm`); unset: here. The
+package reads no other environment variable, and never writes inside itself.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def _resolve(variable: str, folder: str) -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("companion") / folder
+
+
+def engine() -> str:
+    """Where jobs are done, as :func:`companion.core.slurm.parse` reads it."""
+    return os.environ.get("COMPANION_ENGINE") or "local"
 
 
 def data_root() -> Path:

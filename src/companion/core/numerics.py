@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from companion.core import closing
+from companion.core import closing, slurm
 from companion.core.errors import BadParameter, DeviceUnavailable
 
 
@@ -67,7 +67,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """The device a name stands for, checked to exist on this machine.
 
     Before a GPU is handed out, cuBLAS gets its workspace: see :func:`fix_cublas_workspace`. While
-    a recording is closed no GPU has to be here, and ``"auto"`` is where it was measured.
+    a recording is closed no GPU has to be here, and ``"auto"`` is where it was measured; nor where
+    a cluster has them (:func:`companion.core.slurm.elsewhere`): there ``"auto"`` is a GPU.
 
     Arguments:
         name: ``"cpu"``; ``"cuda"`` (the current GPU) or ``"cuda:N"``; ``"auto"`` is ``cuda`` where
@@ -84,10 +85,10 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if not (match := re.fullmatch(r"(auto|cpu|cuda)|cuda:(\d+)", name)):
         raise BadParameter(f"device: {name!r} is not known. Allowed: auto, cpu, cuda, cuda:N.")
     if name == "auto":
-        name = closing.device() or name
+        name = closing.device() or ("cuda" if slurm.elsewhere() else name)
     if name == "cpu":
         return torch.device("cpu")
-    if closing.active():
+    if closing.active() or slurm.elsewhere():
         return torch.device("cuda", int(name.partition(":")[2] or 0))
     # A driver too old for this build of torch shows as a warning and "no GPU": part of our message.
     with warnings.catch_warnings(record=True) as said:
@@ -112,5 +113,5 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def memory_of(device: torch.device) -> torch.device:
-    """Where tensors for ``device`` lie: there; on the CPU while a recording is closed."""
-    return torch.device("cpu") if closing.active() else device
+    """Where tensors for ``device`` lie: there; on the CPU if the device need not be here."""
+    return torch.device("cpu") if closing.active() or slurm.elsewhere() else device

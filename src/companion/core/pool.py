@@ -27,7 +27,7 @@ from joblib.externals.loky.backend import resource_tracker
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from companion.core import closing, deadline, locations, locks
+from companion.core import closing, deadline, locations, locks, slurm
 from companion.core.errors import BadParameter, WorkerLost
 
 T = TypeVar("T")
@@ -138,56 +138,87 @@ def run_all(
     workers: int = 0,
     device: str = "cpu",
     label: str = "",
+    after: Sequence[Sequence[int]] = (),
+    named: Callable[[T], str] = lambda item: "",
 ) -> list[R]:
     """``[work(item) for item in items]``, in that order, on ``workers`` processes.
+
+    Where an engine was asked for (:mod:`companion.core.slurm`), the workers are a cluster's.
 
     Arguments:
         work: a function that can be imported (it travels by name); it may raise.
         items: picklable values.
         workers: 0 = one per core. A GPU has one owner: with a CUDA device jobs run here, in turn.
         label: shown beside the progress bar, when the error stream is a terminal.
+        after: for each item, which items (by number, lower than its own) must be done before it.
+        named: an item in words, for messages about work that is done elsewhere.
 
     Raises:
         the first error of any job; jobs not yet started are dropped, what was stored stays.
         WorkerLost: a worker was killed.
         OutOfTime: see :mod:`companion.core.deadline`; the jobs at work store where they are.
+        on a cluster: see :func:`companion.core.slurm.run_all`.
     """
-    count = min(resolve_workers(workers), len(items))
+    engine = slurm.asked_for()
+    if engine and items and not closing.active():
+        return slurm.run_all(engine, work, items, after=after, named=named, label=label)
+    found: dict[int, R] = {}
     bar: Any = tqdm(total=len(items), desc=label, disable=not sys.stderr.isatty() or not items)
+    with bar:
+        for wave in _waves(len(items), after):
+            part = [items[i] for i in wave]
+            done = _run_wave(work, part, workers, device, label, bar)
+            found |= dict(zip(wave, done, strict=True))
+    return [found[i] for i in range(len(items))]
+
+
+def _waves(count: int, after: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The numbers of the items, in groups that need nothing but the groups before them."""
+    place: list[int] = []
+    for needs in after or [()] * count:
+        place.append(1 + max((place[n] for n in needs), default=-1))
+    return [[i for i, p in enumerate(place) if p == n] for n in range(max(place, default=-1) + 1)]
+
+
+def _run_wave(
+    work: Callable[[T], R], items: Sequence[T], workers: int, device: str, label: str, bar: Any
+) -> list[R]:
+    """:func:`run_all` here, for items that need none of each other."""
+    count = min(resolve_workers(workers), len(items))
     roots = {
         "COMPANION_DATA": str(locations.data_root()),
         "COMPANION_RUNS": str(locations.runs_root()),
+        "COMPANION_ENGINE": "local",
     }
     end = deadline.current()
     out: list[R] = []
-    with bar:
-        if count <= 1 or torch.device(device).type != "cpu" or closing.active():
-            for item in items:
-                deadline.stop_if_passed()
-                with one_thread():
-                    out.append(work(item))
+    if count <= 1 or torch.device(device).type != "cpu" or closing.active():
+        for item in items:
+            deadline.stop_if_passed()
+            with one_thread():
+                out.append(work(item))
+            bar.update()
+        return out
+    _start_tracker()
+    try:
+        with Parallel(
+            count,
+            backend="loky",
+            inner_max_num_threads=1,
+            return_as="generator",
+            initializer=_begin_worker,
+            initargs=(os.getpid(), locks.me()),
+        ) as pool:
+            for result in pool(delayed(_call)(work, item, roots, end) for item in items):
+                out.append(result)
                 bar.update()
-            return out
-        _start_tracker()
-        try:
-            with Parallel(
-                count,
-                backend="loky",
-                inner_max_num_threads=1,
-                return_as="generator",
-                initializer=_begin_worker,
-                initargs=(os.getpid(), locks.me()),
-            ) as pool:
-                for result in pool(delayed(_call)(work, item, roots, end) for item in items):
-                    out.append(result)
-                    bar.update()
-        except TerminatedWorkerError as error:
-            raise WorkerLost(
-                f"{label or 'the work'}: a worker process was killed, most often because the "
-                f"machine ran out of memory. Try fewer workers than {count}. What is finished is "
-                "stored; the same command continues from there."
-            ) from error
-        except KeyboardInterrupt:
-            end_workers()
-            raise
+    except TerminatedWorkerError as error:
+        raise WorkerLost(
+            f"{label or 'the work'}: a worker process was killed, most often because the "
+            f"machine ran out of memory. Try fewer workers than {count}. What is finished is "
+            "stored; the same command continues from there."
+        ) from error
+    except KeyboardInterrupt:
+        end_workers()
+        raise
     return out

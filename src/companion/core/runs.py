@@ -427,16 +427,23 @@ class Store:
         """The lock file of an entry."""
         return self.root / _LOCKS / f"{key}.lock"
 
-    def _folders(self) -> Iterator[Path]:
-        """Every folder that is named as an entry and lies where that entry would."""
+    def _folders(self, prefix: str = "") -> Iterator[Path]:
+        """Every folder that is named as an entry, from ``prefix`` on, and lies where it would."""
         if self.root.exists() and not self.root.is_dir():
             raise StoreUnreadable(
                 f"run store: {self.root} is a file; point COMPANION_RUNS at a folder."
             )
         for shard in self._shards():
+            if not shard.name.startswith(prefix[:2]):
+                continue
             for path in _listing(shard):
                 named = _KEY.fullmatch(path.name) and path.name[:2] == shard.name
-                if named and path.is_dir() and not path.is_symlink():
+                if (
+                    named
+                    and path.name.startswith(prefix)
+                    and path.is_dir()
+                    and not path.is_symlink()
+                ):
                     yield path
 
     def _shards(self) -> list[Path]:
@@ -474,12 +481,13 @@ class Store:
         Raises:
             BadParameter: none, or more than one.
         """
-        matches = [e for e in self.entries() if e.key.startswith(prefix)]
+        found = map(self._at, self._folders(prefix))
+        matches = [entry for entry in found if entry is not None]
         if len(prefix) < 4 or len(matches) != 1:
-            found = ", ".join(e.key[:12] for e in matches[:5]) or "none"
+            some = ", ".join(e.key[:12] for e in matches[:5]) or "none"
             raise BadParameter(
                 f"run key {prefix!r}: give at least 4 hex digits that fit one entry of "
-                f"{self.root} (found: {found}). `companion runs list` shows them."
+                f"{self.root} (found: {some}). `companion runs list` shows them."
             )
         return matches[0]
 

@@ -11,11 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import torch
 
 from companion import data as datasets
+from companion.core import slurm
 from companion.core.errors import CorruptEntry
 from companion.core.pool import one_thread, resolve_workers
 from companion.core.runs import Entry, Store
@@ -181,12 +183,38 @@ def estimate(costs: Sequence[Cost], speeds: Probe, *, device: str, workers: int)
 
     Matching, features and sweeps of layers are counted as measurements, but not in the time.
 
-    On a CPU as many processes work as ``workers`` says; a GPU works through runs in turn.
+    On a CPU as many processes work as ``workers`` says; a GPU works through runs in turn; on a
+    cluster as many as its array has, all of them at once.
     """
-    at_once = resolve_workers(workers) if datasets.resolve_device(device).type == "cpu" else 1
+    cluster, cpu = slurm.asked_for(), datasets.resolve_device(device).type == "cpu"
+    at_once = resolve_workers(workers) if cpu else 1
+    if cluster:
+        at_once = cluster.tasks * (cluster.cpus if cpu else 1)
     out = []
     for cost in costs:
         speed = speeds(cost.recipe) if cost.missing else Speed(0.0, 0.0)
         seconds = cost.missing.steps * speed.step + cost.missing.points * speed.point
         out.append(seconds / at_once)
     return out
+
+
+def submitted(costs: Sequence[Cost], how: Evaluation, *, device: str, workers: int) -> list[str]:
+    """What the missing part costs and, on a cluster, what is submitted for it; a line each.
+
+    The speed is this machine's, probed for a second or two a recipe; on a cluster whose GPUs are
+    not here there is none.
+    """
+    missing = sum((cost.missing for cost in costs), Count())
+    if not missing:
+        return ["nothing is left to compute"]
+    cluster, lines = slurm.asked_for(), []
+    if not (cluster and cluster.gpus):
+        speed = partial(probe, evaluation=how, device=device)
+        s = sum(estimate(costs, speed, device=device, workers=workers))
+        hours = f"{s / 60:.0f} min" if s < 5400 else f"{s / 3600:.1f} h"
+        said = f"{s:.0f} s" if s < 90 else hours
+        here = " at this machine's speed, without waiting for a place" if cluster else ""
+        lines.append(f"estimate: {said} on {device}{here} to train and to walk along lines")
+    if cluster:
+        lines += slurm.describe(cluster, missing.runs + sum(missing.measured.values()))
+    return lines

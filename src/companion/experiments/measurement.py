@@ -189,9 +189,14 @@ def run(
         jobs = [job for task in missing.values() for job in task.jobs()]
         train(jobs, store=store, device=where, workers=workers)
     items = [(task, store, where) for task in missing.values()]
-    made = run_all(_make, items, workers=workers, device=where, label=label)
+    made = run_all(_make, items, workers=workers, device=where, label=label, named=_named)
     new = dict(zip(missing, made, strict=True))
     return [new[k] if v is None else v for k, v in zip(keys, values, strict=True)]
+
+
+def _named(item: tuple[Measurement, Store, str]) -> str:
+    task = item[0]
+    return task.describe(task.identity(item[2]))
 
 
 def _make(item: tuple[Measurement, Store, str]) -> Json:

@@ -226,6 +226,11 @@ def _made_by(entry: Entry) -> dict[str, Any]:
 def _train_together(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -> None:
     """:func:`train_one` for jobs of one recipe, on one device: on a GPU as replicas."""
     jobs, store, device, like = item
+    with engines.using(str(like.get("wish", "auto"))):  # of whoever asked, on another machine, too
+        _train_alike(jobs, store, device, like)
+
+
+def _train_alike(jobs: Sequence[Job], store: Store, device: str, like: Mapping[str, Any]) -> None:
     where, recipe = datasets.resolve_device(device), jobs[0].run.recipe
     data = datasets.load(recipe.data, str(where))
     todo = {entry_of(job.run, data, where, store).key: job for job in jobs}
@@ -423,21 +428,43 @@ def train(
     waves = lineage(jobs)
     for recipe in {job.run.recipe for wave in waves for job in wave}:
         loop.check_fit(recipe, datasets.load(recipe.data, where))
+    gpu = _on_gpu(torch.device(where))
+    how = {"engine": engine, "wish": engines.asked_for()}
+    items: list[tuple[Sequence[Job], Store, str, Mapping[str, Any]]] = []
+    after: list[list[int]] = []
+    place: dict[Run, int] = {}  # the item that trains a run
     for wave in waves:
         todo = []
         for job in wave:
             data = datasets.load(job.run.recipe.data, where)
             if _missing(entry_of(job.run, data, where, store), job):
                 todo.append(job)
-        if todo:
-            closing.refuse_work()
         todo.sort(key=lambda j: j.run.first_step - max((*j.weights, *j.states), default=0))
-        gpu = _on_gpu(torch.device(where))
-        chunks = _chunks(todo, where, at_once) if gpu else [[job] for job in todo]
-        items = [(chunk, store, where, {"engine": engine}) for chunk in chunks]
-        with engines.using("auto"):  # an engine that fails is not tried again in this call
-            count = 1 if gpu else workers
-            run_all(_train_together, items, workers=count, device=where, label=label)
+        for chunk in _chunks(todo, where, at_once) if gpu else [[job] for job in todo]:
+            parents = {parent.run for job in chunk for parent in job.parents()}
+            after.append(sorted({place[run] for run in parents if run in place}))
+            place |= {job.run: len(items) for job in chunk}
+            items.append((chunk, store, where, how))
+    if items:
+        closing.refuse_work()
+    with engines.using("auto"):  # an engine that fails is not tried again in this call
+        count = 1 if gpu else workers
+        run_all(
+            *(_train_together, items),
+            workers=count,
+            device=where,
+            label=label,
+            after=after,
+            named=_named,
+        )
+
+
+def _named(item: tuple[Sequence[Job], Store, str, Mapping[str, Any]]) -> str:
+    """What an item of :func:`_train_together` trains, in words."""
+    run, more = item[0][0].run, len(item[0]) - 1
+    fork = f", fork at step {run.fork.step}" if run.fork else ""
+    words = f"{run.recipe.net} on {run.recipe.data}, init {run.init}, order {run.order}{fork}"
+    return words + (f" and {more} more" if more else "")
 
 
 def load_state(run: Run, step: int, *, store: Store | None = None, device: str = "cpu") -> State:

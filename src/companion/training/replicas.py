@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from companion import models
-from companion.core import closing
+from companion.core import closing, slurm
 from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_float32, fix_cublas_workspace
 from companion.core.pool import one_thread
@@ -160,6 +160,8 @@ def most_replicas(recipe: Recipe, data: Dataset, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return MOST
+    if (cluster := slurm.asked_for()) and cluster.gpus:
+        return cluster.replicas
     # On the CPU: cuBLAS must not start before reproducible() has set its environment.
     module = loop.build(Run(recipe), data, torch.device("cpu"))
     total = torch.cuda.get_device_properties(device).total_memory
