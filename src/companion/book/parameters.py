@@ -137,14 +137,16 @@ def table(
     for name, one in declared(cell, where).items():
         meaning, unset = _meaning(one.meaning)
         value = (used or {}).get(name) if one.default is None else one.default
-        there = [
-            f"{escape(other)}: {_value(found, unset)}"
-            for other, values in others.items()
-            if (values or other == "quick") and (found := values.get(name, own[name])) != one.default
-        ]
+        there: dict[str, list[str]] = {}  # value -> profiles
+        for other, values in others.items():
+            if values or other == "quick":
+                found = values.get(name, own[name])
+                if found != one.default or (found is None and value is not None):
+                    there.setdefault(_value(found, unset), []).append(other)
+        elsewhere = "<br>".join(f"{escape(', '.join(names))}: {v}" for v, names in there.items())
         rows += (
             f'<tr><th scope="row"><code>{escape(name)}</code></th><td>{_value(value, unset)}</td>'
-            f"<td>{escape(meaning)}</td><td>{'<br>'.join(there)}</td></tr>"
+            f"<td>{escape(meaning)}</td><td>{elsewhere}</td></tr>"
         )
     heads = ("Parameter", "Here", "What it means", "In other profiles")
     title = "Parameters of this page"
