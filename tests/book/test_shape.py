@@ -28,6 +28,10 @@ kernelspec: {name: python3}
 ```{code-cell} python
 :tags: [parameters]
 
+left = "out"
+```
+
+```{code-cell} python
 n = 1
 
 m = 2
@@ -55,7 +59,7 @@ A caption.
 :::
 """
     found = shape(text, "x")
-    assert (found.lines, found.code, found.visible, found.longest) == (33, 5, 2, 3)
+    assert (found.lines, found.code, found.visible, found.longest) == (39, 5, 2, 3)
     assert found.words == 2 + 3 + 5 + 2
     assert [p.partition(",")[0] for p in found.problems()] == [
         "2 of 5 lines of code visible",
