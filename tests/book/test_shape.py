@@ -32,6 +32,12 @@ left = "out"
 ```
 
 ```{code-cell} python
+:tags: [solution]
+
+folded = "on purpose"
+```
+
+```{code-cell} python
 n = 1
 
 m = 2
@@ -59,7 +65,7 @@ A caption.
 :::
 """
     found = shape(text, "x")
-    assert (found.lines, found.code, found.visible, found.longest) == (39, 5, 2, 3)
+    assert (found.lines, found.code, found.visible, found.longest) == (43, 5, 2, 3)
     assert found.words == 2 + 3 + 5 + 2
     assert [p.partition(",")[0] for p in found.problems()] == [
         "2 of 5 lines of code visible",
