@@ -205,6 +205,7 @@ def _shown(page: Page, cell: Any, book: Book, profile: str) -> Iterator[Any]:
         return
     outputs = cell.get("outputs", [])
     what = next((word for kind, word in _KINDS.items() if _has(outputs, kind)), "")
+    last = _has(outputs, "rerun")
     if "hide-input" in tags:
         if outputs:
             note = "# what the cell below shows"
@@ -216,7 +217,7 @@ def _shown(page: Page, cell: Any, book: Book, profile: str) -> Iterator[Any]:
         yield _fold(cell, "hide-output", f"the {what}" if what else "the output")
     else:
         yield cell
-    if _has(outputs, "rerun"):
+    if last:
         yield _markdown(DOWNLOAD.format(name=f"{page.chapter}.ipynb"))
 
 
