@@ -1,4 +1,4 @@
-"""A page as a notebook of its own, where there is no repository: a folder, and the package's wheel."""
+"""A page as a notebook of its own, where there is a wheel of the package and no repository."""
 
 from __future__ import annotations
 

@@ -234,8 +234,9 @@ def _used(page: Page) -> dict[str, Any]:
 
 _MAIN = ("recipe", "network", "noisy", "residual")  # what pages call it in their provenance
 DOWNLOAD = (
-    '<p class="companion-download"><a href="../_sources/chapters/{name}" download="{name}">Download this page as a '
-    "notebook</a>: it runs outside of the book's repository, too; its first cell gets the package.</p>"
+    '<p class="companion-download"><a href="../_sources/chapters/{name}" download="{name}">'
+    "Download this page as a notebook</a>: it runs outside of the book's repository, too; its "
+    "first cell gets the package.</p>"
 )
 _KINDS = {"figure": "figure", "claims": "table", "table": "table"}  # emitted -> for people
 

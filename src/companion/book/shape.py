@@ -21,8 +21,8 @@ class Shape:
 
     Arguments:
         lines: of its source.
-        code: lines of code in its cells, without blank ones, the parameters, which the page has as a
-            table, and solutions of exercises.
+        code: lines of code in its cells, without blank ones, without the parameters, which the page
+            has as a table, and without solutions of exercises.
         visible: those in cells that a reader sees without a click.
         words: of its prose and captions.
         longest: lines of its longest cell.
