@@ -89,6 +89,7 @@ def test_a_downloaded_page_runs_without_the_repository(
         ("[out](https://example.org/a)", "[out](https://example.org/a)"),
         ("```python\n{cite:t}`a2020`\n```", "```python\n{cite:t}`a2020`\n```"),
         ("<!-- walk -->", ""),
+        ('<figure class="lead" data-of="fig-a"></figure>', ""),
     ],
 )  # fmt: skip
 def test_text_is_what_jupyter_shows(text: str, plainly: str) -> None:

@@ -88,7 +88,7 @@ def plain(text: str, cites: dict[str, str], book: Book) -> str:
     )
 
 
-_MARK = re.compile(r"\s*(\([\w-]+\)=|:{3,}.*|<!--.*-->)\s*")
+_MARK = re.compile(r"\s*(\([\w-]+\)=|:{3,}.*|<!--.*-->|<figure.*</figure>)\s*")
 
 
 def _line(line: str, cites: dict[str, str], book: Book) -> str:

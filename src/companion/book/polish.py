@@ -44,7 +44,7 @@ def polish(html: Path) -> None:
         )
     }
     for path, text in texts.items():
-        text = _with_cards(text, formulas)
+        text = _with_leads(_with_cards(text, formulas), named)
         own = number(path.stem) if path.parent != html else ""
         texts[path] = _numbered(text, named, own)
         path.write_text(texts[path], encoding="utf-8")
@@ -138,6 +138,23 @@ def _numbered(text: str, named: dict[str, str], own: str) -> str:
     if own:
         here = r'(<li class="toctree-l1 current[^>]*><a class="[^"]*" href="#">|<h1>|<title>)'
         text = re.sub(here, rf"\g<1>{own}. ", text)
+    return text
+
+
+def lead(figure: str) -> str:
+    """The place of a copy of a figure further down, for a page's first screen."""
+    return f'<figure class="lead" data-of="{figure}"></figure>'
+
+
+def _with_leads(text: str, named: dict[str, str]) -> str:
+    """The page with copies of figures where :func:`lead` left room: the same files, and a link."""
+    for name in dict.fromkeys(re.findall(lead(r"([\w-]+)"), text)):
+        found = re.search(rf'<figure [^>]*id="{name}">(.*?)</figure>', text, re.S)
+        images = re.findall(r"<img [^>]*>", found[1]) if found else []
+        words = f"Fig. {named.get(name, '')}, which is explained further down"
+        link = f'<a href="#{name}" aria-label="{words}">{"".join(images)}</a>'
+        made = f'<figure class="lead">{link}</figure>' if images else ""
+        text = text.replace(lead(name), made)
     return text
 
 
