@@ -233,9 +233,9 @@ def _used(page: Page) -> dict[str, Any]:
     main = next((made[name] for name in _MAIN if name in made), None)
     if not main:
         return {}
-    recipe = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING} | main
-    other = made.get("gentle", {})
-    return recipe | {"unstable": recipe.get("net"), "stable": other.get("net")}
+    recipe: dict[str, Any] = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    recipe |= main
+    return recipe | {"unstable": recipe.get("net"), "stable": made.get("gentle", {}).get("net")}
 
 
 _MAIN = ("recipe", "network", "noisy", "residual")  # what pages call it in their provenance
