@@ -32,7 +32,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const own = anchor && place(sections[anchor] ?? "") >= 0 ? [sections[anchor]] : Object.values(sections);
     const text = own.find((one) => place(one) >= 0) ?? own[0];
     if (!text) return;
-    const start = Math.max(place(text) - 80, 0);
+    const start = place(text) > 80 ? text.indexOf(" ", place(text) - 80) + 1 : 0; // a whole word
     const says = document.createElement("p");
     says.className = "context";
     mark((start ? "… " : "") + text.slice(start, start + 260).trim() + (start + 260 < text.length ? " …" : ""), says);

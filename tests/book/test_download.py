@@ -68,7 +68,7 @@ def test_a_downloaded_page_runs_without_the_repository(
     )
     out = nbformat.read("out.ipynb", as_version=4)
     assert out.cells[-1].outputs[0].text.startswith(str(site))
-    assert judged(out)["B14"]["claim"]["statement"]  # the claims came with the package
+    assert judged(out)["B14"]["claim"]["text"]  # the claims came with the package
     assert (tmp_path / "cache" / "companion" / "runs").is_dir()
     assert [p.name for p in path.parent.iterdir()] in (
         ["page.ipynb", "out.ipynb"],

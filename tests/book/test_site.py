@@ -140,6 +140,11 @@ return [...document.querySelectorAll('.bd-article pre')]
 """
 
 
+WRONG_FORMULAS = """
+return [...document.querySelectorAll('mjx-merror')].map(e => `formula: ${e.textContent}`)
+"""
+
+
 @pytest.mark.slow
 def test_every_page_in_every_window(browser, site):
     """Loaded once, then at three widths, light and dark, folds open.
@@ -171,6 +176,7 @@ def test_every_page_in_every_window(browser, site):
                         bad.append(f"{wide} pixels wide in a window of {inner}")
                     if AXE.is_file() and (pixels, theme) in SEEN:
                         bad += violations(browser)
+                    bad += browser.execute_script(WRONG_FORMULAS)
                 if pixels == 1400:
                     bad += [f"cut: {text}" for text in browser.execute_script(CUT)]
                 if bad:
