@@ -230,6 +230,13 @@ def test_no_icon_font_is_shipped(site):
     assert fonts == []
 
 
+# Horizontal text: where it begins, its size, and its letters.
+LABEL = (
+    r'<g style="fill[^"]*" transform="translate\(([-\d.]+) [-\d.]+\) '
+    r'scale\(([\d.]+) -[\d.]+\)">(.*?)</g>'
+)
+
+
 def test_labels_in_figures_can_be_read(site):
     """At least 9 pixels in the 752 that a column of text has on a wide screen."""
     pictures = [*(site / "_images").glob("*.svg"), *(site / "dark").rglob("*.svg")]
@@ -242,6 +249,10 @@ def test_labels_in_figures_can_be_read(site):
         shown = 4 / 3 * min(1.0, 752 / (float(width) * 4 / 3))
         assert float(width) <= 620, picture.name
         assert not sizes or min(sizes) * shown >= 9, (picture.name, min(sizes))
+        for left, size, letters in re.findall(LABEL, text, re.S):
+            places = [float(x) for x in re.findall(r"translate\(([\d.]+)", letters)]
+            right = float(left) + (max(places, default=0) + 60) * float(size)  # 60: a letter
+            assert float(left) >= -0.5 and right <= float(width) + 2, f"{picture.name}: cut"
 
 
 def test_math_is_typeset(browser, site):
