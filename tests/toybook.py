@@ -42,6 +42,7 @@ $$ (eq-toy)
 
 n = 3  # how many points
 slope = 0.5  # of the line
+# fork steps; all of them
 ks = [0, 25, 100]
 ```
 
@@ -105,6 +106,31 @@ claims.show(
     scale="toy data, no network",
 )
 ```
+
+## Exercises
+
+1. Which slope is twice as steep?
+
+```{code-cell} python
+:tags: [solution]
+
+page.fill(steep=2 * slope)
+2 * slope
+```
+
+Twice as steep is {{steep:.1f}}.
+
+Another one is left to the {cite:p}`frankle2020lmc`; see [the curve](01_toy).
+
+```{code-cell} python
+:tags: [hide-input]
+
+tables.show(["k", "2k"], [(k, 2 * k) for k in ks], name="toy-twice")
+```
+
+:::{caption} toy-twice
+Twice as many.
+:::
 
 ```{code-cell} python
 entry = provenance.record(dataset="toy")

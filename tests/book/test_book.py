@@ -88,6 +88,50 @@ def test_the_parameters_used_are_shown_once(page):
     assert "slope = 0.5" not in text
 
 
+def test_parameters_are_a_table_with_what_they_mean(page):
+    (table,) = re.findall(r'<table class="companion-table companion-parameters">.*?</table>', page)
+    rows = [text_of(row).split() for row in re.findall(r"<tr>.*?</tr>", table)]
+    assert rows == [
+        ["Parameter", "Here", "What", "it", "means", "In", "other", "profiles"],
+        ["n", "5", "how", "many", "points", "quick:", "3"],
+        ["slope", "0.25", "of", "the", "line", "quick:", "0.5"],
+        ["ks", "0,", "25,", "100", "fork", "steps;", "all", "of", "them"],
+    ]
+    assert page.index(table) < page.index("Show the cell that sets them")
+
+
+def test_a_solution_is_folded_and_says_what_comes_out(page):
+    (solution,) = re.findall(
+        r'<details class="companion-solution">(.*?)\n</details>\n<p>', page, re.S
+    )
+    text = text_of(solution)
+    assert text.split()[0] == "Solution" and "Twice as steep is 0.5." in text
+    assert "page . fill" in text and "Another one" not in text
+
+
+def test_what_a_cell_shows_comes_before_its_folded_code(page):
+    table, prompt = page.index("<caption>Twice as many.</caption>"), "Show the code of this table"
+    assert table < page.index(prompt) < page.index("Hide the code of this table")
+    assert "Toggle hidden" not in page and "Show code cell" not in page
+
+
+def test_the_page_can_be_taken_along_as_a_notebook(toy, page):
+    address = "../_sources/chapters/01_toy.ipynb"
+    assert f'<a href="{address}" download="01_toy.ipynb">' in page
+    path = Book(toy).html("other") / "chapters" / address
+    first, *cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert "pip install" in "".join(first["source"])
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    assert "Frankle et al. (2020)" in text and "(Frankle et al., 2020)" in text
+    assert (
+        "ends at 1.000 points" in text
+        and "\\tag{toy}" in text
+        and "[the curve](01_toy.ipynb)" in text
+    )
+    assert not re.search(r"\{\w+:?\w*\}`|:::|\{\{(?!fall|end)|<details|_downloads", text)
+    assert str(toy) not in path.read_text(encoding="utf-8")
+
+
 def test_nothing_of_this_machine_or_moment_is_published(toy, page):
     staged = (Book(toy).staged("other") / "chapters" / "01_toy.ipynb").read_text()
     executed = Book(toy).executed("other", "01_toy").read_text()

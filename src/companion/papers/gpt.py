@@ -871,7 +871,7 @@ def show_instability(study: Study) -> None:
     lines = {k: [s.result.barrier for s in study.forks.at(k)] for k in study.ks}
     rises = {f"k = {k}": [above(b.curve) for b in found if b.valid] for k, found in lines.items()}
     found = {split: fork_barriers(study, split) for split in ("test", "train")}
-    fig, axes = plots.grid(2, width=9.6, height=4.0)
+    fig, axes = plots.grid(2, height=4.0)
     drawn = {
         "k": plots.against_k(
             axes[0],
@@ -900,7 +900,7 @@ def show_matching(study: Study) -> None:
         for name, results in study.matched.items()
         if WAYS[name] in found
     }
-    fig, axes = plots.grid(2, width=10.4, height=4.4, width_ratios=(1.1, 1))
+    fig, axes = plots.grid(2, height=4.4, width_ratios=(1.1, 1))
     drawn: dict[str, Any] = {
         "barriers": plots.conditions(
             axes[0],
@@ -927,7 +927,7 @@ def _each(words: Mapping[str, str]) -> str:
 def show_heatmap(study: Study) -> None:
     """Barriers of the whole network and of every block while it trains."""
     found = maps(study)
-    fig, axes = plots.grid(2, width=10.4, height=1.36 + 0.36 * len(study.blocks), sharey=True)
+    fig, axes = plots.grid(2, height=1.36 + 0.36 * len(study.blocks), sharey=True)
     plots.heat(axes, found, list(study.looks), label="test loss barrier (nats)")
     words = {}
     for ax, (kind, rows) in zip(axes, found.items(), strict=True):
@@ -944,7 +944,7 @@ def show_heatmap(study: Study) -> None:
 def show_parts(study: Study) -> None:
     """A dot for each part of a block and pair, the least it can show, and the whole network."""
     count = len(study.parts["same"][0].groups)
-    fig, axes = plots.grid(2, width=10.4, height=1.4 + 0.22 * count, sharey=True)
+    fig, axes = plots.grid(2, height=1.4 + 0.22 * count, sharey=True)
     drawn: dict[str, Any] = {}
     words: dict[str, str] = {}
     floors: list[str] = []
@@ -971,7 +971,7 @@ def show_groups(study: Study) -> None:
     first = [study.short(label).partition(" =")[0] for label in study.blocks]
     first = first[: len(first) - study.neighbours + 1]
     numbers, places = range(1, len(study.blocks) + 1), range(1, len(first) + 1)
-    fig, axes = plots.grid(2, width=10.4, height=4.2, sharey=True)
+    fig, axes = plots.grid(2, height=4.2, sharey=True)
     drawn: dict[str, Any] = {}
     words: dict[str, str] = {}
     for shift, (kind, results) in enumerate(study.groups.items()):
@@ -1045,7 +1045,7 @@ def show_recorded(found: Sequence[Record]) -> None:
         for r in held
         for kind in PAIRS
     }
-    fig, axes = plots.grid(len(panels), width=10.4, height=4.2)
+    fig, axes = plots.grid(len(panels), height=4.2)
     rows = {title: one[kind] for title, (one, kind) in panels.items()}
     steps = {title: one["steps"] for title, (one, _) in panels.items()}
     plots.heat(axes, rows, steps, label="test loss barrier (nats)")

@@ -952,7 +952,7 @@ def show_apart(study: Study) -> None:
 def show_predictors(study: Study) -> None:
     """What is foretold against what is measured, for all forks and steps."""
     shown = ("distance", "taylor", "quintic")
-    fig, axes = plots.grid(len(shown), columns=3, height=3.6, width=11.4)
+    fig, axes = plots.grid(len(shown), columns=3, height=3.6)
     drawn = {}
     for ax, name in zip(axes, shown, strict=True):
         groups: dict[str, list[tuple[float, float]]] = {f"k = {k}": [] for k in study.ks}
@@ -1002,7 +1002,7 @@ def show_annealing(study: Study) -> None:
 
 def show_layers(study: Study) -> None:
     """Barriers of single layers, measured and foretold; and what layers do together."""
-    fig, axes = plots.grid(3, columns=3, height=3.9, width=11.4)
+    fig, axes = plots.grid(3, columns=3, height=3.9)
     drawn: dict[str, Any] = {}
     for ax, k in zip(axes, (study.first, study.last), strict=False):
         found = by_layer(study, k)
