@@ -25,6 +25,7 @@ from companion.cli import (
     instability,
     landscape,
     layers,
+    merge,
     models,
     rebasin,
     record,
@@ -124,6 +125,7 @@ app.command("landscape", epilog=landscape.EXAMPLE)(landscape.survey_landscape)
 app.command("instability", epilog=instability.EXAMPLE)(instability.measure_instability)
 app.command("tickets", epilog=tickets.EXAMPLE)(tickets.prune_network)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
+app.command("merge", epilog=merge.EXAMPLE)(merge.merge_networks)
 app.command("record", epilog=record.EXAMPLE)(record.record_chapter)
 
 
