@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.barrier import all_heights, draw, measured, summary
+from companion.cli.barrier import draw, measured, summary
 from companion.cli.console import (
     UNITS,
     end,
@@ -535,7 +535,7 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
         if str(gate) not in seen:
             say(f"  after: {gate}")
     rows = []
-    old, new = all_heights(before), all_heights(after)
+    old, new = before.heights(), after.heights()
     for split in old:
         for metric, unit in UNITS.items():
             values = [x[split][metric][d] for d in ("mean", "linear") for x in (old, new)]
