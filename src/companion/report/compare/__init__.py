@@ -2,10 +2,10 @@
 
     found = compare(module, theta_a, theta_b, data)
     print(found)                                 # the findings
-    found.answer("barrier").values["heights"]    # the numbers, as `companion barrier --json` has them
+    found.answer("barrier").values["heights"]    # as `companion barrier --json` has them
 
-``value.py`` what is found · ``questions.py`` what is asked, and at which cost · ``verdicts.py`` what
-it means · ``sheet.py`` the page.
+``value.py`` what is found · ``questions.py`` what is asked, and at which cost · ``verdicts.py``
+what it means · ``sheet.py`` the page.
 """
 
 from companion.report.compare.value import Answer, Comparison, Finding, loads
