@@ -20,6 +20,7 @@ PAGE = """\
 <script defer="defer" src="../_static/../mathjax/tex-chtml.js?v=2"></script>
 </head><body><h1>A page</h1><p>It has <em>one</em> "sentence".</p>
 <summary aria-label="Toggle hidden content"><span>Show</span></summary>
+<figure class="lead" data-of="fig-one"></figure><figure class="lead" data-of="fig-none"></figure>
 <figure class="align-default" id="fig-one"><img alt="One" src="../_images/a.svg" /></figure>
 <figure class="align-default" id="fig-two"><img alt="Two" src="../_images/a.svg" />
 <figcaption><span class="caption-number">Fig. 28 </span>Two.</figcaption></figure>
@@ -54,12 +55,21 @@ def site(tmp_path: Path) -> Path:
 def test_a_figure_has_a_size_and_a_twin_for_the_dark_where_there_is_one(site):
     text = (site / "chapters" / "01_toy.html").read_text()
     pictures = re.findall(r"<img [^>]*>", text)
+    pictures = pictures[2:]  # the first two lead the page
     assert len(pictures) == 3
     assert all('width="400" height="200" loading="lazy"' in one for one in pictures)
     assert 'src="../_images/a.svg"' in pictures[0] and 'class="by-day"' in pictures[0]
     assert 'src="../dark/01_toy/fig-one.svg"' in pictures[1] and 'alt="One"' in pictures[1]
     assert 'class="by-night dark-light"' in pictures[1]
     assert "by-" not in pictures[2]
+
+
+def test_a_page_is_led_by_a_copy_of_its_figure(site):
+    text = (site / "chapters" / "01_toy.html").read_text()
+    copy, *more = re.findall(r'<figure class="lead".*?</figure>', text, re.S)
+    assert not more  # of a figure that is not there, nothing
+    assert '<a href="#fig-one" aria-label="Fig. 1.1, which is explained further down">' in copy
+    assert copy.count('alt=""') == 2 and "by-night" in copy and "../_images/a.svg" in copy
 
 
 def test_figures_and_chapters_have_the_numbers_that_the_text_uses(site):

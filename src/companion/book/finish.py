@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from companion.book.layout import Book, BookError
 from companion.book.parameters import declared, substituted
-from companion.book.prose import captions, fill, give, merged, places
+from companion.book.polish import lead
+from companion.book.prose import Caption, captions, fill, give, merged, places
 from companion.core.locations import data_root, runs_root
 from companion.report import tables
 from companion.report.figures import dark, label
@@ -26,6 +27,7 @@ from companion.report.recorded import Record
 #: Keys that papermill and nbclient put into metadata: times, paths, durations.
 _NOISE = ("papermill", "execution")
 _LITERAL = (type(None), bool, int, float, str, list, tuple, dict)
+_LEAD = re.compile(r"^<!-- lead: (\S+) -->$", re.M)
 
 
 @dataclass
@@ -139,9 +141,13 @@ def _texts(page: Page, notebook: Any, book: Book) -> None:
         elif cell.cell_type == "code":  # the values themselves are not for readers
             filled = [output for output, entry in shown if "values" in entry]
             cell.outputs = [o for o in cell.outputs if not any(o is f for f in filled)]
+    drawn = [entry["figure"] for _, entry in shown if "figure" in entry]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _led(cell.source, {f["name"] for f in drawn}, blocks, at)
     notebook.cells = [c for c in notebook.cells if c.cell_type != "markdown" or c.source.strip()]
     alone = give(
-        [entry["figure"] for _, entry in shown if "figure" in entry],
+        drawn,
         [entry["table"] for _, entry in shown if "table" in entry],
         blocks,
         values,
@@ -153,6 +159,22 @@ def _texts(page: Page, notebook: Any, book: Book) -> None:
         if table := entry.get("table"):
             html = tables.html(table["columns"], table["rows"], table["caption"])
             output["data"]["text/html"] = html
+
+
+def _led(text: str, drawn: set[str], blocks: list[Caption], at: Callable[[str], str]) -> str:
+    """``<!-- lead: NAME -->`` becomes the place of a page's best figure, before it is explained;
+    :mod:`companion.book.polish` puts a copy there. A figure that this run did not draw leaves none.
+
+    Raises:
+        BookError: no caption of the chapter has this name.
+    """
+
+    def place(found: re.Match[str]) -> str:
+        if found[1] not in {block.name for block in blocks}:
+            raise BookError(f"{at(found[0])}: no figure is called {found[1]!r}.")
+        return lead(label(found[1])) if found[1] in drawn else ""
+
+    return _LEAD.sub(place, text)
 
 
 def _figures(page: Page, cell: Any) -> Iterator[Any]:

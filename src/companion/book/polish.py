@@ -41,7 +41,7 @@ def polish(html: Path) -> None:
         )
     }
     for path, text in texts.items():
-        text = _with_cards(text, formulas)
+        text = _with_leads(_with_cards(text, formulas), named)
         own = number(path.stem) if path.parent != html else ""
         path.write_text(_numbered(text, named, own), encoding="utf-8")
     for path in [*(html / "_static").rglob("*.map"), html / "_static/scripts/fontawesome.js"]:
@@ -122,6 +122,24 @@ def _numbered(text: str, named: dict[str, str], own: str) -> str:
     if own:
         here = r'(<li class="toctree-l1 current[^>]*><a class="[^"]*" href="#">|<h1>|<title>)'
         text = re.sub(here, rf"\g<1>{own}. ", text)
+    return text
+
+
+def lead(figure: str) -> str:
+    """The place of a copy of a figure further down, for a page's first screen."""
+    return f'<figure class="lead" data-of="{figure}"></figure>'
+
+
+def _with_leads(text: str, named: dict[str, str]) -> str:
+    """The page with copies of figures where :func:`lead` left room: the same files, and a link."""
+    for name in dict.fromkeys(re.findall(lead(r"([\w-]+)"), text)):
+        found = re.search(rf'<figure [^>]*id="{name}">(.*?)</figure>', text, re.S)
+        images = re.findall(r"<img [^>]*>", found[1]) if found else []
+        words = f"Fig. {named.get(name, '')}, which is explained further down"
+        pictures = "".join(re.sub(r' alt="[^"]*"', ' alt=""', image) for image in images)
+        link = f'<a href="#{name}" aria-label="{words}">{pictures}</a>'
+        made = f'<figure class="lead">{link}</figure>' if images else ""
+        text = text.replace(lead(name), made)
     return text
 
 

@@ -21,12 +21,11 @@ from companion.cli.console import end, note, number, print_table, say, write_ten
 from companion.cli.opening import LETTERS, Opened, opened
 from companion.cli.rebasin import (
     REPAIRS,
+    align,
     average,
     check_files,
     check_repair,
     example_for,
-    permuted,
-    rotated,
     shape_and_classes,
 )
 from companion.core.errors import BadParameter, one_of
@@ -250,10 +249,7 @@ def _two(pair: Opened, method: str, key: Key) -> tuple[_Placed, float]:
     train = pair.dataset.train if pair.dataset else None
     at = train.x.device if train is not None else resolve_device("auto")
     example = example_for(pair.module, pair.shape, pair.classes, key)
-    if how.kind.folds:
-        found = rotated(how, pair, example.to(at), train, at)
-    else:
-        found = permuted(how, pair, example, train, at, key)
+    found = align(how, pair, example.to(at), train, key)
     moved = found.matching.moved if found.matching else 1.0
     ends = (found.a, found.b)
     return _Placed(found.module, found.model, ends, how.name, found.about), moved

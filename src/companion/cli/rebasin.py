@@ -9,7 +9,6 @@ what is written is of that form, a network of another name, which :func:`folded_
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.barrier import all_heights, draw, measured, summary
+from companion.cli.barrier import draw, measured, summary
 from companion.cli.console import (
     UNITS,
     end,
@@ -42,8 +41,9 @@ if TYPE_CHECKING:
     from companion.core.seeds import Key
     from companion.core.theta import Theta
     from companion.data import Split
+    from companion.experiments.methods import Aligned
     from companion.experiments.pairs import Evaluation
-    from companion.rebasin import Matching, Permutations, Rotation, Spec
+    from companion.rebasin import Matching, Permutations, Spec
 
 EXAMPLE = (
     "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
@@ -183,10 +183,7 @@ def align_networks(
     key = Key("rebasin", "cli", seed)
     at = train.x.device if train is not None else resolve_device(device)
     example = example_for(pair.module, shape, pair.classes, key)
-    if kind.folds:
-        here = rotated(how, pair, example.to(at), train, at)
-    else:
-        here = permuted(how, pair, example, train, at, key)
+    here = align(how, pair, example.to(at), train, key)
 
     found: dict[str, Any] | None = None
     if dataset is not None:
@@ -312,53 +309,51 @@ class AlignedPair:
     about: Mapping[str, Any]
 
 
-def _about(spec: Spec, units: Spec, derived: float, matching: Any, outputs: Any) -> dict[str, Any]:
-    groups = {n: g.size for n, g in spec.groups.items()}
-    held = {"held": dict(spec.held), "seconds": derived}
-    about = {"groups": groups, "log10_count": units.log10_count(), **held}
-    return {"spec": about, "matching": matching, "outputs": outputs}
-
-
-def permuted(
-    method: Method,
-    pair: Opened,
-    example: torch.Tensor,
-    train: Split | None,
-    device: torch.device,
-    key: Key,
+def align(
+    method: Method, pair: Opened, example: torch.Tensor, train: Split | None, key: Key
 ) -> AlignedPair:
+    """B brought to A, and as it is written: in its own file's form, or in folded form.
+
+    Raises:
+        BadParameter: nothing can move; of a method that folds: no GPT network, or one whose folded
+            form has no name. Unproven: a function changed.
+    """
+    from companion.experiments.methods import aligned
+    from companion.rebasin import Folding
+
+    found = aligned(method, pair.module, pair.a.theta, pair.b.theta, example, train, key)
+    if isinstance(found.symmetries, Folding):
+        name = folded_name(pair.name, found.module, tuple(example.shape[1:]), pair.classes)
+        _show_rotation(found)
+        say(
+            f"the aligned B is in folded form: it is a network of --model {name}, and goes with A "
+            "in the same form (`companion rebasin A A --method folded` writes that)"
+        )
+        file = {k: v.contiguous().clone() for k, v in found.b.items()}
+        return AlignedPair(found.module, found.a, found.b, file, name, None, found.about())
+    return _permuted(pair, found)
+
+
+def _permuted(pair: Opened, found: Aligned) -> AlignedPair:
     """B with its units in A's order, in B's own file's form."""
     import torch
 
     from companion import models
-    from companion.core.fitting import each, fitted
+    from companion.core.fitting import fitted
     from companion.core.theta import layout
-    from companion.experiments.methods import Problem
-    from companion.rebasin import Matching, derive
-    from companion.rebasin.proof import check_equal
+    from companion.rebasin import Matching, Spec
 
-    begun = time.perf_counter()
-    module, a, b = pair.module, pair.a.theta, pair.b.theta
-    spec = derive(module, example, unread="hold")
-    derived = time.perf_counter() - begun
-    if not spec.groups:
-        raise BadParameter(f"model {pair.name!r}: there is nothing to match: {spec.why_none()}.")
-    one, two = (each(theta, lambda _, v: v.to(device)) for theta in (a, b))
-    found = method.kind.find(method, Problem(module, spec, one, two, train, key))
-    assert isinstance(found, Matching)
-    spec = found.spec
-    aligned = found.apply(module, b, check_outputs=False)
-    gap = check_equal(module, b, aligned, spec)
-    _show_matching(spec, found, derived, gap)
-    file = _in_form_of(pair.files[1].theta, pair.b.names, spec, found.perms)
+    spec, matching, aligned = found.symmetries, found.found, found.b
+    assert isinstance(spec, Spec) and isinstance(matching, Matching)
+    _show_matching(spec, matching, found.derived, found.gap)
+    file = _in_form_of(pair.files[1].theta, pair.b.names, spec, matching.perms)
     # What the file left to the model, such as a tied output matrix, may not be the same any more.
-    again = fitted(module, file, layout(module).ties).theta
+    again = fitted(pair.module, file, layout(pair.module).ties).theta
     for name in aligned.keys() - {n for n in pair.b.names.values() if n}:
         if name not in again or not torch.equal(again[name], aligned[name]):
             file[name] = aligned[name].contiguous().clone()
-    outputs = {"largest_relative_difference": gap, "tolerance": spec.tolerance}
-    about = _about(spec, spec, derived, found.summary(), outputs)
-    return AlignedPair(module, a, aligned, file, models.canonical(pair.name), found, about)
+    name = models.canonical(pair.name)
+    return AlignedPair(pair.module, found.a, aligned, file, name, matching, found.about())
 
 
 def _in_form_of(
@@ -435,42 +430,12 @@ def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: in
     return found
 
 
-def rotated(
-    method: Method, pair: Opened, example: torch.Tensor, train: Split | None, at: torch.device
-) -> AlignedPair:
-    """Both networks folded, and B's residual stream turned to A's; B's outputs stay as they are.
+def _show_rotation(aligned: Aligned) -> None:
+    from companion.rebasin import Rotation
 
-    Raises:
-        BadParameter: no GPT network, or one whose folded form has no name. Unproven: a function
-            changed.
-    """
-    from companion.experiments.methods import turn
-    from companion.rebasin import fold, function_gap
-    from companion.rebasin.folding import TOLERANCE
-
-    a, b = ({k: v.to(at) for k, v in end.theta.items()} for end in (pair.a, pair.b))
-    module = pair.module.to(at)
-    begun = time.perf_counter()
-    folding = fold(module, example)
-    name = folded_name(pair.name, folding.module, tuple(example.shape[1:]), pair.classes)
-    here, there = folding.apply(a), folding.apply(b)
-    derived = time.perf_counter() - begun
-    found = turn(method, folding, here, there, train)
-    moved = dict(there) if found is None else found.apply(there)
-    gap = function_gap(module, b, folding.module, moved, example)
-    _show_rotation(found, derived, gap)
-    say(
-        f"the aligned B is in folded form: it is a network of --model {name}, and goes with A in "
-        "the same form (`companion rebasin A A --method folded` writes that)"
-    )
-    outputs = {"largest_relative_difference": gap, "before rounding, at most": TOLERANCE}
-    matching = found.summary() if found else {"method": method.name}
-    about = _about(folding.spec, folding.units, derived, matching, outputs)
-    file = {k: v.contiguous().clone() for k, v in moved.items()}
-    return AlignedPair(folding.module, here, moved, file, name, None, about)
-
-
-def _show_rotation(found: Rotation | None, derived: float, gap: float) -> None:
+    found = aligned.found
+    assert found is None or isinstance(found, Rotation)
+    derived, gap = aligned.derived, aligned.gap
     say(f"LayerNorm's gains and biases are in the layers behind it (proven in {derived:.1f} s)")
     if found is None:
         say("nothing is matched")
@@ -526,7 +491,7 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
         if str(gate) not in seen:
             say(f"  after: {gate}")
     rows = []
-    old, new = all_heights(before), all_heights(after)
+    old, new = before.heights(), after.heights()
     for split in old:
         for metric, unit in UNITS.items():
             values = [x[split][metric][d] for d in ("mean", "linear") for x in (old, new)]
