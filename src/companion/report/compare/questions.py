@@ -26,7 +26,7 @@ from companion.features import features
 from companion.landscape import logit_gap
 from companion.layerwise import Sweep, sweep
 from companion.rebasin import Spec, derive, merge_many, repair, reset_batchnorm, triangle_defect
-from companion.rebasin.repair import interpolated
+from companion.rebasin.repair import averaged
 from companion.report.compare.case import Case, Reading, means, plain
 from companion.report.compare.value import Json
 
@@ -318,7 +318,7 @@ def _half_way(case: Case, here: Aligned | None, *, mend: bool = False) -> Theta:
         return repair(module, a, b, case.seen.x).theta
     if case.batchnorm and case.train is not None:
         return repair(module, a, b, case.seen.x, layers=()).theta
-    return interpolated(module, a, b, 0.5)
+    return averaged(module, (a, b), (0.5, 0.5))
 
 
 @register(
