@@ -8,7 +8,7 @@ question needs it leaves in ``case.found``. What it costs is told in seconds bef
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -27,7 +27,7 @@ from companion.landscape import logit_gap
 from companion.layerwise import Sweep, sweep
 from companion.rebasin import Spec, derive, merge_many, repair, reset_batchnorm, triangle_defect
 from companion.rebasin.repair import interpolated
-from companion.report.compare.case import Case, Reading, means, plain
+from companion.report.compare.case import Case, Reading, means
 from companion.report.compare.value import Json
 
 KEY = Key("rebasin", "cli", 0)
@@ -140,6 +140,8 @@ def _pairs(case: Case) -> int:
 )
 def _weights(case: Case) -> Json:
     """Distances and angles, of the networks and of their layers."""
+    if case.module is None and (unlike := _unlike(case)):
+        return unlike
     thetas, groups = _comparable(case)
     names = [n for group in groups.values() for n in group]
     pairs = {}
@@ -165,6 +167,29 @@ def _weights(case: Case) -> Json:
     return found | of_pair | {"layers": layers}
 
 
+def _unlike(case: Case) -> Json:
+    """What networks of no known architecture have not in common; empty if nothing."""
+    first = case.thetas[0]
+    found: Json = {}
+    for letter, theta in zip(case.letters[1:], case.thetas[1:], strict=True):
+        shapes = {n: [list(first[n].shape), list(theta[n].shape)] for n in first if n in theta}
+        found |= {
+            f"only in A, not in {letter}": [n for n in first if n not in theta],
+            f"only in {letter}, not in A": [n for n in theta if n not in first],
+            f"shapes in A and {letter}": {n: s for n, s in shapes.items() if s[0] != s[1]},
+        }
+    found = {k: v for k, v in found.items() if v}
+    if not found:
+        return {}
+    counts = "; ".join(
+        f"{len(v)} {'shapes differ' if 'shapes' in k else k}" for k, v in found.items()
+    )
+    return {
+        "apart": f"They are no networks of one architecture: {counts} (of {len(first)}).",
+        **found,
+    }
+
+
 def _comparable(
     case: Case, given: tuple[Theta, ...] | None = None
 ) -> tuple[list[Theta], dict[str, tuple[str, ...]]]:
@@ -183,12 +208,12 @@ def _comparable(
     return list(given), {k: tuple(v) for k, v in groups.items()}
 
 
-def _norm(theta: Theta, names: list[str] | tuple[str, ...]) -> float:
+def _norm(theta: Theta, names: Sequence[str]) -> float:
     squares = (float(torch.linalg.vector_norm(theta[n].double().cpu())) ** 2 for n in names)
     return math.sqrt(sum(squares))
 
 
-def _apart(a: Theta, b: Theta, names: list[str] | tuple[str, ...]) -> dict[str, float]:
+def _apart(a: Theta, b: Theta, names: Sequence[str]) -> dict[str, float]:
     """Distance, the same as a share of the mean norm, and the cosine of the angle at the origin."""
     far, one, two = distance(a, b, names), _norm(a, names), _norm(b, names)
     mean = (one + two) / 2
@@ -392,9 +417,7 @@ def _by(case: Case) -> str:
         case.pace * _examples(case) * (4 * min(FEW_LAYERS, len(layout(case.net).groups)) + 8)
     ),
     after=("barrier",),
-    command=lambda case: case.command(
-        "layers", "--by", _by(case), "--points", 1, *case.examples()
-    ),
+    command=lambda case: case.command("layers", "--by", _by(case), "--points", 1, *case.examples()),
 )
 def _layers(case: Case) -> Json:
     how = Sweep(
@@ -601,7 +624,7 @@ def _merged_many(case: Case) -> Json:
     return _worth(case, made) | {"matching": found.summary()}
 
 
-def _mean(case: Case, thetas: list[Theta] | tuple[Theta, ...]) -> Theta:
+def _mean(case: Case, thetas: Sequence[Theta]) -> Theta:
     """The mean, with BatchNorm's statistics estimated again."""
     entries, share = layout(case.net), [1 / len(thetas)] * len(thetas)
     theta = with_aliases({**thetas[0], **affine(thetas, share, entries.floating)}, entries.ties)
@@ -614,6 +637,3 @@ def asked(case: Case) -> list[Question]:
     """The questions to these networks, in the order of the report."""
     many = len(case.thetas) > 2
     return [q for q in QUESTIONS.values() if q.many in (None, many)]
-
-
-__all__ = ["QUESTIONS", "Question", "asked", "plain"]
