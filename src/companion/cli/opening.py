@@ -62,6 +62,15 @@ class Opened:
         assert self.dataset is not None
         return self.dataset
 
+    def examples(self) -> str:
+        """What the networks take: the data, or without data the shape of an example."""
+        if self.dataset is not None:
+            return self.dataset.label
+        words = {1: f"windows of {self.shape[0]} tokens", 3: "images of "}
+        sizes = "×".join(map(str, self.shape))
+        what = words.get(len(self.shape), "examples of ")
+        return f"{what}{'' if len(self.shape) == 1 else sizes}, no data"
+
     def announce(self, what: str) -> None:
         """Say what was opened; ``what`` ends the line on model and data."""
         for label, end in zip(LETTERS, self.ends, strict=False):

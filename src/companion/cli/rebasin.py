@@ -9,7 +9,7 @@ what is written is of that form, a network of another name, which :func:`folded_
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +29,7 @@ from companion.cli.console import (
     say,
     write_tensors,
 )
-from companion.cli.opening import Opened, opened
+from companion.cli.opening import LETTERS, Opened, opened
 from companion.core.errors import BadParameter, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
@@ -84,16 +84,8 @@ def align_networks(
             "For runs of the store it is known."
         ),
     ] = None,
-    in_shape: Annotated[
-        str | None,
-        typer.Option(
-            help="Without --data: channels,height,width of an image, such as 3,32,32, or the "
-            "tokens in a window, such as 64; the shape of any other example, likewise."
-        ),
-    ] = None,
-    classes: Annotated[
-        int | None, typer.Option(help="Without --data: number of classes, or of tokens.")
-    ] = None,
+    in_shape: options.InShape = None,
+    classes: options.Classes = None,
     method: Annotated[str, typer.Option(help=described())] = DEFAULT.name,
     starts: Annotated[
         int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
@@ -101,7 +93,8 @@ def align_networks(
     steps: Annotated[
         int | None, typer.Option(help=f"Optimiser steps of ste (default {DEFAULT.steps}).")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random in the matching.")] = 0,
+    seed: options.MatchingSeed = 0,
+    match_examples: options.MatchExamples = None,
     bn: options.Bn = "interpolate",
     bn_examples: options.BnExamples = None,
     points: options.Points = 31,
@@ -154,10 +147,11 @@ def align_networks(
             raise BadParameter(f"--{option} belongs to --method {having}, not to {method}.")
     if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
-    for option, given in (("--starts", starts), ("--steps", steps)):
+    counts = {"--starts": starts, "--steps": steps, "--match-examples": match_examples}
+    for option, given in counts.items():
         whole(option, given, 1, "None")
     asked = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
-    _check_files(asked | {"--merge": merge}, (a, b))
+    check_files(asked | {"--merge": merge}, (a, b))
 
     from companion.connectivity.batches import examples_a_pass
     from companion.core.seeds import Key
@@ -170,7 +164,7 @@ def align_networks(
         model,
         data,
         device,
-        _shape_and_classes(data, in_shape, classes),
+        shape_and_classes(data, in_shape, classes),
         optional=True,
         stream=True,
     )
@@ -182,19 +176,17 @@ def align_networks(
         )
     if dataset is None and plot:
         raise BadParameter("--plot draws the barrier, which needs data: say which with --data.")
-    if dataset is None and merge and repair in ("forward", "closed"):
-        raise BadParameter(f"--repair {repair} looks at data: say which with --data.")
-    words = {1: f"windows of {shape[0]} tokens", 3: f"images of {'×'.join(map(str, shape))}"}
-    what = words.get(len(shape), f"examples of {'×'.join(map(str, shape))}")
-    pair.announce(dataset.label if dataset else f"{what}, no data")
+    check_repair(repair, dataset is not None or not merge)
+    pair.announce(pair.examples())
 
     train = dataset.train if dataset else None
     batch = DEFAULT.batch if train is None else min(DEFAULT.batch, examples_a_pass(train.x))
-    how = Method(method, starts, steps=DEFAULT.steps if steps is None else steps, batch=batch)
+    steps = DEFAULT.steps if steps is None else steps
+    how = Method(method, starts, examples=match_examples, steps=steps, batch=batch)
     key = Key("rebasin", "cli", seed)
     at = train.x.device if train is not None else resolve_device(device)
-    example = _example(pair.module, shape, pair.classes, key)
-    here = _align(how, pair, example.to(at), train, key)
+    example = example_for(pair.module, shape, pair.classes, key)
+    here = align_pair(how, pair, example.to(at), train, key)
 
     found: dict[str, Any] | None = None
     if dataset is not None:
@@ -219,7 +211,11 @@ def align_networks(
         say(f"permutations written to {matching}")
     between = None
     if merge:
-        theta, between = _merged(pair, here, measuring, alpha=alpha, form=repair)
+        ends, shares = (here.a, here.b), (1 - alpha, alpha)
+        theta, between = average(
+            pair, here.module, ends, shares, measuring, form=repair, seen=match_examples
+        )
+        between = {"alpha": alpha, **between}
         about |= {"alpha": f"{alpha:g}", "repair": repair}
         write_tensors(merge, theta, "rebasin", about, "merged network")
         if kind.folds:
@@ -244,13 +240,13 @@ def align_networks(
 # --- input
 
 
-def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> None:
+def check_files(given: Mapping[str, Path | None], ends: Sequence[str]) -> None:
     """Refuse files that cannot be written, or that would overwrite a network or each other."""
     suffixes = {"--json": (), "--plot": options.PICTURES}
     for option, path in given.items():
         output(path, option, suffixes.get(option, (".safetensors",)))
     places = {option: path.resolve() for option, path in given.items() if path}
-    for name, given_end in zip("AB", ends, strict=True):
+    for name, given_end in zip(LETTERS, ends, strict=False):
         source = Path(given_end.partition("#")[0]).expanduser().resolve()
         shards = source.parent if source.suffix == ".json" else source
         for option, path in places.items():
@@ -260,7 +256,7 @@ def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> Non
         raise BadParameter(f"{', '.join(places)}: each needs a file of its own.")
 
 
-def _shape_and_classes(
+def shape_and_classes(
     data: str | None, in_shape: str | None, classes: int | None
 ) -> tuple[tuple[int, ...], int] | None:
     """What stands in for data; None where it is data that say it."""
@@ -281,7 +277,7 @@ def _shape_and_classes(
     return tuple(map(int, parts)), classes
 
 
-def _example(module: nn.Module, shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
+def example_for(module: nn.Module, shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
     """Two windows of random tokens, for a network that embeds them, or two inputs of noise."""
     import torch
     from torch import nn
@@ -318,7 +314,7 @@ class AlignedPair:
     about: Mapping[str, Any]
 
 
-def _align(
+def align_pair(
     method: Method, pair: Opened, example: torch.Tensor, train: Split | None, key: Key
 ) -> AlignedPair:
     """B brought to A, and as it is written: in its own file's form, or in folded form.
@@ -530,35 +526,66 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
     return {"split": split, "barriers": modes, "gain": gain, "reestimate": needed}
 
 
-def _merged(
-    pair: Opened, here: AlignedPair, how: Evaluation, *, alpha: float, form: str
+def check_repair(form: str, data: bool, networks: int = 2) -> None:
+    """Refuse a ``--repair`` that lacks its data, or that is for two networks."""
+    one_of("--repair", form, REPAIRS)
+    if form in ("forward", "closed") and not data:
+        raise BadParameter(f"--repair {form} looks at data: say which with --data.")
+    if form in ("forward", "closed") and networks > 2:
+        raise BadParameter(
+            f"--repair {form} is for two networks, not {networks}: REPAIR interpolates the "
+            "statistics of two. Of more, --repair reset estimates those of BatchNorm again."
+        )
+
+
+def average(
+    pair: Opened,
+    module: nn.Module,
+    ends: Sequence[Theta],
+    weights: Sequence[float],
+    how: Evaluation,
+    *,
+    form: str,
+    seen: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The network between A and the aligned B (``form`` of :data:`REPAIRS`), beside the two."""
+    """The weighted mean of networks, beside them (``form`` of :data:`REPAIRS`).
+
+    Arguments:
+        module: the architecture of ``ends``, which are in one order of units.
+        weights: one a network; they sum to 1.
+        seen: training examples that statistics are of; None: all.
+    """
     from companion.connectivity import Walker, has_batchnorm
-    from companion.rebasin import repair
-    from companion.rebasin.repair import interpolated
+    from companion.rebasin import repair, reset_batchnorm
+    from companion.rebasin.repair import averaged
 
     say()
-    dataset, module, ends = pair.dataset, here.module, (here.a, here.b)
-    about: dict[str, Any] = {"alpha": alpha, "repair": form}
+    dataset = pair.dataset
+    about: dict[str, Any] = {"repair": form}
     if form == "none" or dataset is None or (form == "reset" and not has_batchnorm(module)):
-        theta: Theta = interpolated(module, *ends, alpha)
+        theta: Theta = averaged(module, ends, weights)
         if form == "reset" and has_batchnorm(module):
             say("merged: BatchNorm has interpolated statistics; with --data they are estimated")
+    elif len(ends) > 2:
+        x = dataset.train.head(seen or len(dataset.train)).x
+        theta = reset_batchnorm(module, averaged(module, ends, weights), x)
+        say(f"merged: BatchNorm estimated again on {len(x):,} inputs")
     else:
         layers, kind = ((), "forward") if form == "reset" else (None, form)
-        x = dataset.train.x
-        found = repair(module, *ends, x, alpha=alpha, layers=layers, form=kind)
+        (a, b), x = ends, dataset.train.head(seen or len(dataset.train)).x
+        found = repair(module, a, b, x, alpha=weights[1], layers=layers, form=kind)
         theta = found.theta
         say(f"merged: {found}")
     if dataset is not None:
         walker = Walker(module, how.splits(dataset))
-        for name, one in (("A", here.a), ("B", here.b), ("merged", theta)):
+        networks = {**dict(zip(LETTERS, ends, strict=False)), "merged": theta}
+        for name, one in networks.items():
             about[name] = {s: {"loss": m.loss, "error": m.error} for s, m in walker.at(one).items()}
         rows = [
             [n, *(f"{about[n][s][m]:.4g}" for s in walker.splits for m in ("error", "loss"))]
-            for n in ("A", "B", "merged")
+            for n in networks
         ]
         heads = [f">{s} {m}" for s in walker.splits for m in ("error (%)", "loss (nats)")]
-        print_table(["", *heads], rows, title=f"the network at α = {alpha:g}")
+        where = f"α = {weights[1]:g}" if len(ends) == 2 else "the weighted mean"
+        print_table(["", *heads], rows, title=f"the network at {where}")
     return {k: v.contiguous().clone() for k, v in theta.items()}, about

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 POINTS, TRAIN, TEST = 11, 1000, 2000
-"""Of a report: points of a line, and how many training and test examples stand for all of them."""
+"""Of a report: points of a line; training and test examples that stand for all of them."""
 
 
 def compare(

@@ -19,14 +19,14 @@ from companion.connectivity import BN_MODES, gates
 from companion.core.effective import effective
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
-from companion.core.theta import Theta, affine, distance, is_continuous, layout, with_aliases
+from companion.core.theta import Theta, distance, is_continuous, layout
 from companion.experiments.landscape import Survey, geometry
 from companion.experiments.methods import Aligned, Method, aligned
 from companion.features import features
 from companion.landscape import logit_gap
 from companion.layerwise import Sweep, sweep
 from companion.rebasin import Spec, derive, merge_many, repair, reset_batchnorm, triangle_defect
-from companion.rebasin.repair import interpolated
+from companion.rebasin.repair import averaged
 from companion.report.compare.case import Case, Reading, means
 from companion.report.compare.value import Json
 
@@ -343,7 +343,7 @@ def _half_way(case: Case, here: Aligned | None, *, mend: bool = False) -> Theta:
         return repair(module, a, b, case.seen.x).theta
     if case.batchnorm and case.train is not None:
         return repair(module, a, b, case.seen.x, layers=()).theta
-    return interpolated(module, a, b, 0.5)
+    return averaged(module, (a, b), (0.5, 0.5))
 
 
 @register(
@@ -362,12 +362,17 @@ def _repaired(case: Case) -> Json:
     return {"alpha": 0.5, "repair": "forward", "networks": means(case.found["ends"] | reading)}
 
 
+def _merge(case: Case, of: Sequence[int]) -> str:
+    look = ["--match-examples", case.how.train_examples] if case.how.train_examples else []
+    return case.command("merge", "-o", "merged.safetensors", *look, *_as_measured(case), of=of)
+
+
 @register(
     *("merged", "What is a merge worth, and what their ensemble?"),
     cost=lambda case: case.pace * (6 * _seen(case) + 6 * _examples(case)),
     after=("matched", "activation_matched", "repaired"),
     needs=("ends",),
-    command=lambda case: case.command("merge", "-o", "merged.safetensors"),
+    command=lambda case: _merge(case, (0, 1)),
 )
 def _merged(case: Case) -> Json:
     """The networks half-way, of which the one with the lowest training loss counts."""
@@ -611,23 +616,20 @@ def _matched_pairs(case: Case) -> Json:
     many=True,
     after=("ends", "triangle"),
     needs=("ends",),
-    command=lambda case: case.command(
-        "merge", "-o", "merged.safetensors", of=range(len(case.thetas))
-    ),
+    command=lambda case: _merge(case, range(len(case.thetas))),
 )
 def _merged_many(case: Case) -> Json:
-    spec = _spec(case)
-    found = merge_many(spec, case.thetas)
-    moved = [spec.permute(t, p) for t, p in zip(case.thetas, found.perms, strict=True)]
-    networks = {"mean": _mean(case, case.thetas), "merged": _mean(case, moved)}
+    spec, thetas = _spec(case), case.thetas
+    found = merge_many(spec, thetas, key=KEY)
+    moved = [spec.permute(t, found.between(0, i)) for i, t in enumerate(thetas)]
+    networks = {"mean": _mean(case, thetas), "merged": _mean(case, moved)}
     made = case.read({n: (case.net, theta) for n, theta in networks.items()})
     return _worth(case, made) | {"matching": found.summary()}
 
 
 def _mean(case: Case, thetas: Sequence[Theta]) -> Theta:
     """The mean, with BatchNorm's statistics estimated again."""
-    entries, share = layout(case.net), [1 / len(thetas)] * len(thetas)
-    theta = with_aliases({**thetas[0], **affine(thetas, share, entries.floating)}, entries.ties)
+    theta = averaged(case.net, thetas, [1 / len(thetas)] * len(thetas))
     if not case.batchnorm or case.train is None:
         return theta
     return reset_batchnorm(case.net, theta, case.seen.x)
