@@ -29,6 +29,7 @@ from companion.cli import (
     models,
     rebasin,
     record,
+    report,
     runs,
     tickets,
 )
@@ -126,6 +127,7 @@ app.command("instability", epilog=instability.EXAMPLE)(instability.measure_insta
 app.command("tickets", epilog=tickets.EXAMPLE)(tickets.prune_network)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
 app.command("merge", epilog=merge.EXAMPLE)(merge.merge_networks)
+app.command("report", epilog=report.EXAMPLE)(report.report_networks)
 app.command("record", epilog=record.EXAMPLE)(record.record_chapter)
 
 

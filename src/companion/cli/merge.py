@@ -20,15 +20,16 @@ from companion.cli.barrier import measured, summary
 from companion.cli.console import end, note, number, print_table, say, write_tensors
 from companion.cli.opening import LETTERS, Opened, opened
 from companion.cli.rebasin import (
+    DEFAULT,
     REPAIRS,
-    align,
+    align_pair,
     average,
     check_files,
     check_repair,
     example_for,
     shape_and_classes,
 )
-from companion.core.errors import BadParameter, one_of
+from companion.core.errors import BadParameter, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, offered
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def merge_networks(
         ),
     ] = "reset",
     seed: options.MatchingSeed = 0,
+    match_examples: options.MatchExamples = None,
     bn: options.Bn = "interpolate",
     bn_examples: options.BnExamples = None,
     points: options.Points = 31,
@@ -144,8 +146,11 @@ def merge_networks(
         raise BadParameter(f"--method {method} writes networks of another form, and no folder.")
     check_repair(repair, pair.dataset is not None, len(networks))
     pair.announce(pair.examples())
-    placed = _placed(pair, method, Key("rebasin", "cli", seed))
-    theta, beside = average(pair, placed.module, placed.thetas, shares, how, form=repair)
+    whole("--match-examples", match_examples, 1, "None")
+    placed = _placed(pair, method, Key("rebasin", "cli", seed), match_examples)
+    theta, beside = average(
+        pair, placed.module, placed.thetas, shares, how, form=repair, seen=match_examples
+    )
     lines = _lines(pair, placed, how, max_error)
     about = {
         "method": placed.method,
@@ -223,13 +228,14 @@ class _Placed:
     about: Any = None
 
 
-def _placed(pair: Opened, method: str, key: Key) -> _Placed:
+def _placed(pair: Opened, method: str, key: Key, seen: int | None) -> _Placed:
     """All networks in A's order of units, or as they are."""
     as_they_are = _Placed(pair.module, pair.model, tuple(one.theta for one in pair.ends))
     if method == "none":
         return as_they_are
     try:
-        found, moved = (_two if len(pair.ends) == 2 else _many)(pair, method, key)
+        two = len(pair.ends) == 2
+        found, moved = _two(pair, method, key, seen) if two else _many(pair, key)
     except BadParameter as e:
         if method != "auto":
             raise
@@ -241,21 +247,21 @@ def _placed(pair: Opened, method: str, key: Key) -> _Placed:
     return found
 
 
-def _two(pair: Opened, method: str, key: Key) -> tuple[_Placed, float]:
+def _two(pair: Opened, method: str, key: Key, seen: int | None) -> tuple[_Placed, float]:
     """Two networks, matched as ``companion rebasin`` does, and the share of the units that move."""
     from companion.data import resolve_device
 
-    how = Method() if method == "auto" else Method(method)
+    how = Method(DEFAULT.name if method == "auto" else method, examples=seen)
     train = pair.dataset.train if pair.dataset else None
     at = train.x.device if train is not None else resolve_device("auto")
     example = example_for(pair.module, pair.shape, pair.classes, key)
-    found = align(how, pair, example.to(at), train, key)
+    found = align_pair(how, pair, example.to(at), train, key)
     moved = found.matching.moved if found.matching else 1.0
     ends = (found.a, found.b)
     return _Placed(found.module, found.model, ends, how.name, found.about), moved
 
 
-def _many(pair: Opened, method: str, key: Key) -> tuple[_Placed, float]:
+def _many(pair: Opened, key: Key) -> tuple[_Placed, float]:
     """Any number, by MergeMany, in A's order; and the largest share of units that move."""
     from companion.rebasin import derive, merge_many
 

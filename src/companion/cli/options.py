@@ -49,6 +49,13 @@ InShape = Annotated[
 Classes = Annotated[
     int | None, typer.Option(help="Without --data: number of classes, or of tokens.")
 ]
+MatchExamples = Annotated[
+    int | None,
+    typer.Option(
+        help="Training examples that matching by activations, and the statistics of a merged "
+        "network, look at (default: all)."
+    ),
+]
 MatchingSeed = Annotated[int, typer.Option(help="Of everything random in the matching.")]
 Bn = Annotated[
     str,

@@ -94,6 +94,7 @@ def align_networks(
         int | None, typer.Option(help=f"Optimiser steps of ste (default {DEFAULT.steps}).")
     ] = None,
     seed: options.MatchingSeed = 0,
+    match_examples: options.MatchExamples = None,
     bn: options.Bn = "interpolate",
     bn_examples: options.BnExamples = None,
     points: options.Points = 31,
@@ -146,7 +147,8 @@ def align_networks(
             raise BadParameter(f"--{option} belongs to --method {having}, not to {method}.")
     if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
-    for option, given in (("--starts", starts), ("--steps", steps)):
+    counts = {"--starts": starts, "--steps": steps, "--match-examples": match_examples}
+    for option, given in counts.items():
         whole(option, given, 1, "None")
     asked = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
     check_files(asked | {"--merge": merge}, (a, b))
@@ -179,11 +181,12 @@ def align_networks(
 
     train = dataset.train if dataset else None
     batch = DEFAULT.batch if train is None else min(DEFAULT.batch, examples_a_pass(train.x))
-    how = Method(method, starts, steps=DEFAULT.steps if steps is None else steps, batch=batch)
+    steps = DEFAULT.steps if steps is None else steps
+    how = Method(method, starts, examples=match_examples, steps=steps, batch=batch)
     key = Key("rebasin", "cli", seed)
     at = train.x.device if train is not None else resolve_device(device)
     example = example_for(pair.module, shape, pair.classes, key)
-    here = align(how, pair, example.to(at), train, key)
+    here = align_pair(how, pair, example.to(at), train, key)
 
     found: dict[str, Any] | None = None
     if dataset is not None:
@@ -209,7 +212,9 @@ def align_networks(
     between = None
     if merge:
         ends, shares = (here.a, here.b), (1 - alpha, alpha)
-        theta, between = average(pair, here.module, ends, shares, measuring, form=repair)
+        theta, between = average(
+            pair, here.module, ends, shares, measuring, form=repair, seen=match_examples
+        )
         between = {"alpha": alpha, **between}
         about |= {"alpha": f"{alpha:g}", "repair": repair}
         write_tensors(merge, theta, "rebasin", about, "merged network")
@@ -309,7 +314,7 @@ class AlignedPair:
     about: Mapping[str, Any]
 
 
-def align(
+def align_pair(
     method: Method, pair: Opened, example: torch.Tensor, train: Split | None, key: Key
 ) -> AlignedPair:
     """B brought to A, and as it is written: in its own file's form, or in folded form.
@@ -541,12 +546,14 @@ def average(
     how: Evaluation,
     *,
     form: str,
+    seen: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The weighted mean of networks, beside them (``form`` of :data:`REPAIRS`).
 
     Arguments:
         module: the architecture of ``ends``, which are in one order of units.
         weights: one a network; they sum to 1.
+        seen: training examples that statistics are of; None: all.
     """
     from companion.connectivity import Walker, has_batchnorm
     from companion.rebasin import repair, reset_batchnorm
@@ -560,11 +567,12 @@ def average(
         if form == "reset" and has_batchnorm(module):
             say("merged: BatchNorm has interpolated statistics; with --data they are estimated")
     elif len(ends) > 2:
-        theta = reset_batchnorm(module, averaged(module, ends, weights), dataset.train.x)
-        say(f"merged: BatchNorm estimated again on {len(dataset.train):,} inputs")
+        x = dataset.train.head(seen or len(dataset.train)).x
+        theta = reset_batchnorm(module, averaged(module, ends, weights), x)
+        say(f"merged: BatchNorm estimated again on {len(x):,} inputs")
     else:
         layers, kind = ((), "forward") if form == "reset" else (None, form)
-        (a, b), x = ends, dataset.train.x
+        (a, b), x = ends, dataset.train.head(seen or len(dataset.train)).x
         found = repair(module, a, b, x, alpha=weights[1], layers=layers, form=kind)
         theta = found.theta
         say(f"merged: {found}")

@@ -1,8 +1,8 @@
 """The order in which questions are asked, what a budget has room for, and what stands in the way.
 
-Cheap questions come first. An estimate is corrected by what those before have taken; a question that
-does not fit is not begun, and one that takes longer than there is time is stopped between two points
-of its path.
+Cheap questions come first. An estimate is corrected by what those before have taken; a question
+that does not fit is not begun, and one that takes longer than there is time is stopped between two
+points of its path.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 
 from companion.core import deadline
 from companion.core.errors import CompanionError, OutOfTime
 from companion.report.compare.case import Case, plain
 from companion.report.compare.questions import Question, asked
-from companion.report.compare.value import ANSWERED, IMPOSSIBLE, INVALID, NOT_ASKED, Answer
+from companion.report.compare.value import ANSWERED, IMPOSSIBLE, INVALID, NOT_ASKED, Answer, Json
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +103,13 @@ class Asking:
                 f"[{number}/{len(self.questions)}] {question.title} (about {_seconds(expected)}; "
                 f"all that is left: about {_seconds(rest)})"
             )
-        begun, values, notes = self.clock(), {}, []
+        begun = self.clock()
+        values: Json = {}
         try:
             with deadline.until(None if self.end is None else time.monotonic() + left):
                 values = plain(question.ask(self.case))
             status, why = ANSWERED, ""
-            if values.get("valid") is False:
+            if question.gated and values.get("valid") is False:
                 status, why = INVALID, _failed(values)
         except OutOfTime:
             status, why = NOT_ASKED, f"stopped after {_seconds(self.clock() - begun)}, at the limit"
@@ -122,24 +122,16 @@ class Asking:
         if status == ANSWERED and question.data:
             self._expected += question.cost(self.case)
             self._taken += took
-        notes = list(values.get("barrier", {}).get("notes", ())) if "gates" in values else notes
-        return Answer(*about, status, why, took, command, values, tuple(notes))
+        return Answer(*about, status, why, took, command, values)
 
 
-def _failed(values: dict[str, object]) -> str:
-    """The gates that failed."""
-    gates = values.get("gates")
-    if isinstance(gates, list):
-        return "; ".join(str(g) for g in gates if " FAIL" in str(g))
-    barrier = values.get("barrier")
-    assert isinstance(barrier, dict)
-    bad = [g for g in barrier["gates"] if g["passed"] is False]
+def _failed(values: Json) -> str:
+    """The gates that failed, of a line or of layers."""
+    line = values["layers"]["full"] if "layers" in values else values["barrier"]
+    bad = [g for g in line["gates"] if g["passed"] is False]
     return "; ".join(f"{g['name']} FAIL: {g['detail']}" for g in bad)
 
 
 def _seconds(value: float) -> str:
     """``8 s``, ``3 min``."""
     return f"{value:.0f} s" if value < 100 else f"{value / 60:.0f} min"
-
-
-__all__ = ["Asking", "contextmanager"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from companion.connectivity import Barrier, Score, Walker, barrier, has_batchnorm
+from companion.connectivity import Barrier, Walker, barrier, has_batchnorm
 from companion.connectivity.walk import Scored, classification, predictions
 from companion.core import codec
 from companion.core.errors import BadParameter
@@ -202,11 +202,6 @@ class Case:
         if self.train is None:
             raise BadParameter("this looks at training data, and no split is called 'train'.")
         return self.train.head(self.how.train_examples or len(self.train))
-
-    def walker(self, bn: str, score: Score = classification) -> Walker:
-        """What measures single networks."""
-        more = {"bn_data": self.train, "bn_examples": self.how.bn_examples}
-        return Walker(self.net, self.splits, bn=bn, score=score, **more)
 
     def line(self, module: nn.Module, a: Theta, b: Theta, **more: Any) -> tuple[Barrier, Json]:
         """The barrier on a line, and its values as `companion barrier --json` has them.

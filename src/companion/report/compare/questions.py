@@ -8,7 +8,7 @@ question needs it leaves in ``case.found``. What it costs is told in seconds bef
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -19,7 +19,7 @@ from companion.connectivity import BN_MODES, gates
 from companion.core.effective import effective
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
-from companion.core.theta import Theta, affine, distance, is_continuous, layout, with_aliases
+from companion.core.theta import Theta, distance, is_continuous, layout
 from companion.experiments.landscape import Survey, geometry
 from companion.experiments.methods import Aligned, Method, aligned
 from companion.features import features
@@ -27,7 +27,7 @@ from companion.landscape import logit_gap
 from companion.layerwise import Sweep, sweep
 from companion.rebasin import Spec, derive, merge_many, repair, reset_batchnorm, triangle_defect
 from companion.rebasin.repair import averaged
-from companion.report.compare.case import Case, Reading, means, plain
+from companion.report.compare.case import Case, Reading, means
 from companion.report.compare.value import Json
 
 KEY = Key("rebasin", "cli", 0)
@@ -140,6 +140,8 @@ def _pairs(case: Case) -> int:
 )
 def _weights(case: Case) -> Json:
     """Distances and angles, of the networks and of their layers."""
+    if case.module is None and (unlike := _unlike(case)):
+        return unlike
     thetas, groups = _comparable(case)
     names = [n for group in groups.values() for n in group]
     pairs = {}
@@ -165,6 +167,29 @@ def _weights(case: Case) -> Json:
     return found | of_pair | {"layers": layers}
 
 
+def _unlike(case: Case) -> Json:
+    """What networks of no known architecture have not in common; empty if nothing."""
+    first = case.thetas[0]
+    found: Json = {}
+    for letter, theta in zip(case.letters[1:], case.thetas[1:], strict=True):
+        shapes = {n: [list(first[n].shape), list(theta[n].shape)] for n in first if n in theta}
+        found |= {
+            f"only in A, not in {letter}": [n for n in first if n not in theta],
+            f"only in {letter}, not in A": [n for n in theta if n not in first],
+            f"shapes in A and {letter}": {n: s for n, s in shapes.items() if s[0] != s[1]},
+        }
+    found = {k: v for k, v in found.items() if v}
+    if not found:
+        return {}
+    counts = "; ".join(
+        f"{len(v)} {'shapes differ' if 'shapes' in k else k}" for k, v in found.items()
+    )
+    return {
+        "apart": f"They are no networks of one architecture: {counts} (of {len(first)}).",
+        **found,
+    }
+
+
 def _comparable(
     case: Case, given: tuple[Theta, ...] | None = None
 ) -> tuple[list[Theta], dict[str, tuple[str, ...]]]:
@@ -183,12 +208,12 @@ def _comparable(
     return list(given), {k: tuple(v) for k, v in groups.items()}
 
 
-def _norm(theta: Theta, names: list[str] | tuple[str, ...]) -> float:
+def _norm(theta: Theta, names: Sequence[str]) -> float:
     squares = (float(torch.linalg.vector_norm(theta[n].double().cpu())) ** 2 for n in names)
     return math.sqrt(sum(squares))
 
 
-def _apart(a: Theta, b: Theta, names: list[str] | tuple[str, ...]) -> dict[str, float]:
+def _apart(a: Theta, b: Theta, names: Sequence[str]) -> dict[str, float]:
     """Distance, the same as a share of the mean norm, and the cosine of the angle at the origin."""
     far, one, two = distance(a, b, names), _norm(a, names), _norm(b, names)
     mean = (one + two) / 2
@@ -337,12 +362,17 @@ def _repaired(case: Case) -> Json:
     return {"alpha": 0.5, "repair": "forward", "networks": means(case.found["ends"] | reading)}
 
 
+def _merge(case: Case, of: Sequence[int]) -> str:
+    look = ["--match-examples", case.how.train_examples] if case.how.train_examples else []
+    return case.command("merge", "-o", "merged.safetensors", *look, *_as_measured(case), of=of)
+
+
 @register(
     *("merged", "What is a merge worth, and what their ensemble?"),
     cost=lambda case: case.pace * (6 * _seen(case) + 6 * _examples(case)),
     after=("matched", "activation_matched", "repaired"),
     needs=("ends",),
-    command=lambda case: case.command("merge", "-o", "merged.safetensors"),
+    command=lambda case: _merge(case, (0, 1)),
 )
 def _merged(case: Case) -> Json:
     """The networks half-way, of which the one with the lowest training loss counts."""
@@ -586,23 +616,20 @@ def _matched_pairs(case: Case) -> Json:
     many=True,
     after=("ends", "triangle"),
     needs=("ends",),
-    command=lambda case: case.command(
-        "merge", "-o", "merged.safetensors", of=range(len(case.thetas))
-    ),
+    command=lambda case: _merge(case, range(len(case.thetas))),
 )
 def _merged_many(case: Case) -> Json:
-    spec = _spec(case)
-    found = merge_many(spec, case.thetas)
-    moved = [spec.permute(t, p) for t, p in zip(case.thetas, found.perms, strict=True)]
-    networks = {"mean": _mean(case, case.thetas), "merged": _mean(case, moved)}
+    spec, thetas = _spec(case), case.thetas
+    found = merge_many(spec, thetas, key=KEY)
+    moved = [spec.permute(t, found.between(0, i)) for i, t in enumerate(thetas)]
+    networks = {"mean": _mean(case, thetas), "merged": _mean(case, moved)}
     made = case.read({n: (case.net, theta) for n, theta in networks.items()})
     return _worth(case, made) | {"matching": found.summary()}
 
 
-def _mean(case: Case, thetas: list[Theta] | tuple[Theta, ...]) -> Theta:
+def _mean(case: Case, thetas: Sequence[Theta]) -> Theta:
     """The mean, with BatchNorm's statistics estimated again."""
-    entries, share = layout(case.net), [1 / len(thetas)] * len(thetas)
-    theta = with_aliases({**thetas[0], **affine(thetas, share, entries.floating)}, entries.ties)
+    theta = averaged(case.net, thetas, [1 / len(thetas)] * len(thetas))
     if not case.batchnorm or case.train is None:
         return theta
     return reset_batchnorm(case.net, theta, case.seen.x)
@@ -612,6 +639,3 @@ def asked(case: Case) -> list[Question]:
     """The questions to these networks, in the order of the report."""
     many = len(case.thetas) > 2
     return [q for q in QUESTIONS.values() if q.many in (None, many)]
-
-
-__all__ = ["QUESTIONS", "Question", "asked", "plain"]

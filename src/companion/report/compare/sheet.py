@@ -1,8 +1,8 @@
 """The page of a comparison: one HTML file, with its pictures and its style in it, and no script.
 
 The verdict comes first, in words; then what it rests on, a section a question; then what was not
-asked and why, the commands that repeat each part, and the provenance. A picture is drawn once: what
-is ink, grid or ground in it are variables of the style sheet, which has two sets of them. Every name
+asked and why, the commands that repeat each part, and the provenance. A picture is drawn once: its
+ink, grid and ground are variables of the style sheet, which has a day's and a night's. Every name
 and every message is shown as it is, so a file may be called whatever it is called.
 """
 
@@ -197,21 +197,23 @@ def _line(found: Comparison, answers: Mapping[str, Answer]) -> str:
         _picture(draw(metric), f"line-{metric}", f"{split} {metric} from A to B: barrier {tops}")
         for metric in ("error", "loss")
     )
-    margins = {LINES[n]: a.values.get("margin") or {} for n, a in answers.items() if n in LINES}
-    rows = []
+    margins = {LINES[n]: a.values.get("margin") for n, a in answers.items() if n in LINES}
+    rows, others = [], []
     for label, one in barriers.items():
         for mode in one.curves:
-            what = "" if mode == "none" else f", BatchNorm {mode}"
-            own = margins[label] if mode == one.bn else {}
-            rows.append(
-                [
-                    label + what,
-                    *(_height(one, split, m, mode, own) for m in ("error", "loss")),
-                ]
-            )
-    table = _table(["line", "error barrier", "loss barrier"], rows, f"Barriers on {split} data")
+            own = margins[label] if mode == one.bn else None
+            heights = [_height(one, split, m, mode, own) for m in ("error", "loss")]
+            if mode == one.bn:
+                rows.append([label, *heights])
+            else:
+                others.append([f"{label}, BatchNorm {mode}", *heights])
+    heads, mode = ["line", "error barrier", "loss barrier"], first.bn
+    caption = f"Barriers on {split} data" + ("" if mode == "none" else f", BatchNorm {mode}")
+    table = _table(heads, rows, caption)
+    if others:
+        table += _folded("other modes of BatchNorm", _table(heads, others, "Other modes"))
     gates = dict.fromkeys(str(g) for one in barriers.values() for g in one.gates)
-    return f'<div class="panels">{pictures}</div>{table}{_repaired(answers)}{_list(gates, "Gates")}'
+    return f'<div class="panels">{pictures}</div>{table}{_repaired(answers)}{_list(gates, "gates")}'
 
 
 def _height(
@@ -237,8 +239,9 @@ def _repaired(answers: Mapping[str, Answer]) -> str:
 
 def _worth(found: Comparison, answers: Mapping[str, Answer]) -> str:
     """Merged networks beside their ends and the ensemble."""
+    whole = {n: a for n, a in answers.items() if n != "ends"} or answers
     return "".join(
-        _networks(a.values["networks"], "Each network on its own") for a in answers.values()
+        _networks(a.values["networks"], "Each network on its own") for a in whole.values()
     )
 
 
@@ -266,7 +269,7 @@ def _layers(found: Comparison, answers: Mapping[str, Answer]) -> str:
         plots.dots(ax, [single], [whole], xlabel=label)
 
     worst = max(single, key=lambda name: single[name])
-    alt = f"A dot a layer: the highest is {worst} with {single[worst]:.4f} nats, the whole {whole:.4f}"
+    alt = f"A dot a layer, highest {worst} with {single[worst]:.4f} nats; the whole {whole:.4f}"
     size = (PANEL[0] + 1, max(2.4, 0.9 + 0.19 * len(single)))
     rows = [["whole network", said(whole, "{:.4f}")]]
     rows += [[name, said(v, "{:.4f}")] for name, v in single.items()]
@@ -321,7 +324,8 @@ def _curvature(found: Comparison, answers: Mapping[str, Answer]) -> str:
 def _weights(found: Comparison, answers: Mapping[str, Answer]) -> str:
     values = dict(answers["weights"].values)
     layers = values.pop("layers", None)
-    out = _table_of(values, "The weights alone")
+    apart = f"<p>{shown(values.pop('apart'))}</p>" if "apart" in values else ""
+    out = apart + (_table_of(values, "The weights alone") if values else "")
     if isinstance(layers, Mapping) and layers:
         heads = [*next(iter(layers.values()))]
         rows = [[n, *(said(of.get(h), "{:.4g}") for h in heads)] for n, of in layers.items()]
@@ -336,7 +340,7 @@ def _matrix(found: Comparison, answers: Mapping[str, Answer]) -> str:
     for name, answer in answers.items():
         values = answer.values
         letters = [_letter(i) for i in range(len(values["names"]))]
-        heights = {a: row for a, row in zip(letters, values["heights"], strict=True)}
+        heights = dict(zip(letters, values["heights"], strict=True))
         unit = "points of error" if values["metric"] == "error" else "nats"
         what = f"{values['split']} barrier ({unit}), {words.get(name, name)}"
 
@@ -384,13 +388,13 @@ SECTIONS = (
     ),
     Section(
         *("layers", "Which layers make the barrier?", ("layers",), _layers),
-        "One layer moves half-way at a time, the others stay; the line is the whole network. Layers "
-        "near zero cost nothing alone.",
+        "One layer moves half-way at a time, the others stay; the line is the whole network. A layer "
+        "near zero costs nothing alone.",
     ),
     Section(
         *("features", "Do the features agree?", ("features",), _features),
-        "How far the features of the network half-way are from the mean of the features of A and B. "
-        "Look at the last layer first: a small number further inside proves nothing.",
+        "How far the features of the network half-way are from the mean of those of A and B. Look "
+        "at the last layer first: a small number further inside proves nothing.",
     ),
     Section(
         *("curvature", "How curved is the loss?", ("curvature",), _curvature),
@@ -464,7 +468,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) ->
     """A table in a box of its own, which scrolls where the page is narrow."""
     top = "".join(f'<th scope="col">{shown(h)}</th>' if h else "<td></td>" for h in heads)
     body = "".join(
-        f'<tr><th scope="row">{shown(first)}</th>{"".join(f"<td>{shown(c)}</td>" for c in rest)}</tr>'
+        f'<tr><th scope="row">{shown(first)}</th>'
+        + "".join(f"<td>{shown(cell)}</td>" for cell in rest)
+        + "</tr>"
         for first, *rest in rows[:MOST_ROWS]
     )
     left = len(rows) - MOST_ROWS

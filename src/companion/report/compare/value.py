@@ -39,7 +39,6 @@ class Answer:
         seconds: of wall-clock time that it took.
         command: the line that repeats this part alone; "" where there is none.
         values: plain JSON, under the names that the command's ``--json`` has.
-        notes: what was done to the networks or the data on the way.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Answer:
     seconds: float = 0.0
     command: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
     @property
     def answered(self) -> bool:
@@ -95,6 +93,13 @@ class Comparison:
     answers: tuple[Answer, ...]
     findings: tuple[Finding, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to the networks before they were measured."""
+        found = (a.values.get("barrier") for a in self.answers)
+        lines = (b.get("notes", ()) for b in found if isinstance(b, Mapping))
+        return tuple(dict.fromkeys(note for notes in lines for note in notes))
 
     def answer(self, name: str) -> Answer | None:
         """The answer to a question, if it has been answered."""
