@@ -38,6 +38,8 @@ LINES = {
 """Answers that are a line -> what was done to B before."""
 MOST_ROWS = 60
 """Of a table; the JSON beside the page has all."""
+LEAST_ANGLE = 1e-4
+"""Of features, where the axis ends: a layer that is linear has the rounding of its numbers."""
 PANEL = (4.7, 3.3)
 """Inches of a picture: as wide as a phone, and two beside each other on a larger screen."""
 
@@ -120,12 +122,13 @@ def _lead(found: Comparison) -> str:
     elif basin == "yes":
         first = "They lie in one basin: the straight line between them is low."
     elif basin == "no" and matched == "yes":
-        first = (
-            "As they are, there is a wall between them. Put into one order of units, there is none."
-        )
+        first = "There is a wall between them as they are, and none once their units are matched."
     elif basin == "no":
-        again = ", and matching does not remove it" if matched == "no" else ""
-        first = f"There is a wall between them{again}: do not average their weights."
+        again = {
+            "no": "Matching their units does not remove it",
+            "undetermined": "Whether one is left after matching is too close to call",
+        }.get(matched, "Whether matching removes it was not asked")
+        first = f"There is a wall between them: do not average their weights as they are. {again}."
     else:
         first = "Whether they lie in one basin is not decided here."
     last = {"yes": " A merge is worth it.", "no": " A merge is not worth it."}.get(merge, "")
@@ -162,11 +165,9 @@ class Section:
             inside = self.body(found, own)
         except (CorruptData, KeyError, TypeError, ValueError):  # of another version: its numbers
             inside = "".join(_table_of(a.values) for a in own.values())
-        notes = dict.fromkeys(n for a in own.values() for n in a.notes)
-        said_notes = "".join(f'<p class="note">Note: {shown(n)}</p>' for n in notes)
         return (
             f'<section id="{self.name}">\n<h2>{self.title}</h2>\n<p>{self.see}</p>\n{inside}\n'
-            f"{said_notes}</section>"
+            "</section>"
         )
 
 
@@ -177,8 +178,6 @@ def _line(found: Comparison, answers: Mapping[str, Answer]) -> str:
         for name, a in answers.items()
         if name in LINES
     }
-    if not barriers:
-        return _repaired(answers)
     first = next(iter(barriers.values()))
     split = "test" if "test" in first.curve.values else [*first.curve.values][-1]
     curves: dict[str, list[Curve]] = {label: [one.curve] for label, one in barriers.items()}
@@ -187,6 +186,7 @@ def _line(found: Comparison, answers: Mapping[str, Answer]) -> str:
         def on(ax: Axes) -> None:
             plots.lines(ax, curves, split, metric, "from A (0) to B (1)")
             ax.set_ylim(bottom=0)
+            plots.legend(ax.figure, columns=2)
 
         return on
 
@@ -213,7 +213,7 @@ def _line(found: Comparison, answers: Mapping[str, Answer]) -> str:
     if others:
         table += _folded("other modes of BatchNorm", _table(heads, others, "Other modes"))
     gates = dict.fromkeys(str(g) for one in barriers.values() for g in one.gates)
-    return f'<div class="panels">{pictures}</div>{table}{_repaired(answers)}{_list(gates, "gates")}'
+    return f'<div class="panels">{pictures}</div>{table}{_list(gates, "gates")}'
 
 
 def _height(
@@ -231,15 +231,9 @@ def _height(
     return said(value, f"{{:{form}}}") + (f" ± {width:{form}}" if width else "") + f" {unit}"
 
 
-def _repaired(answers: Mapping[str, Answer]) -> str:
-    if "repaired" not in answers:
-        return ""
-    return _networks(answers["repaired"].values["networks"], "The network half-way after REPAIR")
-
-
 def _worth(found: Comparison, answers: Mapping[str, Answer]) -> str:
     """Merged networks beside their ends and the ensemble."""
-    whole = {n: a for n, a in answers.items() if n != "ends"} or answers
+    whole = {n: a for n, a in answers.items() if n.startswith("merged")} or answers
     return "".join(
         _networks(a.values["networks"], "Each network on its own") for a in whole.values()
     )
@@ -288,7 +282,8 @@ def _features(found: Comparison, answers: Mapping[str, Answer]) -> str:
     def draw(ax: Axes) -> None:
         series = {"A and B": [apart], "half-way and their mean": [between]}
         plots.by_layer(ax, series, ylabel="1 − cos of features", plain=("A and B",))
-        ax.legend(fontsize=9)
+        ax.set_ylim(bottom=max(LEAST_ANGLE, ax.get_ylim()[0]))
+        plots.legend(ax.figure, columns=2)
 
     last = one.layers[-1]
     alt = (
@@ -325,12 +320,18 @@ def _weights(found: Comparison, answers: Mapping[str, Answer]) -> str:
     values = dict(answers["weights"].values)
     layers = values.pop("layers", None)
     apart = f"<p>{shown(values.pop('apart'))}</p>" if "apart" in values else ""
+    if isinstance(pairs := values.pop("pairs", None), Mapping) and pairs:
+        apart += _by_name("networks", pairs, "Pairs")
     out = apart + (_table_of(values, "The weights alone") if values else "")
     if isinstance(layers, Mapping) and layers:
-        heads = [*next(iter(layers.values()))]
-        rows = [[n, *(said(of.get(h), "{:.4g}") for h in heads)] for n, of in layers.items()]
-        out += _folded("layer by layer", _table(["layer", *heads], rows, "Weights by layer"))
+        out += _folded("layer by layer", _by_name("layer", layers, "Weights by layer"))
     return out
+
+
+def _by_name(what: str, values: Mapping[str, Mapping[str, Any]], caption: str) -> str:
+    heads = [*next(iter(values.values()))]
+    rows = [[n, *(_said(of.get(h)) for h in heads)] for n, of in values.items()]
+    return _table([what, *heads], rows, caption)
 
 
 def _matrix(found: Comparison, answers: Mapping[str, Answer]) -> str:
@@ -368,7 +369,7 @@ def _triangle(found: Comparison, answers: Mapping[str, Answer]) -> str:
 
 SECTIONS = (
     Section(
-        *("line", "The line between them", (*LINES, "repaired"), _line),
+        *("line", "The line between them", (*LINES,), _line),
         "How error and loss go from A to B. A line that stays level says one basin; a hill is a "
         "barrier, and its height is what an average costs at worst.",
     ),
@@ -382,14 +383,19 @@ SECTIONS = (
         "elsewhere, the three have no common order.",
     ),
     Section(
-        *("merged", "Is the average any good?", ("merged", "merged_many", "ends"), _worth),
+        *(
+            "merged",
+            "Is the average any good?",
+            ("merged", "merged_many", "repaired", "ends"),
+            _worth,
+        ),
         "The network half-way beside those it is made of. The ensemble, which averages answers and "
         "not weights, is what an average of weights could at best hope for.",
     ),
     Section(
         *("layers", "Which layers make the barrier?", ("layers",), _layers),
-        "One layer moves half-way at a time, the others stay; the line is the whole network. A layer "
-        "near zero costs nothing alone.",
+        "One layer moves half-way at a time, the others stay; the line is the whole network. A "
+        "layer near zero costs nothing alone.",
     ),
     Section(
         *("features", "Do the features agree?", ("features",), _features),
@@ -419,14 +425,16 @@ def _missing(found: Comparison) -> str:
     ]
     if not rows:
         return ""
-    table = _table(["question", "", "why", "the command that asks it"], rows, "Without an answer")
+    table = _table(
+        ["question", "status", "why", "the command that asks it"], rows, "Without an answer"
+    )
     return f'<section id="missing">\n<h2>What was not tested, and why</h2>\n{table}\n</section>'
 
 
 def _commands(found: Comparison) -> str:
     blocks = "".join(
         f'<dt>{shown(a.title)} <span class="muted">{a.seconds:.1f} s</span></dt>'
-        f"<dd><code>{shown(a.command)}</code></dd>"
+        f"<dd>{_command(a.command)}</dd>"
         for a in found.answers
         if a.command and a.status == ANSWERED
     )
@@ -436,6 +444,11 @@ def _commands(found: Comparison) -> str:
         '<section id="commands">\n<h2>Repeat each part</h2>\n<p>A click selects a whole line. Each '
         f'prints the numbers that stand above.</p>\n<dl class="commands">{blocks}</dl>\n</section>'
     )
+
+
+def _command(line: str) -> str:
+    """A line to be copied, which breaks between its words."""
+    return f"<code>{' '.join(f'<span>{shown(word)}</span>' for word in line.split())}</code>"
 
 
 def _provenance(found: Comparison) -> str:

@@ -131,8 +131,10 @@ class Comparison:
         return sheet(self)
 
     def _repr_html_(self) -> str:
+        """In a notebook: the page in a frame of its own, so that neither style meets the other."""
+        look = "width: 100%; height: 40rem; border: 1px solid #8888"
         page = escape(self.html())
-        return f'<iframe title="report" width="100%" height="900" srcdoc="{page}"></iframe>'
+        return f'<iframe sandbox title="report" style="{look}" srcdoc="{page}"></iframe>'
 
     def __str__(self) -> str:
         lines = [f"{' and '.join(self.names)}: {self.model}, {self.data or 'no data'}", ""]
