@@ -69,7 +69,7 @@ def test_a_page_is_led_by_a_copy_of_its_figure(site):
     copy, *more = re.findall(r'<figure class="lead".*?</figure>', text, re.S)
     assert not more  # of a figure that is not there, nothing
     assert '<a href="#fig-one" aria-label="Fig. 1.1, which is explained further down">' in copy
-    assert copy.count('alt=""') == 2 and "by-night" in copy and "../_images/a.svg" in copy
+    assert copy.count('alt="One"') == 2 and "by-night" in copy and "../_images/a.svg" in copy
 
 
 def test_figures_and_chapters_have_the_numbers_that_the_text_uses(site):

@@ -136,8 +136,7 @@ def _with_leads(text: str, named: dict[str, str]) -> str:
         found = re.search(rf'<figure [^>]*id="{name}">(.*?)</figure>', text, re.S)
         images = re.findall(r"<img [^>]*>", found[1]) if found else []
         words = f"Fig. {named.get(name, '')}, which is explained further down"
-        pictures = "".join(re.sub(r' alt="[^"]*"', ' alt=""', image) for image in images)
-        link = f'<a href="#{name}" aria-label="{words}">{pictures}</a>'
+        link = f'<a href="#{name}" aria-label="{words}">{"".join(images)}</a>'
         made = f'<figure class="lead">{link}</figure>' if images else ""
         text = text.replace(lead(name), made)
     return text
