@@ -15,6 +15,7 @@ from companion.book.layout import BookError
 from companion.book.prose import fill
 from companion.core import codec
 from companion.report import claims, scoreboard, walk
+from companion.report.compare.verdicts import THRESHOLDS
 from companion.report.page import as_html as escape
 from companion.report.page import as_text
 from companion.report.recorded import hardware
@@ -192,10 +193,28 @@ def _matching(pages: Sequence[Page], profile: str) -> str:
     )
 
 
+def _thresholds(pages: Sequence[Page], profile: str) -> str:
+    """What a report's verdicts are held to, from the one place that has the numbers."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(one.rule)}</td>'
+        f"<td>{escape(one.reason)}</td>"
+        f'<td><a href="chapters/{escape(one.chapter)}.html">{escape(one.chapter)}</a></td></tr>'
+        for name, one in THRESHOLDS.items()
+    )
+    heads = ("What", "Yes means", "Why this number", "Chapter")
+    return (
+        '<div class="companion-scroll" tabindex="0" role="region" aria-label="Rules of a report">'
+        '<table class="companion-table"><caption>The rules of a report</caption><thead><tr>'
+        + "".join(f'<th scope="col">{head}</th>' for head in heads)
+        + f"</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
 MARKERS: dict[str, Callable[[Sequence[Page], str], str]] = {
     "<!-- scoreboard -->": _board,
     "<!-- claims -->": _table,
     "<!-- provenance -->": _provenance,
     "<!-- walk -->": _walk,
     "<!-- matching -->": _matching,
+    "<!-- thresholds -->": _thresholds,
 }

@@ -314,14 +314,22 @@ def _lines(
     say()
     if len(lines) == 1:
         say(str(first))
-        return lines
-    splits = tuple(first.curve.values)
-    rows = [
-        [name, *(number(line.height(split), line.metric) for split in splits)]
-        for name, line in lines.items()
-    ]
-    unit = {"error": "points", "loss": "nats"}[first.metric]
-    print_table(["", *(f">{s} {first.metric} ({unit})" for s in splits)], rows, title="barriers")
+    else:
+        splits = tuple(first.curve.values)
+        rows = [
+            [name, *(number(line.height(split), line.metric) for split in splits)]
+            for name, line in lines.items()
+        ]
+        unit = {"error": "points", "loss": "nats"}[first.metric]
+        heads = ["", *(f">{s} {first.metric} ({unit})" for s in splits)]
+        print_table(heads, rows, title="barriers")
+    if all(line.valid for line in lines.values()):
+        from companion.report.compare.verdicts import THRESHOLDS, decided
+
+        split = "test" if "test" in first.curve.values else [*first.curve.values][-1]
+        highest = max(line.height(split) for line in lines.values())
+        rule = THRESHOLDS[first.metric]
+        say(f"one basin: {decided(highest, 0.0, rule)} (the rule: {rule.rule} on {split} data)")
     return lines
 
 

@@ -186,7 +186,6 @@ def _line(found: Comparison, answers: Mapping[str, Answer]) -> str:
         def on(ax: Axes) -> None:
             plots.lines(ax, curves, split, metric, "from A (0) to B (1)")
             ax.set_ylim(bottom=0)
-            plots.legend(ax.figure, columns=2)
 
         return on
 
@@ -268,7 +267,7 @@ def _layers(found: Comparison, answers: Mapping[str, Answer]) -> str:
     rows = [["whole network", said(whole, "{:.4f}")]]
     rows += [[name, said(v, "{:.4f}")] for name, v in single.items()]
     table = _table(["layer that moves", f"{split} loss barrier (nats)"], rows, "Layer by layer")
-    return f"{_picture(draw, 'layers', alt, size)}{_folded('the numbers', table)}"
+    return f"{_picture(draw, 'layers', alt, size, key=False)}{_folded('the numbers', table)}"
 
 
 def _features(found: Comparison, answers: Mapping[str, Answer]) -> str:
@@ -283,7 +282,6 @@ def _features(found: Comparison, answers: Mapping[str, Answer]) -> str:
         series = {"A and B": [apart], "half-way and their mean": [between]}
         plots.by_layer(ax, series, ylabel="1 − cos of features", plain=("A and B",))
         ax.set_ylim(bottom=max(LEAST_ANGLE, ax.get_ylim()[0]))
-        plots.legend(ax.figure, columns=2)
 
     last = one.layers[-1]
     alt = (
@@ -530,12 +528,18 @@ def _folded(title: str, inside: str) -> str:
 
 
 def _picture(
-    draw: Callable[[Axes], None], name: str, alt: str, size: tuple[float, float] = PANEL
+    draw: Callable[[Axes], None],
+    name: str,
+    alt: str,
+    size: tuple[float, float] = PANEL,
+    key: bool = True,
 ) -> str:
-    """One panel as SVG, with a text for those who do not see it."""
+    """One panel as SVG, with its key above it, and a text for those who do not see it."""
 
     def on(fig: Figure) -> None:
         draw(fig.subplots())
+        if key:
+            plots.legend(fig, columns=2)
 
     svg = figures.inline(on, name, figsize=size)
     return f'<figure role="img" aria-label="{shown(alt)}">{svg}</figure>'
