@@ -11,7 +11,8 @@ stands below it; a picture that it drew follows with its caption::
           --plot line.svg
     ```
 
-Networks come out of the run store (:func:`networks`; seconds where they are not there yet), the
+With ``:says: Same network? yes`` the build fails where the command does not say so, for a text that
+rests on it. Networks come out of the run store (:func:`networks`; seconds where they are not there yet), the
 commands of a page run one after the other in one folder and one process, and all of it is kept
 until the page's commands or the package change.
 """
@@ -25,6 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +45,8 @@ from companion.training import Fork, Job, Recipe, Run, build, load_weights, trai
 NET, BATCHNORM = "mlp:widths=64x2", "mlp:norm=batch,widths=64x2"
 GPT, TEXT = "gpt:layers=1,width=32", "pydoc"
 
+WIDTH = 96
+"""Columns that a page has room for."""
 FILE = ".safetensors"
 
 _BLOCK = re.compile(r"^```\{shown\}\n(.*?)^```$", re.M | re.S)
@@ -65,12 +69,14 @@ class Block:
     Arguments:
         command: as it stands there, behind its ``$``.
         figure, alt, caption: a picture that it draws, "" if it draws none.
+        says: what the text around it takes for granted that the command prints.
     """
 
     command: str
     figure: str = ""
     alt: str = ""
     caption: str = ""
+    says: str = ""
 
     @classmethod
     def read(cls, text: str, where: str) -> Block:
@@ -80,9 +86,9 @@ class Block:
             BookError: no command of ours, or a picture without its words.
         """
         above, dollar, command = text.partition("$ ")
-        options = dict(re.findall(r"^:(figure|alt): (.*)$", above, re.M))
+        options = dict(re.findall(r"^:(figure|alt|says): (.*)$", above, re.M))
         caption = " ".join(re.sub(r"^:.*$", "", above, flags=re.M).split())
-        block = cls(command.strip(), options.get("figure", ""), options.get("alt", ""), caption)
+        block = cls(command.strip(), caption=caption, **options)
         if not dollar or block.words[:1] != ["companion"]:
             raise BookError(f"{where}: a {{shown}} block needs a line `$ companion …`.")
         if block.figure and not (block.alt and block.caption):
@@ -118,7 +124,7 @@ def shown(book: Book, name: str, text: str) -> tuple[str, dict[str, bytes]]:
 
     def instead(found: re.Match[str]) -> str:
         block, (_, output) = next(each), next(outputs)
-        printed = scrub(output, book).strip("\n")
+        printed = "\n".join(map(_wrapped, scrub(output, book).strip("\n").split("\n")))
         out = f"```console\n$ {block.command}\n{printed}\n```\n"
         if block.figure:
             label = figures.label(f"{name}-{Path(block.figure).stem}")
@@ -173,10 +179,20 @@ def networks(names: Collection[str]) -> dict[str, Mapping[str, Tensor]]:
     return found
 
 
+def _wrapped(line: str) -> str:
+    """A line that a page has room for: sentences are broken, tables are not as wide."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    if len(line) <= WIDTH or re.search(r"\S {2,}\S", line):
+        return line
+    return textwrap.fill(
+        line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def _ran(book: Book, name: str, blocks: list[Block]) -> Path:
     """The folder in which the commands of a page have run."""
     package = Path(__file__).parents[1]
-    known = hashlib.sha256(json.dumps([b.command for b in blocks]).encode())
+    known = hashlib.sha256(json.dumps([[b.command, b.says] for b in blocks]).encode())
     for path in sorted(package.rglob("*.py")):
         known.update(path.read_bytes())
     kept = book.root / "build" / "shown" / name
@@ -200,10 +216,14 @@ def _ran(book: Book, name: str, blocks: list[Block]) -> Path:
     )
     if done.returncode:
         raise BookError(f"{name}.md: its commands could not be run.\n{done.stderr}")
-    for block, (code, output) in zip(
-        blocks, json.loads((kept / "outputs.json").read_text()), strict=True
-    ):
+    outputs = json.loads((kept / "outputs.json").read_text(encoding="utf-8"))
+    for block, (code, output) in zip(blocks, outputs, strict=True):
         if code:
             raise BookError(f"{name}.md: `{block.command}` ended with {code}.\n{output}")
+        if block.says not in output:
+            raise BookError(
+                f"{name}.md: `{block.command}` does not say {block.says!r}, on which the text "
+                f"rests.\n{output}"
+            )
     mark.write_text(known.hexdigest())
     return kept
