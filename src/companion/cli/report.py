@@ -123,7 +123,8 @@ def report_networks(
         minutes = max(0.0, minutes - (time.monotonic() - begun) / 60)
     thetas = [dict(one.theta) for one in ends]
     found = compare(
-        *(None if pair is None else pair.module, *thetas[:2]),
+        None if pair is None else pair.module,
+        *thetas[:2],
         more=thetas[2:],
         names=names_of(networks),
         points=how.points,
@@ -159,6 +160,7 @@ def _opened(
 ) -> tuple[Opened | None, str]:
     """The networks and their data; without data, or nothing, and why, where they do not fit."""
     from companion import data as datasets
+    from companion.cli.checkpoints import read_checkpoint
 
     first, second, *more = networks
 
@@ -169,6 +171,8 @@ def _opened(
         return tried(data, shape), ""
     except BadParameter as e:
         why = str(e)
+    for one in networks:  # a file that is not there is said, and reported by nobody
+        read_checkpoint(one)
     if data is not None:
         loaded = datasets.load(data, device)
         try:

@@ -149,6 +149,7 @@ def _weights(case: Case) -> Json:
         a, b = thetas[i], thetas[j]
         pairs[f"{case.letters[i]}, {case.letters[j]}"] = {
             **_apart(a, b, names),
+            "cosine of matrices": _apart(a, b, [n for n in names if a[n].ndim > 1])["cosine"],
             "tensors": len(names),
             "equal tensors": sum(torch.equal(a[n], b[n]) for n in names),
         }

@@ -135,13 +135,16 @@ class Comparison:
         return f'<iframe title="report" width="100%" height="900" srcdoc="{page}"></iframe>'
 
     def __str__(self) -> str:
-        lines = [f"{' and '.join(self.names)}: {self.model}, {self.data or 'no data'}", ""]
+        lines = [f"{chr(65 + i)} = {name}" for i, name in enumerate(self.names)]
+        lines += [f"{self.model} on {self.data}" if self.data else f"{self.model}, no data", ""]
         for f in self.findings:
             lines += [f"{f.question} {f.verdict}", f"    {f.sentence}"]
-        missing = [a for a in self.answers if not a.answered]
-        if missing:
-            lines += ["", "without an answer:"]
-            lines += [f"    {a.title} {a.status}: {a.why}" for a in missing]
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for a in self.answers:
+            if not a.answered:
+                reasons.setdefault((a.status, a.why), []).append(a.title)
+        for (status, why), titles in reasons.items():
+            lines += ["", f"{status} ({why}):", *(f"    {title}" for title in titles)]
         return "\n".join(lines)
 
 
