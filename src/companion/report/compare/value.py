@@ -108,7 +108,9 @@ class Comparison:
     @property
     def invalid(self) -> bool:
         """Whether a gate failed: barriers of such networks are no numbers."""
-        return any(a.status == INVALID for a in self.answers)
+        ends = self.answer("ends")
+        gated = ends is not None and ends.values.get("valid") is False
+        return gated or any(a.status == INVALID for a in self.answers)
 
     def to_json(self) -> Json:
         """As plain JSON; :meth:`from_json` reads it back."""
@@ -135,7 +137,8 @@ class Comparison:
         return f'<iframe title="report" width="100%" height="900" srcdoc="{page}"></iframe>'
 
     def __str__(self) -> str:
-        lines = [f"{chr(65 + i)} = {name}" for i, name in enumerate(self.names)]
+        letters = [chr(65 + i) for i in range(len(self.names))]
+        lines = [f"{a} = {b}" for a, b in zip(letters, self.names, strict=True) if a != b]
         lines += [f"{self.model} on {self.data}" if self.data else f"{self.model}, no data", ""]
         for f in self.findings:
             lines += [f"{f.question} {f.verdict}", f"    {f.sentence}"]

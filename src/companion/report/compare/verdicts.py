@@ -137,7 +137,7 @@ def _silent(
     status = "not asked" if first is None else first.status
     verdict = UNDETERMINED if status == INVALID else NOT_ASKED
     said = {INVALID: "INVALID", NOT_ASKED: "Not asked"}.get(status, "Could not be asked")
-    sentence = f"{said}: {why.rstrip('.')}."
+    sentence = f"{said}: {why}" + ("" if why.endswith((".", ".)")) else ".")
     return Finding(question, verdict, sentence, THRESHOLDS[threshold].rule, names)
 
 
@@ -192,9 +192,8 @@ def _same(answers: Mapping[str, Answer]) -> Finding:
     if found["equal tensors"] == found["tensors"]:
         return Finding(question, YES, "All weights are equal, bit for bit.", rule, because)
     far = (
-        f"The weights are {found['distance']:.4g} apart, {_share(found['relative'])} of their norm"
-        f" (cosine {found['cosine']:.3f}); {found['equal tensors']} of {found['tensors']} tensors "
-        "are equal."
+        f"The weights are {found['distance']:.4g} apart, {_share(found['relative'])} of their "
+        f"norm; {found['equal tensors']} of {found['tensors']} tensors are equal."
     )
     if matched is None or not matched.answered:
         return Finding(
@@ -216,13 +215,15 @@ def _start(answers: Mapping[str, Answer]) -> Finding:
     rule = THRESHOLDS["cosine"]
     found = weights.values.get("cosine of matrices")
     if found is None:
-        why = weights.values.get("apart", f"Could not be asked: {weights.why}")
+        why = weights.values.get("apart", "There is no angle between the weights.")
         return Finding(question, NOT_ASKED, why, rule.rule, ("weights",))
-    sentence = f"The matrices of A and B have a cosine of {found:.3f}."
+    sentence = f"The matrices of A and B have a cosine of {found:.3f}, 0 being at random."
     return Finding(question, decided(found, 0.0, rule), sentence, rule.rule, ("weights",))
 
 
-def _share(value: float) -> str:
+def _share(value: float | None) -> str:
+    if value is None:
+        return "no share"
     return f"{value:.0%}".replace("%", " %")
 
 
