@@ -49,11 +49,25 @@ def made_up(a: str = "a.safetensors", b: str = "b.safetensors") -> Comparison:
     answers = (
         Answer(
             *("weights", "How far apart are their weights?", "answered"),
-            values={"distance": 9.1, "cosine": 0.12, "equal tensors": 0, "tensors": 12},
+            values={
+                "distance": 9.1,
+                "relative": 1.3,
+                "cosine": 0.12,
+                "cosine of matrices": 0.01,
+                "equal tensors": 0,
+                "tensors": 12,
+            },
         ),
         Answer(
             *("ends", "Has each of them been trained?", "answered"),
-            values={"networks": {"A": row, "B": row}, "gates": ["G0 quality pass"], "valid": True},
+            values={
+                "networks": {"A": row, "B": row},
+                "gates": ["G0 quality pass"],
+                "valid": True,
+                "trained": {"A": True, "B": True},
+                "split": "test",
+                "metric": "error",
+            },
         ),
         Answer(
             *("barrier", "Is the straight line between them low?", "answered", "", 3.0),
@@ -63,11 +77,21 @@ def made_up(a: str = "a.safetensors", b: str = "b.safetensors") -> Comparison:
         Answer(
             *("matched", "Is it low once the units are matched by weights?", "answered", "", 4.0),
             command=f"companion rebasin {pair} -o b_aligned.safetensors",
-            values={**line(1.0), "matching": matching},
+            values={**line(1.0), "matching": matching, "equal": False},
         ),
         Answer(
             *("merged", "What is the network half-way worth?", "answered", "", 0.5),
-            values={"networks": {"A": row, "B": row, "half-way": high, "ensemble": row}},
+            values={
+                "networks": {"A": row, "B": row, "half-way": high, "ensemble": row},
+                "chosen": "half-way",
+                "best end": "A",
+                "against": {
+                    "half-way": {
+                        "above": {"loss": 2.0, "error": 69.0},
+                        "margin": {"loss": 0.1, "error": 1.0},
+                    }
+                },
+            },
         ),
         Answer(
             *("curvature", "How curved is the loss?", "not asked"),

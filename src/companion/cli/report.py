@@ -12,7 +12,7 @@ from companion.cli import options
 from companion.cli.console import end, note, output, say, visible
 from companion.cli.opening import LETTERS, Opened, opened
 from companion.cli.rebasin import check_files, example_for, shape_and_classes
-from companion.core.errors import BadParameter, within
+from companion.core.errors import BadParameter, whole, within
 
 if TYPE_CHECKING:
     from companion.report.compare import Comparison
@@ -66,10 +66,13 @@ def report_networks(
             help="What BatchNorm does on the lines that are judged: interpolate, reestimate, batch."
         ),
     ] = "reestimate",
-    bn_examples: options.BnExamples = None,
     points: Annotated[int, typer.Option(help="Points of each line, odd.")] = 11,
     train_examples: Annotated[
-        int, typer.Option(help="Training examples that stand for all; 0: all of them.")
+        int,
+        typer.Option(
+            help="Training examples that stand for all, also where matching looks at them and "
+            "BatchNorm averages over them; 0: all of them."
+        ),
     ] = 1000,
     test_examples: Annotated[
         int, typer.Option(help="Test examples that stand for all; 0: all of them.")
@@ -99,14 +102,18 @@ def report_networks(
     from companion.data import resolve_device
     from companion.report.compare import Source, compare
 
-    how = options.evaluation(points, bn, train_examples or None, test_examples or None, bn_examples)
+    for option, count in (("train", train_examples), ("test", test_examples)):
+        whole(f"--{option}-examples", count, 0)
+    average = max(2, train_examples) if train_examples else 0
+    how = options.evaluation(points, bn, train_examples or None, test_examples or None, average)
     if model is not None:  # a mistyped name is said at once, and not in a report
         models.canonical(reachable(model))
     if data is not None:
         datasets.load(data, device)
     shape = shape_and_classes(data, in_shape, classes)
     pair, why = _opened(networks, model, data, device, shape)
-    given = {"--model": model, "--data": data, "--max-error": max_error}
+    given: dict[str, Any] = {"--model": model, "--data": data, "--max-error": max_error}
+    given |= {"--in-shape": in_shape, "--classes": classes}
     words = [w for k, v in given.items() if v is not None for w in (k, str(v))]
     words += [] if device == "auto" else ["--device", device]
     if pair is None:
@@ -123,7 +130,8 @@ def report_networks(
         minutes = max(0.0, minutes - (time.monotonic() - begun) / 60)
     thetas = [dict(one.theta) for one in ends]
     found = compare(
-        *(None if pair is None else pair.module, *thetas[:2]),
+        None if pair is None else pair.module,
+        *thetas[:2],
         more=thetas[2:],
         names=names_of(networks),
         points=how.points,
@@ -159,6 +167,7 @@ def _opened(
 ) -> tuple[Opened | None, str]:
     """The networks and their data; without data, or nothing, and why, where they do not fit."""
     from companion import data as datasets
+    from companion.cli.checkpoints import read_checkpoint
 
     first, second, *more = networks
 
@@ -169,6 +178,8 @@ def _opened(
         return tried(data, shape), ""
     except BadParameter as e:
         why = str(e)
+    for one in networks:  # a file that is not there is said, and reported by nobody
+        read_checkpoint(one)
     if data is not None:
         loaded = datasets.load(data, device)
         try:

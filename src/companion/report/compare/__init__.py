@@ -59,7 +59,7 @@ def compare(
     bn: str | None = None,
     train_examples: int | None = TRAIN,
     test_examples: int | None = TEST,
-    bn_examples: int | None = TEST,
+    bn_examples: int | None = TRAIN,
     max_error: float | None = None,
     minutes: float | None = None,
     progress: Progress | None = None,

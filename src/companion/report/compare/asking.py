@@ -52,7 +52,8 @@ class Asking:
     def all(self) -> tuple[Answer, ...]:
         """Every answer, in the order of the report."""
         while waiting := [q for q in self.questions if q.name not in self.answers]:
-            ready = [q for q in waiting if not {p.name for p in waiting}.intersection(q.after)]
+            names = {q.name for q in waiting}
+            ready = [q for q in waiting if not names.intersection((*q.after, *q.needs))]
             question = min(ready, key=self.cost)
             self.answers[question.name] = self.ask(question, waiting)
         return tuple(self.answers[q.name] for q in self.questions)

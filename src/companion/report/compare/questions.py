@@ -36,7 +36,7 @@ KEY = Key("rebasin", "cli", 0)
 FEW_LAYERS = 40
 """More layers than these are taken block by block."""
 
-SLOPES = 500
+SLOPES = 200
 """Training examples that slopes and curvatures are of, at most: they are in float64."""
 
 Ask = Callable[[Case], Mapping[str, Any]]
@@ -58,7 +58,7 @@ class Question:
         module: it needs the architecture.
         gated: it says something of two trained networks, and nothing of others.
         after: questions that are asked before.
-        needs: of these, those that must have been answered.
+        needs: likewise, and they must have been answered.
     """
 
     name: str
@@ -149,6 +149,7 @@ def _weights(case: Case) -> Json:
         a, b = thetas[i], thetas[j]
         pairs[f"{case.letters[i]}, {case.letters[j]}"] = {
             **_apart(a, b, names),
+            "cosine of matrices": _apart(a, b, [n for n in names if a[n].ndim > 1])["cosine"],
             "tensors": len(names),
             "equal tensors": sum(torch.equal(a[n], b[n]) for n in names),
         }
@@ -237,22 +238,17 @@ def _ends(case: Case) -> Json:
     classes = case.classes or 1 + int(held.y.max())
     space = effective(case.net)
     names, entered = layout(space.module).parameters, [space.enter(t) for t in case.thetas]
-    found: dict[str, gates.Gate] = {}
-    for (i, one), (j, two) in combinations(enumerate(case.letters), 2):
-        checks = gates.of_ends(
-            *(entered[i], entered[j], names, (errors[one], errors[two]), classes, held),
-            case.max_error,
-        )
-        found |= {f"{one}, {two}: {gate.name}": gate for gate in checks}
-    trained = {
-        name: all(g.passed is not False for k, g in found.items() if name in k.partition(":")[0])
-        for name in case.letters
-    }
-    bad = [str(g) for g in found.values() if g.passed is False]
-    case.found["gates"] = list(dict.fromkeys(bad)) if len(case.letters) == 2 else []
+    bounds: Any = {"guess": gates.guessing(held), "commonest": gates.commonest(held)}
+    bounds |= {"max_error": case.max_error}
+    trained = {n: gates.quality((e,), classes, **bounds).passed for n, e in errors.items()}
+    checks = [gates.quality(list(errors.values()), classes, **bounds)]
+    checks += [gates.distinct(a, b, names) for a, b in combinations(entered, 2)]
+    bad = [str(g) for g in checks if g.passed is False]
+    # Of three or more the others may be compared without the one that failed.
+    case.found["gates"] = bad if len(case.letters) == 2 else []
     return {
         "networks": means(readings),
-        "gates": list(dict.fromkeys(str(g) for g in found.values())),
+        "gates": [str(g) for g in checks],
         "valid": not bad,
         "trained": trained,
         "split": case.held_out,

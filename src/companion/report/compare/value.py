@@ -108,7 +108,9 @@ class Comparison:
     @property
     def invalid(self) -> bool:
         """Whether a gate failed: barriers of such networks are no numbers."""
-        return any(a.status == INVALID for a in self.answers)
+        ends = self.answer("ends")
+        gated = ends is not None and ends.values.get("valid") is False
+        return gated or any(a.status == INVALID for a in self.answers)
 
     def to_json(self) -> Json:
         """As plain JSON; :meth:`from_json` reads it back."""
@@ -137,13 +139,17 @@ class Comparison:
         return f'<iframe sandbox title="report" style="{look}" srcdoc="{page}"></iframe>'
 
     def __str__(self) -> str:
-        lines = [f"{' and '.join(self.names)}: {self.model}, {self.data or 'no data'}", ""]
+        letters = [chr(65 + i) for i in range(len(self.names))]
+        lines = [f"{a} = {b}" for a, b in zip(letters, self.names, strict=True) if a != b]
+        lines += [f"{self.model} on {self.data}" if self.data else f"{self.model}, no data", ""]
         for f in self.findings:
             lines += [f"{f.question} {f.verdict}", f"    {f.sentence}"]
-        missing = [a for a in self.answers if not a.answered]
-        if missing:
-            lines += ["", "without an answer:"]
-            lines += [f"    {a.title} {a.status}: {a.why}" for a in missing]
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for a in self.answers:
+            if not a.answered:
+                reasons.setdefault((a.status, a.why), []).append(a.title)
+        for (status, why), titles in reasons.items():
+            lines += ["", f"{status} ({why}):", *(f"    {title}" for title in titles)]
         return "\n".join(lines)
 
 

@@ -58,6 +58,11 @@ THRESHOLDS: Mapping[str, Threshold] = {
         "in one order units stay; of independent networks nearly all move (ours)",
         "02_git_rebasin",
     ),
+    "cosine": Threshold(
+        *(0.5, 0.1, "the matrices of both have a cosine of at least ½ (no: less than a tenth)"),
+        "independent matrices are at right angles, and training turns them little (ours)",
+        "02_git_rebasin",
+    ),
     "layer": Threshold(
         *(0.5, 0.1, "one layer alone makes half of the barrier (no: less than a tenth)"),
         "a tenth is claim B02's line for a layer without a barrier, the half is ours",
@@ -132,7 +137,8 @@ def _silent(
     status = "not asked" if first is None else first.status
     verdict = UNDETERMINED if status == INVALID else NOT_ASKED
     said = {INVALID: "INVALID", NOT_ASKED: "Not asked"}.get(status, "Could not be asked")
-    return Finding(question, verdict, f"{said}: {why}.", THRESHOLDS[threshold].rule, names)
+    sentence = f"{said}: {why}" + ("" if why.endswith((".", ".)")) else ".")
+    return Finding(question, verdict, sentence, THRESHOLDS[threshold].rule, names)
 
 
 def _number(value: float, metric: str, margin: float | None = None) -> str:
@@ -186,10 +192,9 @@ def _same(answers: Mapping[str, Answer]) -> Finding:
     if found["equal tensors"] == found["tensors"]:
         return Finding(question, YES, "All weights are equal, bit for bit.", rule, because)
     far = (
-        f"The weights are {found['distance']:.4g} apart, {found['relative']:.0%} of their norm"
-        f" (cosine {found['cosine']:.3f}); {found['equal tensors']} of {found['tensors']} tensors "
-        "are equal."
-    ).replace("%", " %")
+        f"The weights are {found['distance']:.4g} apart, {_share(found['relative'])} of their "
+        f"norm; {found['equal tensors']} of {found['tensors']} tensors are equal."
+    )
     if matched is None or not matched.answered:
         return Finding(
             question, UNDETERMINED, f"{far} Whether in another order was not asked.", rule, because
@@ -201,21 +206,25 @@ def _same(answers: Mapping[str, Answer]) -> Finding:
 
 
 def _start(answers: Mapping[str, Answer]) -> Finding:
-    question, rule = "Same start?", THRESHOLDS["moved"]
-    silent = _silent(question, "moved", answers, "matched")
-    if silent:
-        return silent
-    found = answers["matched"].values["matching"]
-    if "moved" in found:
-        moved = found["moved"]
-        sentence = f"Matching by weights moves {moved:.0%} of the units".replace("%", " %")
-        verdict = decided(moved, 0.0, rule)
-    else:
-        moved = found.get("turned")
-        verdict = UNDETERMINED
-        sentence = "The residual stream is rotated as a whole, which says little of the start"
-    extra = "; they share an order of units." if verdict == YES else "."
-    return Finding(question, verdict, sentence + extra, rule.rule, ("matched",))
+    """By the units that matching moves, or, where there are none to count, by the angle."""
+    question, weights, matched = "Same start?", answers["weights"], answers.get("matched")
+    if matched is not None and matched.answered and "moved" in matched.values["matching"]:
+        moved, rule = matched.values["matching"]["moved"], THRESHOLDS["moved"]
+        sentence = f"Matching by weights moves {_share(moved)} of the units."
+        return Finding(question, decided(moved, 0.0, rule), sentence, rule.rule, ("matched",))
+    rule = THRESHOLDS["cosine"]
+    found = weights.values.get("cosine of matrices")
+    if found is None:
+        why = weights.values.get("apart", "There is no angle between the weights.")
+        return Finding(question, NOT_ASKED, why, rule.rule, ("weights",))
+    sentence = f"The matrices of A and B have a cosine of {found:.3f}, 0 being at random."
+    return Finding(question, decided(found, 0.0, rule), sentence, rule.rule, ("weights",))
+
+
+def _share(value: float | None) -> str:
+    if value is None:
+        return "no share"
+    return f"{value:.0%}".replace("%", " %")
 
 
 def _line(
@@ -386,7 +395,6 @@ def _agree(answers: Mapping[str, Answer]) -> Finding:
     if silent:
         return silent
     found: Json = dict(answers["triangle"].values)
-    sentence = f"By way of a third network {found['defect']:.0%} of the units come elsewhere."
-    sentence = sentence.replace("%", " %")
+    sentence = f"By way of a third network {_share(found['defect'])} of the units come elsewhere."
     verdict = decided(found["defect"], 0.0, threshold)
     return Finding(question, verdict, sentence, threshold.rule, ("triangle",))
