@@ -12,9 +12,9 @@ stands below it; a picture that it drew follows with its caption::
     ```
 
 With ``:says: Same network? yes`` the build fails where the command does not say so, for a text that
-rests on it. Networks come out of the run store (:func:`networks`; seconds where they are not there yet), the
-commands of a page run one after the other in one folder and one process, and all of it is kept
-until the page's commands or the package change.
+rests on it. Networks come out of the run store (:func:`networks`; seconds where they are not there
+yet), the commands of a page run one after the other in one folder and one process, and all of it
+is kept until the page's commands or the package change.
 """
 
 from __future__ import annotations
@@ -155,8 +155,9 @@ def networks(names: Collection[str]) -> dict[str, Mapping[str, Tensor]]:
     """
     plain = Recipe(net=NET, data="digits", steps=400, batch=60)
     norm = replace(plain, net=BATCHNORM, steps=200)
-    adam = {"optimizer": "adamw", "lr": 3e-3, "augment": "shift"}
-    text = Recipe(net=GPT, data=TEXT, steps=200, batch=16, **adam)
+    text = Recipe(
+        net=GPT, data=TEXT, steps=200, batch=16, optimizer="adamw", lr=3e-3, augment="shift"
+    )
     first, young = Run(plain), Run(replace(plain, steps=60))
     halves = [replace(plain, data=f"digits@random-50-{n}", steps=200) for n in (0, 1)]
     leaves = Fork(young, young.last_step, schedule="restart")
