@@ -65,9 +65,10 @@ def agree(ends: dict[str, Any]) -> None:
         assert values["barrier"] == single["barrier"]["after"]["barrier"]
         assert values["matching"].keys() == single["matching"].keys()
     merged = repeated(ends["repaired"])["merged"]
-    for row in ("A", "B", "merged"):
+    for row in ("A", "B", "merged"):  # A and B there in another order of units, or folded
         for split, numbers in ends["repaired"]["values"]["networks"][row].items():
-            assert numbers == pytest.approx(merged[row][split], rel=1e-12)
+            exact = 1e-12 if row == "merged" else 1e-6
+            assert numbers == pytest.approx(merged[row][split], rel=exact)
     layers, features = repeated(ends["layers"]), repeated(ends["features"])
     assert ends["layers"]["values"]["heights"] == layers["heights"]
     assert ends["features"]["values"]["features"] == features["features"]

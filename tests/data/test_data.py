@@ -261,6 +261,7 @@ def test_missing_data_names_dataset_folder_and_command(root):
 def test_catalogue(root):
     entries = {entry.name: entry for entry in data.catalogue()}
     published = ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar10-jpeg"]
+    published += ["tiny-imagenet", "domainnet", "imagenet"]
     texts = ["pydoc", "wikitext2", "wikitext103", "text:PATH"]
     assert list(entries) == [*published, "images:PATH", *texts]
     assert [name for name, entry in entries.items() if entry.present] == ["digits", "pydoc"]

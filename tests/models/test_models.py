@@ -50,6 +50,8 @@ SMALL = [
     "vgg16:init=openlth,width=4",
     "vgg11:head=32-16,width=4",
     "mlp:init=lecun,widths=16x2",
+    *(f"mobilenet:norm={norm},width=4" for norm in ("batch", "layer", "group", "none")),
+    "vit:headwidth=4,heads=3,layers=2,mlp=12,width=16",
 ]
 
 
@@ -88,6 +90,9 @@ def images(n: int, shape: tuple[int, int, int], label: str = "images") -> torch.
         ("vgg16", DIGITS, 10, 14_728_266 - 2 * 9 * 64),  # one channel instead of three
         ("vgg11", CIFAR, 10, 9_220_480 + 5_130 + 2 * 2_752),  # torchvision's features, head, norms
         ("vgg11:norm=none", CIFAR, 100, 9_220_480 + 512 * 100 + 100),
+        ("mobilenet", CIFAR, 10, 3_217_226),  # what its port to CIFAR-10 has
+        ("mobilenet:statistics=batch", CIFAR, 100, 3_217_226 + 90 * 1025),
+        ("vit", CIFAR, 10, 48 * 512 + 512 + 6 * 3_149_312 + 1024 + 5130),
         # Git Re-Basin's: its three heads instead of our one add two hidden layers of 512
         ("vgg16:head=512x2", CIFAR, 10, 14_728_266 + 2 * (512 * 512 + 512)),
         # torchvision's vgg16_bn(num_classes=10), whose first hidden layer sees 7x7 pixels, not 1
@@ -459,7 +464,7 @@ def test_every_module_that_computes_is_used_once(spec: str) -> None:
     assert calls == Counter(leaves)
     # named_modules lists a shared instance once, so hooks on one ReLU never see another's input.
     relus = [m for m in net.modules() if isinstance(m, nn.ReLU)]
-    assert relus and not any(relu.inplace for relu in relus)
+    assert (relus or spec.startswith("vit")) and not any(relu.inplace for relu in relus)
 
 
 @pytest.mark.parametrize("spec", SMALL)
@@ -467,6 +472,30 @@ def test_networks_travel_to_worker_processes(spec):
     net = build(spec, DIGITS, 10, KEY).eval()
     x = images(2, DIGITS)
     assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
+
+
+def test_a_patch_that_does_not_fit_the_image_is_refused_with_those_that_do():
+    with pytest.raises(BadParameter, match=r"patch=5 does not divide.*Allowed here: 1, 2, 4, 8"):
+        build("vit:patch=5,width=8", DIGITS, 10)
+    with pytest.raises(BadParameter, match="width=6 is not a multiple of 4"):
+        build("vit:width=6", DIGITS, 10)
+    assert title("vit") == "ViT" and title("mobilenet:width=8") == "MobileNet (width 8)"
+
+
+def test_the_order_of_patches_is_seen_only_through_the_positions():
+    net = build("vit:headwidth=4,heads=2,layers=1,mlp=8,width=8", CIFAR, 10, KEY).eval()
+    x = images(2, CIFAR)
+    turned = x.roll(4, 3)  # by one patch
+    assert not torch.allclose(net(x), net(turned), atol=1e-4)
+    net.patches.positions.zero_()
+    torch.testing.assert_close(net(x), net(turned))
+
+
+def test_mobilenet_may_take_the_statistics_of_each_batch():
+    net = build("mobilenet:statistics=batch,width=2", CIFAR, 10, KEY).eval()
+    x = images(6, CIFAR)
+    assert not torch.allclose(net(x)[:3], net(x[:3]))
+    assert not [n for n, _ in net.named_buffers()]
 
 
 def test_parameter_names_read_as_layer_groups():

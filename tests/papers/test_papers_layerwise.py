@@ -454,6 +454,18 @@ def test_bad_parameters_are_refused(
         design(**{**base, **changed})
 
 
+def test_networks_with_a_recipe_of_their_own_have_it() -> None:
+    """FedBABU's: batches of 128, a learning rate of 0.1, divided by 10 twice; as the paper's."""
+    own = {"plain": "mobilenet:statistics=batch,width=4", "others": ("vit:width=8,layers=1",)}
+    study = layerwise.design(**{**PAGE, **own, "steps": 320})
+    plain = study.convolutional
+    assert (plain.lr, plain.batch, plain.steps, plain.warmup) == (0.1, 128, 320, 0)
+    assert (plain.schedule, plain.milestones, plain.weight_decay) == ("step", (0.5, 0.75), 5e-4)
+    (vit,) = study.variants
+    assert (vit.lr, vit.batch, vit.schedule, vit.weight_decay) == (0.005, 128, "cosine", 0.0)
+    assert study.residual.batch == designed(layerwise).residual.batch
+
+
 def test_the_runs_are_those_of_before() -> None:
     """Recipes as this chapter always had them: with others, stored runs would be trained again."""
     study = designed(layerwise)

@@ -12,6 +12,9 @@ from companion.cli.console import note, say, write_json
 from companion.cli.models import reachable, shape_of
 from companion.core.errors import BadParameter, MissingData
 
+IN_MEMORY = 5000
+"""Training images of a dataset on the disk that are kept: 3 GB at ImageNet's size."""
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -169,6 +172,7 @@ def _data(
     """The dataset's name and the dataset, if there is one; shape of an example, and classes."""
     from companion import data as datasets
     from companion.cli.checkpoints import vocabulary
+    from companion.data.streamed import in_memory, is_streamed
 
     if shape is not None:
         return None, None, *shape
@@ -185,6 +189,13 @@ def _data(
             raise
         note(f"no barrier is measured: {e}")
         return known, None, *shape_of(known)
+    if is_streamed(dataset.train.x):  # statistics and matching look at some, in memory
+        of = len(dataset.train)
+        dataset = replace(dataset, train=in_memory(dataset.train, IN_MEMORY))
+        note(
+            f"{dataset.label} stays on the disk: {len(dataset.train):,} of its {of:,} training "
+            "images stand for the train split"
+        )
     return known, dataset, dataset.in_shape, vocabulary(dataset, ends)
 
 

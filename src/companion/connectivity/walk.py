@@ -7,7 +7,7 @@ anchor networks over a subset of entries; they differ only in anchors, weights a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -185,9 +185,11 @@ class Walker:
                 "statistics needs bn_data=, or a split called 'train'."
             )
         self.batch = batch or default_batch(self.module, device, self.bn, example)
-        self._average: tuple[torch.Tensor, ...] = ()
+        self._average: Collection[torch.Tensor] = ()
+        self._averaged = 0
         if self.bn == "reestimate" and average is not None:
-            self._average = self._cut(head_of(average.x, bn_examples))
+            chosen = head_of(average.x, bn_examples)
+            self._average, self._averaged = self._cut(chosen), len(chosen)
         self.score = score
         self.device = device
         self._entries = {
@@ -230,9 +232,9 @@ class Walker:
     @property
     def bn_examples(self) -> int | None:
         """Inputs behind the re-estimated statistics at a point; None in the other modes."""
-        return sum(map(len, self._average)) or None
+        return self._averaged or None
 
-    def _cut(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _cut(self, values: torch.Tensor) -> Collection[torch.Tensor]:
         # Of equal size, give or take one: BatchNorm averages batches, and refuses a batch of one.
         return values.tensor_split(-(-len(values) // self.batch))
 

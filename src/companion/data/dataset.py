@@ -236,6 +236,9 @@ class Dataset:
             or tokenised (:func:`companion.data.sources.fingerprint`). Run keys contain it.
         class_names: one per class, or empty if nobody named them.
         text: how it was tokenised; None for images.
+        domains: the domain of each train and of each test image, (N,) int64 each, on the CPU;
+            None: the dataset has none.
+        domain_names: one per domain.
     """
 
     name: str
@@ -249,6 +252,8 @@ class Dataset:
     fingerprint: str
     class_names: tuple[str, ...] = ()
     text: TextFacts | None = None
+    domains: tuple[Tensor, Tensor] | None = None
+    domain_names: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Kind:

@@ -120,7 +120,7 @@ def _test_split(
 
 
 def _find_tree(path: Path) -> PictureFiles:
-    splits = {d.name for d in _folders(path)}
+    splits = {d.name for d in folders(path)}
     if "train" not in splits and not splits.intersection(TEST_NAMES):
         return PictureFiles("tree", path, _images(path), None)
     train = _images(path / "train") if "train" in splits else []
@@ -134,14 +134,15 @@ def _find_tree(path: Path) -> PictureFiles:
     return PictureFiles("tree", path, train + test, len(train))
 
 
-def _folders(path: Path) -> list[Path]:
+def folders(path: Path) -> list[Path]:
+    """The folders in one, sorted by name, without hidden ones."""
     return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
 def _images(path: Path) -> list[Path]:
     """All images of ``path/<class>/``, at any depth, sorted by their path below ``path``."""
     found = []
-    for folder in _folders(path):
+    for folder in folders(path):
         images = [f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
         images = [f for f in images if not f.name.startswith(".")]
         if not images:
@@ -281,7 +282,7 @@ def decode(
     """
 
     def decode_some(rows: range) -> list[NDArray[np.uint8]]:
-        return [_decode_one(names[i], read(i), size) for i in rows]
+        return [decode_one(names[i], read(i), size) for i in rows]
 
     # Pillow decodes outside Python's lock: threads help, and need no copies between processes.
     chunks = [range(i, min(i + 256, len(names))) for i in range(0, len(names), 256)]
@@ -302,22 +303,33 @@ def decode(
     return out
 
 
-def _decode_one(name: str, data: bytes, size: int | None) -> NDArray[np.uint8]:
-    """One image: (H, W) uint8 if its mode is greyscale, else (H, W, 3)."""
+def decode_one(
+    name: str, data: bytes, size: int | None, short: int | None = None, colour: bool = False
+) -> NDArray[np.uint8]:
+    """One image: (H, W) uint8 if its mode is greyscale, else (H, W, 3).
+
+    Arguments:
+        size: as in :func:`decode`.
+        short: the shorter side is resized to this before the centre of ``size`` is kept; None: to
+            ``size``, so that nothing but the ends of the longer side is cut off.
+        colour: (H, W, 3) of greyscale images, too.
+    """
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image: Image.Image = opened
             if image.mode.startswith(("I", "F")):
                 raise BadParameter(f"{name}: {image.mode} pixels; convert it to 8 bits first.")
-            grey = image.mode in GREY_MODES
+            grey = image.mode in GREY_MODES and not colour
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # Pillow's own advice for such palettes
             image = image.convert("L" if grey else "RGB")
             if size is not None and image.size != (size, size):
                 from torchvision.transforms import functional
 
-                short = functional.resize(image, [size], functional.InterpolationMode.BILINEAR)
-                image = functional.center_crop(short, [size, size])
+                whole = functional.resize(
+                    image, [short or size], functional.InterpolationMode.BILINEAR
+                )
+                image = functional.center_crop(whole, [size, size])
             return np.asarray(image)
     except CompanionError:
         raise
@@ -369,12 +381,34 @@ def read_pictures(
             f"images: {path}: label={label}, but folders of pictures have no columns."
         )
     listing = _list_tree(layout) if layout.kind == "tree" else _list_parquet(layout, label)
-    y, class_names = _encode(listing, str(path))
+    return read_listing(listing, layout.root, layout.files, size, mean, std, where=str(path))
+
+
+def read_listing(
+    listing: Listing,
+    root: Path,
+    paths: Sequence[Path],
+    size: int | None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    where: str | None = None,
+) -> Raw:
+    """Decode what is listed; the pixels are kept under the fingerprint of the files ``paths``.
+
+    Arguments:
+        root: the folder below which the files' names count.
+        where: what messages call it; None: ``root``.
+
+    Raises:
+        CorruptData, BadParameter: as :func:`read_pictures`.
+    """
+    where = where or str(root)
+    y, class_names = _encode(listing, where)
     if listing.n_train is None:
         counts = np.bincount(y, minlength=len(class_names))
         if counts.min() < 2:
             raise CorruptData(
-                f"images: {path}: class {class_names[int(counts.argmin())]!r} has "
+                f"images: {where}: class {class_names[int(counts.argmin())]!r} has "
                 f"{counts.min()} image(s); 2 are needed to split them into train and test."
             )
         train: Any
@@ -391,8 +425,8 @@ def read_pictures(
         f"size={size or 'as it is'}; normalise={f'{mean}/{std}' if mean else 'train'}"
     )
     with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(sha256_of, layout.files))
-    names = [f.relative_to(layout.root).as_posix() for f in layout.files]
+        digests = list(pool.map(sha256_of, paths))
+    names = [f.relative_to(root).as_posix() for f in paths]
     digest = fingerprint(rule, zip(names, digests, strict=True))
     images = cached_array(
         runs_root() / "decoded" / digest / "images.npy",
@@ -406,7 +440,7 @@ def read_pictures(
         mean=mean,
         std=std,
         class_names=class_names,
-        files=tuple(map(FileReport.of, layout.files)),
+        files=tuple(map(FileReport.of, paths)),
         notes=(*listing.notes, f"split: {split}"),
     )
 

@@ -1,8 +1,10 @@
 """Datasets by name: load, list, download, check. Only :func:`download` downloads anything.
 
 ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``cifar10-jpeg`` (lossy,
-labelled as such), ``images:PATH`` (``pictures.py``), texts (``text.py``), and with ``@split-a``
-behind any images a part of them (``parts.py``). Source: our chapter 1 ("The data").
+labelled as such), ``tiny-imagenet``, ``domainnet?size=64&classes=10``, ``imagenet``
+(``published_pictures.py``),
+``images:PATH`` (``pictures.py``), texts (``text.py``), and with ``@split-a`` behind any images a
+part of them (``parts.py``). Source: our chapter 1 ("The data").
 """
 
 from __future__ import annotations
@@ -24,9 +26,18 @@ from companion.data import text
 from companion.data.dataset import Dataset, Split, TextFacts, channel_statistics, standardise
 from companion.data.parts import SEPARATOR, Part, split_name
 from companion.data.pictures import CIFAR10_JPEG, user_images
-from companion.data.sources import PUBLISHED, FileReport, RawText, Source
+from companion.data.published_pictures import (
+    TINY_IMAGENET,
+    domainnet,
+    imagenet,
+    is_domainnet,
+    is_imagenet,
+)
+from companion.data.sources import PUBLISHED, FileReport, RawText, Source, Streamed
+from companion.data.streamed import as_tensor, rows_of
 
-SOURCES = {source.name: source for source in (*PUBLISHED, CIFAR10_JPEG)}
+NAMED = (*PUBLISHED, CIFAR10_JPEG, TINY_IMAGENET, domainnet("domainnet"), imagenet("imagenet"))
+SOURCES = {source.name: source for source in NAMED}
 MOVE = "Set COMPANION_DATA to look in another data root."
 
 
@@ -116,7 +127,8 @@ def _load_part(base: str, part: Part, root: Path, device: str, stamp: str) -> Da
         whole,
         name=f"{base}{SEPARATOR}{part.name}",
         label=f"{whole.label}, {part.label}",
-        train=Split(whole.train.x[at], whole.train.y[at]),
+        train=Split(rows_of(whole.train.x, at), whole.train.y[at]),
+        domains=whole.domains and (whole.domains[0][rows], whole.domains[1]),
         fingerprint=part.fingerprint(whole.fingerprint, rows),
     )
 
@@ -136,6 +148,16 @@ def _load(name: str, root: Path, device: str, stamp: str) -> Dataset:
             *(name, source.label, train, test, raw.classes, (raw.window,), (), (), raw.fingerprint),
             text=raw.facts,
         )
+    if isinstance(raw, Streamed):
+        (train_x, train_y), (test_x, test_y) = raw.train, raw.test
+        return Dataset(
+            name,
+            source.label,
+            Split(as_tensor(train_x.to(device)), torch.from_numpy(train_y).to(device)),
+            Split(as_tensor(test_x.to(device)), torch.from_numpy(test_y).to(device)),
+            *(len(raw.class_names), train_x.shape[1:], train_x.mean, train_x.std, raw.fingerprint),
+            class_names=raw.class_names,
+        )
     mean, std = raw.mean, raw.std
     if mean is None or std is None:
         mean, std = channel_statistics(raw.train_x, raw.white)
@@ -149,6 +171,9 @@ def _load(name: str, root: Path, device: str, stamp: str) -> Dataset:
     return Dataset(
         *(name, source.label, train, test, raw.classes, shape, mean, std, raw.fingerprint),
         class_names=raw.class_names,
+        domains=raw.domains
+        and (torch.from_numpy(raw.domains[0]), torch.from_numpy(raw.domains[1])),
+        domain_names=raw.domain_names,
     )
 
 
@@ -274,6 +299,17 @@ def check_dataset(name: str) -> Report:
         train, test = (((len(s) - 1) // raw.window, raw.window) for s in (raw.train, raw.test))
         of, facts = raw.fingerprint, raw.facts
         return replace(found, fingerprint=of, train_shape=train, test_shape=test, text=facts)
+    if isinstance(raw, Streamed):
+        (train_x, train_labels), (test_x, test_labels) = raw.train, raw.test
+        return replace(
+            found,
+            fingerprint=raw.fingerprint,
+            train_shape=train_x.shape,
+            test_shape=test_x.shape,
+            train_counts=tuple(np.bincount(train_labels).tolist()),
+            test_counts=tuple(np.bincount(test_labels).tolist()),
+            class_names=raw.class_names,
+        )
     train_y, of = raw.train_y, raw.fingerprint
     if part is not None:
         rows = part.rows(train_y, raw.classes)
@@ -310,6 +346,10 @@ def _source(name: str) -> Source:
         return user_images(name)
     if text.is_text(name):
         return text.text_source(name)
+    if is_domainnet(name):
+        return domainnet(name)
+    if is_imagenet(name):
+        return imagenet(name)
     names = [*SOURCES, *text.TEXTS, "images:PATH", "text:PATH"]
     return SOURCES[one_of("dataset", name, names)]
 

@@ -27,6 +27,7 @@ from companion.core import files
 from companion.core.errors import CorruptData
 from companion.core.seeds import Key
 from companion.data.dataset import Kind, TextFacts, stratified_split
+from companion.data.streamed import Pixels
 
 # md5 of the unzipped files of MNIST. torchvision publishes those of the zipped ones only, for MNIST
 # and Fashion-MNIST; an unzipped Fashion-MNIST is therefore reported as "unknown".
@@ -60,7 +61,8 @@ class Raw:
     """A dataset as read: integer pixels, (N, C, H, W) uint8, and labels, (N,) int64.
 
     ``mean`` and ``std`` are None where they are to be computed on the train split. ``notes`` say in
-    words what a reader had to choose.
+    words what a reader had to choose. ``domains``, where there are some, are those of the
+    train and of the test images, (N,) int64 each: indices into ``domain_names``.
     """
 
     train_x: NDArray[np.uint8]
@@ -75,6 +77,20 @@ class Raw:
     class_names: tuple[str, ...] = ()
     files: tuple[FileReport, ...] = ()
     notes: tuple[str, ...] = ()
+    domains: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    domain_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """A dataset that stays on the disk: pictures and labels, (N,) int64, of train and of test."""
+
+    train: tuple[Pixels, NDArray[np.int64]]
+    test: tuple[Pixels, NDArray[np.int64]]
+    class_names: tuple[str, ...]
+    fingerprint: str
+    files: tuple[FileReport, ...] = ()
+    notes: tuple[str, ...] = ("pictures stay on the disk; files are told apart by name and size",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +133,7 @@ class Source:
     shape: tuple[int, ...] | None
     folder: str | None
     files: Callable[[Path], tuple[list[Path], list[str]]]
-    read: Callable[[Path], Raw | RawText]
+    read: Callable[[Path], Raw | RawText | Streamed]
     how: str
     torchvision: str | None = None
     hub: tuple[str, str, str, str] | None = None

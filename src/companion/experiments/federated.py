@@ -35,7 +35,7 @@ from companion.experiments.measurement import Json, Measurement, Where, run
 from companion.training import Job, Recipe, Run, State, advance, build, check_fit
 
 _ATTEMPTS = 1000  # draws of a random split until every client has a batch
-_FORM = re.compile(r"(dirichlet):([0-9.]+)|(classes):([0-9]+)|iid")
+_FORM = re.compile(r"(dirichlet):([0-9.]+)|(classes):([0-9]+)|iid|domains")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Federation:
         split: how the classes are shared out. ``iid``: every client has the same share of every
             class. ``dirichlet:0.1``: each class's shares are drawn from a symmetric Dirichlet
             distribution of that concentration (small: uneven). ``classes:2``: the pathological
-            split, every client has that many classes and nothing else.
+            split, every client has that many classes and nothing else. ``domains``: feature shift,
+            every client has images of all classes, in one domain of a dataset that has domains.
         every: local steps between two averagings, a divisor of ``recipe.steps``.
         averaged: layer groups (names or prefixes) that are averaged; () for none, None for all.
     """
@@ -102,20 +103,22 @@ class Outcome:
 def _parse(split: str) -> tuple[str, float]:
     found = _FORM.fullmatch(split) if isinstance(split, str) else None
     try:
-        kind = (found and (found[1] or found[3])) or ("iid" if found else "")
+        kind = (found and (found[1] or found[3] or found[0])) or ""
         value = float((found and (found[2] or found[4])) or 0)
     except ValueError:
         kind, value = "", 0.0
-    if not kind or (kind != "iid" and value <= 0):
+    if not kind or (kind not in ("iid", "domains") and value <= 0):
         raise BadParameter(
             f"split: {split!r} is not known. Allowed: iid, dirichlet:ALPHA with ALPHA above 0 such "
-            "as dirichlet:0.1, classes:N such as classes:2."
+            "as dirichlet:0.1, classes:N such as classes:2, domains."
         )
     return kind, value
 
 
 def shares(split: str, classes: int, clients: int, key: Key) -> NDArray[np.float64]:
     """Which part of every class each client has, shape (classes, clients); rows sum to one.
+
+    For ``domains``, of every domain: ``classes`` are then the domains.
 
     Arguments:
         split: as :class:`Federation` takes it.
@@ -130,6 +133,14 @@ def shares(split: str, classes: int, clients: int, key: Key) -> NDArray[np.float
     kind, value = _parse(split)
     if kind == "iid":
         return np.full((classes, clients), 1 / clients)
+    if kind == "domains":
+        if clients < classes:
+            raise BadParameter(
+                f"split: {clients} clients for {classes} domains: each domain needs a client. Take "
+                f"{classes} clients or more, or fewer domains."
+            )
+        has = np.arange(clients) % classes == np.arange(classes)[:, None]
+        return np.asarray(has / has.sum(1, keepdims=True))
     if kind == "dirichlet":
         generator = np.random.Generator(np.random.Philox(key.seed()))
         return generator.dirichlet(np.full(clients, value), size=classes)
@@ -181,13 +192,21 @@ def client_data(federation: Federation, data: Dataset, seed: int) -> list[Datase
             f"data: {data.name} is a text, and a federation shares out labelled images by their "
             "classes. Take a dataset of images, such as digits."
         )
+    kinds, count = (data.train.y, data.test.y), data.classes
+    if federation.split == "domains":
+        if data.domains is None:
+            raise BadParameter(
+                f"split: {data.name} has no domains. Take another split, or a dataset that has "
+                "some, such as domainnet."
+            )
+        kinds, count = data.domains, len(data.domain_names)
     key = Key("federated", federation.split, federation.clients, seed)
     possible = federation.clients * federation.recipe.batch <= len(data.train)
     for attempt in range(_ATTEMPTS if possible else 0):
         draw = key.fold("attempt", attempt)
-        parts = shares(federation.split, data.classes, federation.clients, draw)
-        train = assign(data.train.y, parts, draw.fold("train"))
-        test = assign(data.test.y, parts, draw.fold("test"))
+        parts = shares(federation.split, count, federation.clients, draw)
+        train = assign(kinds[0], parts, draw.fold("train"))
+        test = assign(kinds[1], parts, draw.fold("test"))
         enough = min(map(len, train)) >= federation.recipe.batch and min(map(len, test)) >= 1
         if enough:
             return [

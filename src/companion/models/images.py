@@ -1,4 +1,4 @@
-"""The papers' networks for images: perceptrons, CIFAR's ResNets, VGGs."""
+"""The papers' networks for images: perceptrons, CIFAR's ResNets, VGGs, MobileNet."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ SHORTCUTS = ("conv", "conv3x3", "A")
 MAX_DEPTH = 1202  # He et al.'s deepest
 NOT_OURS = {50: "resnet50", 152: "resnet152"}  # 6n+2 too, but everybody means ImageNet's
 CHANNELS = "channels of the first stage; the others scale"
+MOBILE = ((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), *[(16, 1)] * 5, (32, 2), (32, 1))
+"""Blocks of MobileNet: channels over those of the stem, and stride."""
 CONVS_PER_STAGE = {
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -210,6 +212,65 @@ def vgg(
     return nn.Sequential(net)
 
 
+def mobilenet(
+    in_shape: Shape,
+    classes: int,
+    *,
+    width: int = 32,
+    norm: str = "batch",
+    groups: int | str = "auto",
+    statistics: str = "running",
+) -> nn.Sequential:
+    """MobileNet for small images: a 3x3 stem of stride 1, then 13 depth-wise separable blocks.
+
+    Arguments:
+        in_shape: (C, H, W) of one image, 8x8 or larger.
+        classes: number of logits.
+        width: channels of the stem; the blocks have 2 to 32 times as many. 32 is the paper's.
+        norm, groups: see :func:`companion.models.layers.norm_maker`.
+        statistics: of norm="batch": "running", or "batch": BatchNorm keeps none and takes those of
+            each batch in evaluation, too, as FedBABU's network does.
+
+    Returns: (N, C, H, W) → logits (N, classes), with children ``stem``, ``block1`` to ``block13``
+    (``depthwise``, ``norm1``, ``relu1``, ``pointwise``, ``norm2``, ``relu2``), ``pool``,
+    ``flatten`` and ``head``.
+
+    Source: Howard et al. 2017, Table 1, with the strides of the stem and of the second block left
+    out for images of 32x32; the network of FedBABU (Oh et al. 2022) and, on CIFAR-100, of
+    Layer-wise Linear Mode Connectivity (Adilova et al. 2024), section 4. Our chapters on
+    layer-wise connectivity and on federated learning.
+    """
+    maker = norm_maker(norm, groups)
+
+    def normed(channels: int) -> nn.Module:
+        if norm == "batch" and statistics == "batch":
+            return nn.BatchNorm2d(channels, track_running_stats=False)
+        return maker(channels)
+
+    stem = nn.Conv2d(in_shape[0], width, 3, padding=1, bias=False)
+    net: OrderedDict[str, nn.Module] = OrderedDict(
+        stem=nn.Sequential(OrderedDict(conv=stem, norm=normed(width), relu=nn.ReLU()))
+    )
+    c_in = width
+    for i, (scale, stride) in enumerate(MOBILE, start=1):
+        c_out = scale * width
+        net[f"block{i}"] = nn.Sequential(
+            OrderedDict(
+                depthwise=nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False),
+                norm1=normed(c_in),
+                relu1=nn.ReLU(),
+                pointwise=nn.Conv2d(c_in, c_out, 1, bias=False),
+                norm2=normed(c_out),
+                relu2=nn.ReLU(),
+            )
+        )
+        c_in = c_out
+    net["pool"] = nn.AdaptiveAvgPool2d(1)
+    net["flatten"] = nn.Flatten()
+    net["head"] = nn.Linear(c_in, classes)
+    return nn.Sequential(net)
+
+
 def _resnet_6n2(in_shape: Shape, classes: int, *, norm: str, **others: Any) -> nn.Sequential:
     return resnet(in_shape, classes, stages=3, bias=norm == "none", norm=norm, **others)
 
@@ -254,6 +315,22 @@ FAMILIES = {
             "init": options.INIT,
         },
         partial(resnet, stages=4, blocks=2, bias=False),
+        smallest=8,
+    ),
+    "mobilenet": NetworkFamily(
+        "MobileNet with a CIFAR stem (layer-wise LMC on CIFAR-100; FedBABU's: statistics=batch)",
+        {
+            "width": options.whole_number(32, "channels of the stem; the others scale"),
+            "norm": options.norm("batch"),
+            "groups": options.GROUPS,
+            "statistics": options.choice(
+                "running",
+                "BatchNorm's in evaluation",
+                ("running", "batch"),
+            ),
+            "init": options.INIT,
+        },
+        mobilenet,
         smallest=8,
     ),
     **{

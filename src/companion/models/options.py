@@ -151,6 +151,8 @@ def check_together(where: str, values: Mapping[str, Value]) -> None:
             f"{where}: groups={groups} needs norm=group, but norm is {norm}."
             " Leave groups out, or set norm=group."
         )
+    if "headwidth" in values:  # heads of a width of their own
+        heads = None
     for name, parts, verb in (("groups", groups, "does"), ("heads", heads, "do")):
         if isinstance(parts, int) and isinstance(width, int) and width % parts:
             fitting = ", ".join(str(n) for n in range(1, min(width, 64) + 1) if width % n == 0)

@@ -20,11 +20,11 @@ from torch import nn
 
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
-from companion.models import gpt, images, own, zoo
+from companion.models import gpt, images, own, vit, zoo
 from companion.models.layers import initialise
 from companion.models.options import NetworkFamily, Shape, Value, check_together
 
-FAMILIES: Mapping[str, NetworkFamily] = {**images.FAMILIES, **gpt.FAMILIES}
+FAMILIES: Mapping[str, NetworkFamily] = {**images.FAMILIES, **vit.FAMILIES, **gpt.FAMILIES}
 
 
 class Listed(NamedTuple):
@@ -153,7 +153,14 @@ def describe(spec: str) -> dict[str, Any]:
 
 
 _COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_TITLES = {"lenet": "LeNet", "resnet": "ResNet-", "vgg": "VGG-", "gpt": "GPT"}
+_TITLES = {
+    "lenet": "LeNet",
+    "resnet": "ResNet-",
+    "vgg": "VGG-",
+    "gpt": "GPT",
+    "mobilenet": "MobileNet",
+    "vit": "ViT",
+}
 
 
 def title(spec: str) -> str:
@@ -173,7 +180,7 @@ def title(spec: str) -> str:
         layers = len(parsed.values["widths"]) + 1
         found = f"{_COUNTS[layers - 1] if layers <= len(_COUNTS) else layers}-layer perceptron"
     else:
-        known = re.fullmatch(r"(lenet|resnet|vgg|gpt)(.*)", parsed.name)
+        known = re.fullmatch(r"(lenet|resnet|vgg|gpt|mobilenet|vit)(.*)", parsed.name)
         found = _TITLES[known[1]] + known[2] if known else parsed.name
     rest = ", ".join(f"{name} {value}" for name, value in options.items())
     return f"{found} ({rest})" if rest else found

@@ -139,6 +139,20 @@ def residual(images: Dataset, device: str, steps: int | None, precision: str, **
     return found
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "mobilenet": {"schedule": "step", "milestones": (0.5, 0.75), "lr": 0.1, "batch": 128}
+    | {"warmup": 0},
+    "vit": {"batch": 128, "lr": 0.005, "weight_decay": 0.0},
+}
+"""Networks that the paper trains by a recipe of their own: what differs from the others'. FedBABU's
+for MobileNet; of the ViT's we could read the learning rate, the batch and the decay."""
+
+
+def own_recipe(recipe: Recipe) -> Recipe:
+    """The recipe as the paper has it for this network, where it has one."""
+    return replace(recipe, **OWN.get(recipe.net.partition(":")[0], {}))
+
+
 def wide(images: Dataset, device: str) -> bool:
     """Whether networks have the paper's size."""
     return images.in_shape[0] == 3 and device != "cpu"
@@ -162,7 +176,7 @@ def _standard(images: Dataset, device: str) -> Recipe:
 
 def _changed(recipe: Recipe, steps: int | None, precision: str, **own: Any) -> Recipe:
     if steps is not None:
-        own |= {"steps": steps, "warmup": min(100, steps // 10)}
+        own |= {"steps": steps, "warmup": min(recipe.warmup and 100, steps // 10)}
     own = {k: v for k, v in own.items() if v is not None}
     return replace(recipe, precision=precision, **own)
 
@@ -434,7 +448,7 @@ def design(
     longer = start.steps if size else 1200  # the plain network learns more slowly
     small = "vgg11:norm=none" if size else "vgg11:norm=none,width=8"
     convolutional = _changed(
-        replace(start, net=small, steps=longer), steps, precision, net=plain, batch=batch
+        own_recipe(replace(start, net=plain or small, steps=longer)), steps, precision, batch=batch
     )
     perceptron = replace(
         start,
@@ -448,7 +462,10 @@ def design(
     )
     if others is None:
         others = [] if size else ["resnet18:width=8", "vgg11:norm=none,width=16"]
-    variants = [replace(main if "resnet" in name else convolutional, net=name) for name in others]
+    variants = [
+        own_recipe(replace(main if re.match("(.*resnet|vit)", name) else convolutional, net=name))
+        for name in others
+    ]
     # As many epochs with a tenth of the learning rate and twice the batch; for networks of the
     # paper's size, the second of the two regimes that its released folders are named after.
     gentle = replace(

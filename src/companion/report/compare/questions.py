@@ -441,14 +441,17 @@ def _bn_of_features(case: Case) -> str:
     return "reestimate" if case.batchnorm and case.train is not None else "interpolate"
 
 
+def _feature_words(case: Case) -> list[object]:
+    words: list[object] = ["--alphas", 0.5, "--bn", _bn_of_features(case)]
+    words += ["--examples", len(case.splits[case.held_out])]
+    return words + (["--bn-examples", case.how.bn_examples or 0] if case.batchnorm else [])
+
+
 @register(
     *("features", "Are their features linearly connected?"),
     cost=lambda case: 12 * case.pace * len(case.splits[case.held_out]),
     after=("barrier",),
-    command=lambda case: case.command(
-        *("features", "--alphas", 0.5, "--bn", _bn_of_features(case)),
-        *("--examples", len(case.splits[case.held_out])),
-    ),
+    command=lambda case: case.command("features", *_feature_words(case)),
 )
 def _features(case: Case) -> Json:
     found = features(
