@@ -123,10 +123,11 @@ def _provenance(pages: Sequence[Page], profile: str) -> str:
             commit or "—",
             hardware(made),
             f"Python {made.get('python')}, torch {made.get('packages', {}).get('torch')}",
+            "—" if page.seconds is None else f"{page.seconds:.0f}",
         )
         link = f'<a href="chapters/{escape(page.chapter)}.html">{escape(page.chapter)}</a>'
         rows.append((link, [escape(cell) for cell in cells]))
-    heads = ("Chapter", "Data", "Commit", "Hardware", "Versions")
+    heads = ("Chapter", "Data", "Commit", "Hardware", "Versions", "Seconds")
     return _html_table(escape(f"Profile {profile}"), heads, rows)
 
 
