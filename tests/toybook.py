@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -144,6 +145,7 @@ root: index
 chapters:
   - file: chapters/01_toy
   - file: using
+  - file: report
   - file: families
   - file: claims
   - file: promises
@@ -164,6 +166,7 @@ def make(root: Path, chapter: str = CHAPTER) -> Path:
         "references.bib",
         "index.md",
         "using.md",
+        "report.md",
         "families.md",
         "claims.md",
         "promises.md",
@@ -173,7 +176,22 @@ def make(root: Path, chapter: str = CHAPTER) -> Path:
     ):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "book", root / "book")
+    for name, commands in (("using.md", 2), ("report.md", 1)):
+        _shorten(root / name, commands)
     return root
+
+
+def _shorten(page: Path, commands: int) -> None:
+    """Leave the first few commands that a page runs; the others stand there as they are typed."""
+    first, *others = page.read_text(encoding="utf-8").split("```{shown}\n")
+    shown = [f"```{{shown}}\n{part}" for part in others[:commands]]
+    typed = []
+    for part in others[commands:]:
+        block, fence, rest = part.partition("```\n")
+        typed.append(f"```console\n{block[block.index('$ ') :]}{fence}{rest}")
+    text = "".join([first, *shown, *typed])
+    text = re.sub(r'<a href="reports/(?!report|copies)\w+\.html">(.*?)</a>', r"\1", text)
+    page.write_text(text, encoding="utf-8")
 
 
 def built(folder: Path) -> Path:

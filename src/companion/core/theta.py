@@ -300,7 +300,7 @@ def check_integers(
             if torch.allclose(own, moved, rtol=1e-5, atol=1e-6, equal_nan=True):
                 continue
         raise BadParameter(
-            f"networks A and {'ABCDEFGH'[number]}: {', '.join(apart[:3])} "
+            f"networks A and {chr(65 + number)}: {', '.join(apart[:3])} "
             f"({str(first[apart[0]].dtype).removeprefix('torch.')}) differ. Whole and quantised "
             "numbers are not interpolated, and what the networks compute depends on these: there "
             "is no line between the two. Dequantise weights first; give both networks the same "
