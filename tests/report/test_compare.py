@@ -121,6 +121,16 @@ def test_an_interval_is_over_examples_that_are_compared_with_themselves() -> Non
     assert width["error"] == pytest.approx(196 * math.sqrt(0.25 / 100))
 
 
+def test_parallel_features_are_not_divided_by_rounding() -> None:
+    layer = {"name": "head", "baseline": {"mean": 1e-16}, "gap": {"0.5": {"mean": 1e-3}}}
+    answers = [
+        *made_up().answers,
+        Answer("features", "", "answered", values={"features": {"none": {"layers": [layer]}}}),
+    ]
+    (found,) = (f for f in findings(("a", "b"), answers) if "features" in f.question)
+    assert found.verdict == "undetermined" and "parallel" in found.sentence
+
+
 # --- the value
 
 

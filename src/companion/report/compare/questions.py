@@ -36,7 +36,7 @@ KEY = Key("rebasin", "cli", 0)
 FEW_LAYERS = 40
 """More layers than these are taken block by block."""
 
-SLOPES = 200
+SLOPES = 100
 """Training examples that slopes and curvatures are of, at most: they are in float64."""
 
 Ask = Callable[[Case], Mapping[str, Any]]

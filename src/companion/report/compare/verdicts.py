@@ -90,6 +90,9 @@ THRESHOLDS: Mapping[str, Threshold] = {
 }
 """By name; those of barriers by the metric that is judged."""
 
+PARALLEL = 1e-9
+"""Features with a smaller 1 - cos are the same, up to rounding."""
+
 UNITS = {"error": ("points of error", "{:.2f}"), "loss": ("nats", "{:.4f}")}
 
 
@@ -217,7 +220,8 @@ def _start(answers: Mapping[str, Answer]) -> Finding:
     if found is None:
         why = weights.values.get("apart", "There is no angle between the weights.")
         return Finding(question, NOT_ASKED, why, rule.rule, ("weights",))
-    sentence = f"The matrices of A and B have a cosine of {found:.3f}, 0 being at random."
+    cosine = f"{found:.3f}".replace("-", "−")
+    sentence = f"The matrices of A and B have a cosine of {cosine}, 0 being at random."
     return Finding(question, decided(found, 0.0, rule), sentence, rule.rule, ("weights",))
 
 
@@ -301,7 +305,7 @@ def _features(answers: Mapping[str, Answer]) -> Finding:
     ratios = {
         layer["name"]: layer["gap"]["0.5"]["mean"] / layer["baseline"]["mean"]
         for layer in found["layers"]
-        if _real(layer["baseline"]["mean"]) and _real(layer["gap"]["0.5"]["mean"])
+        if _apart(layer["baseline"]["mean"]) and layer["gap"]["0.5"]["mean"] is not None
     }
     if not ratios:
         sentence = "All features of A and B are parallel: there is nothing to compare."
@@ -317,8 +321,9 @@ def _features(answers: Mapping[str, Answer]) -> Finding:
     return Finding(question, verdict, sentence, threshold.rule, ("features",))
 
 
-def _real(value: object) -> bool:
-    return isinstance(value, int | float) and value > 0
+def _apart(value: object) -> bool:
+    """Whether 1 - cos is more than rounding: the features of one network twice are parallel."""
+    return isinstance(value, int | float) and value > PARALLEL
 
 
 def _merge(answers: Mapping[str, Answer], name: str) -> Finding:
