@@ -8,7 +8,7 @@ from companion.book.finish import Page
 from companion.book.front import complete, readme
 from companion.book.layout import BookError
 from companion.core import codec
-from companion.report import claims
+from companion.report import claims, provenance
 
 
 def page(chapter: str = "01_toy", **values: object) -> Page:
@@ -50,6 +50,15 @@ def test_a_claim_is_judged_once():
 
 def test_figures_to_play_with_are_left_out_with_their_chapter():
     assert said("a\n\n<!-- walk -->\n\nb\n\n<!-- matching -->", page()) == "a\n\n\n\nb\n\n"
+
+
+def test_provenance_has_a_row_a_chapter_with_its_seconds():
+    one, two = page(), page("02_more")
+    one.provenance = two.provenance = provenance.record(dataset={"name": "digits"})
+    one.seconds = 41.6
+    table = said("<!-- provenance -->", one, two)
+    assert table.count("<td>digits</td>") == 2 and "<td>42</td>" in table
+    assert table.count("<td>—</td>") == 1  # a chapter that was not timed
 
 
 def test_readme_gets_its_table_again_and_again():

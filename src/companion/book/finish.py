@@ -44,6 +44,7 @@ class Page:
     figures: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] | None = None
     recorded: list[Record] = field(default_factory=list)  # what ships beside the run
+    seconds: float | None = None  # that the chapter took, with what the run store had already
 
 
 def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
@@ -64,6 +65,7 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
     """
     page = Page(chapter, notebook)
     values = notebook.metadata.get("papermill", {}).get("parameters", {})
+    page.seconds = notebook.metadata.get("papermill", {}).get("duration")
     for noise in (*_NOISE, "jupytext", "widgets"):
         notebook.metadata.pop(noise, None)
     notebook.cells = [c for c in notebook.cells if "injected-parameters" not in _tags(c)]

@@ -122,6 +122,7 @@ def _provenance(pages: Sequence[Page], profile: str) -> str:
             commit or "—",
             hardware(made),
             f"Python {made.get('python')}, torch {made.get('packages', {}).get('torch')}",
+            "—" if page.seconds is None else f"{page.seconds:.0f}",
         )
         link = f'<a href="chapters/{escape(page.chapter)}.html">{escape(page.chapter)}</a>'
         rows.append(
@@ -129,7 +130,7 @@ def _provenance(pages: Sequence[Page], profile: str) -> str:
             + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
             + "</tr>"
         )
-    heads = ("Chapter", "Data", "Commit", "Hardware", "Versions")
+    heads = ("Chapter", "Data", "Commit", "Hardware", "Versions", "Seconds")
     title = escape(f"Profile {profile}")
     return (
         f'<div class="companion-scroll" tabindex="0" role="region" aria-label="{title}">'
