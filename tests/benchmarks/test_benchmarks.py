@@ -325,7 +325,8 @@ def test_the_committed_tables_are_those_of_the_committed_results():
     for path in sorted((BENCHMARKS / "results").glob("*.json")):
         found = json.loads(path.read_text())
         check_machine(found["machine"])
-        if found["benchmark"] not in ("engine", "families"):  # which have rows, not turns
+        # Two have rows, not turns; one takes a quarter of an hour and is about memory.
+        if found["benchmark"] not in ("engine", "families", "streaming"):
             assert found["settings"]["repeats"] >= 5
             assert path.stat().st_size < 20_000
 
