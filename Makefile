@@ -8,8 +8,11 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules
 
-# What you may set:  make book PROFILE=gpu  ·  make test ARGS="-k barrier" WORKERS=0  ·  make PYTHON=python3.12
+# What you may set:  make book PROFILE=gpu JOBS=1  ·  make test ARGS="-k barrier" WORKERS=0  ·  make PYTHON=python3.12
 PROFILE ?= quick
+# Chapters that run at once. Each trains on every core, but starts, draws and thinks on one; a GPU has one owner.
+JOBS ?= $(if $(filter quick,$(PROFILE)),2,1)
+MAKEFLAGS += -j$(JOBS)
 ARGS ?=
 PORT ?= 8000
 KILLS ?= 1000
@@ -95,8 +98,7 @@ $(READY): requirements.lock pyproject.toml
 build/notebooks/%.ipynb: chapters/%.md src/companion/book/notebooks.py src/companion/book/parameters.py | $(READY)
 	@$(BOOK) notebooks $*
 
-# One after the other unless you say -j: a chapter uses every core. The profile's folder is listed for the
-# sake of a file that appears or goes.
+# The profile's folder is listed for the sake of a file that appears or goes.
 $(OUT)/executed/%.ipynb: build/notebooks/%.ipynb $(PACKAGE) $$(wildcard chapters/profiles/$(PROFILE) chapters/profiles/$(PROFILE)/$$*.yaml) | $(READY)
 	@$(BOOK) execute --profile $(PROFILE) $*
 

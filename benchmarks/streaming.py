@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {"size": options.size, "threads": options.threads, "parameters": parameters}
     print(settings, found)
     if options.json:
-        write(options.json, {"machine": machine(), "settings": settings, "found": found})
+        about = {"benchmark": "streaming", "machine": machine(), "settings": settings}
+        write(options.json, about | {"found": found})
 
 
 if __name__ == "__main__":

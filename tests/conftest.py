@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,12 @@ from companion.core.runs import Store
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process is left with a long one at the end.
+    """Files with most slow tests come first: no process is left with a long one at the end.
 
     Tests marked ``gpu`` need a CUDA device; elsewhere they are skipped, and say so.
     """
-    slow = {item.path for item in items if "slow" in item.keywords}
-    items.sort(key=lambda item: item.path not in slow)
+    slow = Counter(item.path for item in items if "slow" in item.keywords)
+    items.sort(key=lambda item: -slow[item.path])
     if torch.cuda.is_available():
         return
     for item in items:
@@ -71,6 +73,15 @@ def store(runs_root: Path) -> Store:
 def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store that lives as long as the session: what one test trained there, others find."""
     return Store(tmp_path_factory.mktemp("shared-runs"))
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a toy book whose site is built, once for all processes that share the tests."""
+    import toybook  # what trains on a borrowed GPU has no tools for books
+
+    shared = tmp_path_factory.getbasetemp()
+    return toybook.built(shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """A chapter of this repository, run, and what its cells handed to the book.
 
-Once under plain papermill (:func:`run`), as a reader runs it; every further time in the test's own
-process (:func:`run_here`), which saves a kernel and its import of torch.
+Chapter 1 under plain papermill (:func:`run`), as a reader runs it; all else in the test's own
+process (:func:`run_here`), which saves a kernel and its import of torch. (`make book` runs every
+chapter under papermill.)
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from unittest.mock import patch
 import matplotlib
 import nbformat
 import papermill
+import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from PIL import Image
 from sklearn.datasets import load_digits
 from traitlets.config import Config
 
+from companion import data
 from companion.book import notebooks, recording
 from companion.book.finish import finish
 from companion.book.layout import Book
 from companion.core.runs import Store
 from companion.experiments.measurement import kinds
-from companion.report import provenance
+from companion.report import claims, provenance
 from companion.report.figures import _published as published
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +42,16 @@ def build(chapter: str, folder: Path) -> Path:
     for name in ("chapters", "_toc.yml", "_config.yml"):
         (folder / name).symlink_to(ROOT / name)
     return notebooks.build(Book(folder), chapter)
+
+
+def notebook_of(chapter: str) -> Any:
+    """A fixture: the chapter's notebook, in a folder of the test's module."""
+
+    @pytest.fixture(scope="module")
+    def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return build(chapter, tmp_path_factory.mktemp("book"))
+
+    return source
 
 
 def run(source: Path, folder: Path, **parameters: Any) -> Any:
@@ -158,6 +171,22 @@ def check_golden(chapter: str, notebook: Any) -> None:
     assert list(found["claims"]) == list(known["claims"])
     if found["where"] == known["where"]:
         assert found == known
+
+
+def check_page(chapter: str, notebook: Any, **parameters: Any) -> Any:
+    """What every page ends with: its claims, all judged, as before; the command, with what was
+    given and no more; the record of the run, which is returned."""
+    check_golden(chapter, notebook)
+    claimed = {c.id for c in claims.registry().values() if c.chapter == chapter}
+    assert set(judged(notebook)) == claimed
+    (command,) = entries(notebook, "rerun")
+    assert f"-p steps {parameters['steps']}" in command
+    for name in {"dataset", "lr", "precision"} - set(parameters):
+        assert f"-p {name}" not in command
+    (record,) = entries(notebook, "provenance")
+    images = data.load(parameters.get("dataset", "digits"))
+    assert record["dataset"]["sha256"] == images.fingerprint
+    return record
 
 
 def check_budget(chapter: str, store: Store, **parameters: Any) -> None:

@@ -119,11 +119,13 @@ class Soak:
         act = self.rng.choice(list(acts))
         span = acts[act]
         if number % 20 == 5:
-            act, span = self.train_with_workers, 15.0
+            act, span = self.train_with_workers, 5.0
         victim = fork(act, self.log)
         self.pids.add(victim)
         beside = self.rng.choice([None, self.train, self.import_, self.export, self.clear])
         other = beside and fork(beside, self.log)
+        while act == self.train_with_workers and not (is_over(victim) or workers_of(victim)):
+            time.sleep(0.05)  # on a busy machine they may take longer than anything else
         end = time.monotonic() + self.rng.uniform(0, span)
         while time.monotonic() < end and not is_over(victim):
             time.sleep(0.001)
@@ -137,7 +139,7 @@ class Soak:
         self.look(f"round {number}, {act.__name__}")
 
     def kill(self, pid: int) -> None:
-        workers = [p for p in session(pid) if p != pid and b"LokyProcess" in words_of(p)]
+        workers = workers_of(pid)
         if workers and self.rng.random() < 0.3:
             pid = self.rng.choice(workers)
             self.found["of workers"] += 1
@@ -249,6 +251,11 @@ def session(leader: int) -> list[int]:
             if fields[0] != "Z" and int(fields[3]) == leader:
                 found.append(int(folder.name))
     return found
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker processes of a command."""
+    return [p for p in session(pid) if p != pid and b"LokyProcess" in words_of(p)]
 
 
 def words_of(pid: int) -> bytes:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import re
 import shutil
-import subprocess
 import sys
-from functools import lru_cache
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+from filelock import FileLock
+
+from companion.book import __main__ as book
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTER = """\
@@ -35,6 +43,7 @@ $$ (eq-toy)
 
 n = 3  # how many points
 slope = 0.5  # of the line
+# fork steps; all of them
 ks = [0, 25, 100]
 ```
 
@@ -99,6 +108,31 @@ claims.show(
 )
 ```
 
+## Exercises
+
+1. Which slope is twice as steep?
+
+```{code-cell} python
+:tags: [solution]
+
+page.fill(steep=2 * slope)
+2 * slope
+```
+
+Twice as steep is {{steep:.1f}}.
+
+Another one is left to the {cite:p}`frankle2020lmc`; see [the curve](01_toy).
+
+```{code-cell} python
+:tags: [hide-input]
+
+tables.show(["k", "2k"], [(k, 2 * k) for k in ks], name="toy-twice")
+```
+
+:::{caption} toy-twice
+Twice as many.
+:::
+
 ```{code-cell} python
 entry = provenance.record(dataset="toy")
 provenance.show({**entry, "code": None})  # the checkout may change between two runs of a test
@@ -111,6 +145,7 @@ root: index
 chapters:
   - file: chapters/01_toy
   - file: using
+  - file: report
   - file: families
   - file: claims
   - file: promises
@@ -131,6 +166,7 @@ def make(root: Path, chapter: str = CHAPTER) -> Path:
         "references.bib",
         "index.md",
         "using.md",
+        "report.md",
         "families.md",
         "claims.md",
         "promises.md",
@@ -140,33 +176,67 @@ def make(root: Path, chapter: str = CHAPTER) -> Path:
     ):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "book", root / "book")
+    for name, commands in (("using.md", 2), ("report.md", 1)):
+        _shorten(root / name, commands)
     return root
 
 
-@lru_cache(maxsize=1)
-def _folder() -> TemporaryDirectory[str]:
-    return TemporaryDirectory(prefix="toybook-")  # held here, removed when Python ends
+def _shorten(page: Path, commands: int) -> None:
+    """Leave the first few commands that a page runs; the others stand there as they are typed."""
+    first, *others = page.read_text(encoding="utf-8").split("```{shown}\n")
+    shown = [f"```{{shown}}\n{part}" for part in others[:commands]]
+    typed = []
+    for part in others[commands:]:
+        block, fence, rest = part.partition("```\n")
+        typed.append(f"```console\n{block[block.index('$ ') :]}{fence}{rest}")
+    text = "".join([first, *shown, *typed])
+    text = re.sub(r'<a href="reports/(?!report|copies)\w+\.html">(.*?)</a>', r"\1", text)
+    page.write_text(text, encoding="utf-8")
 
 
-@lru_cache(maxsize=1)
-def built() -> Path:
-    """The root of a toy book whose site is built with the profile ``other``, once per session."""
-    root = make(Path(_folder().name) / "book")
-    for words in (
-        ["notebooks"],
-        *([w, "--profile", "other"] for w in ("execute", "stage", "html")),
+def built(folder: Path) -> Path:
+    """The root of a book in ``folder`` whose site is built with the profile ``other``."""
+    root, whole = folder / "toybook", folder / "toybook.whole"
+    with FileLock(folder / "toybook.lock"):
+        if not whole.exists():
+            shutil.rmtree(root, ignore_errors=True)
+            make(root)
+            for words in (
+                ["notebooks"],
+                *([w, "--profile", "other"] for w in ("execute", "stage", "html")),
+            ):
+                done = run(root, *words)
+                assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+            whole.touch()
+    return root
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command said, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(root: Path, *words: str) -> Done:
+    """One command of companion.book in that book, as the Makefile calls it, in this process."""
+    out, err, code, usual = io.StringIO(), io.StringIO(), 0, os.dup(2)
+    with (
+        tempfile.TemporaryFile("w+") as children,
+        contextlib.chdir(root),
+        patch.object(sys, "argv", ["companion.book", *words]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
     ):
-        done = run(root, *words)
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-    return root
-
-
-def run(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """One command of companion.book in that book, as the Makefile calls it."""
-    return subprocess.run(
-        [sys.executable, "-m", "companion.book", *words],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        os.dup2(children.fileno(), 2)
+        try:
+            book.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            os.dup2(usual, 2)
+            os.close(usual)
+        children.seek(0)
+        return Done(code, out.getvalue(), err.getvalue() + children.read())

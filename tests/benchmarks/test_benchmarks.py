@@ -325,7 +325,8 @@ def test_the_committed_tables_are_those_of_the_committed_results():
     for path in sorted((BENCHMARKS / "results").glob("*.json")):
         found = json.loads(path.read_text())
         check_machine(found["machine"])
-        if found["benchmark"] not in ("engine", "families"):  # which have rows, not turns
+        # Two have rows, not turns; one takes a quarter of an hour and is about memory.
+        if found["benchmark"] not in ("engine", "families", "streaming"):
             assert found["settings"]["repeats"] >= 5
             assert path.stat().st_size < 20_000
 
@@ -398,8 +399,8 @@ def test_the_engines_table(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_landscape_of_a_resnet_is_right_at_a_smaller_size(tmp_path):
     out = tmp_path / "x.json"
-    words = ("--images", 3, "--points", 3, "--eigenvalues", 1, "--threads", 1, "--json", out)
-    script("landscape.py", *words)
+    few = ("--images", 3, "--points", 2, "--eigenvalues", 1, "--threads", 1)
+    script("landscape.py", *few, "--json", out)
     found = json.loads(out.read_text())
     on_plane, at_ends = found["losses"]
     assert on_plane == pytest.approx(at_ends, rel=1e-4)

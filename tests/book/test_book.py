@@ -24,20 +24,15 @@ CELL = (
 
 
 @pytest.fixture(scope="module")
-def built() -> Path:
-    return toybook.built()
-
-
-@pytest.fixture(scope="module")
-def page(built: Path) -> str:
-    return (Book(built).html("other") / "chapters" / "01_toy.html").read_text(encoding="utf-8")
+def page(toy: Path) -> str:
+    return (Book(toy).html("other") / "chapters" / "01_toy.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def copied(built: Path, tmp_path: Path) -> Path:
+def copied(toy: Path, tmp_path: Path) -> Path:
     """A copy of the built book that a test may break."""
     root = tmp_path / "book"
-    shutil.copytree(built, root)
+    shutil.copytree(toy, root)
     return root
 
 
@@ -70,8 +65,8 @@ def test_prose_and_tables_have_the_values_of_the_run(page):
     assert "points = 5" not in page  # what page.fill shows in a notebook
 
 
-def test_downloads_are_there_and_hold_the_data(built, page):
-    folder = Book(built).html("other") / "chapters"
+def test_downloads_are_there_and_hold_the_data(toy, page):
+    folder = Book(toy).html("other") / "chapters"
     found = [
         folder / link for link in re.findall(r'class="[^"]*download[^"]*"[^>]*href="([^"]+)"', page)
     ]
@@ -93,14 +88,58 @@ def test_the_parameters_used_are_shown_once(page):
     assert "slope = 0.5" not in text
 
 
-def test_nothing_of_this_machine_or_moment_is_published(built, page):
-    staged = (Book(built).staged("other") / "chapters" / "01_toy.ipynb").read_text()
-    executed = Book(built).executed("other", "01_toy").read_text()
+def test_parameters_are_a_table_with_what_they_mean(page):
+    (table,) = re.findall(r'<table class="companion-table companion-parameters">.*?</table>', page)
+    rows = [text_of(row).split() for row in re.findall(r"<tr>.*?</tr>", table)]
+    assert rows == [
+        ["Parameter", "Here", "What", "it", "means", "In", "other", "profiles"],
+        ["n", "5", "how", "many", "points", "quick:", "3"],
+        ["slope", "0.25", "of", "the", "line", "quick:", "0.5"],
+        ["ks", "0,", "25,", "100", "fork", "steps;", "all", "of", "them"],
+    ]
+    assert page.index(table) < page.index("Show the cell that sets them")
+
+
+def test_a_solution_is_folded_and_says_what_comes_out(page):
+    (solution,) = re.findall(
+        r'<details class="companion-solution">(.*?)\n</details>\n<p>', page, re.S
+    )
+    text = text_of(solution)
+    assert text.split()[0] == "Solution" and "Twice as steep is 0.5." in text
+    assert "page . fill" in text and "Another one" not in text
+
+
+def test_what_a_cell_shows_comes_before_its_folded_code(page):
+    table, prompt = page.index("<caption>Twice as many.</caption>"), "Show the code of this table"
+    assert table < page.index(prompt) < page.index("Hide the code of this table")
+    assert "Toggle hidden" not in page and "Show code cell" not in page
+
+
+def test_the_page_can_be_taken_along_as_a_notebook(toy, page):
+    address = "../_sources/chapters/01_toy.ipynb"
+    assert f'<a href="{address}" download="01_toy.ipynb">' in page
+    path = Book(toy).html("other") / "chapters" / address
+    first, *cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert "pip install" in "".join(first["source"])
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    assert "Frankle et al. (2020)" in text and "(Frankle et al., 2020)" in text
+    assert (
+        "ends at 1.000 points" in text
+        and "\\tag{toy}" in text
+        and "[the curve](01_toy.ipynb)" in text
+    )
+    assert not re.search(r"\{\w+:?\w*\}`|:::|\{\{(?!fall|end)|<details|_downloads", text)
+    assert str(toy) not in path.read_text(encoding="utf-8")
+
+
+def test_nothing_of_this_machine_or_moment_is_published(toy, page):
+    staged = (Book(toy).staged("other") / "chapters" / "01_toy.ipynb").read_text()
+    executed = Book(toy).executed("other", "01_toy").read_text()
     for pattern in (
         r"\d{4}-\d\d-\d\dT\d\d:",
         r'"papermill"',
         r"ipykernel_\d+",
-        re.escape(str(built)),
+        re.escape(str(toy)),
     ):
         assert re.search(pattern, executed), f"the toy does not exercise {pattern}"
         assert not re.search(pattern, staged), pattern
@@ -109,8 +148,8 @@ def test_nothing_of_this_machine_or_moment_is_published(built, page):
     assert "&lt;cell&gt;:" in page  # the warning's place
 
 
-def test_the_front_page_collects_the_claims(built):
-    site = Book(built).html("other")
+def test_the_front_page_collects_the_claims(toy):
+    site = Book(toy).html("other")
     front = (site / "index.html").read_text(encoding="utf-8")
     for id in ("C01", "C02", "C05"):
         assert f'href="claims.html#claim-{id}"' in front
@@ -119,7 +158,7 @@ def test_the_front_page_collects_the_claims(built):
     ours = "Questions and controls of our own (2): 1 undetermined, 1 not testable at this scale."
     assert ours in text
     assert "Profile other: toy data, no network" in text
-    results = json.loads((Book(built).html("other") / "results.json").read_text())
+    results = json.loads((Book(toy).html("other") / "results.json").read_text())
     assert [c["claim"]["id"] for c in results["chapters"]["01_toy"]["claims"]] == [
         "C01",
         "C02",
@@ -128,7 +167,7 @@ def test_the_front_page_collects_the_claims(built):
 
 
 @pytest.mark.slow
-def test_two_executions_publish_the_same_bytes(built, tmp_path):
+def test_two_executions_publish_the_same_bytes(toy, tmp_path):
     """In another folder, even: nothing of the place or the moment is left in the notebook."""
     again = toybook.make(tmp_path / "elsewhere")
     for words in (
@@ -137,7 +176,7 @@ def test_two_executions_publish_the_same_bytes(built, tmp_path):
         ["stage", "--profile", "other"],
     ):
         assert toybook.run(again, *words).returncode == 0
-    first, second = Book(built).staged("other"), Book(again).staged("other")
+    first, second = Book(toy).staged("other"), Book(again).staged("other")
     names = [p.relative_to(second) for p in sorted(second.glob("chapters/**/*")) if p.is_file()]
     assert len(names) == 5
     for name in names:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from papermilled import ROOT, build, entries, run
+from papermilled import ROOT, build, entries, run_here
 
 PAGE = "07_errata"
 Shown = Callable[[str], Any]
@@ -18,7 +18,7 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("errata")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPANION_RUNS", str(folder / "runs"))
-        return run(build(PAGE, folder), folder)
+        return run_here(build(PAGE, folder))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Chapter 3 end to end: plain papermill with tiny parameters, and the phenomenon it stands on."""
+"""Chapter 3 end to end: a tiny run, and the phenomenon it stands on."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 from papermilled import (
-    build,
     check_budget,
-    check_golden,
-    entries,
+    check_page,
     figures,
     judged,
-    run,
+    notebook_of,
     run_here,
 )
 
-from companion import data
 from companion.core.runs import Store
 from companion.experiments.aligned import pairs_of
 from companion.experiments.featured import Scope, after_first, survey
@@ -44,18 +41,14 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The chapter as `make notebooks` writes it, in a folder of the test."""
-    return build(CHAPTER, tmp_path_factory.mktemp("book"))
+source = notebook_of(CHAPTER)
+second = notebook_of(SECOND)
 
 
 @pytest.mark.slow
-def test_both_pages_run_under_plain_papermill_and_train_once(
-    source: Path, tmp_path: Path, store: Store
-) -> None:
-    notebook = run(source, tmp_path, **TINY)
-    check_golden(CHAPTER, notebook)
+def test_tiny_runs_of_both_pages_train_once(source: Path, second: Path, store: Store) -> None:
+    notebook = run_here(source, **TINY)
+    check_page(CHAPTER, notebook, **TINY)
     assert list(figures(notebook)) == [
         "llfc-stitching",
         "llfc-arrows",
@@ -75,23 +68,18 @@ def test_both_pages_run_under_plain_papermill_and_train_once(
     for name in by_id:
         assert by_id[name]["verdict"] == "not testable at this scale", name
     assert "one pair" in by_id["A01"]["note"]
-    (command,) = entries(notebook, "rerun")
-    assert "-p steps 60" in command and "-p dataset" not in command
-    (record,) = entries(notebook, "provenance")
-    assert record["dataset"]["sha256"] == data.load("digits").fingerprint
 
     check_budget(CHAPTER, store, **TINY)
     before = {entry.key for entry in store.entries()}
     shared = {k: v for k, v in TINY.items() if k != "ks"}
-    (tmp_path / "second").mkdir()
-    second = run(build(SECOND, tmp_path / "second"), tmp_path, **shared)
-    check_golden(SECOND, second)
+    conditions_page = run_here(second, **shared)
+    check_page(SECOND, conditions_page, **shared)
     assert {entry.key for entry in store.entries()} == before
-    assert list(figures(second)) == [
+    assert list(figures(conditions_page)) == [
         "llfc-additivity",
         "llfc-commutativity",
     ]
-    by_id = judged(second)
+    by_id = judged(conditions_page)
     assert list(by_id) == list(conditions.CLAIMS)
     assert by_id["A08"]["verdict"] == "reproduced"  # the theorem, on built networks
 
@@ -109,7 +97,7 @@ def test_pairs_that_fail_a_gate_leave_gaps_and_no_error(source: Path) -> None:
 
 @pytest.mark.slow
 def test_matching_connects_features_of_a_perceptron(store: Store) -> None:
-    """The issue's numbers, on the chapter's narrower perceptron: two pairs of 3 x 128 units."""
+    """The issue's numbers, on the chapter's narrower perceptron: 3 x 128 units."""
     recipe = Recipe(
         net="mlp:widths=128x3",
         data="digits",
@@ -119,13 +107,12 @@ def test_matching_connects_features_of_a_perceptron(store: Store) -> None:
         schedule="step",
         milestones=(0.85,),
     )
-    pairs = pairs_of(recipe, 2)
-    groups = {n: [(p, Method(n)) for p in pairs] for n in ("naive", "weights")}
+    groups = {n: [(p, Method(n)) for p in pairs_of(recipe, 1)] for n in ("naive", "weights")}
     found = survey(groups, Scope(points=5, parts=()), store=store, workers=1, max_error=5.0)
-    for before, after in zip(found["naive"], found["weights"], strict=True):
-        assert before.height() > 30 and after.height() < 2
-        for layer, gap in after_first(before.gaps()).items():
-            assert gap >= 3 * after.gaps()[layer], layer
-        assert before.ratios()["head"] > 1 and after.ratios()["head"] <= 0.25
-        # The ratio alone is small in hidden layers of pairs that are not connected.
-        assert before.ratios()["layer2.linear"] < 0.5
+    (before,), (after,) = found["naive"], found["weights"]
+    assert before.height() > 30 and after.height() < 2
+    for layer, gap in after_first(before.gaps()).items():
+        assert gap >= 3 * after.gaps()[layer], layer
+    assert before.ratios()["head"] > 1 and after.ratios()["head"] <= 0.25
+    # The ratio alone is small in hidden layers of pairs that are not connected.
+    assert before.ratios()["layer2.linear"] < 0.5

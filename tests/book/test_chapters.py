@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ ABSENT: dict[str, Any] = {"dataset": "cifar100"}
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A chapter's notebook, as `make notebooks` writes it."""
-    return lambda chapter: build(chapter, tmp_path_factory.mktemp("book"))
+    return cache(lambda chapter: build(chapter, tmp_path_factory.mktemp("book")))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-import toybook
 
+from companion.book import searching
 from companion.book.layout import Book
 from companion.book.polish import polish
 from companion.report import figures
@@ -48,6 +49,12 @@ def site(tmp_path: Path) -> Path:
     (tmp_path / "chapters" / "02b_more.html").write_text(f"<title>More</title><h1>More</h1>{far}")
     for name in ("fontawesome.js", "a.js.map"):
         (tmp_path / "_static" / "scripts" / name).write_text("")
+    (tmp_path / "_static" / "vendor" / "fontawesome").mkdir(parents=True)
+    (tmp_path / "_static" / "vendor" / "fontawesome" / "a.woff2").write_text("")
+    (tmp_path / "_static" / "theme.css").write_text(
+        "a{b:c}@font-face{font-family:X;src:url(../vendor/fontawesome/a.woff2)}d{e:f}"
+    )
+    (tmp_path / "search.html").write_text("<head></head>")
     polish(tmp_path)
     return tmp_path
 
@@ -86,6 +93,20 @@ def test_what_no_reader_needs_is_gone(site):
     assert text.count("viewport") == 1
     assert "fontawesome" not in text and "mathjax" not in text and "Toggle hidden" not in text
     assert not list((site / "_static" / "scripts").iterdir())
+    assert not (site / "_static" / "vendor" / "fontawesome").exists()
+    assert (site / "_static" / "theme.css").read_text() == "a{b:c}d{e:f}"
+
+
+def test_the_search_page_has_the_text_of_every_page(site):
+    assert '<script src="_static/searchtexts.js"></script>' in (site / "search.html").read_text()
+    written = (site / "_static" / "searchtexts.js").read_text(encoding="utf-8")
+    texts = json.loads(written.removeprefix("const pageTexts = ").removesuffix(";\n"))
+    assert set(texts) == {"chapters/01_toy", "chapters/02b_more"}
+    found = searching.sections(
+        '<p>out</p><article>a<br><section id="s">b<span class="math">x^2</span> <img src="i">c'
+        '<a class="headerlink">#</a><script>1</script></section>d</article><p>out</p>'
+    )
+    assert found == {"": "a d", "s": "b c"}
 
 
 def test_a_page_says_what_it_is_about(site):
@@ -124,8 +145,8 @@ def test_dark_colours_are_of_the_same_kind_and_what_stands_on_a_colour_stays():
 
 
 @pytest.mark.slow
-def test_every_figure_of_a_book_has_its_twin():
-    html = Book(toybook.built()).html("other")
+def test_every_figure_of_a_book_has_its_twin(toy):
+    html = Book(toy).html("other")
     text = (html / "chapters" / "01_toy.html").read_text(encoding="utf-8")
     assert text.count('class="by-night dark-light"') == text.count('class="by-day"') == 2
     twin = (html / "dark" / "01_toy" / "fig-toy-curve.svg").read_text(encoding="utf-8")

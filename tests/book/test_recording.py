@@ -858,11 +858,11 @@ def test_a_page_draws_what_is_recorded(root):
 
 
 @pytest.mark.slow
-def test_without_records_the_pages_say_so(root):
+def test_without_records_the_pages_say_so(root, toy):
     assert recorded.load("01_toy", root) == []
     said = recorded.sentence("01_toy", [])
     assert "Nothing is recorded" in said and "companion record 01_toy --profile gpu" in said
-    front = (Book(toybook.built()).html("other") / "claims.html").read_text(encoding="utf-8")
+    front = (Book(toy).html("other") / "claims.html").read_text(encoding="utf-8")
     assert "Nothing is recorded at a larger scale yet" in front
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,6 +95,30 @@ def test_names_that_transformers_translates():
     assert load_file("out.safetensors").keys() == file.keys()
     if file.keys() != module.state_dict().keys():
         assert " is vit." in said.stderr
+
+
+def test_a_mixture_of_experts_as_transformers_writes_it():
+    """Mixtral in memory has a stack of experts; its file has every expert's matrices by name."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 40}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
+    with Key("mixtral").seeded():
+        module = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_experts_per_tok=2))
+    a, b = planted(module, torch.randint(40, (2, 8)))
+    for name, theta in (("a", a), ("b", b)):
+        module.load_state_dict(dict(theta))
+        module.save_pretrained(name)
+    stored = load_file("b/model.safetensors").keys()
+    assert any(".experts.2." in n for n in stored) and stored != b.keys()
+    said = run("rebasin", "a", "b", "-o", "out.safetensors", "--json", "said.json")
+    assert "hf:a on windows of" in said.stdout
+    groups = json.loads(Path("said.json").read_text())["spec"]["groups"]
+    assert 3 in groups.values() and 12 in groups.values()  # experts, and the units of each
+    undone(a, module)
+    Path("out.safetensors").replace("b/model.safetensors")  # transformers reads it, too
+    back = MixtralForCausalLM.from_pretrained("b").state_dict()
+    assert all(torch.equal(back[name], value) for name, value in a.items())
 
 
 NETS = """

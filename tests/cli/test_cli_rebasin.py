@@ -237,7 +237,7 @@ def test_factories_whose_units_cannot_move(tmp_path, monkeypatch):
     align("a.safetensors", "b.safetensors", *words, name)
     Path("out.safetensors").unlink()
     result = align("a.safetensors", "b.safetensors", *words, f"{name}?order=True", code=2)
-    assert "'own.net_of_test_rebasin:make?order=True': there is nothing to match" in result.stderr
+    assert "there is nothing to match: " in result.stderr
     assert not Path("out.safetensors").exists()
 
     name = "own.net_of_test_rebasin:summed"

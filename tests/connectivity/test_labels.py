@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from companion import data as datasets
 from companion.connectivity import Walker, barrier, classification
 from companion.connectivity.gates import commonest, guessing
 from companion.core.errors import BadParameter
@@ -16,9 +18,16 @@ from companion.core.losses import IGNORED
 from companion.core.seeds import Key
 from companion.core.theta import snapshot
 from companion.data import Split
+from companion.experiments.merged import read_logits
+from companion.experiments.methods import gradient
 from companion.features import features, stitch
+from companion.landscape.bends import fit_bend
 from companion.layerwise import sweep
+from companion.rebasin import derive, ste
 from companion.rebasin.calibration import calibrated_curve
+from companion.rebasin.ste import straight_through
+from companion.tickets.scores import snip
+from companion.training import Recipe, Run, State, advance_many, build
 
 
 def draw(*label: str) -> torch.Generator:
@@ -38,7 +47,8 @@ class Words(nn.Module):
 
 def network(kind: str, number: int) -> nn.Module:
     with Key("labels", "net", number).seeded():
-        return Words() if kind == "text" else nn.Sequential(nn.Flatten(), nn.Linear(16, 7))
+        layers = (nn.Flatten(), nn.Linear(16, 9), nn.Tanh(), nn.Linear(9, 7))
+        return Words() if kind == "text" else nn.Sequential(*layers)
 
 
 def split(kind: str) -> Split:
@@ -85,6 +95,55 @@ def test_ignored_labels_are_left_out_everywhere(kind: str) -> None:
     assert (sewn.ends["b"].loss, sewn.ends["b"].error) == wanted[1] and sewn.n == int(kept.sum())
     cool = calibrated_curve(module, *ends, data, {"test": data}, points=3)
     assert cool.curve.values["test"]["loss"][0] <= values["loss"][0] + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_ignored_labels_do_not_count_where_networks_learn(kind: str) -> None:
+    """The straight-through estimator, bends, saliency, gradients: as if they were not there."""
+    data, (a, b, module) = split(kind), (network(kind, i) for i in range(3))
+    ends = (snapshot(a), snapshot(b))
+    there = data.labelled()
+    assert len(there) == (39 if kind == "text" else int((data.y >= 0).sum()))
+    assert there.labelled() is there
+
+    def learned(on: Split) -> list[Tensor]:
+        spec = derive(module, on.x[:2])
+        found = straight_through(spec, module, *ends, on, steps=3, batch=5, held_out=on)
+        assert all(map(math.isfinite, found.details["loss"]))
+        bend = fit_bend(module, *ends, on, steps=4, batch=5).anchors[1]
+        scores = snip(module, ends[0], ["head.weight" if kind == "text" else "1.weight"], on)
+        slopes = gradient(module, ends[0], on)
+        held = torch.tensor([value for _, value in found.details["held out"]])
+        return [held, *bend.values(), *scores.values(), *slopes.values()]
+
+    for x, y in zip(learned(data), learned(there), strict=True):
+        torch.testing.assert_close(x, y)
+    half = ste.Midpoint(module, ends[0], data.x, ste.mean_loss)
+    middle = {n: (v + ends[1][n]) / 2 for n, v in ends[0].items()}
+    module.load_state_dict(middle)
+    parts = [(data.x[:4], data.y[:4]), (data.x[4:], data.y[4:])]
+    assert half.loss(ends[1], parts) == pytest.approx(truth(module, data)[0], abs=1e-5)
+
+    logits = a(data.x).detach()
+    found = read_logits(logits.flatten(0, -2), data.y)
+    assert (found.loss, found.error) == pytest.approx(truth(a, data), abs=1e-5)
+    nothing = Split(data.x, torch.full_like(data.y, IGNORED))
+    with pytest.raises(BadParameter, match="no example has a label"):
+        nothing.labelled()
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_ignored_labels_are_refused_before_a_training(engine: str) -> None:
+    """A run's steps and orders are counted by examples: which of them count is part of the data."""
+    digits = datasets.load("digits")
+    y = digits.train.y.clone()
+    y[5] = IGNORED
+    given = replace(digits, train=Split(digits.train.x, y))
+    run = Run(Recipe(net="mlp:widths=4", data="digits", steps=2, batch=50))
+    cpu = torch.device("cpu")
+    start = State(0, snapshot(build(run, digits, cpu)))
+    with pytest.raises(BadParameter, match="data digits: labels of -100 in its training split"):
+        advance_many([run, run], [start, start], 2, given, engine=engine)
 
 
 @pytest.mark.parametrize("kind", ["images", "text"])

@@ -22,7 +22,7 @@ from companion.data import Split
 from companion.features import features, stitch
 from companion.layerwise import sweep
 from companion.rebasin import merge_many, repair, reset_batchnorm
-from companion.rebasin.repair import interpolated
+from companion.rebasin.repair import averaged
 from companion.rebasin.spec import Spec
 
 Make = Callable[[], nn.Module]
@@ -170,10 +170,10 @@ def test_a_merged_network_is_stored_as_its_ends_are(kind: str) -> None:
     a, b, module = (made(COMPUTED[kind], i) for i in range(3))
     if kind in KEEPS_NO_MEAN:
         with pytest.raises(BadParameter, match=r"layer '3': .* cannot hold the merged weight"):
-            interpolated(module, snapshot(a), snapshot(b), 0.5)
+            averaged(module, (snapshot(a), snapshot(b)), (0.5, 0.5))
         return
     for alpha, wanted in ((0.0, loss(a)), (0.5, loss(halfway(a, b))), (1.0, loss(b))):
-        theta = interpolated(module, snapshot(a), snapshot(b), alpha)
+        theta = averaged(module, (snapshot(a), snapshot(b)), (1 - alpha, alpha))
         assert theta.keys() == a.state_dict().keys()
         assert loss(module, theta) == pytest.approx(wanted, abs=1e-5)
     got = repair(module, snapshot(a), snapshot(b), SPLITS["train"].x)
@@ -221,7 +221,7 @@ def test_between_networks_each_point_has_its_own_singular_value(make: Make, dim:
     assert found.valid, found
     assert found.curve.values["test"]["loss"] == pytest.approx(expected, abs=1e-6)
     assert any("own largest singular values" in text for text in found.notes)
-    theta = interpolated(module, snapshot(a), snapshot(b), 0.5)
+    theta = averaged(module, (snapshot(a), snapshot(b)), (0.5, 0.5))
     assert loss(module, theta) == pytest.approx(loss(middle), abs=1e-6)
     full = sweep(module, snapshot(a), snapshot(b), SPLITS, max_error=100).select("full")[0]
     assert full.half("test", "loss") == pytest.approx(loss(middle), abs=1e-6)
@@ -257,7 +257,7 @@ def test_complex_entries_move() -> None:
     away = sum(float((ends[0][n] - ends[1][n]).abs().square().sum()) for n in learnt)
     assert found.distance == pytest.approx(away**0.5)
     assert layout(module).parameters == ("filter", "out.weight", "out.bias")
-    assert torch.equal(interpolated(module, *ends, 1.0)["filter"], ends[1]["filter"])
+    assert torch.equal(averaged(module, ends, (0.0, 1.0))["filter"], ends[1]["filter"])
     assert sweep(module, *ends, SPLITS, max_error=100).full.valid
 
 
@@ -285,7 +285,7 @@ def test_whole_numbers_that_differ_are_refused_if_they_matter() -> None:
         lambda: sweep(module, *ends, SPLITS),
         lambda: features(module, *ends, SPLITS["test"]),
         lambda: repair(module, *ends, X),
-        lambda: interpolated(module, *ends, 0.5),
+        lambda: averaged(module, ends, (0.5, 0.5)),
     ):
         with pytest.raises(BadParameter, match=r"A and B: order.*int64.* no line between"):
             call()

@@ -710,7 +710,7 @@ def test_get_writes_what_the_hub_has(root, published, monkeypatch):
     assert data.download("wikitext2") == data.download("wikitext2") == root / "wikitext-2-v1"
     assert calls == [("Salesforce/wikitext", "wikitext-2-v1")]
     names = {p.name for p in (root / "wikitext-2-v1").iterdir()}
-    assert names == {"train.parquet", "validation.parquet", "test.parquet"}
+    assert names == {"train.parquet", "validation.parquet", "test.parquet", "texts.sha256"}
     here = data.load(f"wikitext2{SMALL}")
     write(root / "wikitext-2", WIKI)
     assert data.check_dataset(f"wikitext2{SMALL}").where == root / "wikitext-2"
@@ -718,6 +718,31 @@ def test_get_writes_what_the_hub_has(root, published, monkeypatch):
     calls = fake_datasets(monkeypatch, RAW)
     data.download("wikitext103?form=raw")
     assert calls == [("Salesforce/wikitext", "wikitext-103-raw-v1")]
+
+
+def test_what_the_hub_has_stays_what_it_was_at_first(root, published, monkeypatch):
+    """With the published numbers of lines and words, and one word changed."""
+    fake_datasets(monkeypatch, WIKI)
+    folder = data.download("wikitext2")
+    lines_there = (folder / "texts.sha256").read_text().splitlines()
+    said = dict(reversed(line.split()) for line in lines_there)
+    assert said == {s: hashlib.sha256(body.encode()).hexdigest() for s, body in WIKI.items()}
+    changed = {**WIKI, "train": WIKI["train"].replace("quick", "quiet", 1)}
+    fake_datasets(monkeypatch, changed)
+    (folder / "train.parquet").unlink()
+    with pytest.raises(
+        CorruptData, match=r"train.parquet: not the text that was .* first \(SHA-256"
+    ):
+        data.download("wikitext2")
+    with pytest.raises(CorruptData, match=r"texts\.sha256 beside it says"):
+        data.load(f"wikitext2{SMALL}")
+    fake_datasets(monkeypatch, WIKI)
+    (folder / "train.parquet").unlink()
+    parquet(folder / "train.parquet", WIKI["train"], group=3)  # another file, the same text
+    assert data.load(f"wikitext2{SMALL}").fingerprint and data.download("wikitext2") == folder
+    (folder / "texts.sha256").write_bytes(b"\xff")
+    with pytest.raises(CorruptData, match=r"texts\.sha256: cannot be read"):
+        data.check_dataset(f"wikitext2{SMALL}")
 
 
 def test_get_without_library_or_network(root, monkeypatch):

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from toypairs import DIGITS, NETS, Examples, Theta, pair_of, split_of
 
-from companion import models
+from companion import data, models
 from companion.connectivity import Walker, segment
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
@@ -22,6 +24,7 @@ from companion.landscape import (
     Surface,
     combined,
     cos_of_branches,
+    fit_bend,
     group_prediction,
     hessian_trace,
     inner,
@@ -30,6 +33,7 @@ from companion.landscape import (
     moved,
     path_curvature,
     predictions,
+    random_direction,
     restricted,
     scaled,
     top_eigenvalues,
@@ -37,6 +41,7 @@ from companion.landscape import (
     weighted_curvature,
 )
 from companion.layerwise import Sweep, layer_groups, sweep
+from companion.rebasin import derive, merge_many
 
 # --- toys: everything exact
 
@@ -433,3 +438,26 @@ def test_what_does_not_fit_is_named() -> None:
     surface.local(a, scaled(delta, 2))
     assert all(torch.equal(v, before[n]) for n, v in a.items())
     assert isinstance(surface.blocks(a, delta, {"all": layout(net).parameters}), Blocks)
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "a mask"])
+def test_weights_that_are_computed_are_refused_by_the_layers_name(kind: str) -> None:
+    """Directions are of weights: what a network stores in their place has other ones."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 10))
+    if kind == "a mask":
+        prune.random_unstructured(module[1], "weight", 0.5)
+    else:
+        weight_norm(module[1])
+    theta = {n: v.detach().clone() for n, v in module.state_dict().items()}
+    part = data.load("digits").train.head(20)
+    for look in (
+        lambda: towards(module, theta, theta),
+        lambda: random_direction(module, theta, Key("a")),
+        lambda: Surface(module, part),
+        lambda: fit_bend(module, theta, theta, part, steps=1),
+    ):
+        with pytest.raises(BadParameter, match=r"layer '1': its weight is computed .*remove"):
+            look()
+    spec = derive(module, part.x[:2])
+    with pytest.raises(BadParameter, match=r"mean of weights, but 1\..* are what weights .*remove"):
+        merge_many(spec, [theta, theta])

@@ -27,10 +27,10 @@ from companion.rebasin.repair import (
     Copy,
     Moments,
     Repaired,
+    averaged,
     correction,
     even_batches,
     fuse,
-    interpolated,
     repair,
     reset_batchnorm,
 )
@@ -183,7 +183,7 @@ def test_one_hidden_layer_gets_its_targets_and_both_forms_agree_there() -> None:
     fa, fb = features(module, a, x, "0"), features(module, b, x, "0")
     mean = (1 - alpha) * fa.mean(1) + alpha * fb.mean(1)
     spread = (1 - alpha) * std(fa) + alpha * std(fb)
-    merged = features(module, interpolated(module, a, b, alpha), x, "0")
+    merged = features(module, averaged(module, (a, b), (1 - alpha, alpha)), x, "0")
     assert (std(merged) / spread).max() < 0.99  # they do collapse
     got = {f: repair(module, a, b, x, alpha=alpha, form=f) for f in ("forward", "closed")}
     for r in got.values():
@@ -280,7 +280,7 @@ def test_fused_weights_do_what_explicit_corrections_do(module: nn.Module) -> Non
     hooked = copy.deepcopy(module)
     for name, scale in got.scale.items():
         hooked.get_submodule(name).register_forward_hook(explicit(scale, got.shift[name]))
-    want = outputs(hooked, interpolated(module, a, b, 0.5), X)
+    want = outputs(hooked, averaged(module, (a, b), (0.5, 0.5)), X)
     torch.testing.assert_close(outputs(module, got.theta, X), want, rtol=1e-4, atol=1e-4)
     assert got.theta.keys() == module.state_dict().keys()
 
@@ -497,8 +497,8 @@ def test_the_reset_gives_the_walkers_numbers() -> None:
     a, b = _pair(spec)
     split = Split(X, DIGITS.train.head(400).y)
     walker = Walker(module, {"train": split}, bn="reestimate", batch=150)
-    walker.at(interpolated(module, a, b, 0.5))
-    got = reset_batchnorm(module, interpolated(module, a, b, 0.5), X, batch=150)
+    walker.at(averaged(module, (a, b), (0.5, 0.5)))
+    got = reset_batchnorm(module, averaged(module, (a, b), (0.5, 0.5)), X, batch=150)
     want = walker.module.state_dict()
     assert got.keys() == want.keys()
     for name, value in got.items():
@@ -573,7 +573,7 @@ def test_variance_collapses_with_depth_and_repair_ends_it(
         return float(F.cross_entropy(outputs(module, point, DIGITS.test.x), DIGITS.test.y))
 
     ends = max(loss(a), loss(b))
-    plain, forward = loss(interpolated(module, a, b, 0.5)), loss(got.theta)
+    plain, forward = loss(averaged(module, (a, b), (0.5, 0.5))), loss(got.theta)
     closed = loss(repair(module, a, b, X, form="closed").theta)
     assert forward - ends < 0.6 * (plain - ends)
     assert closed < plain

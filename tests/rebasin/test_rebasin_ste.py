@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from companion import data, models
+from companion.core.effective import effective
 from companion.core.errors import BadParameter, OutOfTime
 from companion.core.runs import Store
 from companion.core.seeds import Key
@@ -226,6 +229,53 @@ def test_batchnorm_uses_batch_statistics_and_keeps_its_buffers() -> None:
     c, d = ({k: v + 50 if "running" in k else v for k, v in t.items()} for t in (a, b))
     same = straight_through(spec, net, c, d, train, steps=6, batch=20, lr=1.0, held_out=train)
     assert same.details == found.details
+
+
+def computed(number: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """A network with weight norm and a pruning mask, and the same with plain weights."""
+    with Key("ste", "computed", number).seeded():
+        net = nn.Sequential(
+            *(nn.Flatten(), weight_norm(nn.Linear(64, 12)), nn.ReLU()),
+            *(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 10)),
+        )
+        prune.random_unstructured(net[3], "weight", 0.5)
+    return net, effective(net).module
+
+
+def test_half_way_is_between_the_weights_that_layers_use(digits) -> None:
+    """Half of two masks is no mask; half of two lengths times half of two directions no mean."""
+    (a, plain_a), (b, plain_b), (module, plain) = (computed(n) for n in range(3))
+    train, held = digits
+    spec = derive(module, train.x[:2])
+    ends = [{k: v.detach().clone() for k, v in n.state_dict().items()} for n in (a, b)]
+    found = straight_through(spec, module, *ends, train, steps=2, batch=50, held_out=held)
+    moved = spec.permute(ends[1], weight_matching(spec, *ends).perms)
+    space = effective(module)
+    middle = midpoint_loss(plain, space.enter(ends[0]), space.enter(moved), held)
+    assert found.details["weight matching"] == pytest.approx(middle, rel=1e-5)
+
+    # The gradient by what B stores is that of the same loss, written out.
+    names = ["1.parametrizations.weight.original0", "1.parametrizations.weight.original1"]
+    names += ["1.bias", "3.weight_orig", "5.weight"]
+    x, y = held.x[:60], held.y[:60]
+    half = ste.Midpoint(module, ends[0], x, ste.mean_loss)
+    loss, slope = half.gradient(ends[1], x, y, names)
+    leaves = {n: ends[1][n].clone().requires_grad_() for n in names}
+    g, v, bias, raw, head = leaves.values()
+    theirs = {
+        **{k: w.detach() for k, w in plain_b.state_dict().items()},
+        "1.weight": g * v / v.norm(dim=1, keepdim=True),
+        "1.bias": bias,
+        "3.weight": raw * ends[1]["3.weight_mask"],
+        "5.weight": head,
+    }
+    between = {k: (w.detach() + theirs[k]) / 2 for k, w in plain_a.state_dict().items()}
+    true = F.cross_entropy(functional_call(plain, between, (x,)), y)
+    grads = torch.autograd.grad(true, list(leaves.values()))
+    assert float(loss) == pytest.approx(float(true.detach()), rel=1e-6)
+    assert slope.keys() == leaves.keys()
+    for name, wanted in zip(names, grads, strict=True):
+        torch.testing.assert_close(slope[name] / 2, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_free_weights_that_overflow_end_the_search(module, spec, pair, digits) -> None:

@@ -11,18 +11,20 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from companion.book.download import standalone
 from companion.book.layout import Book, BookError
-from companion.book.parameters import declared, substituted
+from companion.book.parameters import declared, substituted, table
 from companion.book.polish import lead
 from companion.book.prose import Caption, captions, fill, give, merged, places
 from companion.core.locations import data_root, runs_root
 from companion.report import tables
 from companion.report.figures import dark, label
 from companion.report.recorded import Record
+from companion.training import Recipe
 
 #: Keys that papermill and nbclient put into metadata: times, paths, durations.
 _NOISE = ("papermill", "execution")
@@ -36,6 +38,7 @@ class Page:
 
     chapter: str
     notebook: Any
+    download: Any = None  # the same as a notebook of its own, which runs without the repository
     files: dict[str, bytes] = field(default_factory=dict)  # beside the chapter: files/<chapter>/...
     dark: dict[str, bytes] = field(default_factory=dict)  # figure -> the same in dark colours
     parameters: dict[str, Any] = field(default_factory=dict)  # name -> value used, where literal
@@ -56,8 +59,9 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
         notebook: executed, of nbformat 4. It is changed in place.
 
     Returns:
-        The page: one parameters cell with the values used; figures with caption, label, alt text
-        and download links; no timestamps, no paths of this machine.
+        The page: its parameters as a table, with the cell that sets them folded below; figures with
+        caption, label, alt text and download links; solutions of exercises folded; no timestamps,
+        no paths of this machine.
 
     Raises:
         BookError: Two figures of the chapter have the same name; a figure or table without a
@@ -80,7 +84,13 @@ def finish(book: Book, profile: str, chapter: str, notebook: Any) -> Page:
         if cell.cell_type == "code":
             cell.outputs = list(_tidy(cell.outputs, book))
     _texts(page, notebook, book)
-    notebook.cells = [part for cell in notebook.cells for part in _figures(page, cell)]
+    page.download = standalone(book, chapter, notebook)
+    notebook.cells = [
+        part
+        for folded in _solutions(notebook.cells)
+        for cell in _shown(page, folded, book, profile)
+        for part in _figures(page, cell)
+    ]
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
     _add_data(page, profile)
@@ -134,6 +144,7 @@ def _texts(page: Page, notebook: Any, book: Book) -> None:
     ]
     values = merged((entry["values"] for _, entry in shown if "values" in entry), at(""))
     page.values = values
+    page.provenance = next((e["provenance"] for _, e in shown if "provenance" in e), None)
     blocks = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -161,6 +172,93 @@ def _texts(page: Page, notebook: Any, book: Book) -> None:
         if table := entry.get("table"):
             html = tables.html(table["columns"], table["rows"], table["caption"])
             output["data"]["text/html"] = html
+
+
+def _markdown(source: str) -> Any:
+    import nbformat
+
+    return nbformat.v4.new_markdown_cell(source)
+
+
+def _solutions(cells: Iterable[Any]) -> Iterator[Any]:
+    """The cells, with each solution folded: the cell of that tag, and the paragraph after it."""
+    open_ = False
+    for cell in cells:
+        if open_ and cell.cell_type != "markdown":
+            yield _markdown("</details>")
+            open_ = False
+        if "solution" in _tags(cell):
+            yield _markdown('<details class="companion-solution"><summary>Solution</summary>')
+            open_ = True
+        elif open_:
+            said, _, rest = cell.source.lstrip().partition("\n\n")
+            cell.source = f"{said}\n\n</details>\n\n{rest}"
+            open_ = False
+        yield cell
+    if open_:
+        yield _markdown("</details>")
+
+
+def _shown(page: Page, cell: Any, book: Book, profile: str) -> Iterator[Any]:
+    """The cell as a reader meets it: what it shows first, its folded code below.
+
+    Each fold says what is inside of it.
+    """
+    import nbformat
+
+    tags = _tags(cell)
+    if "parameters" in tags:
+        yield _markdown(table(book, profile, page.chapter, cell.source, _used(page)))
+        yield _fold(cell, "hide-input", "the cell that sets them")
+        return
+    outputs = cell.get("outputs", [])
+    what = next((word for kind, word in _KINDS.items() if _has(outputs, kind)), "")
+    last = _has(outputs, "rerun")
+    if "hide-input" in tags:
+        if outputs:
+            note = "# what the cell below shows"
+            shown = nbformat.v4.new_code_cell(note, metadata={"tags": ["remove-input"]})
+            shown.outputs, cell.outputs = outputs, []
+            yield shown
+        yield _fold(cell, "hide-input", f"the code of this {what}" if what else "the code")
+    elif "hide-output" in tags:
+        yield _fold(cell, "hide-output", f"the {what}" if what else "the output")
+    else:
+        yield cell
+    if last:
+        yield _markdown(DOWNLOAD.format(name=f"{page.chapter}.ipynb"))
+
+
+def _used(page: Page) -> dict[str, Any]:
+    """What the page's main network was trained with, whoever chose it."""
+    made = page.provenance or {}
+    main = next((made[name] for name in _MAIN if name in made), None)
+    if not main:
+        return {}
+    recipe: dict[str, Any] = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    recipe |= main
+    return recipe | {"unstable": recipe.get("net"), "stable": made.get("gentle", {}).get("net")}
+
+
+_MAIN = ("recipe", "network", "noisy", "residual")  # what pages call it in their provenance
+DOWNLOAD = (
+    '<p class="companion-download"><a href="../_sources/chapters/{name}" download="{name}">'
+    "Download this page as a notebook</a>: it runs outside of the book's repository, too; its "
+    "first cell gets the package.</p>"
+)
+_KINDS = {"figure": "figure", "claims": "table", "table": "table"}  # emitted -> for people
+
+
+def _has(outputs: Iterable[Any], kind: str) -> bool:
+    return any(kind in output.get("metadata", {}).get("companion", {}) for output in outputs)
+
+
+def _fold(cell: Any, tag: str, inside: str) -> Any:
+    """The cell, folded by a tag of MyST-NB, with words on the fold."""
+    cell.metadata["tags"] = list(dict.fromkeys([*_tags(cell), tag]))
+    prompts = {"code_prompt_show": f"Show {inside}", "code_prompt_hide": f"Hide {inside}"}
+    cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), **prompts}
+    return cell
 
 
 def _led(text: str, drawn: set[str], blocks: list[Caption], at: Callable[[str], str]) -> str:
@@ -193,7 +291,6 @@ def _figures(page: Page, cell: Any) -> Iterator[Any]:
     for output in cell.outputs:
         found = output.get("metadata", {}).pop("companion", {})
         page.claims += found.get("claims", [])
-        page.provenance = found.get("provenance", page.provenance)
         figure = found.get("figure")
         # The caption would go to every picture and every Markdown text of the cell.
         shown = [o for o in groups[-1][0] if o.output_type != "stream"]
@@ -223,8 +320,6 @@ def _figures(page: Page, cell: Any) -> Iterator[Any]:
 
 def _downloads(page: Page, figure: dict[str, Any], outputs: list[Any]) -> Any:
     """Keep the figure and its data as files, and link them in one line."""
-    import nbformat
-
     name = figure["name"]
     if any(name == other["name"] for other in page.figures):
         raise BookError(f"{page.chapter}: two figures are called {name!r}.")
@@ -236,7 +331,7 @@ def _downloads(page: Page, figure: dict[str, Any], outputs: list[Any]) -> Any:
     if figure.get("data") is not None:
         links.insert(0, f"{{download}}`data (JSON) <files/{page.chapter}/{name}.json>`")
     line = f":::{{div}} companion-downloads\n{' · '.join(links)}\n:::"
-    return nbformat.v4.new_markdown_cell(line)
+    return _markdown(line)
 
 
 def _add_data(page: Page, profile: str) -> None:

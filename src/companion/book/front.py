@@ -15,6 +15,7 @@ from companion.book.layout import BookError
 from companion.book.prose import fill
 from companion.core import codec
 from companion.report import claims, scoreboard, walk
+from companion.report.compare.verdicts import THRESHOLDS
 from companion.report.page import as_html as escape
 from companion.report.page import as_text
 from companion.report.recorded import hardware
@@ -125,19 +126,9 @@ def _provenance(pages: Sequence[Page], profile: str) -> str:
             "—" if page.seconds is None else f"{page.seconds:.0f}",
         )
         link = f'<a href="chapters/{escape(page.chapter)}.html">{escape(page.chapter)}</a>'
-        rows.append(
-            f'<tr><th scope="row">{link}</th>'
-            + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            + "</tr>"
-        )
+        rows.append((link, [escape(cell) for cell in cells]))
     heads = ("Chapter", "Data", "Commit", "Hardware", "Versions", "Seconds")
-    title = escape(f"Profile {profile}")
-    return (
-        f'<div class="companion-scroll" tabindex="0" role="region" aria-label="{title}">'
-        f'<table class="companion-table"><caption>{title}</caption><thead><tr>'
-        + "".join(f'<th scope="col">{head}</th>' for head in heads)
-        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return _html_table(escape(f"Profile {profile}"), heads, rows)
 
 
 def readme(text: str, pages: Sequence[Page], profile: str) -> str:
@@ -193,10 +184,38 @@ def _matching(pages: Sequence[Page], profile: str) -> str:
     )
 
 
+def _thresholds(pages: Sequence[Page], profile: str) -> str:
+    """What a report's verdicts are held to, from the one place that has the numbers."""
+    heads = ("What", "Yes means", "Why this number", "Chapter")
+    here = {page.chapter for page in pages}
+    rows = []
+    for name, one in THRESHOLDS.items():
+        chapter = escape(one.chapter)
+        link = f'<a href="chapters/{chapter}.html">{chapter}</a>'
+        cells = [escape(one.rule), escape(one.reason), link if one.chapter in here else chapter]
+        rows.append((escape(name), cells))
+    return _html_table("The rules of a report", heads, rows)
+
+
+def _html_table(title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table whose cells are HTML already; of a row the first is its header."""
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for first, cells in rows
+    )
+    return (
+        f'<div class="companion-scroll" tabindex="0" role="region" aria-label="{title}">'
+        f'<table class="companion-table"><caption>{title}</caption><thead><tr>'
+        + "".join(f'<th scope="col">{head}</th>' for head in heads)
+        + f"</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
 MARKERS: dict[str, Callable[[Sequence[Page], str], str]] = {
     "<!-- scoreboard -->": _board,
     "<!-- claims -->": _table,
     "<!-- provenance -->": _provenance,
     "<!-- walk -->": _walk,
     "<!-- matching -->": _matching,
+    "<!-- thresholds -->": _thresholds,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from companion.book.layout import Book, BookError
 from companion.core import files
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+_QUIET = "ignore:resource_tracker"  # as PYTHONWARNINGS has it
 
 
 def build(book: Book, chapter: str) -> Path:
@@ -98,6 +100,11 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
     working = target.with_suffix(".part.ipynb")
     # The kernel of this environment, even if the user has another one called python3.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    # Of a kernel that is stopped, what clears up behind its workers would say that it does so.
+    others = [w for w in os.environ.get("PYTHONWARNINGS", "").split(",") if w and w != _QUIET]
+    os.environ["PYTHONWARNINGS"] = ",".join([*others, _QUIET])
+    for name in ("papermill", "traitlets", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
     started = time.monotonic()
     _say(f"{chapter} ({profile}): running " + (f"with {values}" if values else "with its defaults"))
     target.unlink(missing_ok=True)  # from here on, an old result would be a wrong one
@@ -109,8 +116,10 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
             parameters=values,
             kernel_name=KERNEL["name"],
             cwd=str(book.root),
-            progress_bar=sys.stderr.isatty(),
+            # make runs two chapters at once, whose bars would write over each other
+            progress_bar=sys.stderr.isatty() and "MAKELEVEL" not in os.environ,
         )
+        working.replace(target)
     except PapermillExecutionError as error:
         failed.parent.mkdir(parents=True, exist_ok=True)
         working.replace(failed)
@@ -122,7 +131,8 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
         raise BookError(
             f"{chapter} ({profile}): the kernel died; most often the machine ran out of memory."
         ) from error
-    working.replace(target)
+    finally:
+        working.unlink(missing_ok=True)  # of a chapter that was stopped
     _say(f"{chapter} ({profile}): done in {time.monotonic() - started:.0f} s")
     return target
 
@@ -141,6 +151,11 @@ def _write(notebook: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as working:
         nbformat.write(notebook, working)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a kernel died: who stopped it knows, and else it is an error with words of ours."""
+    return "Kernel died" not in record.getMessage()
 
 
 def _end(traceback: list[str], lines: int = 20) -> str:

@@ -8,7 +8,9 @@ they are errors here, before the first cell runs.
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,10 @@ from companion.book.chapter import cells
 from companion.book.layout import Book
 from companion.core import plainyaml
 from companion.core.errors import BadParameter, one_of
+from companion.report.page import as_html as escape
+
+ELSEWHERE = ("quick", "gpu", "paper")
+"""Profiles whose values stand beside those of a page."""
 
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _COMPUTED = object()  # a default that is not a literal: nothing to compare a type with
@@ -34,6 +40,7 @@ class Parameter:
     whole: bool  # a whole number, or a list of them: by its annotation, or its default
     start: int  # byte offsets of the value in the cell's source
     end: int
+    meaning: str  # its comment: behind it, or in the lines above
 
 
 def cell_of(book: Book, chapter: str) -> str:
@@ -69,6 +76,8 @@ def declared(source: str, where: str) -> dict[str, Parameter]:
     for line in source.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     found: dict[str, Parameter] = {}
+    said = _comments(source)
+    last = 0
     for statement in tree.body:
         name, value, annotation = _assignment(statement)
         if name is None or value is None:
@@ -93,12 +102,60 @@ def declared(source: str, where: str) -> dict[str, Parameter]:
         start = starts[value.lineno - 1] + value.col_offset
         assert value.end_lineno is not None and value.end_col_offset is not None  # parsed from text
         end = starts[value.end_lineno - 1] + value.end_col_offset
-        said = "" if annotation is None else ast.unparse(annotation)
+        kind = "" if annotation is None else ast.unparse(annotation)
         some = default[0] if isinstance(default, list | tuple) and default else default
-        whole = "float" not in said and ("int" in said or type(some) is int)
-        optional = default is None or "None" in said
-        found[name] = Parameter(name, default, optional, whole, start, end)
+        whole = "float" not in kind and ("int" in kind or type(some) is int)
+        optional = default is None or "None" in kind
+        stop = statement.end_lineno or statement.lineno
+        own = [said[line] for line in range(statement.lineno, stop + 1) if line in said]
+        above = [said[line] for line in range(last + 1, statement.lineno) if line in said]
+        meaning = " ".join(own or above)
+        last = stop
+        found[name] = Parameter(name, default, optional, whole, start, end, meaning)
     return found
+
+
+def table(
+    book: Book, profile: str, chapter: str, cell: str, used: Mapping[str, Any] | None = None
+) -> str:
+    """The parameters of a page as HTML: value here, values of other profiles, and what it means.
+
+    Arguments:
+        profile: the one the page ran with.
+        cell: its parameters cell with the values used, as :func:`substituted` gives it.
+        used: what the run took where a parameter is None, where that is known.
+    """
+    where = f"chapters/{chapter}.md"
+    source = cell_of(book, chapter)
+    others = {
+        name: profile_values(book, name, chapter, source)
+        for name in ELSEWHERE
+        if name != profile and name in book.profiles()
+    }
+    own = {name: p.default for name, p in declared(source, where).items()}
+    rows = ""
+    for name, one in declared(cell, where).items():
+        meaning, unset = _meaning(one.meaning)
+        value = (used or {}).get(name) if one.default is None else one.default
+        there: dict[str, list[str]] = {}  # value -> profiles
+        for other, values in others.items():
+            if values or other == "quick":
+                found = values.get(name, own[name])
+                if found != one.default or (found is None and value is not None):
+                    there.setdefault(_value(found, unset), []).append(other)
+        elsewhere = "<br>".join(f"{escape(', '.join(names))}: {v}" for v, names in there.items())
+        rows += (
+            f'<tr><th scope="row"><code>{escape(name)}</code></th><td>{_value(value, unset)}</td>'
+            f"<td>{escape(meaning)}</td><td>{elsewhere}</td></tr>"
+        )
+    heads = ("Parameter", "Here", "What it means", "In other profiles")
+    title = "Parameters of this page"
+    return (
+        f'<div class="companion-scroll" tabindex="0" role="region" aria-label="{title}">'
+        f'<table class="companion-table companion-parameters"><caption>{title}</caption><thead><tr>'
+        + "".join(f'<th scope="col">{head}</th>' for head in heads)
+        + f"</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
 
 
 def profile_values(book: Book, profile: str, chapter: str, source: str) -> dict[str, Any]:
@@ -153,6 +210,26 @@ def substituted(source: str, values: Mapping[str, Any], where: str) -> str:
         new = repr(values[parameter.name]).encode()
         text = text[: parameter.start] + new + text[parameter.end :]
     return text.decode()
+
+
+def _comments(source: str) -> dict[int, str]:
+    """Line, from 1 -> the comment on it."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+
+
+def _meaning(comment: str) -> tuple[str, str]:
+    """A comment without its words on None, and these: `steps; None: as many as …`."""
+    parts = [part.strip() for part in comment.split(";")]
+    unset = [part.removeprefix("None:").strip() for part in parts if part.startswith("None:")]
+    return "; ".join(p for p in parts if not p.startswith("None:")), "; ".join(unset)
+
+
+def _value(value: Any, unset: str) -> str:
+    if value is _COMPUTED or value is None:
+        return escape(unset or "none")
+    shown = ", ".join(map(repr, value)) if isinstance(value, list) and value else repr(value)
+    return f"<code>{escape(shown)}</code>"
 
 
 def _assignment(node: ast.stmt) -> tuple[str | None, ast.expr | None, ast.expr | None]:

@@ -9,9 +9,12 @@ there twice.
 from __future__ import annotations
 
 import re
+import shutil
 from html import escape, unescape
 from pathlib import Path
 from urllib.parse import quote
+
+from companion.book import searching
 
 ICON = (
     "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'><path fill='none' "
@@ -43,9 +46,22 @@ def polish(html: Path) -> None:
     for path, text in texts.items():
         text = _with_leads(_with_cards(text, formulas), named)
         own = number(path.stem) if path.parent != html else ""
-        path.write_text(_numbered(text, named, own), encoding="utf-8")
+        texts[path] = _numbered(text, named, own)
+        path.write_text(texts[path], encoding="utf-8")
+    searching.write(texts, html)
+    _drop_icon_fonts(html / "_static")
     for path in [*(html / "_static").rglob("*.map"), html / "_static/scripts/fontawesome.js"]:
         path.unlink(missing_ok=True)
+
+
+def _drop_icon_fonts(static: Path) -> None:
+    """Remove the theme's icon fonts; what it draws with them, ``companion.css`` draws."""
+    for sheet in static.rglob("*.css"):
+        text = sheet.read_text(encoding="utf-8")
+        bare = re.sub(r"@font-face\s*\{[^}]*fontawesome[^}]*\}", "", text)
+        if bare != text:
+            sheet.write_text(bare, encoding="utf-8")
+    shutil.rmtree(static / "vendor" / "fontawesome", ignore_errors=True)
 
 
 def page(path: Path, html: Path) -> str:

@@ -151,7 +151,7 @@ def prepare(
             "points, hyphens and underscores."
         )
     every = {name: values.get(name, p.default) for name, p in declared.items()}
-    code = cells(text, where)
+    code = [cell for cell in cells(text, where) if "solution" not in cell.tags]  # for readers
     found = Recording(book, chapter_name, profile, overrides, name, code, blocks, values, every)
     folder = found.target.parent
     exists = next(p for p in (folder, *folder.parents) if p.exists())

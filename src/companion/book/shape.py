@@ -12,6 +12,7 @@ VISIBLE = 0.6
 WORDS = 4
 
 _HIDDEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+_APART = {"parameters", "solution"}  # a table on the page; folded for the reader's sake
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Shape:
 
     Arguments:
         lines: of its source.
-        code: lines of code in its cells, without blank ones.
-        visible: those in cells that a reader sees without a click; the parameters are among them.
+        code: lines of code in its cells, without blank ones, without the parameters, which the page
+            has as a table, and without solutions of exercises.
+        visible: those in cells that a reader sees without a click.
         words: of its prose and captions.
         longest: lines of its longest cell.
     """
@@ -57,6 +59,7 @@ def shape(text: str, where: str) -> Shape:
     counted = [
         (sum(bool(line.strip()) for line in cell.source.splitlines()), not _HIDDEN & {*cell.tags})
         for cell in cells(text, where)
+        if not _APART & {*cell.tags}
     ]
     body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     prose = "\n".join(line for fenced, line in scan(body) if not fenced)

@@ -22,6 +22,7 @@ from companion.book.front import complete, marked
 from companion.book.front import readme as front_readme
 from companion.book.layout import Book, BookError
 from companion.book.notebooks import read
+from companion.book.shown import shown
 from companion.report import recorded
 from companion.report.figures import label
 
@@ -46,6 +47,9 @@ def stage(book: Book, profile: str) -> Path:
             if cell.cell_type == "markdown":
                 cell.source = marked(cell.source, pages, profile)
         files[f"chapters/{page.chapter}.ipynb"] = (nbformat.writes(page.notebook) + "\n").encode()
+        # Over the source that the theme's download button gives.
+        download = nbformat.writes(page.download) + "\n"
+        files[f"extra/_sources/chapters/{page.chapter}.ipynb"] = download.encode()
         for name, content in page.files.items():
             files[f"chapters/files/{page.chapter}/{name}"] = content
         for name, content in page.dark.items():
@@ -57,7 +61,9 @@ def stage(book: Book, profile: str) -> Path:
     if any(page.claims for page in pages) and MARKER not in files[f"{front}.md"].decode():
         raise BookError(f"the front page has no line {MARKER}, where the scoreboard goes.")
     for name in (front, *around):
-        text = complete(name, files[f"{name}.md"].decode(), pages, profile)
+        text, more = shown(book, name, files[f"{name}.md"].decode())
+        text = complete(name, text, pages, profile)
+        files |= more
         files[f"{name}.md"] = text.encode()
     for name in ("_config.yml", "_toc.yml", "references.bib"):
         path = book.root / name

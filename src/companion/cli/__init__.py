@@ -25,9 +25,11 @@ from companion.cli import (
     instability,
     landscape,
     layers,
+    merge,
     models,
     rebasin,
     record,
+    report,
     runs,
     tickets,
     work,
@@ -125,6 +127,8 @@ app.command("landscape", epilog=landscape.EXAMPLE)(landscape.survey_landscape)
 app.command("instability", epilog=instability.EXAMPLE)(instability.measure_instability)
 app.command("tickets", epilog=tickets.EXAMPLE)(tickets.prune_network)
 app.command("rebasin", epilog=rebasin.EXAMPLE)(rebasin.align_networks)
+app.command("merge", epilog=merge.EXAMPLE)(merge.merge_networks)
+app.command("report", epilog=report.EXAMPLE)(report.report_networks)
 app.command("record", epilog=record.EXAMPLE)(record.record_chapter)
 app.command("work", epilog=work.EXAMPLE)(work.do_jobs)
 

@@ -25,16 +25,6 @@ EXAMPLE = (
 )
 
 
-def all_heights(found: Barrier) -> dict[str, dict[str, dict[str, float]]]:
-    """Split -> metric -> definition -> barrier, under the headline BatchNorm mode."""
-    from companion.connectivity import DEFINITIONS
-
-    return {
-        split: {m: {d: found.height(split, m, d) for d in DEFINITIONS} for m in UNITS}
-        for split in found.curve.values
-    }
-
-
 def measure_barrier(
     a: options.A,
     b: options.B,
@@ -123,7 +113,7 @@ def _show(found: Barrier) -> None:
     for gate in found.gates:
         say(f"  {gate}")
     rows = []
-    for split, metrics in all_heights(found).items():
+    for split, metrics in found.heights().items():
         for metric, unit in UNITS.items():
             ends = found.curve.ends(split, metric)
             above = metrics[metric]
@@ -153,4 +143,4 @@ def _show(found: Barrier) -> None:
 
 def summary(found: Barrier) -> dict[str, Any]:
     """A barrier for JSON: whether it is valid, its heights, and everything behind them."""
-    return {"valid": found.valid, "heights": all_heights(found), "barrier": found}
+    return {"valid": found.valid, "heights": found.heights(), "barrier": found}

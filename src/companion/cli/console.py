@@ -158,13 +158,12 @@ def write_tensors(
     Raises:
         BadParameter: it cannot be written.
     """
-    from safetensors.torch import save
-
     from companion import __version__
+    from companion.core.writing import in_pieces
 
     known = {"format": "pt", "made by": f"companion {__version__} {command}", **about}
     try:
-        files.write(path, save(dict(tensors), metadata=known))
+        files.write(path, in_pieces(tensors, known))
     except OSError as e:
         raise BadParameter(f"{path} cannot be written ({e.strerror}).") from e
     say(f"{what} written to {path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -126,7 +126,7 @@ def measure_layers(
         **pair.about_data(),
         settings=settings.identity() | averaging(pair.name, settings.bn_examples),
         valid=found.valid,
-        heights=_heights(found),
+        heights=found.all_heights(),
         layers=found,
     )
     if plot:
@@ -152,14 +152,6 @@ def _by(text: str) -> str | int | tuple[str, ...]:
 
 def _kinds(found: LayerBarriers) -> list[str]:
     return [kind for kind in _TITLES if found.select(kind)]
-
-
-def _heights(found: LayerBarriers) -> dict[str, Any]:
-    """Kind -> split -> metric -> label -> default network -> height."""
-    return {
-        kind: {s: {m: found.heights(kind, s, m) for m in UNITS} for s in found.splits}
-        for kind in ("full", *_kinds(found))
-    }
 
 
 def _show(found: LayerBarriers) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
     from companion.cli.checkpoints import Checkpoint
     from companion.data import Dataset, Split
 
+LETTERS = string.ascii_uppercase
+"""What networks are called, in the order they are given."""
+
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """Two checkpoints as networks of one architecture, and the data to measure on.
+    """Checkpoints as networks of one architecture, and the data to measure on.
 
     Arguments:
         a, b: state dicts of ``module``, with what had to be done to the files.
-        files: the two as they were read.
+        files: all of them as they were read.
         model: the architecture's canonical name.
         name: the one it was given.
         module: it.
@@ -35,11 +39,12 @@ class Opened:
         classes: as the model has them.
         dataset: None without data.
         source: the name it was given.
+        more: further state dicts, of a command that takes any number.
     """
 
     a: Checkpoint
     b: Checkpoint
-    files: tuple[Checkpoint, Checkpoint]
+    files: tuple[Checkpoint, ...]
     model: str
     name: str
     module: nn.Module
@@ -47,6 +52,12 @@ class Opened:
     classes: int
     dataset: Dataset | None
     source: str | None
+    more: tuple[Checkpoint, ...] = ()
+
+    @property
+    def ends(self) -> tuple[Checkpoint, ...]:
+        """All networks, in the order they were given."""
+        return (self.a, self.b, *self.more)
 
     @property
     def data(self) -> Dataset:
@@ -54,17 +65,26 @@ class Opened:
         assert self.dataset is not None
         return self.dataset
 
+    def examples(self) -> str:
+        """What the networks take: the data, or without data the shape of an example."""
+        if self.dataset is not None:
+            return self.dataset.label
+        words = {1: f"windows of {self.shape[0]} tokens", 3: "images of "}
+        sizes = "×".join(map(str, self.shape))
+        what = words.get(len(self.shape), "examples of ")
+        return f"{what}{'' if len(self.shape) == 1 else sizes}, no data"
+
     def announce(self, what: str) -> None:
         """Say what was opened; ``what`` ends the line on model and data."""
-        say(f"A = {self.a.source}")
-        say(f"B = {self.b.source}")
+        for label, end in zip(LETTERS, self.ends, strict=False):
+            say(f"{label} = {end.source}")
         say(f"{self.model} on {what}")
 
     def write(self, path: Path | None, command: str, **found: Any) -> None:
         """The JSON of a command: where the networks and the data come from, and what was found."""
         ends = {
-            name: {"source": end.source, "sha256": end.sha256, "notes": end.notes}
-            for name, end in (("a", self.a), ("b", self.b))
+            name.lower(): {"source": end.source, "sha256": end.sha256, "notes": end.notes}
+            for name, end in zip(LETTERS, self.ends, strict=False)
         }
         write_json(path, {"command": command, **ends, "model": self.model, **found})
 
@@ -83,14 +103,16 @@ def opened(
     device: str,
     shape: tuple[tuple[int, ...], int] | None = None,
     *,
+    more: Sequence[str] = (),
     optional: bool = False,
     stream: bool = False,
 ) -> Opened:
-    """Read A and B, load the data, build the model, and fit both to it.
+    """Read A and B, load the data, build the model, and fit all of them to it.
 
     Arguments:
         a, b, model, data, device: as on the command line; None: as the runs of the store say.
         shape: in place of data, the shape of an example, and classes.
+        more: further networks.
         optional: do without data that the runs name and that are not here.
         stream: leave tensors in their files until they are needed, each time anew.
 
@@ -101,23 +123,26 @@ def opened(
     from companion.cli.checkpoints import fit, read_checkpoint
     from companion.core.seeds import Key
 
-    files = (read_checkpoint(a), read_checkpoint(b))
+    if len(more) > len(LETTERS) - 2:
+        raise BadParameter(f"{len(more) + 2} networks are too many: {len(LETTERS)} at most.")
+    files = tuple(map(read_checkpoint, (a, b, *more)))
     net = _named("--model", model or own_folder(a), files, "net")
     if shape is None and data is None and optional:
         shape = models.example_of(net)
     source, dataset, example, classes = _data(data, files, device, shape, optional)
     # Its own weights count for nothing, but what is derived of it should not vary with them.
     module = models.build(reachable(net), example, classes, Key("rebasin", "module"))
-    first, second = (fit(module, end, label) for label, end in zip("AB", files, strict=True))
+    ends = [fit(module, end, label) for label, end in zip(LETTERS, files, strict=False)]
     if not stream:
-        first, second = (replace(end, theta=dict(end.theta)) for end in (first, second))
-    for label, end in (("A", first), ("B", second)):
+        ends = [replace(end, theta=dict(end.theta)) for end in ends]
+    for label, end in zip(LETTERS, ends, strict=False):
         if end.notes:
             note(f"{label} ({end.source}): {'; '.join(end.notes)}")
     if dataset is not None:
         _tried(net, module, dataset)
-    ends = (first, second, files)
-    return Opened(*ends, models.canonical(net), net, module, example, classes, dataset, source)
+    first, second, *rest = ends
+    named = (models.canonical(net), net, module, example, classes, dataset, source)
+    return Opened(first, second, files, *named, more=tuple(rest))
 
 
 def own_folder(source: str) -> str | None:
@@ -139,7 +164,7 @@ def _named(option: str, given: str | None, ends: Sequence[Checkpoint], field: st
 
 def _data(
     name: str | None,
-    ends: tuple[Checkpoint, Checkpoint],
+    ends: Sequence[Checkpoint],
     device: str,
     shape: tuple[tuple[int, ...], int] | None,
     optional: bool,

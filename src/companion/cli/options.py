@@ -42,6 +42,24 @@ Data = Annotated[
     str | None,
     typer.Option(help="A dataset of `companion data list`. For runs of the store it is known."),
 ]
+InShape = Annotated[
+    str | None,
+    typer.Option(
+        help="Without --data: channels,height,width of an image, such as 3,32,32, or the "
+        "tokens in a window, such as 64; the shape of any other example, likewise."
+    ),
+]
+Classes = Annotated[
+    int | None, typer.Option(help="Without --data: number of classes, or of tokens.")
+]
+MatchExamples = Annotated[
+    int | None,
+    typer.Option(
+        help="Training examples that matching by activations, and the statistics of a merged "
+        "network, look at (default: all)."
+    ),
+]
+MatchingSeed = Annotated[int, typer.Option(help="Of everything random in the matching.")]
 Bn = Annotated[
     str,
     typer.Option(

@@ -9,8 +9,7 @@ what is written is of that form, a network of another name, which :func:`folded_
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from companion.cli import options
-from companion.cli.barrier import all_heights, draw, measured, summary
+from companion.cli.barrier import draw, measured, summary
 from companion.cli.console import (
     UNITS,
     end,
@@ -30,7 +29,7 @@ from companion.cli.console import (
     say,
     write_tensors,
 )
-from companion.cli.opening import Opened, opened
+from companion.cli.opening import LETTERS, Opened, opened
 from companion.core.errors import BadParameter, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
@@ -42,8 +41,9 @@ if TYPE_CHECKING:
     from companion.core.seeds import Key
     from companion.core.theta import Theta
     from companion.data import Split
+    from companion.experiments.methods import Aligned
     from companion.experiments.pairs import Evaluation
-    from companion.rebasin import Matching, Permutations, Rotation, Spec
+    from companion.rebasin import Matching, Permutations, Spec
 
 EXAMPLE = (
     "Example: companion rebasin a.safetensors b.safetensors --model resnet20 --data cifar10 "
@@ -84,16 +84,8 @@ def align_networks(
             "For runs of the store it is known."
         ),
     ] = None,
-    in_shape: Annotated[
-        str | None,
-        typer.Option(
-            help="Without --data: channels,height,width of an image, such as 3,32,32, or the "
-            "tokens in a window, such as 64; the shape of any other example, likewise."
-        ),
-    ] = None,
-    classes: Annotated[
-        int | None, typer.Option(help="Without --data: number of classes, or of tokens.")
-    ] = None,
+    in_shape: options.InShape = None,
+    classes: options.Classes = None,
     method: Annotated[str, typer.Option(help=described())] = DEFAULT.name,
     starts: Annotated[
         int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
@@ -101,7 +93,8 @@ def align_networks(
     steps: Annotated[
         int | None, typer.Option(help=f"Optimiser steps of ste (default {DEFAULT.steps}).")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random in the matching.")] = 0,
+    seed: options.MatchingSeed = 0,
+    match_examples: options.MatchExamples = None,
     bn: options.Bn = "interpolate",
     bn_examples: options.BnExamples = None,
     points: options.Points = 31,
@@ -154,10 +147,11 @@ def align_networks(
             raise BadParameter(f"--{option} belongs to --method {having}, not to {method}.")
     if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
-    for option, given in (("--starts", starts), ("--steps", steps)):
+    counts = {"--starts": starts, "--steps": steps, "--match-examples": match_examples}
+    for option, given in counts.items():
         whole(option, given, 1, "None")
     asked = {"--output": out, "--json": json, "--plot": plot, "--matching": matching}
-    _check_files(asked | {"--merge": merge}, (a, b))
+    check_files(asked | {"--merge": merge}, (a, b))
 
     from companion.connectivity.batches import examples_a_pass
     from companion.core.seeds import Key
@@ -170,7 +164,7 @@ def align_networks(
         model,
         data,
         device,
-        _shape_and_classes(data, in_shape, classes),
+        shape_and_classes(data, in_shape, classes),
         optional=True,
         stream=True,
     )
@@ -182,22 +176,17 @@ def align_networks(
         )
     if dataset is None and plot:
         raise BadParameter("--plot draws the barrier, which needs data: say which with --data.")
-    if dataset is None and merge and repair in ("forward", "closed"):
-        raise BadParameter(f"--repair {repair} looks at data: say which with --data.")
-    words = {1: f"windows of {shape[0]} tokens", 3: f"images of {'×'.join(map(str, shape))}"}
-    what = words.get(len(shape), f"examples of {'×'.join(map(str, shape))}")
-    pair.announce(dataset.label if dataset else f"{what}, no data")
+    check_repair(repair, dataset is not None or not merge)
+    pair.announce(pair.examples())
 
     train = dataset.train if dataset else None
     batch = DEFAULT.batch if train is None else min(DEFAULT.batch, examples_a_pass(train.x))
-    how = Method(method, starts, steps=DEFAULT.steps if steps is None else steps, batch=batch)
+    steps = DEFAULT.steps if steps is None else steps
+    how = Method(method, starts, examples=match_examples, steps=steps, batch=batch)
     key = Key("rebasin", "cli", seed)
     at = train.x.device if train is not None else resolve_device(device)
-    example = _example(pair.module, shape, pair.classes, key)
-    if kind.folds:
-        here = _rotated(how, pair, example.to(at), train, at)
-    else:
-        here = _permuted(how, pair, example, train, at, key)
+    example = example_for(pair.module, shape, pair.classes, key)
+    here = align_pair(how, pair, example.to(at), train, key, spent=True)
 
     found: dict[str, Any] | None = None
     if dataset is not None:
@@ -222,7 +211,11 @@ def align_networks(
         say(f"permutations written to {matching}")
     between = None
     if merge:
-        theta, between = _merged(pair, here, measuring, alpha=alpha, form=repair)
+        ends, shares = (here.a, here.b), (1 - alpha, alpha)
+        theta, between = average(
+            pair, here.module, ends, shares, measuring, form=repair, seen=match_examples
+        )
+        between = {"alpha": alpha, **between}
         about |= {"alpha": f"{alpha:g}", "repair": repair}
         write_tensors(merge, theta, "rebasin", about, "merged network")
         if kind.folds:
@@ -247,13 +240,13 @@ def align_networks(
 # --- input
 
 
-def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> None:
+def check_files(given: Mapping[str, Path | None], ends: Sequence[str]) -> None:
     """Refuse files that cannot be written, or that would overwrite a network or each other."""
     suffixes = {"--json": (), "--plot": options.PICTURES}
     for option, path in given.items():
         output(path, option, suffixes.get(option, (".safetensors",)))
     places = {option: path.resolve() for option, path in given.items() if path}
-    for name, given_end in zip("AB", ends, strict=True):
+    for name, given_end in zip(LETTERS, ends, strict=False):
         source = Path(given_end.partition("#")[0]).expanduser().resolve()
         shards = source.parent if source.suffix == ".json" else source
         for option, path in places.items():
@@ -263,7 +256,7 @@ def _check_files(given: Mapping[str, Path | None], ends: tuple[str, str]) -> Non
         raise BadParameter(f"{', '.join(places)}: each needs a file of its own.")
 
 
-def _shape_and_classes(
+def shape_and_classes(
     data: str | None, in_shape: str | None, classes: int | None
 ) -> tuple[tuple[int, ...], int] | None:
     """What stands in for data; None where it is data that say it."""
@@ -284,7 +277,7 @@ def _shape_and_classes(
     return tuple(map(int, parts)), classes
 
 
-def _example(module: nn.Module, shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
+def example_for(module: nn.Module, shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
     """Two windows of random tokens, for a network that embeds them, or two inputs of noise."""
     import torch
     from torch import nn
@@ -321,53 +314,61 @@ class AlignedPair:
     about: Mapping[str, Any]
 
 
-def _about(spec: Spec, units: Spec, derived: float, matching: Any, outputs: Any) -> dict[str, Any]:
-    groups = {n: g.size for n, g in spec.groups.items()}
-    held = {"held": dict(spec.held), "seconds": derived}
-    about = {"groups": groups, "log10_count": units.log10_count(), **held}
-    return {"spec": about, "matching": matching, "outputs": outputs}
-
-
-def _permuted(
+def align_pair(
     method: Method,
     pair: Opened,
     example: torch.Tensor,
     train: Split | None,
-    device: torch.device,
     key: Key,
+    *,
+    spent: bool = False,
 ) -> AlignedPair:
+    """B brought to A, and as it is written: in its own file's form, or in folded form.
+
+    Arguments:
+        spent: the pair's module is used for nothing but A's and B's weights from here on.
+
+    Raises:
+        BadParameter: nothing can move; of a method that folds: no GPT network, or one whose folded
+            form has no name. Unproven: a function changed.
+    """
+    from companion.experiments.methods import aligned
+    from companion.rebasin import Folding
+
+    ends = (pair.module, pair.a.theta, pair.b.theta)
+    found = aligned(method, *ends, example, train, key, spent=spent)
+    if isinstance(found.symmetries, Folding):
+        name = folded_name(pair.name, found.module, tuple(example.shape[1:]), pair.classes)
+        _show_rotation(found)
+        say(
+            f"the aligned B is in folded form: it is a network of --model {name}, and goes with A "
+            "in the same form (`companion rebasin A A --method folded` writes that)"
+        )
+        file = {k: v.contiguous().clone() for k, v in found.b.items()}
+        return AlignedPair(found.module, found.a, found.b, file, name, None, found.about())
+    return _permuted(pair, found)
+
+
+def _permuted(pair: Opened, found: Aligned) -> AlignedPair:
     """B with its units in A's order, in B's own file's form."""
     import torch
 
     from companion import models
-    from companion.core.fitting import each, fitted
+    from companion.core.fitting import fitted
     from companion.core.theta import layout
-    from companion.experiments.methods import Problem
-    from companion.rebasin import Matching, derive
-    from companion.rebasin.proof import check_equal
+    from companion.rebasin import Matching, Spec
 
-    begun = time.perf_counter()
-    module, a, b = pair.module, pair.a.theta, pair.b.theta
-    spec = derive(module, example, unread="hold")
-    derived = time.perf_counter() - begun
-    if not spec.groups:
-        raise BadParameter(f"model {pair.name!r}: there is nothing to match: {spec.why_none()}.")
-    one, two = (each(theta, lambda _, v: v.to(device)) for theta in (a, b))
-    found = method.kind.find(method, Problem(module, spec, one, two, train, key))
-    assert isinstance(found, Matching)
-    spec = found.spec
-    aligned = found.apply(module, b, check_outputs=False)
-    gap = check_equal(module, b, aligned, spec)
-    _show_matching(spec, found, derived, gap)
-    file = _in_form_of(pair.files[1].theta, pair.b.names, spec, found.perms)
+    spec, matching, aligned = found.symmetries, found.found, found.b
+    assert isinstance(spec, Spec) and isinstance(matching, Matching)
+    _show_matching(spec, matching, found.derived, found.gap)
+    file = _in_form_of(pair.files[1].theta, pair.b.names, spec, matching.perms)
     # What the file left to the model, such as a tied output matrix, may not be the same any more.
-    again = fitted(module, file, layout(module).ties).theta
+    again = fitted(pair.module, file, layout(pair.module).ties).theta
     for name in aligned.keys() - {n for n in pair.b.names.values() if n}:
         if name not in again or not torch.equal(again[name], aligned[name]):
             file[name] = aligned[name].contiguous().clone()
-    outputs = {"largest_relative_difference": gap, "tolerance": spec.tolerance}
-    about = _about(spec, spec, derived, found.summary(), outputs)
-    return AlignedPair(module, a, aligned, file, models.canonical(pair.name), found, about)
+    name = models.canonical(pair.name)
+    return AlignedPair(pair.module, found.a, aligned, file, name, matching, found.about())
 
 
 def _in_form_of(
@@ -444,42 +445,12 @@ def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: in
     return found
 
 
-def _rotated(
-    method: Method, pair: Opened, example: torch.Tensor, train: Split | None, at: torch.device
-) -> AlignedPair:
-    """Both networks folded, and B's residual stream turned to A's; B's outputs stay as they are.
+def _show_rotation(aligned: Aligned) -> None:
+    from companion.rebasin import Rotation
 
-    Raises:
-        BadParameter: no GPT network, or one whose folded form has no name. Unproven: a function
-            changed.
-    """
-    from companion.experiments.methods import turn
-    from companion.rebasin import fold, function_gap
-    from companion.rebasin.folding import TOLERANCE
-
-    a, b = ({k: v.to(at) for k, v in end.theta.items()} for end in (pair.a, pair.b))
-    module = pair.module.to(at)
-    begun = time.perf_counter()
-    folding = fold(module, example)
-    name = folded_name(pair.name, folding.module, tuple(example.shape[1:]), pair.classes)
-    here, there = folding.apply(a), folding.apply(b)
-    derived = time.perf_counter() - begun
-    found = turn(method, folding, here, there, train)
-    moved = dict(there) if found is None else found.apply(there)
-    gap = function_gap(module, b, folding.module, moved, example)
-    _show_rotation(found, derived, gap)
-    say(
-        f"the aligned B is in folded form: it is a network of --model {name}, and goes with A in "
-        "the same form (`companion rebasin A A --method folded` writes that)"
-    )
-    outputs = {"largest_relative_difference": gap, "before rounding, at most": TOLERANCE}
-    matching = found.summary() if found else {"method": method.name}
-    about = _about(folding.spec, folding.units, derived, matching, outputs)
-    file = {k: v.contiguous().clone() for k, v in moved.items()}
-    return AlignedPair(folding.module, here, moved, file, name, None, about)
-
-
-def _show_rotation(found: Rotation | None, derived: float, gap: float) -> None:
+    found = aligned.found
+    assert found is None or isinstance(found, Rotation)
+    derived, gap = aligned.derived, aligned.gap
     say(f"LayerNorm's gains and biases are in the layers behind it (proven in {derived:.1f} s)")
     if found is None:
         say("nothing is matched")
@@ -535,7 +506,7 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
         if str(gate) not in seen:
             say(f"  after: {gate}")
     rows = []
-    old, new = all_heights(before), all_heights(after)
+    old, new = before.heights(), after.heights()
     for split in old:
         for metric, unit in UNITS.items():
             values = [x[split][metric][d] for d in ("mean", "linear") for x in (old, new)]
@@ -565,35 +536,66 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
     return {"split": split, "barriers": modes, "gain": gain, "reestimate": needed}
 
 
-def _merged(
-    pair: Opened, here: AlignedPair, how: Evaluation, *, alpha: float, form: str
+def check_repair(form: str, data: bool, networks: int = 2) -> None:
+    """Refuse a ``--repair`` that lacks its data, or that is for two networks."""
+    one_of("--repair", form, REPAIRS)
+    if form in ("forward", "closed") and not data:
+        raise BadParameter(f"--repair {form} looks at data: say which with --data.")
+    if form in ("forward", "closed") and networks > 2:
+        raise BadParameter(
+            f"--repair {form} is for two networks, not {networks}: REPAIR interpolates the "
+            "statistics of two. Of more, --repair reset estimates those of BatchNorm again."
+        )
+
+
+def average(
+    pair: Opened,
+    module: nn.Module,
+    ends: Sequence[Theta],
+    weights: Sequence[float],
+    how: Evaluation,
+    *,
+    form: str,
+    seen: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The network between A and the aligned B (``form`` of :data:`REPAIRS`), beside the two."""
+    """The weighted mean of networks, beside them (``form`` of :data:`REPAIRS`).
+
+    Arguments:
+        module: the architecture of ``ends``, which are in one order of units.
+        weights: one a network; they sum to 1.
+        seen: training examples that statistics are of; None: all.
+    """
     from companion.connectivity import Walker, has_batchnorm
-    from companion.rebasin import repair
-    from companion.rebasin.repair import interpolated
+    from companion.rebasin import repair, reset_batchnorm
+    from companion.rebasin.repair import averaged
 
     say()
-    dataset, module, ends = pair.dataset, here.module, (here.a, here.b)
-    about: dict[str, Any] = {"alpha": alpha, "repair": form}
+    dataset = pair.dataset
+    about: dict[str, Any] = {"repair": form}
     if form == "none" or dataset is None or (form == "reset" and not has_batchnorm(module)):
-        theta: Theta = interpolated(module, *ends, alpha)
+        theta: Theta = averaged(module, ends, weights)
         if form == "reset" and has_batchnorm(module):
             say("merged: BatchNorm has interpolated statistics; with --data they are estimated")
+    elif len(ends) > 2:
+        x = dataset.train.head(seen or len(dataset.train)).x
+        theta = reset_batchnorm(module, averaged(module, ends, weights), x)
+        say(f"merged: BatchNorm estimated again on {len(x):,} inputs")
     else:
         layers, kind = ((), "forward") if form == "reset" else (None, form)
-        x = dataset.train.x
-        found = repair(module, *ends, x, alpha=alpha, layers=layers, form=kind)
+        (a, b), x = ends, dataset.train.head(seen or len(dataset.train)).x
+        found = repair(module, a, b, x, alpha=weights[1], layers=layers, form=kind)
         theta = found.theta
         say(f"merged: {found}")
     if dataset is not None:
         walker = Walker(module, how.splits(dataset))
-        for name, one in (("A", here.a), ("B", here.b), ("merged", theta)):
+        networks = {**dict(zip(LETTERS, ends, strict=False)), "merged": theta}
+        for name, one in networks.items():
             about[name] = {s: {"loss": m.loss, "error": m.error} for s, m in walker.at(one).items()}
         rows = [
             [n, *(f"{about[n][s][m]:.4g}" for s in walker.splits for m in ("error", "loss"))]
-            for n in ("A", "B", "merged")
+            for n in networks
         ]
         heads = [f">{s} {m}" for s in walker.splits for m in ("error (%)", "loss (nats)")]
-        print_table(["", *heads], rows, title=f"the network at α = {alpha:g}")
+        where = f"α = {weights[1]:g}" if len(ends) == 2 else "the weighted mean"
+        print_table(["", *heads], rows, title=f"the network at {where}")
     return {k: v.contiguous().clone() for k, v in theta.items()}, about

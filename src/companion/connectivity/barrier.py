@@ -230,6 +230,13 @@ class Barrier:
         metric = metric or self.metric
         return self.curves[bn or self.bn].height(split, metric, definition, signed=signed)
 
+    def heights(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Split -> metric -> definition -> barrier, under the headline mode."""
+        return {
+            split: {m: {d: self.height(split, m, d) for d in DEFINITIONS} for m in metrics}
+            for split, metrics in self.curve.values.items()
+        }
+
     def judged(
         self, *, reference_error: float | None = None, max_error: float | None = None
     ) -> Barrier:

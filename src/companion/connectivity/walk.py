@@ -55,12 +55,18 @@ Score = Callable[[torch.Tensor, torch.Tensor], Scored]
 _PROBE = 8  # examples on which two networks' whole numbers are compared
 
 
-def classification(outputs: torch.Tensor, targets: torch.Tensor) -> Scored:
-    """Cross-entropy of logits (N, K) and top-1 errors against class indices (N,).
+def predictions(
+    outputs: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of every prediction its cross-entropy (nats), whether it is wrong, and whether it counts.
 
-    Of a text, logits are (N, L, K) and targets (N, L): every position is a prediction. Targets of
-    -100 are left out. Outputs that are not finite, so that there is no loss, count as an error,
-    whatever their largest is said to be.
+    Arguments:
+        outputs: logits (N, K); of a text (N, L, K), where every position is a prediction.
+        targets: class indices (N,) or (N, L). Those of -100 do not count. Outputs that are not
+            finite, so that there is no loss, are wrong, whatever their largest is said to be.
+
+    Returns:
+        float64, boolean and boolean, shape (N,) or (N * L,) each.
 
     Raises:
         BadParameter: a target that the outputs have no place for.
@@ -76,7 +82,13 @@ def classification(outputs: torch.Tensor, targets: torch.Tensor) -> Scored:
         ) from e
     wrong = (outputs.argmax(1) != targets) | ~losses.isfinite()
     labelled = is_label(targets)
-    return losses.sum(), (wrong & labelled).sum(), labelled.sum()
+    return losses, wrong & labelled, labelled
+
+
+def classification(outputs: torch.Tensor, targets: torch.Tensor) -> Scored:
+    """Cross-entropy and top-1 errors of :func:`predictions`, summed."""
+    losses, wrong, labelled = predictions(outputs, targets)
+    return losses.sum(), wrong.sum(), labelled.sum()
 
 
 def sizes_of(splits: Mapping[str, Split]) -> dict[str, int]:

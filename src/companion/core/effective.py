@@ -220,6 +220,32 @@ class Effective:
             whole |= {n: state[n].to(device, copy=True) for n in slot.stored(state)}
         return {n: whole[n] for n in state if n in whole}
 
+    def pulled_back(self, theta: Theta, slope: Theta) -> dict[str, Tensor]:
+        """Gradients by effective weights, as gradients by what the original stores.
+
+        Arguments:
+            theta: a state dict of the original: where.
+            slope: entry of :attr:`module` -> gradient; others are taken as they are.
+        """
+        out = dict(slope)
+        self.enter(theta)  # into the original
+        for slot in self.slots:
+            if (own := out.pop(slot.entry, None)) is None:
+                continue
+            layer = self.original.get_submodule(slot.layer)
+            held = self.original.state_dict(keep_vars=True)
+            leaves = {n: held[n] for n in slot.stored(held) if isinstance(held[n], nn.Parameter)}
+            with torch.enable_grad():
+                for leaf in leaves.values():
+                    leaf.requires_grad_()
+                weight = _computed(layer, slot)
+                found = torch.autograd.grad(weight, list(leaves.values()), own, allow_unused=True)
+            for (name, leaf), g in zip(leaves.items(), found, strict=True):
+                leaf.requires_grad_(False)
+                if g is not None:
+                    out[name] = g
+        return out
+
     def _spectral(self, slot: _Slot) -> _Spectral | None:
         if slot.kind != SPECTRAL:
             return None

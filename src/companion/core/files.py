@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -65,10 +65,14 @@ def _short(path: Path) -> str:
     return path.name.encode()[:120].decode(errors="ignore")
 
 
-def write(path: Path, content: bytes) -> None:
-    """Make ``content`` the file ``path``, whole or not at all. Raises as :func:`whole`."""
-    with whole(path) as working:
-        working.write_bytes(content)
+def write(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Make ``content``, in pieces or not, the file ``path``, whole or not at all.
+
+    Raises as :func:`whole`.
+    """
+    with whole(path) as working, working.open("wb") as file:
+        for piece in [content] if isinstance(content, bytes) else content:
+            file.write(piece)
 
 
 def check(path: Path, option: str) -> None:

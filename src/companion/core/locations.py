@@ -27,6 +27,14 @@ def book_root() -> Path | None:
     return here if _is_book(here) else checkout()
 
 
+def shipped() -> Path | None:
+    """The folder with ``claims.yaml`` and ``recorded/``: the checkout's, else the package's own."""
+    if root := checkout():
+        return root / "data"
+    inside = Path(__file__).parents[1] / "shipped"  # where setup.py puts them in a wheel
+    return inside if inside.is_dir() else None
+
+
 def _is_book(folder: Path) -> bool:
     return (folder / "_toc.yml").is_file() and (folder / "chapters").is_dir()
 

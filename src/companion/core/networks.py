@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,11 +47,15 @@ def plain(module: nn.Module) -> nn.Module:
     return own
 
 
-def copied(module: nn.Module) -> nn.Module:
+def copied(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A deep copy of the plain module.
 
     Pruning, and weight norm of the old kind, leave results of operations as attributes, which
     PyTorch refuses to copy; the copy's are values, and its next forward pass makes them anew.
+
+    Arguments:
+        dtype: as :func:`in_precision` takes it; default: of each tensor its own. There is never a
+            copy of the whole network in its own type.
 
     Raises:
         BadParameter: it holds something that cannot be copied.
@@ -58,13 +63,32 @@ def copied(module: nn.Module) -> nn.Module:
     module = plain(module)
     memo: dict[int, Any] = {}
     for part in module.modules():
+        for value in (*part._parameters.values(), *part._buffers.values()):
+            if dtype is None or value is None or not value.is_leaf or id(value) in memo:
+                continue  # a tied one is one
+            if type(value) in (nn.Parameter, torch.Tensor):
+                found = _cast(value.detach(), dtype)
+                if found.dtype != value.dtype:
+                    whole = isinstance(value, nn.Parameter)
+                    memo[id(value)] = nn.Parameter(found, value.requires_grad) if whole else found
         for value in pytree.tree_leaves([vars(part), part._buffers]):
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(module, memo)
+        own = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as e:
         raise BadParameter(f"the network cannot be copied ({e}).") from e
+    return in_precision(own, dtype) if dtype else own
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """The very module, whose parameters take no memory from now on, and are no numbers to use.
+
+    An architecture into whose copies state dicts are loaded. Buffers stay: not all are in those.
+    """
+    for p in module.parameters():
+        p.data = p.data.new_zeros(()).expand(p.shape)
+    return module
 
 
 def private(module: nn.Module, inputs: torch.Tensor, *, narrow: bool = True) -> nn.Module:
@@ -89,13 +113,13 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     ``module.to(dtype)`` would drop the imaginary parts, ``module.double()`` leave them in single.
     """
-    pairs = torch.complex128 if dtype == torch.float64 else torch.complex64
-
-    def cast(t: torch.Tensor) -> torch.Tensor:
-        return t.to(dtype) if t.is_floating_point() else t.to(pairs) if t.is_complex() else t
-
-    module._apply(cast)
+    module._apply(partial(_cast, dtype=dtype))
     return module
+
+
+def _cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    pairs = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return t.to(dtype) if t.is_floating_point() else t.to(pairs) if t.is_complex() else t
 
 
 def at_least_single(tensor: torch.Tensor) -> torch.Tensor:

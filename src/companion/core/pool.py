@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import get_reusable_executor, process_executor
+from joblib.externals.loky.backend import resource_tracker
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
@@ -83,8 +84,11 @@ _LOOK_S = 0.5
 
 
 def _begin_worker(parent: int, who: str) -> None:
-    """What a worker does first: it leaves Ctrl-C to its parent, and ends when that is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What a worker does first: it leaves Ctrl-C, and a terminal that closes, to its parent, and
+    ends when that is gone."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     locks.work_for(who)
 
@@ -94,6 +98,20 @@ def _begin_worker(parent: int, who: str) -> None:
         os._exit(1)  # what is stored stays; locks go with the process
 
     threading.Thread(target=look, name="companion-parent", daemon=True).start()
+
+
+def _start_tracker() -> None:
+    """Start loky's own process, which clears up behind workers: it outlives a closed terminal.
+
+    It ignores other signals by itself; killed by this one, its successor complains of all that it
+    does not know.
+    """
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited by what is started
+        try:
+            resource_tracker.ensure_running()
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 def end_workers() -> None:
@@ -181,6 +199,7 @@ def _run_wave(
                 out.append(work(item))
             bar.update()
         return out
+    _start_tracker()
     try:
         with Parallel(
             count,

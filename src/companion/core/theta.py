@@ -256,11 +256,20 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
             )
         if not is_continuous(v):
             continue
-        finite = ~torch.isnan(v) if k in constants else torch.isfinite(v)
-        if not bool(finite.all()):
+        if not _is_finite(v, infinity=k in constants):
             raise BadParameter(f"network {name}: {k} holds NaN or infinite values; it diverged.")
     check_ties(theta, spec.ties, name)
     return theta
+
+
+def _is_finite(x: torch.Tensor, infinity: bool) -> bool:
+    """Whether no entry is NaN, nor, but with ``infinity``, infinite. No copy of a large tensor."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    x = x.float() if x.element_size() == 1 else x  # which has no largest and smallest
+    if not x.numel():
+        return True
+    ends = torch.stack(torch.aminmax(x.detach()))  # of NaN both are NaN
+    return bool((~torch.isnan(ends) if infinity else torch.isfinite(ends)).all())
 
 
 def check_integers(
@@ -291,7 +300,7 @@ def check_integers(
             if torch.allclose(own, moved, rtol=1e-5, atol=1e-6, equal_nan=True):
                 continue
         raise BadParameter(
-            f"networks A and {'ABCDEFGH'[number]}: {', '.join(apart[:3])} "
+            f"networks A and {chr(65 + number)}: {', '.join(apart[:3])} "
             f"({str(first[apart[0]].dtype).removeprefix('torch.')}) differ. Whole and quantised "
             "numbers are not interpolated, and what the networks compute depends on these: there "
             "is no line between the two. Dequantise weights first; give both networks the same "

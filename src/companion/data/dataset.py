@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from companion.core.errors import BadParameter
+from companion.core.losses import IGNORED, is_label
 from companion.core.seeds import Key
 
 Kind = Literal["images", "text"]
@@ -144,6 +145,23 @@ class Split:
             return self if stream is self.stream else Split.windows(stream, self.window)
         x, y = self.x.to(device), self.y.to(device)
         return self if x is self.x and y is self.y else Split(x, y)
+
+    def labelled(self) -> Split:
+        """The examples that have a label; itself if all have one.
+
+        Labels of -100 are left out of every mean; an example, or a window, without any other would
+        make a batch of its own kind that has no mean.
+
+        Raises:
+            BadParameter: none has one.
+        """
+        has = is_label(self.y)
+        has = has.any(1) if has.ndim > 1 else has
+        if bool(has.all()):
+            return self
+        if not bool(has.any()):
+            raise BadParameter(f"data: no example has a label; all are {IGNORED}.")
+        return Split(self.x[has], self.y[has])
 
     def head(self, n: int) -> Split:
         """The first ``n`` samples of a fixed keyed shuffle, so classes are mixed in any file order.

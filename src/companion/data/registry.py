@@ -213,11 +213,13 @@ def download(name: str) -> Path:
     where = _where(source, root)
     if (source.torchvision is None and source.hub is None) or where is None:
         raise BadParameter(f"{name}: nothing to download. How to get it: {source.how}.")
-    if source.files(root)[1]:
+    if missing := source.files(root)[1]:
         (_from_torchvision if source.torchvision else _from_hub)(source, root)
         source = _asked(name)[2]
         where = _where(source, root) or where
     report = check_dataset(name)
+    if missing and source.hub and report.present:
+        text.record(where)
     if report.missing and source.torchvision:
         raise CorruptData(
             f"{source.label}: torchvision downloaded it, but {', '.join(report.missing)} is not in "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 
-from companion.core import closing
+from companion.core import closing, files
 from companion.core.errors import BadParameter, CorruptData, one_of
 from companion.core.locations import data_root
 from companion.data import corpus, tokens
@@ -64,6 +64,9 @@ _FOLDERS = {
     "raw": ("wikitext-{}-raw", "wikitext-{}-raw-v1", "wikitext/wikitext-{}-raw-v1"),
 }
 _SUFFIXES = {"tokens": ("tokens", "txt", "parquet"), "raw": ("raw", "txt", "parquet")}
+
+RECORD = "texts.sha256"
+"""In the folder of a downloaded text: what it was at first."""
 
 _ROWS = 4096  # of windows hashed at a time
 _FILE = "windows.safetensors"
@@ -254,14 +257,23 @@ def _read_wikitext(request: Request, root: Path) -> Texts:
     """The text trained on and the validation text.
 
     Raises:
-        CorruptData: not the published number of lines and words, or not the form asked for.
+        CorruptData: not the published number of lines and words, not the form asked for, or not the
+            text that was downloaded first.
     """
     train, form = request.options["train"], request.options["form"]
-    _, paths, _ = _wikitext_files(request, root)
+    folder, paths, _ = _wikitext_files(request, root)
     # Hugging Face's copy has emptied the lines that hold one space: the published text has them.
     texts = {s: corpus.of_files(paths[s], blank=" \n") for s in paths}
+    known = recorded(root / folder)
     for split, text in texts.items():
-        _compare(request, split, tokens.cached_survey(text, text.sha256()), paths[split][0])
+        digest = text.sha256()
+        if digest != known.get(split, digest):
+            raise CorruptData(
+                f"{paths[split][0]}: not the text that was downloaded first (SHA-256 {digest}; "
+                f"{RECORD} beside it says {known[split]}). Delete the file and get it again. If "
+                "that brings the same, the text has changed at its source: do not use it."
+            )
+        _compare(request, split, tokens.cached_survey(text, digest), paths[split][0])
     return Texts(
         *(texts[train], texts["valid"], "its validation text", (*paths[train], *paths["valid"])),
         notes=(
@@ -269,6 +281,33 @@ def _read_wikitext(request: Request, root: Path) -> Texts:
             f"trained on its {'training' if train == 'train' else 'TEST'} text",
         ),
     )
+
+
+def record(folder: Path) -> None:
+    """Write down the SHA-256 of each split's text, beside it, unless that was done before.
+
+    We know of no published checksum of these texts. So the first download is trusted if lines and
+    words are as published, and all later ones have to bring the same. Texts and not files count:
+    libraries of another version write another parquet file.
+    """
+    digests = {
+        split: corpus.of_files(paths, blank=" \n").sha256()
+        for split, names in corpus.NAMES.items()
+        if (paths := corpus.split_files(folder, names, ("parquet",)))
+    }
+    lines = [f"{digest}  {split}" for split, digest in {**digests, **recorded(folder)}.items()]
+    files.write(folder / RECORD, "".join(f"{line}\n" for line in lines).encode())
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    """Split -> SHA-256 (hex) of its text as :func:`record` saw it first; {} without a record."""
+    try:
+        lines = (folder / RECORD).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptData(f"{folder / RECORD}: cannot be read ({error}).") from error
+    return {split: digest for digest, _, split in (line.partition("  ") for line in lines)}
 
 
 def _compare(request: Request, split: str, found: Survey, path: Path) -> None:

@@ -169,15 +169,6 @@ class Geometry:
         true = self.barrier(split)
         return found, abs(found - true) / abs(true) if true else abs(found)
 
-    def smooth_barrier(self) -> float:
-        """The same of the Hessian's curvatures at :attr:`locals`, on train.
-
-        What is missing to :meth:`barrier` is the kinks' (and what too few points lose). Ask for
-        ``inside`` of 15 or more.
-        """
-        alphas = [t for _, t in grid(len(self.locals))]
-        return weighted_curvature(alphas, [one.curvature for one in self.locals])
-
     def end(self, which: str = "a") -> Blocks:
         """The blocks at A or at B.
 

@@ -21,6 +21,7 @@ from companion.connectivity.batches import examples_a_pass
 from companion.connectivity.walk import has_batchnorm
 from companion.core import codec
 from companion.core.errors import BadParameter
+from companion.core.losses import is_label
 from companion.core.numerics import exact_evaluation
 from companion.core.runs import Store
 from companion.core.theta import Theta, affine, layout, with_aliases, without_aliases
@@ -65,9 +66,12 @@ Readings = dict[str, dict[str, Reading]]
 def read_logits(logits: torch.Tensor, y: torch.Tensor) -> Reading:
     """The reading of logits or log-probabilities, shape (N, K), against labels, shape (N,).
 
-    Of a text, whose labels have shape (N, L), every position is a prediction: (N * L, K).
+    Of a text, whose labels have shape (N, L), every position is a prediction: (N * L, K). Labels of
+    -100 are left out.
     """
     y = y.flatten()
+    if not bool((kept := is_label(y)).all()):
+        logits, y = logits[kept], y[kept]
     p = logits.double().softmax(1)
     curve = calibration.reliability(p, y, bins=BINS)
     full = [i for i, n in enumerate(curve.counts) if n]

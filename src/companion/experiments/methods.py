@@ -10,6 +10,7 @@ Nothing here imports PyTorch before a method is carried out, so that help is qui
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -295,6 +296,7 @@ def gradient(module: nn.Module, theta: Theta, part: Split) -> dict[str, torch.Te
     from torch.func import functional_call
 
     from companion.connectivity.batches import examples_a_pass
+    from companion.core.losses import is_label
     from companion.core.theta import layout, without_aliases
 
     own = layout(module)
@@ -302,11 +304,11 @@ def gradient(module: nn.Module, theta: Theta, part: Split) -> dict[str, torch.Te
     rest = {n: v for n, v in without_aliases(theta, own.ties).items() if n not in leaves}
     module = module.eval()
     out = {n: torch.zeros_like(v) for n, v in leaves.items()}
-    size = examples_a_pass(part.x)
+    size, labels = examples_a_pass(part.x), int(is_label(part.y).sum())
     for x, y in zip(part.x.split(size), part.y.split(size), strict=True):
         logits = functional_call(module, {**rest, **leaves}, (x,))
         loss = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
-        found = torch.autograd.grad(loss / part.y.numel(), list(leaves.values()))
+        found = torch.autograd.grad(loss / labels, list(leaves.values()))
         for n, g in zip(leaves, found, strict=True):
             out[n] += g
     return out
@@ -329,6 +331,110 @@ def match(method: Method, module: nn.Module, a: Theta, b: Theta, data: Dataset) 
         raise BadParameter(f"{method.name}: nothing is matched.")
     assert isinstance(found, Matching)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """Two networks in the coordinates in which a method compares them, each what it was before.
+
+    Arguments:
+        method: that brought B to A.
+        module: the architecture there: the original one, or the folded one.
+        a, b: state dicts of it, B matched.
+        before: B as it is there with nothing matched.
+        symmetries: what may move: a spec, or how LayerNorm was folded away.
+        found: the permutations, or the rotation; None where nothing moves.
+        gap: largest difference of B's outputs before and after, as a share of the largest.
+        derived: seconds until the symmetries were known and proven.
+    """
+
+    method: Method
+    module: nn.Module
+    a: Theta
+    b: Theta
+    before: Theta
+    symmetries: Spec | Folding
+    found: Matching | Rotation | None
+    gap: float
+    derived: float
+
+    def about(self) -> dict[str, Any]:
+        """``spec``, ``matching`` and ``outputs``, JSON-able."""
+        from companion.rebasin import Folding
+        from companion.rebasin.folding import TOLERANCE
+
+        known = self.symmetries
+        folded = isinstance(known, Folding)
+        spec, units = (known.spec, known.units) if isinstance(known, Folding) else (known, known)
+        bound = {"before rounding, at most": TOLERANCE} if folded else {"tolerance": spec.tolerance}
+        return {
+            "spec": {
+                "groups": {n: g.size for n, g in spec.groups.items()},
+                "log10_count": units.log10_count(),
+                "held": dict(spec.held),
+                "seconds": self.derived,
+            },
+            "matching": self.found.summary() if self.found else {"method": self.method.name},
+            "outputs": {"largest_relative_difference": self.gap, **bound},
+        }
+
+
+def aligned(
+    method: Method,
+    module: nn.Module,
+    a: Theta,
+    b: Theta,
+    example: torch.Tensor,
+    train: Split | None,
+    key: Key,
+    known: Spec | Folding | None = None,
+    spent: bool = False,
+) -> Aligned:
+    """Bring any B to any A; both compute what they did before, which is checked.
+
+    Arguments:
+        module: the architecture.
+        a, b: state dicts of it.
+        example: two inputs that its symmetries are proven on, on the device to compute on.
+        train: data to look at; None for a method that needs none.
+        key: of random choices.
+        known: the symmetries, of an earlier call for a method that folds as this one does or not.
+        spent: nobody needs the module's own weights; their memory goes once symmetries are proven.
+
+    Raises:
+        BadParameter: whatever the method refuses; there is nothing to match. Unproven: a network's
+            function changed.
+    """
+    from companion.core.fitting import each
+    from companion.core.networks import without_weights
+    from companion.rebasin import Folding, Matching, Rotation, Spec, derive, fold, function_gap
+    from companion.rebasin.proof import check_equal
+
+    begun, at = time.perf_counter(), example.device
+    if method.kind.folds:
+        module = module.to(at)
+        a, b = ({k: v.to(at) for k, v in theta.items()} for theta in (a, b))
+        folding = known if isinstance(known, Folding) else fold(module, example)
+        here, there = folding.apply(a), folding.apply(b)
+        derived = time.perf_counter() - begun
+        problem = Problem(folding.module, folding.spec, here, there, train, key, folding)
+        turned = method.kind.find(method, problem)
+        assert turned is None or isinstance(turned, Rotation)
+        moved = dict(there) if turned is None else turned.apply(there)
+        gap = function_gap(module, b, folding.module, moved, folding.spec.example)
+        return Aligned(method, folding.module, here, moved, there, folding, turned, gap, derived)
+    spec = known if isinstance(known, Spec) else derive(module, example, unread="hold")
+    derived = time.perf_counter() - begun
+    if not spec.groups:
+        raise BadParameter(f"there is nothing to match: {spec.why_none()}.")
+    if spent:
+        without_weights(module)
+    one, two = (each(theta, lambda _, v: v.to(at)) for theta in (a, b))
+    found = method.kind.find(method, Problem(module, spec, one, two, train, key))
+    assert isinstance(found, Matching)
+    put = found.apply(module, b, check_outputs=False)
+    gap = check_equal(module, b, put, found.spec)
+    return Aligned(method, module, a, put, b, found.spec, found, gap, derived)
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,38 +467,12 @@ def place(method: Method, module: nn.Module, a: Theta, b: Theta, data: Dataset) 
     Raises:
         BadParameter: whatever the method refuses. Unproven: a network's function changed.
     """
-    from companion.rebasin import fold, function_gap
+    from companion.core.seeds import Key
 
     if method.name == "naive":
         return Placed(module, a, dict(b), b, {})
-    if not method.kind.folds:
-        found = match(method, module, a, b, data)
-        return Placed(module, a, found.apply(module, b), b, found.summary())
-    folding = fold(module, data.test.x[:2])
-    here, there = folding.apply(a), folding.apply(b)
-    turned = turn(method, folding, here, there, data.train)
-    moved = dict(there) if turned is None else turned.apply(there)
-    gap = function_gap(module, b, folding.module, moved, folding.spec.example)
-    summary = {"function gap": gap} | (turned.summary() if turned else {})
-    return Placed(folding.module, here, moved, there, summary)
-
-
-def turn(
-    method: Method, folding: Folding, a: Theta, b: Theta, train: Split | None
-) -> Rotation | None:
-    """What brings folded B to folded A; None for ``folded``, where nothing moves.
-
-    Arguments:
-        method: one that folds.
-        a, b: state dicts of the folded architecture.
-        train: data to look at; None for a method that needs none.
-    """
-    from companion.core.seeds import Key
-    from companion.rebasin import Rotation
-
     key = Key("aligned", method.label)
-    found = method.kind.find(
-        method, Problem(folding.module, folding.spec, a, b, train, key, folding)
-    )
-    assert found is None or isinstance(found, Rotation)
-    return found
+    here = aligned(method, module, a, b, data.test.x[:2], data.train, key)
+    summary = {"function gap": here.gap} if method.kind.folds else {}
+    summary |= here.found.summary() if here.found else {}
+    return Placed(here.module, here.a, here.b, here.before, summary)

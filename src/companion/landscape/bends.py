@@ -132,6 +132,7 @@ def fit_bend(
             "rate above 0 and a momentum in [0, 1) are needed."
         )
     only_plain(module)
+    data = data.labelled()
     key = key or Key("landscape", "bend")
     device = data.x.device
     net = copy.deepcopy(module).to(device).train()

@@ -309,6 +309,14 @@ class LayerBarriers:
             out.append(Rise(label, rest, first, tuple(others)))
         return tuple(out)
 
+    def all_heights(self) -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
+        """Kind -> split -> metric -> label -> default network -> height."""
+        kinds = [k for k in ("full", *KINDS, "subset") if self.select(k)]
+        return {
+            kind: {s: {m: self.heights(kind, s, m) for m in self.ends[s]} for s in self.splits}
+            for kind in kinds
+        }
+
     def judged(
         self, *, reference_error: float | None = None, max_error: float | None = None
     ) -> LayerBarriers:

@@ -51,6 +51,7 @@ from companion.experiments.pairs import Evaluation, Pair
 from companion.features import Features, features
 from companion.layerwise import LayerBarriers, Sweep
 from companion.models import parameter_count
+from companion.papers.forked import Forked
 from companion.report import figures, plots, provenance, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
@@ -94,7 +95,7 @@ Swept: TypeAlias = dict[str, list[LayerBarriers]]
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Study(Forked):
     """The experiments of chapter 5. Each runs, once, when it is first looked at.
 
     Arguments:
@@ -128,16 +129,6 @@ class Study:
     workers: int
 
     # What is trained
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return self.recipe.steps
-
-    @property
-    def late(self) -> int:
-        """The last fork step."""
-        return self.ks[-1]
 
     def twins(self, step: int | None = None, k: int = 0) -> list[Pair]:
         """One pair an initialisation: two copies that fork at step k, looked at after ``step``."""
@@ -264,7 +255,7 @@ class Study:
             more: Any = {"layers": self.places, "alphas": (0.5,), "per": "position"}
             return features(self.module, a, b, looked, **more)
 
-        groups = self.twins(k=self.late), self.twins(), self.strangers()
+        groups = self.twins(k=self.last), self.twins(), self.strangers()
         with one_thread():  # as every measurement of the pool
             return {
                 name: [of(pair) for pair in pairs]
@@ -314,7 +305,7 @@ class Study:
     def conditions(self) -> tuple[str, str, str]:
         """The pairs whose features are compared, from most to least shared."""
         same = PAIRS["same"].partition(",")[0]
-        return f"{same}, k = {self.late}", f"{same}, k = 0", PAIRS["different"]
+        return f"{same}, k = {self.last}", f"{same}, k = 0", PAIRS["different"]
 
     @property
     def places(self) -> list[str]:
@@ -359,8 +350,8 @@ class Study:
             "data": self.text.label,
             "T": self.steps,
             "inits": self.inits,
-            "late": self.late,
-            "late_share": said(self.late / self.steps, "{:.0%}"),
+            "late": self.last,
+            "late_share": said(self.last / self.steps, "{:.0%}"),
             "neighbours": self.neighbours,
             "groups": len(self.blocks),
             "window": self.text.test.window or 0,
@@ -596,7 +587,7 @@ def ratio(
 def ratios(study: Study) -> dict[str, list[list[float]]]:
     """Condition -> for each pair gap over baseline at every place; [] if the pair is not valid."""
     passed = (
-        [s.result.barrier.valid for s in study.forks.at(study.late)],
+        [s.result.barrier.valid for s in study.forks.at(study.last)],
         [one.valid for one in study.modules["same"]],
         [one.valid for one in study.modules["different"]],
     )
@@ -736,10 +727,10 @@ def g03(study: Study) -> Statistic:
     """The barrier between copies that fork at the last k."""
     first = study.forks.interval(0, "test", "loss")
     return statistic(
-        study.forks.interval(study.late, "test", "loss"),
+        study.forks.interval(study.last, "test", "loss"),
         (first is not None and first.value > WALL, "there was no barrier at k = 0"),
-        (study.late <= study.steps / 2, "the last fork step lies behind half of training"),
-        detail=f"k = {study.late} of {study.steps}",
+        (study.last <= study.steps / 2, "the last fork step lies behind half of training"),
+        detail=f"k = {study.last} of {study.steps}",
     )
 
 
@@ -789,7 +780,7 @@ def g09(study: Study) -> Statistic:
 
     A pair that is no closer than the same initialisation's at k = 0 counts as 1: not connected.
     """
-    stream, late = gaps(study), study.forks.interval(study.late, "test", "loss")
+    stream, late = gaps(study), study.forks.interval(study.last, "test", "loss")
     closer = [
         gap if gap < first else math.nan if math.isnan(gap + first) else 1.0
         for gap, first in zip(*(stream[name] for name in study.conditions[:2]), strict=True)
@@ -798,7 +789,7 @@ def g09(study: Study) -> Statistic:
     connected = late is not None and late.value < STABLE
     return statistic(
         over_pairs(closer),
-        (connected, f"copies that fork at k = {study.late} are not connected"),
+        (connected, f"copies that fork at k = {study.last} are not connected"),
         detail="; ".join(f"{name} {v:.2f}" for name, v in means.items()),
     )
 
@@ -880,7 +871,7 @@ def show_instability(study: Study) -> None:
     lines = {k: [s.result.barrier for s in study.forks.at(k)] for k in study.ks}
     rises = {f"k = {k}": [above(b.curve) for b in found if b.valid] for k, found in lines.items()}
     found = {split: fork_barriers(study, split) for split in ("test", "train")}
-    fig, axes = plots.grid(2, width=9.6, height=4.0)
+    fig, axes = plots.grid(2, height=4.0)
     drawn = {
         "k": plots.against_k(
             axes[0],
@@ -909,7 +900,7 @@ def show_matching(study: Study) -> None:
         for name, results in study.matched.items()
         if WAYS[name] in found
     }
-    fig, axes = plots.grid(2, width=10.4, height=4.4, width_ratios=(1.1, 1))
+    fig, axes = plots.grid(2, height=4.4, width_ratios=(1.1, 1))
     drawn: dict[str, Any] = {
         "barriers": plots.conditions(
             axes[0],
@@ -936,7 +927,7 @@ def _each(words: Mapping[str, str]) -> str:
 def show_heatmap(study: Study) -> None:
     """Barriers of the whole network and of every block while it trains."""
     found = maps(study)
-    fig, axes = plots.grid(2, width=10.4, height=1.36 + 0.36 * len(study.blocks), sharey=True)
+    fig, axes = plots.grid(2, height=1.36 + 0.36 * len(study.blocks), sharey=True)
     plots.heat(axes, found, list(study.looks), label="test loss barrier (nats)")
     words = {}
     for ax, (kind, rows) in zip(axes, found.items(), strict=True):
@@ -953,7 +944,7 @@ def show_heatmap(study: Study) -> None:
 def show_parts(study: Study) -> None:
     """A dot for each part of a block and pair, the least it can show, and the whole network."""
     count = len(study.parts["same"][0].groups)
-    fig, axes = plots.grid(2, width=10.4, height=1.4 + 0.22 * count, sharey=True)
+    fig, axes = plots.grid(2, height=1.4 + 0.22 * count, sharey=True)
     drawn: dict[str, Any] = {}
     words: dict[str, str] = {}
     floors: list[str] = []
@@ -980,7 +971,7 @@ def show_groups(study: Study) -> None:
     first = [study.short(label).partition(" =")[0] for label in study.blocks]
     first = first[: len(first) - study.neighbours + 1]
     numbers, places = range(1, len(study.blocks) + 1), range(1, len(first) + 1)
-    fig, axes = plots.grid(2, width=10.4, height=4.2, sharey=True)
+    fig, axes = plots.grid(2, height=4.2, sharey=True)
     drawn: dict[str, Any] = {}
     words: dict[str, str] = {}
     for shift, (kind, results) in enumerate(study.groups.items()):
@@ -1054,7 +1045,7 @@ def show_recorded(found: Sequence[Record]) -> None:
         for r in held
         for kind in PAIRS
     }
-    fig, axes = plots.grid(len(panels), width=10.4, height=4.2)
+    fig, axes = plots.grid(len(panels), height=4.2)
     rows = {title: one[kind] for title, (one, kind) in panels.items()}
     steps = {title: one["steps"] for title, (one, _) in panels.items()}
     plots.heat(axes, rows, steps, label="test loss barrier (nats)")
@@ -1112,8 +1103,8 @@ def features_sentence(study: Study) -> str:
         return "This run lacks a valid pair of one of the two kinds."
     return (
         f"Copies that fork at step 0 reach {said(found[first])}, with a barrier of "
-        f"{said(forks.get(0), missing=NONE)} nats; those that fork at step {study.late} reach "
-        f"{said(found[late])}, with {said(forks.get(study.late), missing=NONE)}."
+        f"{said(forks.get(0), missing=NONE)} nats; those that fork at step {study.last} reach "
+        f"{said(found[late])}, with {said(forks.get(study.last), missing=NONE)}."
     )
 
 
@@ -1145,7 +1136,7 @@ def values(study: Study) -> Values:
     return {
         **{name: said(value, missing=NONE) for name, value in numbers.items()},
         "choices": f"{math.exp(loss):.0f}",
-        "late_k": said(forks.get(study.late), "{:.3f}", NONE),
+        "late_k": said(forks.get(study.last), "{:.3f}", NONE),
         "near_units": said(near.get("units"), "{:.0%}", NONE),
         "near_rotated": said(near.get("rotated"), "{:.0%}", NONE),
         "dots": len(above),

@@ -45,6 +45,7 @@ from companion.experiments.instability import (
 )
 from companion.experiments.pairs import Evaluation, PairResult
 from companion.models import may_have_batchnorm, title
+from companion.papers.forked import Forked
 from companion.report import claims, figures, plots, provenance, recorded, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
@@ -67,7 +68,7 @@ LARGER = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Study(Forked):
     """The chapter's experiment. A property that trains or measures does so once, when first read.
 
     Arguments:
@@ -95,19 +96,9 @@ class Study:
     workers: int
 
     @property
-    def steps(self) -> int:
-        """T."""
-        return self.noisy.steps
-
-    @property
-    def first(self) -> int:
-        """The smallest fork step."""
-        return self.ks[0]
-
-    @property
-    def last(self) -> int:
-        """The largest fork step."""
-        return self.ks[-1]
+    def recipe(self) -> Recipe:
+        """The noisy network's."""
+        return self.noisy
 
     @property
     def gentle_ks(self) -> tuple[int, ...]:

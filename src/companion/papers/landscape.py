@@ -60,6 +60,7 @@ from companion.landscape import (
 from companion.layerwise import Sweep
 from companion.models import title
 from companion.papers import instability
+from companion.papers.forked import Forked
 from companion.report import figures, plots, provenance, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.words import MISSING, Values, listed, said
@@ -88,7 +89,7 @@ HALF = "weights"
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Study(Forked):
     """The chapter's experiment. A property that trains or measures does so once, when first read.
 
     Arguments:
@@ -111,21 +112,6 @@ class Study:
     bending: Bending | None
     device: str
     workers: int
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return self.recipe.steps
-
-    @property
-    def first(self) -> int:
-        """The smallest fork step."""
-        return self.ks[0]
-
-    @property
-    def last(self) -> int:
-        """The largest fork step."""
-        return self.ks[-1]
 
     @property
     def drop(self) -> int | None:
@@ -966,7 +952,7 @@ def show_apart(study: Study) -> None:
 def show_predictors(study: Study) -> None:
     """What is foretold against what is measured, for all forks and steps."""
     shown = ("distance", "taylor", "quintic")
-    fig, axes = plots.grid(len(shown), columns=3, height=3.6, width=11.4)
+    fig, axes = plots.grid(len(shown), columns=3, height=3.6)
     drawn = {}
     for ax, name in zip(axes, shown, strict=True):
         groups: dict[str, list[tuple[float, float]]] = {f"k = {k}": [] for k in study.ks}
@@ -1016,7 +1002,7 @@ def show_annealing(study: Study) -> None:
 
 def show_layers(study: Study) -> None:
     """Barriers of single layers, measured and foretold; and what layers do together."""
-    fig, axes = plots.grid(3, columns=3, height=3.9, width=11.4)
+    fig, axes = plots.grid(3, columns=3, height=3.9)
     drawn: dict[str, Any] = {}
     for ax, k in zip(axes, (study.first, study.last), strict=False):
         found = by_layer(study, k)

@@ -846,7 +846,7 @@ def show_layers(study: Study) -> None:
     else:
         answer = "In each of these networks some layer alone has a good part of the wall."
     page.fill(answer=answer)
-    fig, axes = plots.grid(3, columns=3, height=4.8, width=11.4)
+    fig, axes = plots.grid(3, columns=3, height=4.8)
     drawn = {}
     for ax, recipe in zip(axes, study.recipes, strict=True):
         ax.set_title(called(recipe.net), fontsize=10)
@@ -1017,7 +1017,7 @@ def show_regimes(study: Study) -> None:
         gentle_whole=said(mean(barriers(gentle))),
     )
     rows = {name: share for name, share in shares.items() if share is not None}
-    fig, axes = plots.grid(1, height=0.9 + 0.42 * len(rows), width=9.4)
+    fig, axes = plots.grid(1, height=0.9 + 0.42 * len(rows), width=plots.WIDEST)
     label = "worst layer's barrier, % of the whole network's"
     drawn = plots.conditions(axes[0], rows, threshold=10, xlabel=label, form="{:.0f}")
     figures.publish(fig, "layerwise-regimes", data=drawn)
@@ -1051,7 +1051,7 @@ def show_directions(study: Study) -> None:
         full_random=said(mean([r.mean for r in whole])),
     )
     shown = [recipe for recipe in study.recipes if study.good(recipe)]
-    fig, axes = plots.grid(len(shown), columns=3, height=4.6, width=11.4)
+    fig, axes = plots.grid(len(shown), columns=3, height=4.6)
     drawn = {}
     for ax, recipe in zip(axes, shown, strict=True):
         rises = [r for one in study.good(recipe) for r in one.rises("single", "train")]
@@ -1066,7 +1066,7 @@ def show_directions(study: Study) -> None:
         ax.set_xscale("symlog", linthresh=0.01)
         ax.set_xlim(right=2.5 * max(towards + random))
         ax.set_title(called(recipe.net), fontsize=10)
-        ax.set_xlabel("rise of the train loss (nats)\nlinear below 0.01")
+        ax.set_xlabel("rise of train loss (nats)\nlinear below 0.01", fontsize=9)
         drawn[recipe.net] = dict(zip(layers, zip(towards, random, strict=True), strict=True))
     plots.legend(fig, columns=2)
     figures.publish(fig, "directions", data=drawn)

@@ -43,6 +43,7 @@ from companion.experiments.tickets import (
     plan_tickets,
 )
 from companion.models import title
+from companion.papers.forked import Forked
 from companion.report import figures, plots, provenance, recorded, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
@@ -68,7 +69,7 @@ ALIVE = 50.0
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Study(Forked):
     """The chapter's experiment. A property that trains or measures does so once, when first read.
 
     Arguments:
@@ -95,19 +96,9 @@ class Study:
         return self.search.recipe
 
     @property
-    def steps(self) -> int:
-        """T."""
-        return self.recipe.steps
-
-    @property
-    def first(self) -> int:
-        """The earliest step that subnetworks are rewound to."""
-        return self.search.ks[0]
-
-    @property
-    def last(self) -> int:
-        """The latest step that subnetworks are rewound to."""
-        return self.search.ks[-1]
+    def ks(self) -> tuple[int, ...]:
+        """The steps that subnetworks are rewound to, sorted."""
+        return self.search.ks
 
     @property
     def new_start(self) -> Search:
@@ -322,7 +313,7 @@ def cells(study: Study) -> dict[tuple[int, int], dict[int, tuple[bool, bool]]]:
     By the numbers of each initialisation; only those with a valid barrier. Level 0 is left out.
     """
     out = {}
-    for k in study.search.ks:
+    for k in study.ks:
         limit = study.found.tolerance(k)
         for level in study.search.levels[1:]:
             barrier = _barriers(study, "imp", level, k)
@@ -335,7 +326,7 @@ def cells(study: Study) -> dict[tuple[int, int], dict[int, tuple[bool, bool]]]:
 
 def only_imp(study: Study) -> list[int]:
     """Levels of the paper's Range II: random pruning matches at no k, IMP does at some."""
-    ks, found = study.search.ks, study.found
+    ks, found = study.ks, study.found
     return [
         level
         for level in study.search.levels_of("random")
@@ -358,7 +349,7 @@ def _agreement(
 def links(study: Study) -> dict[tuple[int, int], dict[int, tuple[bool, bool]]]:
     """(k, level) -> init -> whether it is connected to the level before, and whether it matches."""
     out = {}
-    for k in study.search.ks:
+    for k in study.ks:
         limit = study.found.tolerance(k)
         for level in study.search.levels[1:]:
             excess = _excess(study, "imp", level, k)
@@ -525,7 +516,7 @@ def c18(study: Study) -> Statistic:
 def _matching_from(study: Study, level: int) -> tuple[float, float]:
     """The k from which on no subnetwork is certainly not matching, and that from which on all are
     certainly matching; infinite where the grid has none."""
-    ks = study.search.ks
+    ks = study.ks
     words = [study.found.matching("imp", level, k) for k in ks]
 
     def first(holds: Sequence[bool]) -> float:
@@ -536,7 +527,7 @@ def _matching_from(study: Study, level: int) -> tuple[float, float]:
 
 def c19(study: Study) -> Statistic:
     """Whether ResNet-20's subnetworks are stable and matching from about 0.8 % of training on."""
-    ks, aim, level = study.search.ks, 0.008 * study.steps, 8
+    ks, aim, level = study.ks, 0.008 * study.steps, 8
     near = [
         max((k for k in ks if k <= aim), default=-1),
         min((k for k in ks if k >= aim), default=-1),
@@ -597,7 +588,7 @@ def i01(study: Study) -> Statistic:
         share,
         *_needs(study, "inits"),
         (both, "all levels of this run match, or none: nothing can disagree"),
-        detail=f"{counted(len(study.search.levels) - 1, 'level')}, {len(study.search.ks)} k",
+        detail=f"{counted(len(study.search.levels) - 1, 'level')}, {len(study.ks)} k",
     )
 
 
@@ -606,7 +597,7 @@ def i02(study: Study) -> Statistic:
     found, level = study.found, study.level
     before = found.successive(level, study.first)
     connected = before is not None and before.clusters > 1 and before.high < THRESHOLD
-    later = {f"k = {k}:": found.to_dense(level, k) for k in study.search.ks[1:]}
+    later = {f"k = {k}:": found.to_dense(level, k) for k in study.ks[1:]}
     return statistic(
         found.to_dense(level, study.first),
         *_needs(study, "init", "inits"),
@@ -777,7 +768,7 @@ def show_quadrants(study: Study) -> None:
     groups: dict[str, list[tuple[float, float]]] = {}
     for kind in study.search.kinds:
         groups[NAMES[kind]] = []
-        for k in study.search.ks:
+        for k in study.ks:
             for level in study.search.levels_of(kind):
                 barrier, excess = noise(study, kind, level, k), found.excess(kind, level, k)
                 if level and barrier and excess:
@@ -814,13 +805,13 @@ def show_chain(study: Study) -> None:
         "to_whole": ("the whole network", found.to_dense),
     }
     for ax, (place, (what, way)) in zip(axes, ways.items(), strict=True):
-        curves = {f"k = {k}": _present({n: way(n, k) for n in levels}) for k in study.search.ks}
+        curves = {f"k = {k}": _present({n: way(n, k) for n in levels}) for k in study.ks}
         drawn[what] = _against_density(ax, curves, ylabel="error barrier (points)")
         plots.dashed(ax, THRESHOLD)
         ax.set_title(f"to {what}")
         told = "; ".join(f"{k}: {_series(points, study)}" for k, points in curves.items())
         values[place] = told
-    plots.legend(fig, len(study.search.ks))
+    plots.legend(fig, len(study.ks))
     figures.publish(fig, "chain", data=drawn, values=values)
 
 
@@ -848,7 +839,7 @@ def show_carried(study: Study) -> None:
 def show_cells(study: Study) -> None:
     """Every subnetwork: error, barrier, and the two verdicts."""
     found, rows = study.found, []
-    for k in study.search.ks:
+    for k in study.ks:
         for kind in study.search.kinds:
             for level in study.search.levels_of(kind):
                 if kind != "imp" and not level:
@@ -905,7 +896,7 @@ def start_sentence(study: Study) -> str:
 
 def range_sentence(study: Study) -> str:
     """The paper's three ranges of density, as this run has them."""
-    found, ks = study.found, study.search.ks
+    found, ks = study.found, study.ks
     controls = study.search.levels_of("random")
     easy = [n for n in controls if any(found.matching("random", n, k) == "matching" for k in ks)]
     hard = [

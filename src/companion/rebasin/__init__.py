@@ -14,6 +14,7 @@ Source: Ainsworth et al. 2023, and Jordan et al. 2023 for REPAIR; our chapter 2.
 """
 
 from companion.rebasin.activations import activation_matching
+from companion.rebasin.cycle import triangle_defect
 from companion.rebasin.derive import derive
 from companion.rebasin.folding import Folding, fold, function_gap, stream_of
 from companion.rebasin.matching import Matching
@@ -63,5 +64,6 @@ __all__ = [
     "straight_through",
     "stream_of",
     "transform",
+    "triangle_defect",
     "weight_matching",
 ]

@@ -8,7 +8,7 @@ weights themselves, guards every :meth:`companion.rebasin.Matching.apply`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from companion.core.errors import BadParameter
-from companion.core.networks import copied, in_precision, plain
+from companion.core.networks import copied, plain
 from companion.core.seeds import Key
 from companion.core.theta import Theta
 from companion.rebasin.spec import Permutations, Spec
@@ -62,8 +62,7 @@ class Subject:
                 raise BadParameter(f"the network has lazy layers: {name} has no shape yet.")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 raise BadParameter(f"the network is on the meta device: {name} has no values.")
-        own = in_precision(copied(module), precision)
-        self.module = own.eval().requires_grad_(False)
+        self.module = copied(module, precision).eval().requires_grad_(False)
         entries = self.module.state_dict(keep_vars=True)
         self.state = {k: v for k, v in entries.items() if isinstance(v, torch.Tensor)}
         device = next((v.device for v in self.state.values()), torch.device("cpu"))
@@ -99,12 +98,15 @@ class Subject:
         generator = Key("rebasin", "shake", again).generator()
         draws = torch.randn(length, generator=generator, dtype=torch.float64)
 
-        def noise(like: torch.Tensor, start: int) -> torch.Tensor:
-            size = like.numel()
-            part = draws[start : start + size]
-            if len(part) < size:
-                part = draws.roll(-start).repeat(-(-size // length))[:size]
-            return part.view(like.shape).to(like)
+        around = torch.cat([draws, draws])
+
+        def pieces(tensor: torch.Tensor, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            """Parts of a tensor, to be written, and their noise; no copy as large as it is."""
+            flat = tensor.reshape(-1)
+            for part in flat.split(length):
+                yield part, around[start % length :][: len(part)].to(part)
+            if flat.data_ptr() != tensor.data_ptr():  # its numbers do not lie in a row
+                tensor.copy_(flat.view(tensor.shape))
 
         for i, tensor in enumerate(floats):
             sample = tensor.flatten()[:PRIME]
@@ -112,12 +114,14 @@ class Subject:
             buffer = i < len(floats) - len(inputs) and not isinstance(tensor, nn.Parameter)
             if not math.isfinite(spread) or (buffer and sample.unique().tolist() == [0, 1]):
                 continue  # minus infinity, or zeros and ones: what they say is not their size
-            if any(tensor is t for t in inputs):
-                tensor.add_(noise(tensor, i), alpha=spread or 1.0)
-            elif buffer and bool((tensor > 0).all()):  # such as running variances
-                tensor.mul_(torch.exp(0.3 * self.strength * noise(tensor, i)))
-            else:
-                tensor.add_(noise(tensor, i), alpha=self.strength * (0.3 * spread or 0.1))
+            positive = buffer and bool((tensor > 0).all())  # such as running variances
+            given = any(tensor is t for t in inputs)
+            alpha = (spread or 1.0) if given else self.strength * (0.3 * spread or 0.1)
+            for part, noise in pieces(tensor, i):
+                if positive:
+                    part.mul_(torch.exp(0.3 * self.strength * noise))
+                else:
+                    part.add_(noise, alpha=alpha)
 
     @torch.no_grad()
     def rounding(self, reference: list[torch.Tensor], eps: float) -> float:
@@ -146,7 +150,7 @@ class Subject:
             tensor = self.state[name]
             if id(tensor) not in done:
                 done.add(id(tensor))
-                tensor.copy_(spec.permute_tensor(tensor, name, perms))
+                spec.permute_(tensor, name, perms)
 
     @torch.no_grad()
     def run(self) -> list[torch.Tensor]:

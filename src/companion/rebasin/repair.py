@@ -188,7 +188,7 @@ def repair(
         raise BadParameter(f"repair: no layer can be corrected, and no BatchNorm be reset ({why}).")
     of_a, of_b = net.moments(a, parts), net.moments(b, parts)
     targets = _targets(of_a, of_b, alpha)
-    merged = _between(space.module, a, b, alpha)
+    merged = _mean(space.module, (a, b), (1 - alpha, alpha))
     wanted = {n: targets[n] for n in names}
     if form == "forward":
         found = _forward(net, merged, parts, wanted, passes) if wanted else {}
@@ -323,26 +323,34 @@ def _targets(
     }
 
 
-def interpolated(module: nn.Module, a: Theta, b: Theta, alpha: float) -> dict[str, Tensor]:
-    """``(1 - alpha) A + alpha B`` with every entry of the state dict, those of integers from A.
+def averaged(
+    module: nn.Module, thetas: Sequence[Theta], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """The weighted mean of networks, every entry of the state dict; integers from the first.
 
     Between the weights that layers compute with, where these are computed from what is stored
     (:mod:`companion.core.effective`).
+
+    Arguments:
+        thetas: state dicts of ``module``, in one order of units.
+        weights: one a network; they sum to 1.
 
     Raises:
         BadParameter: whole numbers that differ; a merged weight that a parametrization cannot hold.
     """
     space = effective(module)
-    a, b = space.enter(a), space.enter(b)
-    check_integers((a, b), layout(space.module))
-    return space.leave(_between(space.module, a, b, alpha))
+    entered = [space.enter(theta) for theta in thetas]
+    check_integers(entered, layout(space.module))
+    return space.leave(_mean(space.module, entered, weights))
 
 
-def _between(module: nn.Module, a: Theta, b: Theta, alpha: float) -> dict[str, Tensor]:
-    """The same of a network of effective weights."""
-    lay = layout(module)
-    there = {k: v.to(a[k].device) for k, v in b.items() if k in a}
-    mixed = affine((a, there), (1 - alpha, alpha), lay.floating)
+def _mean(
+    module: nn.Module, thetas: Sequence[Theta], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """The same of networks of effective weights."""
+    lay, (a, *others) = layout(module), thetas
+    there = [{k: v.to(a[k].device) for k, v in b.items() if k in a} for b in others]
+    mixed = affine((a, *there), weights, lay.floating)
     return with_aliases({**mixed, **{n: a[n].clone() for n in lay.integers}}, lay.ties)
 
 

@@ -60,10 +60,6 @@ class TensorAxes(Axes):
         for axis in axes:
             self.pin(axis, why, by_number)
 
-    def is_parameter(self, tensor: Tensor) -> bool:
-        """True for the network's own tensors."""
-        return tensor in self.own
-
 
 Named = Mapping[str, Any]
 """The arguments of an operation by the names of its schema, in its order, defaults filled in."""

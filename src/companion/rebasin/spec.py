@@ -40,6 +40,9 @@ from companion.core.theta import Theta
 UNKNOWN = "no rule for the operation"
 """How reasons begin that come from an operation which the derivation does not know."""
 
+PART = 1 << 20
+"""Numbers of a tensor above which it is reordered in parts, where it is so in place."""
+
 Factor = str | int
 Block = tuple[Factor, ...]
 Axis = tuple[Block, ...]
@@ -346,6 +349,17 @@ class Spec:
         for dim, axis in moved:
             tensor = tensor.index_select(dim, self.index(axis, perms).to(tensor.device))
         return self.put_back(tensor, name)
+
+    def permute_(self, tensor: Tensor, name: str, perms: Permutations) -> None:
+        """:meth:`permute_tensor` in place: a large one in parts, along an axis that stays."""
+        axes = self.axes.get(name, ())
+        still = [d for d, axis in enumerate(axes) if not self.moves(axis)]
+        if name in self.views or not still or tensor.numel() <= PART:
+            tensor.copy_(self.permute_tensor(tensor, name, perms))
+            return
+        dim = max(still, key=lambda d: tensor.shape[d])
+        for part in tensor.split(max(1, PART * tensor.shape[dim] // tensor.numel()), dim):
+            part.copy_(self.permute_tensor(part, name, perms))
 
     def permute(self, theta: Theta, perms: Permutations) -> dict[str, Tensor]:
         """``theta`` with its units in another order; entries that do not move are the same tensors.

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader
 
 from companion.connectivity import statistics
 from companion.core import codec, deadline
+from companion.core.effective import effective
 from companion.core.errors import BadParameter
-from companion.core.losses import mean_loss
+from companion.core.losses import is_label, mean_loss
 from companion.core.networks import private
 from companion.core.numerics import exact_evaluation
 from companion.core.seeds import Key
@@ -72,7 +73,8 @@ def straight_through(
         spec: of ``module``.
         module: the architecture.
         a, b: state dicts of it. None is changed.
-        train: data of the steps, un-augmented.
+        train: data of the steps, un-augmented. Labels of -100 are left out, here and in
+            ``held_out``.
         steps: of momentum SGD on the free weights (authors: 250 epochs).
         batch: examples a step, of a new permutation every epoch (authors: 1000 for MLPs, 500 for
             VGG-16); all of them if ``train`` is smaller.
@@ -108,7 +110,7 @@ def straight_through(
     if not 0 <= momentum < 1:
         raise BadParameter(f"momentum: {momentum!r} must lie in [0, 1).")
     a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
-    train, judges = _parts(Split.of(train), held_out, batch, key)
+    train, judges = _parts(Split.of(train).labelled(), held_out, batch, key)
     device = train.x.device
     a, b = ({n: x.detach().to(device) for n, x in theta.items()} for theta in (a, b))
     middle = Midpoint(module, a, train.x, score)
@@ -171,7 +173,7 @@ def straight_through(
 
 
 class Midpoint:
-    """The network half-way between A and a permuted B.
+    """The network half-way between A and a permuted B: half-way in the weights that layers use.
 
     Arguments:
         module: the architecture; copied, never changed. In eval mode but for BatchNorm, which uses
@@ -182,41 +184,49 @@ class Midpoint:
     """
 
     def __init__(self, module: nn.Module, a: Theta, inputs: Tensor, score: MeanLoss):
-        self.module = private(module, inputs)
+        self.space = effective(private(module, inputs))
+        self.module = self.space.module.requires_grad_(False)
         for m in statistics.running(self.module):
             m.train()
-        spec = layout(self.module)
-        self.names, self.trainable, self.ties = spec.floating, set(spec.parameters), spec.ties
-        put(self.module, a, self.ties)  # for the integer buffers
-        self.a, self.score = a, score
+        stored, own = layout(self.space.original), layout(self.module)
+        self.trainable, self.ties = set(stored.parameters), stored.ties
+        self.names, self._moved, self._ties = own.floating, set(own.parameters), own.ties
+        self.a, self.score = self.space.enter(a), score
+        put(self.module, self.a, self._ties)  # for the integer buffers
 
     def weights(self, b: Theta) -> dict[str, Tensor]:
         """Half of A and half of ``b``, new tensors. Integer buffers stay in the module's copy."""
         own = self.module.state_dict()
-        middle = affine((self.a, b), (0.5, 0.5), self.names)
+        middle = affine((self.a, self.space.enter(b)), (0.5, 0.5), self.names)
         return {n: x.to(own[n].dtype) for n, x in middle.items()}
 
     def _loss(self, theta: Theta, x: Tensor, y: Tensor) -> Tensor:
-        return self.score(functional_call(self.module, without_aliases(theta, self.ties), (x,)), y)
+        return self.score(functional_call(self.module, without_aliases(theta, self._ties), (x,)), y)
 
     def gradient(self, b: Theta, x: Tensor, y: Tensor, names: list[str]) -> tuple[Tensor, Theta]:
-        """Loss of one batch, and its gradient at the midpoint with respect to ``names``."""
+        """Loss of one batch, and its gradient at the midpoint with respect to ``names`` of ``b``.
+
+        By the weights that these entries make, as if all of the midpoint were made of ``b``.
+        """
         theta = self.weights(b)
+        made = [slot.entry for slot in self.space.slots]
+        wanted = [n for n in dict.fromkeys((*names, *made)) if n in self._moved]
         with torch.enable_grad():
-            leaves = {n: theta[n].requires_grad_() for n in names}
+            leaves = {n: theta[n].requires_grad_() for n in wanted}
             loss = self._loss({**theta, **leaves}, x, y)
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        found = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
-        return loss.detach(), found
+        found = {n: g for n, g in zip(wanted, grads, strict=True) if g is not None}
+        return loss.detach(), self.space.pulled_back(b, found)
 
     @torch.no_grad()
     def loss(self, b: Theta, batches: list[tuple[Tensor, Tensor]]) -> float:
         """Mean loss over fixed batches; infinite where it is no number."""
         theta = self.weights(b)
         total = torch.zeros((), device=batches[0][0].device)
-        for x, y in batches:
-            total += self._loss(theta, x, y) * len(x)
-        mean = float(total) / sum(len(x) for x, _ in batches)
+        sizes = [len(y) * float(is_label(y).double().mean()) for _, y in batches]
+        for (x, y), size in zip(batches, sizes, strict=True):
+            total += self._loss(theta, x, y) * size
+        mean = float(total) / sum(sizes)
         return mean if math.isfinite(mean) else math.inf
 
 
@@ -235,7 +245,7 @@ def _parts(
     for name, split in (("train", train), ("held_out", held_out)):
         if len(split) == 0:
             raise BadParameter(f"{name}: there are no examples.")
-    held_out = held_out.to(train.x.device)
+    held_out = held_out.labelled().to(train.x.device)
     parts = -(-len(held_out) // batch)  # of equal size, as BatchNorm takes statistics of each
     pairs = zip(held_out.x.tensor_split(parts), held_out.y.tensor_split(parts), strict=True)
     return train, list(pairs)

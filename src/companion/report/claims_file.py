@@ -13,7 +13,7 @@ import yaml
 from companion.core import plainyaml
 from companion.core.codec import OMIT_DEFAULT
 from companion.core.errors import BadParameter, MissingData
-from companion.core.locations import checkout
+from companion.core.locations import shipped
 
 #: Where a reported value was read. The letters are the fact sheets'; the words go under the tables.
 EVIDENCE = {
@@ -89,10 +89,10 @@ def registry(path: Path | None = None) -> dict[str, Claim]:
     """All claims by id, in the file's order.
 
     Arguments:
-        path: A claims file; by default ``data/claims.yaml`` of the checkout.
+        path: A claims file; by default the one of the book.
 
     Raises:
-        MissingData: There is no such file (claims ship with the book, not with the package).
+        MissingData: There is no such file.
         BadParameter: The file is malformed; the message names the entry and the field.
     """
     return dict(_load(_file(path)).claims)
@@ -106,13 +106,13 @@ def papers(path: Path | None = None) -> dict[str, str]:
 def _file(path: Path | None) -> Path:
     if path is not None:
         return path
-    root = checkout()
-    if root is None:
+    folder = shipped()
+    if folder is None:
         raise MissingData(
-            "data/claims.yaml: the claims belong to the book, and this package is not installed "
-            "from its git checkout. Clone the repository and run `make book`."
+            "claims.yaml: this copy of the package is neither in its git checkout nor installed "
+            "with pip. Clone the repository and run `make book`, or install it."
         )
-    return root / "data" / "claims.yaml"
+    return folder / "claims.yaml"
 
 
 @lru_cache(maxsize=4)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +191,46 @@ def file(path: Path, title: str, **size: Any) -> Iterator[Figure]:
                 fig.savefig(working, format=kind, dpi=160, metadata=about)
         except OSError as e:
             raise BadParameter(f"--plot: {path} cannot be written ({e.strerror}).") from e
+
+
+def inline(draw: Callable[[Figure], None], name: str, **size: Any) -> str:
+    """An SVG of the book's look to stand inside of an HTML page, beside others.
+
+    What changes between light and dark is a variable of the page's style sheet, :func:`variable` of
+    the colours of :data:`NIGHT`. Texts are shown as they are.
+
+    Arguments:
+        draw: on the figure.
+        name: unique on the page; the ids inside of the picture begin with it.
+        size: for the figure, such as ``figsize``.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context():
+        use_style()
+        fig = Figure(**size)
+        draw(fig)
+        svg = _svg(fig, name)
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<g id=\"[^\"]*\"(?=>)", _bare, svg, flags=re.S)
+    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"<svg ", '<svg aria-hidden="true" focusable="false" ', svg, count=1)
+    return re.sub(r"#[0-9a-fA-F]{6}\b", _by_variable, svg)
+
+
+def variable(colour: str) -> str:
+    """The name of the style sheet's variable for a colour of :data:`NIGHT`."""
+    return f"--figure-{colour.removeprefix('#')}"
+
+
+def _bare(found: re.Match[str]) -> str:
+    return "<g" if found[0].startswith("<g") else ""
+
+
+def _by_variable(found: re.Match[str]) -> str:
+    colour = found[0].lower()
+    return f"var({variable(colour)})" if colour in NIGHT else found[0]
 
 
 def label(name: str) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Axis = Literal["even", "linear", "log"]
 UNITS = {"error": "error (%)", "loss": "cross-entropy (nats)"}
 MAP = "cividis_r"  # yellow is low, dark blue is high
+WIDEST = 8.6  # inches: at most 620 pt, so that a label of 8 pt stays above 9 pixels on a page
 MOST_NAMES = 14  # layers named below one panel at most
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", "-.", ":")
@@ -50,14 +51,14 @@ def grid(
     """A figure of ``count`` panels, each row ``height`` inches high; places left over are hidden.
 
     Arguments:
-        width: of the figure in inches; default: the page's.
+        width: of the figure in inches; default: the page's, which no figure exceeds.
         more: for ``plt.subplots``, such as ``sharey=True``.
     """
     import matplotlib.pyplot as plt
 
     columns = max(min(count, columns), 1)
     rows = max(-(-count // columns), 1)
-    size = (width or (9.4 if columns > 1 else 7.0), height * rows)
+    size = (min(width or (WIDEST if columns > 1 else 7.0), WIDEST), height * rows)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **more)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
@@ -559,7 +560,7 @@ def heat(
         shades = picture.to_rgba(np.nan_to_num(table))[..., :3] @ (0.3, 0.59, 0.11)
         for (row, column), value in np.ndenumerate(table):
             text = missing if np.isnan(value) else said(value, form)
-            size = 7.0 if len(text) > 6 else 7.5 if len(table) > 25 else 8.5
+            size = 8.0 if len(text) > 6 or len(table) > 25 else 8.5
             dark = np.isfinite(value) and shades[row, column] < 0.5
             ax.text(
                 column,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from companion.core import codec
 from companion.core.errors import BadParameter, CorruptData
-from companion.core.locations import book_root
+from companion.core.locations import book_root, shipped
 from companion.report import claims, figures, page, plots
 
 if TYPE_CHECKING:
@@ -108,15 +108,16 @@ def load(chapter: str, root: Path | None = None) -> list[Record]:
 
     Arguments:
         chapter: its name.
-        root: of the book; default: the book at hand.
+        root: of the book; default: the book at hand, else what came with the package.
 
     Raises:
         CorruptData: a file that is not a record of this chapter.
     """
     root = root or book_root()
-    if root is None or page.recorder() is not None:
+    home = folder(root) if root else (shipped() or Path()) / "recorded"
+    if page.recorder() is not None:
         return []
-    return [_read(path, chapter) for path in sorted((folder(root) / chapter).glob("*.json"))]
+    return [_read(path, chapter) for path in sorted((home / chapter).glob("*.json"))]
 
 
 def _read(path: Path, chapter: str) -> Record:

@@ -38,6 +38,7 @@ def snip(module: nn.Module, theta: Theta, names: Sequence[str], part: Split) -> 
 
     Source: Lee et al. 2019.
     """
+    part = part.labelled()
     net = copy.deepcopy(module).train()  # BatchNorm sees the batch, as in a training step
     return _times_gradient(net, theta, names, lambda call: mean_loss(call(part.x), part.y))
 

@@ -15,7 +15,7 @@ from torch import nn
 from companion import models
 from companion.core import closing
 from companion.core.errors import BadParameter, Diverged
-from companion.core.losses import mean_loss
+from companion.core.losses import IGNORED, is_label, mean_loss
 from companion.core.masks import Mask, masked, pack, unpack
 from companion.core.networks import returning_logits
 from companion.core.numerics import exact_float32
@@ -23,6 +23,7 @@ from companion.core.pool import one_thread
 from companion.core.seeds import Key
 from companion.core.theta import check_ties, layout, snapshot, with_aliases
 from companion.data import Augmentation, Augmenter, Dataset
+from companion.training import byhand
 from companion.training.recipe import Recipe, Run
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -173,7 +174,7 @@ def decayed(recipe: Recipe, module: nn.Module) -> frozenset[str]:
     )
 
 
-def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.SGD | torch.optim.Adam:
     """PyTorch's own optimiser, in its fused form: one kernel for all tensors that decay alike."""
     lr, chosen = recipe.lr, decayed(recipe, module)
     groups: dict[float, list[nn.Parameter]] = {}
@@ -338,14 +339,46 @@ def check_finite(theta: Mapping[str, torch.Tensor], data: Dataset, step: int, ru
             raise diverged(f"{name} of {run.recipe.net} on {data.name} is", step, run)
 
 
-def check_masks(runs: Sequence[Run], states: Sequence[State]) -> None:
+def check_start(runs: Sequence[Run], states: Sequence[State], data: Dataset) -> None:
     """Refuse to train a subnetwork from a state that does not know which weights it has.
+
+    And on labels that are left out elsewhere: steps and orders count all examples of a recipe.
 
     Raises:
         BadParameter: it is so.
     """
+    if not bool(is_label(data.train.y).all()):
+        raise BadParameter(
+            f"data {data.name}: labels of {IGNORED} in its training split. A run counts its steps "
+            "and epochs by examples, each with a label: leave the others out "
+            "(Split.labelled(), for examples without any)."
+        )
     if any(run.mask and not state.mask for run, state in zip(runs, states, strict=True)):
         raise BadParameter("mask: the run has one, the state none. Start from pruned(state, mask).")
+
+
+_AHEAD = 1 << 22
+"""Bytes of the examples that are gathered in one go, at least those of one batch."""
+
+
+def _batches(
+    run: Run, data: Dataset, start: int, stop: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Augmented examples and targets of the steps from ``start`` to ``stop - 1``."""
+    device, n, batch = data.train.x.device, len(data.train), run.recipe.batch
+    black = data.black if data.kind == "images" else None
+    augmenter = Augmenter(data.train, Augmentation.parse(run.recipe.augment), black)
+    at_once = max(1, _AHEAD // (batch * data.train.x[0].nbytes))
+    step, per_epoch = start, n // batch
+    while step < stop:
+        epoch, position = divmod(step, per_epoch)
+        order = run.order_key().fold("epoch", epoch).permutation(n).to(device)
+        draws = augmenter.draw(run.augment_key(), epoch)
+        end = min(per_epoch, position + stop - step)
+        for some in order[position * batch : end * batch].split(at_once * batch):
+            x, y = augmenter.examples(some, draws)
+            yield from zip(x.split(batch), y.split(batch), strict=True)
+        step += end - position
 
 
 def advance(
@@ -383,7 +416,7 @@ def advance(
     closing.refuse_work()
     recipe, device = run.recipe, data.train.x.device
     module = module if module is not None else build(run, data, device)
-    check_masks([run], [state])
+    check_start([run], [state], data)
     check_ties(state.theta, layout(module).ties, f"{run.recipe.net} at step {state.step}")
     module.load_state_dict(state.theta)
     module.train()
@@ -396,10 +429,10 @@ def advance(
         key = (recipe.net, recipe.precision, data.in_shape, data.classes, recipe.batch)
         net = partial(compiled((forward, *key, str(device), compiler), forward, compiler), module)
     noisy = draws_noise(run, module)
-    n, batch = len(data.train), recipe.batch
-    per_epoch = n // batch
-    black = data.black if data.kind == "images" else None
-    augmenter = Augmenter(data.train, Augmentation.parse(recipe.augment), black)
+    by_hand = device.type == "cpu" and recipe.precision == "float32" and not compiler
+    layers = byhand.perceptron(module) if by_hand else []
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    take_step = byhand.step_of(optimizer) if device.type == "cpu" else optimizer.step
     first = state.step - len(state.trace)
     trace = torch.full((stop - first,), float("nan"), device=device)
     trace[: len(state.trace)] = state.trace
@@ -409,7 +442,7 @@ def advance(
         if recipe.precision == "bf16"
         else contextlib.nullcontext()
     )
-    epoch, looked = -1, state.step
+    looked = state.step
 
     def look(step: int) -> None:
         nonlocal looked
@@ -429,26 +462,25 @@ def advance(
     calm = one_thread() if device.type == "cpu" else contextlib.nullcontext()
     exact = exact_float32(recipe.precision == "float32")
     with calm, exact, own_generator(device) as seed:
-        for step in range(state.step, stop):
-            now, position = divmod(step, per_epoch)
-            if now != epoch:
-                epoch = now
-                order = run.order_key().fold("epoch", epoch).permutation(n).to(device)
-                draws = augmenter.draw(run.augment_key(), epoch)
-            rows = order[position * batch : (position + 1) * batch]
+        for step, (x, y) in enumerate(_batches(run, data, state.step, stop), state.step):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
             if noisy:
                 seed(run.dropout_key().fold(step))
-            x, y = augmenter.examples(rows, draws)
-            with cast:
-                loss = mean_loss(net(x), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            if layers:
+                loss, grads = byhand.gradients(layers, x, y)
+                for p, grad in zip(parameters, grads, strict=True):
+                    p.grad = grad
+            else:
+                with cast:
+                    loss = mean_loss(net(x), y)
+                for p in parameters:
+                    p.grad = None
+                loss.backward()
             for p, kept in masks:
                 if p.grad is not None:
                     p.grad.mul_(kept)
-            optimizer.step()
+            take_step()
             trace[step - first] = loss.detach()
             done = step + 1
             if done % _LOOK_EVERY == 0:

@@ -251,7 +251,7 @@ def advance_many(
         raise BadParameter("advance_many: all runs must have one recipe.")
     if len({(state.step, len(state.trace)) for state in states}) > 1:
         raise BadParameter("advance_many: all states must be at one step of their runs.")
-    loop.check_masks(runs, states)
+    loop.check_start(runs, states, data)
     recipe, device, first = runs[0].recipe, data.train.x.device, states[0].step
     module = module if module is not None else loop.build(runs[0], data, device)
     engine = choose(module, device, engine, data)

@@ -1,0 +1,138 @@
+"""The order in which questions are asked, what a budget has room for, and what stands in the way.
+
+Cheap questions come first. An estimate is corrected by what those before have taken; a question
+that does not fit is not begun, and one that takes longer than there is time is stopped between two
+points of its path.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from companion.core import deadline
+from companion.core.errors import CompanionError, OutOfTime
+from companion.report.compare.case import Case, plain
+from companion.report.compare.questions import Question, asked
+from companion.report.compare.value import ANSWERED, IMPOSSIBLE, INVALID, NOT_ASKED, Answer, Json
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+Clock = Callable[[], float]
+
+AT_FIRST = 1.0
+"""Seconds as whose weight the estimates before the first measurement count."""
+
+
+class Asking:
+    """The questions to a case, asked one by one.
+
+    Arguments:
+        case: networks and data.
+        seconds: for all questions together; None: as long as it takes.
+        progress: gets a line before each question.
+        clock: seconds, from any start.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        seconds: float | None = None,
+        progress: Progress | None = None,
+        clock: Clock = time.monotonic,
+    ):
+        self.case, self.progress, self.clock = case, progress, clock
+        self.end = None if seconds is None else clock() + seconds
+        self.questions = asked(case)
+        self.answers: dict[str, Answer] = {}
+        self._expected = self._taken = AT_FIRST
+
+    def all(self) -> tuple[Answer, ...]:
+        """Every answer, in the order of the report."""
+        while waiting := [q for q in self.questions if q.name not in self.answers]:
+            names = {q.name for q in waiting}
+            ready = [q for q in waiting if not names.intersection((*q.after, *q.needs))]
+            question = min(ready, key=self.cost)
+            self.answers[question.name] = self.ask(question, waiting)
+        return tuple(self.answers[q.name] for q in self.questions)
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return float("inf") if self.end is None else self.end - self.clock()
+
+    def cost(self, question: Question) -> float:
+        """Seconds that a question will take, as far as is known; 0 where it cannot be asked."""
+        if self.obstacle(question):
+            return 0.0
+        try:
+            return question.cost(self.case) * self._taken / self._expected
+        except Exception:  # a network that cannot run: asking says so
+            return 0.0
+
+    def obstacle(self, question: Question) -> tuple[str, str] | None:
+        """Status and reason of a question that has no answer, whatever the time."""
+        case = self.case
+        if (question.module and case.module is None) or (question.data and not case.splits):
+            return IMPOSSIBLE, case.why or "there are no data"
+        if question.gated and case.splits:
+            ends = self.answers.get("ends")
+            if ends is not None and ends.status in (IMPOSSIBLE, INVALID):
+                return ends.status, ends.why
+            if case.found.get("gates"):
+                return INVALID, "; ".join(case.found["gates"])
+        for name in question.needs:
+            if name in self.answers and not self.answers[name].answered:
+                return self.answers[name].status, f"it follows {name}, and {self.answers[name].why}"
+        return None
+
+    def ask(self, question: Question, waiting: Sequence[Question]) -> Answer:
+        """One answer."""
+        about = (question.name, question.title)
+        obstacle = self.obstacle(question)
+        if obstacle:
+            return Answer(*about, *obstacle)
+        command, expected, left = question.command(self.case), self.cost(question), self.left()
+        if expected > left:
+            why = f"about {_seconds(expected)}, {_seconds(max(left, 0))} left"
+            return Answer(*about, NOT_ASKED, why, command=command)
+        if self.progress is not None:
+            rest = sum(self.cost(q) for q in waiting)
+            number = len(self.questions) - len(waiting) + 1
+            self.progress(
+                f"[{number}/{len(self.questions)}] {question.title} (about {_seconds(expected)}; "
+                f"all that is left: about {_seconds(rest)})"
+            )
+        begun = self.clock()
+        values: Json = {}
+        try:
+            with deadline.until(None if self.end is None else time.monotonic() + left):
+                values = plain(question.ask(self.case))
+            status, why = ANSWERED, ""
+            if question.gated and values.get("valid") is False:
+                status, why = INVALID, _failed(values)
+        except OutOfTime:
+            status, why = NOT_ASKED, f"stopped after {_seconds(self.clock() - begun)}, at the limit"
+        except CompanionError as e:
+            status, why = IMPOSSIBLE, str(e)
+        except Exception as e:  # whatever a network of the user's does
+            log.debug("%s failed", question.name, exc_info=True)
+            status, why = IMPOSSIBLE, f"it failed: {type(e).__name__}: {e}"
+        took = self.clock() - begun
+        if status == ANSWERED and question.data:
+            self._expected += question.cost(self.case)
+            self._taken += took
+        return Answer(*about, status, why, took, command, values)
+
+
+def _failed(values: Json) -> str:
+    """The gates that failed, of a line or of layers."""
+    line = values["layers"]["full"] if "layers" in values else values["barrier"]
+    bad = [g for g in line["gates"] if g["passed"] is False]
+    return "; ".join(f"{g['name']} FAIL: {g['detail']}" for g in bad)
+
+
+def _seconds(value: float) -> str:
+    """``8 s``, ``3 min``."""
+    return f"{value:.0f} s" if value < 100 else f"{value / 60:.0f} min"
