@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,11 @@ def compare(width: int, repeats: int, other: Callable[..., int] | None) -> dict[
         if other is not None:
             ends = module_of(a), module_of(b)
             torch.manual_seed(turn)
-            seconds, _ = cpu(lambda ends=ends: other(*ends, torch.zeros(2, 64)))
+            seconds, _ = cpu(partial(other, *ends, torch.zeros(2, 64)))
             theirs = dict(zip(a, ends[1].state_dict().values(), strict=True))
             keep("rebasin", seconds, objective(spec, a, theirs))
     for seed in range(SEEDS):
-        seconds, perms = cpu(lambda seed=seed: plain(a, b, seed))
+        seconds, perms = cpu(partial(plain, a, b, seed))
         keep("plain loop", seconds, objective(spec, a, b, perms))
     ours = np.array(rows["companion"]["seconds"])
     ratios = {n: float(np.median(r["seconds"]) / np.median(ours)) for n, r in rows.items()}

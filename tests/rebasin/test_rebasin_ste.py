@@ -231,7 +231,7 @@ def test_batchnorm_uses_batch_statistics_and_keeps_its_buffers() -> None:
     assert same.details == found.details
 
 
-def computed(number: int) -> tuple[nn.Sequential, nn.Sequential]:
+def computed(number: int) -> tuple[nn.Sequential, nn.Module]:
     """A network with weight norm and a pruning mask, and the same with plain weights."""
     with Key("ste", "computed", number).seeded():
         net = nn.Sequential(
@@ -247,11 +247,11 @@ def test_half_way_is_between_the_weights_that_layers_use(digits) -> None:
     (a, plain_a), (b, plain_b), (module, plain) = (computed(n) for n in range(3))
     train, held = digits
     spec = derive(module, train.x[:2])
-    ends = [{k: v.detach().clone() for k, v in n.state_dict().items()} for n in (a, b)]
-    found = straight_through(spec, module, *ends, train, steps=2, batch=50, held_out=held)
-    moved = spec.permute(ends[1], weight_matching(spec, *ends).perms)
+    one, two = ({k: v.detach().clone() for k, v in n.state_dict().items()} for n in (a, b))
+    found = straight_through(spec, module, one, two, train, steps=2, batch=50, held_out=held)
+    moved = spec.permute(two, weight_matching(spec, one, two).perms)
     space = effective(module)
-    middle = midpoint_loss(plain, space.enter(ends[0]), space.enter(moved), held)
+    middle = midpoint_loss(plain, space.enter(one), space.enter(moved), held)
     assert found.details["weight matching"] == pytest.approx(middle, rel=1e-5)
 
     # The gradient by what B stores is that of the same loss, written out.

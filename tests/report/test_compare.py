@@ -172,7 +172,7 @@ def test_a_network_in_another_order_is_the_same_network() -> None:
 @pytest.mark.slow
 def test_statistics_of_batchnorm_are_estimated_again() -> None:
     pair = [trained(BATCHNORM, n) for n in (1, 2)]
-    found = compare(mlp(BATCHNORM), *pair, DIGITS, **SHORT)
+    found = compare(mlp(BATCHNORM), pair[0], pair[1], DIGITS, **SHORT)
     barrier = found.answer("barrier")
     assert barrier and barrier.values["barrier"]["bn"] == "reestimate"
     assert set(barrier.values["barrier"]["curves"]) == {"interpolate", "reestimate", "batch"}
@@ -276,7 +276,7 @@ def test_options_that_make_no_sense() -> None:
 @pytest.mark.slow
 def test_three_networks() -> None:
     thetas = [trained(NET, n, n) for n in (1, 2, 3)]
-    found = compare(mlp(), *thetas[:2], DIGITS, more=thetas[2:], **SHORT)
+    found = compare(mlp(), thetas[0], thetas[1], DIGITS, more=thetas[2:], **SHORT)
     assert all(a.answered for a in found.answers), str(found)
     pairs, triangle = found.answer("pairs"), found.answer("triangle")
     assert pairs and triangle
@@ -312,7 +312,8 @@ class Clock:
 
 @pytest.fixture
 def asking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    clock, said = Clock(), []
+    clock = Clock()
+    said: list[str] = []
 
     def question(name: str, takes: float, cost: float, **facts: Any) -> Question:
         def ask(case: Case) -> dict[str, Any]:
@@ -321,7 +322,12 @@ def asking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
                 raise OutOfTime("now")
             return {"asked": name}
 
-        known = {"data": False, "module": False, "gated": False, "command": lambda case: "line"}
+        known: dict[str, Any] = {
+            "data": False,
+            "module": False,
+            "gated": False,
+            "command": lambda case: "line",
+        }
         return Question(name, name, ask, lambda case: cost, **known | facts)
 
     def made(*questions: tuple[Any, ...], seconds: float | None) -> tuple[dict[str, Answer], Any]:
