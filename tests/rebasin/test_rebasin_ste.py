@@ -258,15 +258,15 @@ def test_half_way_is_between_the_weights_that_layers_use(digits) -> None:
     names = ["1.parametrizations.weight.original0", "1.parametrizations.weight.original1"]
     names += ["1.bias", "3.weight_orig", "5.weight"]
     x, y = held.x[:60], held.y[:60]
-    half = ste.Midpoint(module, ends[0], x, ste.mean_loss)
-    loss, slope = half.gradient(ends[1], x, y, names)
-    leaves = {n: ends[1][n].clone().requires_grad_() for n in names}
+    half = ste.Midpoint(module, one, x, ste.mean_loss)
+    loss, slope = half.gradient(two, x, y, names)
+    leaves = {n: two[n].clone().requires_grad_() for n in names}
     g, v, bias, raw, head = leaves.values()
     theirs = {
         **{k: w.detach() for k, w in plain_b.state_dict().items()},
         "1.weight": g * v / v.norm(dim=1, keepdim=True),
         "1.bias": bias,
-        "3.weight": raw * ends[1]["3.weight_mask"],
+        "3.weight": raw * two["3.weight_mask"],
         "5.weight": head,
     }
     between = {k: (w.detach() + theirs[k]) / 2 for k, w in plain_a.state_dict().items()}
