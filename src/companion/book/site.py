@@ -37,6 +37,8 @@ def build(book: Book, profile: str) -> Path:
         # A page that is not read again does not warn again: without this, a second try would pass.
         shutil.rmtree(html.parent / ".doctrees", ignore_errors=True)
         raise BookError("Jupyter Book failed, or Sphinx warned: see above.")
+    # The theme's download button gives a page's source: here, the notebook that runs anywhere.
+    shutil.copytree(staged / "taken", html / "_sources", dirs_exist_ok=True)
     polish(html)
     check(book, profile)
     return html / "index.html"

@@ -47,9 +47,8 @@ def stage(book: Book, profile: str) -> Path:
             if cell.cell_type == "markdown":
                 cell.source = marked(cell.source, pages, profile)
         files[f"chapters/{page.chapter}.ipynb"] = (nbformat.writes(page.notebook) + "\n").encode()
-        # Over the source that the theme's download button gives.
         download = nbformat.writes(page.download) + "\n"
-        files[f"extra/_sources/chapters/{page.chapter}.ipynb"] = download.encode()
+        files[f"taken/chapters/{page.chapter}.ipynb"] = download.encode()
         for name, content in page.files.items():
             files[f"chapters/files/{page.chapter}/{name}"] = content
         for name, content in page.dark.items():
