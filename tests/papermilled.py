@@ -81,11 +81,16 @@ def run_here(source: Path, only_design: bool = False, **parameters: Any) -> Any:
                 with capture_output() as said:
                     done = shell.run_cell(cell.source, store_history=True)
                 done.raise_error()
-                shown = [
-                    nbformat.v4.new_output("display_data", out.data, metadata=out.metadata or {})
-                    for out in said.outputs
+                shown = [(out.data, out.metadata or {}) for out in said.outputs]
+                printed = said.stdout
+                if done.result is not None:  # the shell's own hook prints it, too
+                    shown.append(shell.display_formatter.format(done.result))
+                    printed = re.sub(r"^Out\[\d+\]: .*", "", printed, flags=re.S | re.M)
+                texts = [nbformat.v4.new_output("stream", text=printed)] if printed else []
+                cell.outputs = texts + [
+                    nbformat.v4.new_output("display_data", found, metadata=about)
+                    for found, about in shown
                 ]
-                cell.outputs = [nbformat.v4.new_output("stream", text=said.stdout), *shown]
                 if "parameters" in cell.metadata.get("tags", []):
                     shell.user_ns.update(parameters)
     finally:
