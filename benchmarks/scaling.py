@@ -99,7 +99,8 @@ def main() -> None:
             cases.append(measure(count, Path(folder)))
         print(json.dumps(cases[-1]), flush=True)
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
+        found = {"benchmark": "scaling", "machine": machine(), "cases": cases}
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
