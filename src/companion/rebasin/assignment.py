@@ -7,28 +7,19 @@ units inside of them: every pair of heads has an assignment of its own. Our chap
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from companion.core.errors import BadParameter
 
-SWEEPS = 6
-"""Of :func:`prices`: more make the next assignment faster still, but cost more than that."""
-
-LEAST = 0.01
-"""The least bid of :func:`_auction`, in standard deviations of the gains."""
-
-ROUNDS = 60
-"""Of an auction, at most. What is not sold by then, the exact solver assigns."""
+SWEEPS = 8
+"""Sweeps of :func:`prices`. More make the next assignment faster still, but cost more than that."""
 
 
-def assign_units(gain: Tensor) -> Tensor:
+def assign_units(gain: Tensor, price: Tensor | None = None) -> Tensor:
     """The permutation p that maximises ``sum_i gain[i, p[i]]``.
 
     Where every row has its maximum in another column, those maxima are the answer, as no sum can
@@ -37,6 +28,8 @@ def assign_units(gain: Tensor) -> Tensor:
 
     Arguments:
         gain: shape (n, n), on any device.
+        price: shape (n,), for each column, from :func:`prices` of a problem much like this one.
+            Prices taken off columns change no optimum, only how fast it is found.
 
     Returns:
         int64, shape (n,), on the CPU.
@@ -45,96 +38,40 @@ def assign_units(gain: Tensor) -> Tensor:
         raise BadParameter(f"assignment: a square matrix expected, got {tuple(gain.shape)}.")
     if not bool(torch.isfinite(gain).all()):
         raise BadParameter("assignment: the gains hold NaN or infinite values.")
-    return assign_again(gain)[0]
+    if gain.shape[0] == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if price is not None:
+        gain = gain - price
+    top = gain.argmax(1)
+    if bool(top.bincount(minlength=len(top)).eq(1).all()):
+        return top.cpu()
+    if price is not None:
+        gain -= gain.gather(1, top.unsqueeze(1))
+    return _solved(gain.cpu())
 
 
-def assign_again(gain: Tensor, price: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`assign_units` for a problem that comes again and again, each time a little changed.
+def prices(gain: Tensor, p: Tensor, price: Tensor | None = None) -> Tensor:
+    """Prices of columns at which the assignment ``p`` is (nearly) every row's own best choice.
 
-    Prices taken off columns change no optimum, only how fast it is found: at the right ones, the
-    dual of the assignment problem, each row's best column is the one it gets. Where many rows want
-    the same columns these are first sold by auction (Bertsekas 1979), all rows bidding at once,
-    which finds prices that are nearly right. The solver then is exact at any prices.
+    They are the dual of the assignment problem: at the right prices each row prefers the column it
+    has. Found by Bellman-Ford sweeps over ``price[p[k]] >= price[p[i]] + gain[i, p[k]] -
+    gain[i, p[i]]``; ended early they are no worse for :func:`assign_units`, exact at any prices.
 
     Arguments:
-        gain: shape (n, n), on any device.
-        price: shape (n,), for each column, from the last time; default 0.
-
-    Returns:
-        the permutation, int64, on the CPU; and prices for the next time, float64.
-
-    Raises:
-        BadParameter: the gains hold NaN or infinite values.
+        gain: shape (n, n).
+        p: its best assignment.
+        price: to begin with, default 0.
     """
-    n = len(gain)
-    new = torch.zeros(n, dtype=torch.float64, device=gain.device) if price is None else price
-    net = gain if price is None else gain - price
-    highest, top = net.max(1)
-    if not bool(torch.isfinite(highest.sum())):
-        raise BadParameter("assignment: the gains hold NaN or infinite values.")
-    contested = n - len(top.unique())
-    if not contested:
-        p = top.cpu()
-    else:
-        if 8 * contested > n:
-            new = new + torch.from_numpy(_auction(net.cpu().numpy())).to(new)
-            net = gain - new
-            highest = net.amax(1)
-        p = _solved((net - highest.unsqueeze(1)).cpu())
-    return p, new + prices(net, p.to(net.device))
-
-
-def _auction(gain: Any) -> Any:
-    """Prices at which most rows have a column of their own that they like best, or nearly so.
-
-    Each row without a column bids for its best what makes that as good as its second best, and a
-    least bid on top; the highest bid gets it, and whoever had it bids again.
-    """
-    gain = gain.astype("float32")
-    price = np.zeros(len(gain), dtype="float32")
-    least = LEAST * gain.std()
-    waiting, owner = np.arange(len(gain)), np.full(len(gain), -1)
-    for _ in range(ROUNDS):
-        if not len(waiting):
-            break
-        net = gain[waiting]
-        net -= price
-        rows, best = np.arange(len(waiting)), net.argmax(1)
-        first = net[rows, best]
-        net[rows, best] = -np.inf
-        bid = price[best] + (first - net.max(1) + least)
-        order = bid.argsort()
-        price[best[order]] = bid[order]  # of several for one column the last one stays
-        before = owner[best]
-        owner[best[order]] = waiting[order]
-        won = owner[best] == waiting
-        lost = before[won]
-        waiting = np.concatenate([waiting[~won], lost[lost >= 0]])
-    return price.astype("float64")
-
-
-def prices(net: Tensor, p: Tensor) -> Tensor:
-    """Prices, on top of those taken off, at which ``p`` is (nearly) every row's best by a margin.
-
-    At the prices a solver ends with, many rows have a second choice that is as good, and the least
-    change of the gains makes them prefer it. So each sweep moves every price towards the middle
-    between the highest at which its own row still prefers it and the lowest at which no other does:
-    two thirds of the way, as all of them at once, moved all the way, can swing for ever.
-    """
-    n, rows = len(net), torch.arange(len(net), device=net.device)
-    change = torch.zeros(n, dtype=torch.float64, device=net.device)
-    if n < 2:
-        return change
-    margin = (net[rows, p].unsqueeze(1) - net).float()
-    margin[rows, p] = math.inf
-    of_column = torch.empty(n, device=net.device)
+    p = p.to(gain.device)
+    loss = gain[:, p]
+    loss -= loss.diagonal().clone().unsqueeze(1)
+    new = torch.zeros_like(loss[0]) if price is None else price[p]
+    room = torch.empty_like(loss)
     for _ in range(SWEEPS):
-        step = (margin.amin(1) - margin.amin(0)[p]) / 3
-        of_column[p] = step
-        change += of_column
-        margin -= step.unsqueeze(1)
-        margin += of_column
-    return change
+        new = torch.maximum(new, torch.add(loss, new.unsqueeze(1), out=room).amax(0))
+    out = torch.empty_like(new)
+    out[p] = new
+    return out
 
 
 def assign_nested(

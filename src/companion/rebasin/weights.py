@@ -21,7 +21,7 @@ from torch import Tensor
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
 from companion.core.theta import Theta
-from companion.rebasin.assignment import assign_again, assign_nested
+from companion.rebasin.assignment import assign_nested, assign_units, prices
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec, View
 
@@ -30,10 +30,7 @@ THIN = 16
 and adding n x n outer products one by one costs more than multiplying them together."""
 
 ROOM = 0.25
-"""Of the size of both networks: what gains may take that are kept between passes."""
-
-ROOM_AT_LEAST = 1 << 26
-"""Bytes that they may take in any case."""
+"""Of the size of both networks: what gains may take that are kept from the anchored pass."""
 
 LARGE = 1 << 24
 """Numbers of a tensor above which its sums are made in pieces: their float64 copies would be the
@@ -190,6 +187,9 @@ def _one_pass(
         found = state.best(family, terms, 0.0)
         if found is not None:
             state.take(family, found[0], state.stepped(family, found[0]))
+        if anchored:
+            step = None if found is None else found[0][family.outer]
+            state.keep(family, terms[family.outer], step)
     return state
 
 
@@ -255,9 +255,10 @@ class Descent:
         self.perms = {n: p.detach().cpu().clone() for n, p in perms.items()}
         self.stay = spec.identity()
         self.price: dict[str, Tensor] = {}  # of B's units where they are now
-        self.kept: dict[str, tuple[frozenset[Term], Tensor]] = {}  # gains, summed over terms
+        self.kept: dict[str, tuple[frozenset[Term], Tensor]] = {}
+        self.last: Tensor | None = None
         size = sum(x.numel() * x.element_size() for n in spec.objective for x in (a[n], b[n]))
-        self.room = max(size * ROOM, ROOM_AT_LEAST)
+        self.room = size * ROOM
         moved = any(not torch.equal(self.perms[n], p) for n, p in self.stay.items())
         self.now = {
             t: spec.permute_tensor(b[t], t, self.perms) if moved else b[t] for t in spec.objective
@@ -276,17 +277,17 @@ class Descent:
                 return None
             here = float(outer.trace())
             price = self.price.get(family.outer)
-            # No assignment exceeds the columns' maxima, nor what the rows have at any prices.
-            if price is None:
-                tops = [outer.amax(1).sum(), outer.amax(0).sum()]
-            else:
-                tops = [(outer - price).amax(1).sum() + price.sum()]
+            # No assignment exceeds the sum of the rows' maxima, nor that of the columns', nor what
+            # the rows can have at any prices.
+            tops = [outer.amax(1).sum(), outer.amax(0).sum()]
+            if price is not None:
+                tops.append((outer - price).amax(1).sum() + price.sum())
             if min(map(float, tops)) - here <= tol:
                 return None
-            p, price = assign_again(outer, price)
+            p = assign_units(outer, price)
             rise = float(outer[torch.arange(len(p)), p].sum()) - here
             if family.linear:
-                self.price[family.outer] = price
+                self.price[family.outer] = prices(outer, p, price)
             return ({family.outer: p}, rise) if rise > tol else None
         grams = {g: gains_of(terms[g], self.a, self.now) for g in family.inner}
         known = {g: m for g, m in grams.items() if m is not None}
@@ -299,54 +300,28 @@ class Descent:
         return {family.outer: p, **step}, value - here
 
     def _gains(self, family: FamilyTerms, terms: Sequence[Term]) -> Tensor | None:
-        """Gains of the outer units: those kept, and what is missing of ``terms``.
-
-        They are kept where there is room, for they are most of the work: a late step moves a few
-        units, and changes the gains of others by as many columns of a product.
-        """
+        """Gains of the outer units, from where :meth:`keep` has left them."""
         done, total = self.kept.pop(family.outer, (frozenset(), None))
         if total is not None:
             self.room += total.nbytes
         more = gains_of([t for t in terms if t not in done], self.a, self.now)
         if total is not None and more is not None:
-            more += total
-        total = total if more is None else more
-        if total is not None and family.linear and not family.inner and total.nbytes <= self.room:
-            self.room -= total.nbytes
-            self.kept[family.outer] = (done.union(terms), total)
-        return total
+            total += more
+        self.last = more if total is None else total
+        return self.last
 
-    def _follow(self, step: Mapping[str, Tensor], moved: Mapping[str, Tensor], outer: str) -> None:
-        """Bring the kept gains of another family to where a step moves the tensors they sum over.
+    def keep(self, family: FamilyTerms, terms: Sequence[Term], p: Tensor | None) -> None:
+        """Keep the gains just summed over ``terms``, for the units where step ``p`` leaves them.
 
-        Only the positions that move count; where they are not those of one other axis, the gains
-        are dropped.
+        As long as no neighbour takes a step, and as far as there is room.
         """
-        terms, total = self.kept[outer]
-        relative = {**self.stay, **step}
-        changes = []
-        for term in terms:
-            if term.tensor not in moved:
-                continue
-            at = [
-                (dim, (index != torch.arange(len(index))).nonzero().flatten())
-                for dim, axis in enumerate(self.spec.axes[term.tensor])
-                if any(f in step for block in axis for f in block)
-                for index in (self.spec.index(axis, relative),)
-            ]
-            if len(at) != 1 or at[0][0] == term.dim:
-                del self.kept[outer]
-                self.room += total.nbytes
-                return
-            changes.append((term, *at[0]))
-        for term, dim, places in changes:
-            x, old, new = (theta[term.tensor] for theta in (self.a, self.now, moved))
-            device = sums_on(x)
-            pieces = max(1, math.ceil(x.numel() / x.shape[dim] * len(places) / (LARGE // 4)))
-            for part in places.tensor_split(pieces) if len(places) else ():
-                change = term.rows(new, device, (dim, part))
-                change = change - term.rows(old, device, (dim, part))
-                total.addmm_(term.rows(x, device, (dim, part)), change.T)
+        total, self.last = self.last, None
+        if total is None or family.inner or not family.linear or total.nbytes > self.room:
+            return
+        self.room -= total.nbytes
+        if p is not None:
+            total = total[:, p.to(total.device)]
+        self.kept[family.outer] = (frozenset(terms), total)
 
     def stepped(self, family: FamilyTerms, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a step of one family moves, moved along the axes that hold it."""
@@ -370,15 +345,12 @@ class Descent:
         self, family: FamilyTerms, step: Mapping[str, Tensor], moved: dict[str, Tensor]
     ) -> None:
         """Make the step."""
-        for outer in [name for name in self.kept if name != family.outer]:
-            self._follow(step, moved, outer)
         self.now.update(moved)
+        for outer, (terms, total) in list(self.kept.items()):
+            if any(t.tensor in moved for t in terms):
+                del self.kept[outer]
+                self.room += total.nbytes
         p = step[family.outer]
-        if family.outer in self.kept:  # its columns are units of B where they are now
-            total = self.kept[family.outer][1]
-            places = (p != torch.arange(len(p))).nonzero().flatten().to(total.device)
-            there = total.index_select(1, p.to(total.device)[places])
-            total.index_copy_(1, places, there)
         self.perms[family.outer] = self.perms[family.outer][p]
         if family.outer in self.price:
             self.price[family.outer] = self.price[family.outer][p]
@@ -456,16 +428,11 @@ class Term:
     front: tuple[int, ...]  # those that make up the rows; the others stay, and join the columns
     view: View | None = None  # of the tensor
 
-    def rows(self, x: Tensor, device: torch.device, at: tuple[int, Tensor] | None = None) -> Tensor:
-        """The block as a float64 matrix, (units, everything else). Copied only where it has to.
-
-        ``at``: another dimension, and the positions of it that count.
-        """
+    def rows(self, x: Tensor, device: torch.device) -> Tensor:
+        """The block as a float64 matrix, (units, everything else). Copied only where it has to."""
         x = x.detach()
         if self.view is not None:
             x = self.view.lay_out(x)
-        if at is not None:
-            x = x.index_select(at[0], at[1].to(x.device))
         x = x.narrow(self.dim, self.start, math.prod(self.sizes)).movedim(self.dim, 0)
         x = x.to(device)
         if len(self.sizes) > 1:
