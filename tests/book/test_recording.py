@@ -340,7 +340,7 @@ def test_on_a_gpu_only_a_dry_run_probes(root, monkeypatch):
         asked.append(recipe)
         return real(recipe, **where)
 
-    monkeypatch.setattr(recording, "probe", probe)
+    monkeypatch.setattr(budget, "probe", probe)
     monkeypatch.setattr(recording, "resolve_device", lambda _: torch.device("cuda"))
     said = []
     recording.record(ready(root), dry_run=True, say=said.append)
