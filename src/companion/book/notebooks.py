@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 
 from companion.book import parameters
@@ -118,6 +119,7 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
             cwd=str(book.root),
             # make runs two chapters at once, whose bars would write over each other
             progress_bar=sys.stderr.isatty() and "MAKELEVEL" not in os.environ,
+            kernel_manager_class=_quiet_kernels(),
         )
         working.replace(target)
     except PapermillExecutionError as error:
@@ -127,6 +129,9 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
             f"{chapter} ({profile}): a cell failed.\n\n{_end(error.traceback)}\n\n"
             f"The notebook up to there: {failed.relative_to(book.root)}"
         ) from error
+    except (KeyboardInterrupt, SystemExit):  # what the kernel's client left undone is no news
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+        raise
     except DeadKernelError as error:
         raise BookError(
             f"{chapter} ({profile}): the kernel died; most often the machine ran out of memory."
@@ -151,6 +156,36 @@ def _write(notebook: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as working:
         nbformat.write(notebook, working)
+
+
+def _quiet_kernels() -> type:
+    """Kernels whose own last words on being stopped (a hundred lines of them) are not passed on.
+
+    What the workers of a chapter say, such as for whom they wait, goes the same way, and is.
+    """
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Quiet(AsyncKernelManager):
+        async def start_kernel(self, **options: Any) -> Any:
+            read, write = os.pipe()
+            Thread(target=_pass_on, args=(read,), daemon=True).start()
+            try:
+                return await super().start_kernel(**{**options, "stderr": write})
+            finally:
+                os.close(write)
+
+    return Quiet
+
+
+def _pass_on(source: int) -> None:
+    """Copy lines to stderr, to the end or to where a kernel that is stopped begins to complain."""
+    quiet = False
+    with open(source, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            quiet |= line.startswith("Task was destroyed but it is pending")
+            if not quiet and "KeyboardInterrupt caught in kernel" not in line:
+                sys.stderr.write(line)
+                sys.stderr.flush()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
