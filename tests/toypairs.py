@@ -26,6 +26,9 @@ class Examples:
     def __len__(self) -> int:
         return len(self.x)
 
+    def labelled(self) -> Examples:
+        return self
+
 
 class Tokens(nn.Module):
     """(N, L) integers to logits (N, L, K)."""

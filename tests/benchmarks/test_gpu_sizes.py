@@ -185,7 +185,7 @@ def test_the_counts_are_those_of_the_chapters_budget(
         found.extend(costs)
         return [0.0]
 
-    monkeypatch.setattr("companion.book.recording.estimate", estimate)
+    monkeypatch.setattr("companion.experiments.budget.estimate", estimate)
     record(
         prepare(Book(ROOT), "01_instability", "quick", [*settings, "device=cpu", "workers=1"], "x"),
         dry_run=True,

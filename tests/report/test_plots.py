@@ -310,7 +310,7 @@ def test_levels_and_dashed_lines(ax):
 
 def test_one_legend_stands_for_those_of_all_panels():
     fig, axes = plots.grid(3, height=2.0)
-    assert tuple(fig.get_size_inches()) == (9.4, 4.0)
+    assert tuple(fig.get_size_inches()) == (plots.WIDEST, 4.0)
     plots.lines(axes[0], {"a": [curve(1, 2, 3)]})
     plots.lines(axes[2], {"a": [curve(1, 2, 3)], "b": [curve(1, 2, 3)]})
     plots.legend(fig)

@@ -260,7 +260,8 @@ def _svg(fig: Figure, title: str) -> str:
     _as_written(fig)
     with mpl.rc_context(_DETERMINISTIC):
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
-    return out.getvalue()
+    # A hundredth of a point is finer than any screen; the digits behind are a third of a file.
+    return re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d\d)\d+", r"\1", d[0]), out.getvalue())
 
 
 def _claim_name(name: str) -> None:
