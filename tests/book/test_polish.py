@@ -88,6 +88,17 @@ def test_figures_and_chapters_have_the_numbers_that_the_text_uses(site):
     assert "<h1>1. A page</h1>" in text and "<title>1. A page " in text
 
 
+def test_figures_of_a_page_without_a_number_count_from_one(tmp_path):
+    figure = (
+        '<figure class="a" id="fig-{}"><figcaption><span class="caption-number">Fig. {} </span>'
+    )
+    both = "".join(figure.format(*f) + "</figcaption></figure>" for f in (("a", 65), ("b", 66)))
+    (tmp_path / "using.html").write_text(f"<title>Use</title><h1>Use</h1>{both}")
+    polish(tmp_path)
+    text = (tmp_path / "using.html").read_text()
+    assert re.findall(r"Fig\. (\d+) <", text) == ["1", "2"]
+
+
 def test_what_no_reader_needs_is_gone(site):
     text = (site / "chapters" / "01_toy.html").read_text()
     assert text.count("viewport") == 1

@@ -94,11 +94,11 @@ def number(chapter: str) -> str:
 
 
 def _figure_numbers(texts: dict[Path, str], html: Path) -> dict[str, str]:
-    """Label of a figure -> ``2b.3``, the third of chapter 2b."""
+    """Label of a figure -> ``2b.3``, the third of chapter 2b; ``3`` on a page without a number."""
     return {
-        label: f"{chapter}.{i}"
+        label: f"{chapter}.{i}" if chapter else str(i)
         for path, text in texts.items()
-        if (chapter := number(path.stem)) and path.parent != html
+        for chapter in [number(path.stem) if path.parent != html else ""]
         for i, label in enumerate(re.findall(r'<figure [^>]*id="(fig-[\w-]+)"', text), start=1)
     }
 
