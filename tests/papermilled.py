@@ -84,6 +84,7 @@ def run_here(source: Path, only_design: bool = False, **parameters: Any) -> Any:
                 shown = [(out.data, out.metadata or {}) for out in said.outputs]
                 printed = said.stdout
                 if done.result is not None:  # the shell's own hook prints it, too
+                    assert shell.display_formatter is not None
                     shown.append(shell.display_formatter.format(done.result))
                     printed = re.sub(r"^Out\[\d+\]: .*", "", printed, flags=re.S | re.M)
                 texts = [nbformat.v4.new_output("stream", text=printed)] if printed else []
