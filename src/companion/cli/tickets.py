@@ -297,7 +297,7 @@ def _draw(found: Tickets, path: Path) -> None:
             if value is not None:
                 series.setdefault(name, {})[level] = value
     with figures.file(
-        path, "Error and barrier of subnetworks by density", figsize=(9.5, 4.2)
+        path, "Error and barrier of subnetworks by density", figsize=(8.6, 4.2)
     ) as fig:
         axes = fig.subplots(1, 2)
         labels = ("test error (%)", f"barrier between copies ({_unit(found)})")
