@@ -113,9 +113,8 @@ def test_it_ends_with_one_line_and_all_of_its_processes(
     finally:
         for pid in {*alive(store), *([call.pid] if call.poll() is None else [])}:
             os.kill(pid, signal.SIGKILL)
-    lines = [
-        x for x in said.splitlines() if not x.startswith(("make: ", "make[", "01_toy (quick): running"))
-    ]
+    of_make = ("make: ", "make[", "01_toy (quick): running")
+    lines = [x for x in said.splitlines() if not x.startswith(of_make)]
     assert len(lines) == 1 and lines[0].startswith("Interrupted. What is finished is "), said
     # make ends by the signal itself, as a shell expects of it.
     assert call.returncode == (-number if words is MAKE else 128 + number), said

@@ -132,7 +132,7 @@ def measure_layers(
     if plot:
         from companion.report import figures, plots
 
-        size = (9.4, max(3.4, 1.4 + 0.22 * len(found.groups)))
+        size = (8.6, max(3.4, 1.4 + 0.22 * len(found.groups)))
         title = "Loss barriers of layers between two networks"
         with figures.file(plot, title, figsize=size) as fig:
             plots.layers(fig, found)
