@@ -225,7 +225,7 @@ class TextFacts:
     """How a text became tokens.
 
     Arguments:
-        tokenizer: ``"bpe"``, ``"gpt2"`` or ``"bytes"``.
+        tokenizer: ``"bpe"``, ``"gpt2"``, ``"bytes"``, or ``"own"`` of a file.
         vocabulary: its size. :attr:`Dataset.classes` is this, rounded up to a multiple of 64.
         train, test: both texts in tokens, bytes, characters and words.
         evaluated_on: which text ``test`` is, in words: ``"its validation text"``.

@@ -1,8 +1,8 @@
 """Texts by name: Python's own reference text, WikiText, and the user's (``text:PATH``).
 
-``pydoc?vocab=1024&window=128``: the options, what each text is trained and evaluated on, and where
-its files lie are in data/README.md. ``corpus.py`` reads files in pieces, ``tokens.py`` has the
-tokenisers. Source: our chapter 5.
+``pydoc?vocab=1024&window=128``, ``wikitext2?tokenizer=./pythia-70m``: the options, what each text
+is trained and evaluated on, and where its files lie are in data/README.md. ``corpus.py`` reads
+files in pieces, ``tokens.py`` has the tokenisers. Source: our chapter 5.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def _defaults(base: str) -> Mapping[str, Any]:
 
 
 def _value(name: str, key: str, value: str) -> int | str:
+    if key == "tokenizer" and "/" in value:
+        return value  # a folder with one
     if key in _CHOICES:
         return one_of(f"{name}: {key}", value, _CHOICES[key])
     least, most = _RANGES[key]
@@ -345,6 +347,8 @@ def _tokenizer(request: Request, root: Path, train: Text, sha256: str) -> Tokeni
         return tokens.gpt2(root)
     if request.options["tokenizer"] == "bytes":
         return tokens.BYTES
+    if "/" in request.options["tokenizer"]:
+        return tokens.own(request.options["tokenizer"])
     return tokens.cached_trained(train, sha256, request.options["vocab"])
 
 
@@ -397,9 +401,10 @@ def text_source(name: str) -> Source:
     request = parse_text_name(name)
     options, base = request.options, request.base
     known = {"bytes": 256, "gpt2": tokens.GPT2_VOCABULARY, "bpe": options["vocab"]}
+    size = None if base.startswith(USER) else known.get(options["tokenizer"])
     common: dict[str, Any] = {
         "name": request.canonical,
-        "classes": None if base.startswith(USER) else _rounded_up(known[options["tokenizer"]]),
+        "classes": size and _rounded_up(size),
         "shape": (options["window"],),
         "files": partial(_files, request),
         "read": partial(_read, request),
@@ -444,6 +449,8 @@ def _files(request: Request, root: Path) -> tuple[list[Path], list[str]]:
         found = [path for files in paths.values() for path in files]
     if request.options["tokenizer"] == "gpt2" and not missing:
         found += tokens.gpt2_files(root)
+    elif "/" in request.options["tokenizer"]:
+        found.append(tokens.own_file(request.options["tokenizer"]))
     return found, missing
 
 

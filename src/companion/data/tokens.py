@@ -1,7 +1,8 @@
-"""Tokenisers: byte-level BPE trained on the training text, the published GPT-2 one, single bytes.
+"""Tokenisers: byte-level BPE trained on the training text, GPT-2's or another published one, bytes.
 
-All three work on the bytes of UTF-8: every text has tokens, none is unknown, and decoding gives the
-text back. BPE training is a function of the text (the same merges on one core and on many).
+All but that other one, which may do anything, work on the bytes of UTF-8: every text has tokens,
+none is unknown, and decoding gives the text back. BPE training is a function of the text (the same
+merges on one core and on many).
 Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (on bytes); our chapter 5.
 """
 
@@ -39,7 +40,7 @@ class Tokenizer:
     """A tokeniser: text to tokens ``0 … vocabulary - 1`` and back.
 
     Arguments:
-        name: ``"bpe"``, ``"gpt2"`` or ``"bytes"``.
+        name: ``"bpe"``, ``"gpt2"``, ``"bytes"``, or ``"own"`` for one read from a file.
         vocabulary: number of tokens it knows.
         definition: the JSON that defines it, as ``tokenizers`` writes it; "" for bytes.
         files: those it was read from.
@@ -148,7 +149,7 @@ def train_bpe(text: Text, vocabulary: int) -> Tokenizer:
     return Tokenizer("bpe", inner.get_vocab_size(), inner.to_str())
 
 
-# --- GPT-2's own
+# --- GPT-2's, and other published ones
 
 
 def gpt2_files(root: Path) -> tuple[Path, ...]:
@@ -184,10 +185,44 @@ def gpt2(root: Path) -> Tokenizer:
         MissingData: see :func:`gpt2_files`.
         CorruptData: its files cannot be read, or are not of GPT-2's size.
     """
+    found = _read("gpt2", gpt2_files(root))
+    if found.vocabulary != GPT2_VOCABULARY:
+        raise CorruptData(
+            f"{found.files[0]}: {found.vocabulary:,} tokens where GPT-2 has {GPT2_VOCABULARY:,}: "
+            "another tokeniser."
+        )
+    return found
+
+
+def own_file(place: str) -> Path:
+    """The ``tokenizer.json`` of a folder, such as that of a network of ``transformers``.
+
+    Raises:
+        MissingData: there is none.
+    """
+    path = Path(place).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise MissingData(
+            f"tokenizer={place}: there is no {path}. Where the network was published its tokeniser "
+            "is, too, as tokenizer.json; without it tokens mean something else."
+        )
+    return path
+
+
+def own(place: str) -> Tokenizer:
+    """A published tokeniser, from a ``tokenizer.json`` or its folder.
+
+    Raises:
+        MissingData: see :func:`own_file`. CorruptData: the file cannot be read.
+    """
+    return _read("own", (own_file(place),))
+
+
+def _read(name: str, files: tuple[Path, ...]) -> Tokenizer:
     from tokenizers import Tokenizer as Inner
     from tokenizers import models
 
-    files = gpt2_files(root)
     try:
         if len(files) == 1:
             inner = Inner.from_str(files[0].read_text(encoding="utf-8"))
@@ -196,11 +231,7 @@ def gpt2(root: Path) -> Tokenizer:
         definition = inner.to_str()
     except Exception as error:  # tokenizers raises plain exceptions
         raise CorruptData(f"{files[0]}: cannot be read as a tokeniser ({error}).") from None
-    if (found := inner.get_vocab_size()) != GPT2_VOCABULARY:
-        raise CorruptData(
-            f"{files[0]}: {found:,} tokens where GPT-2 has {GPT2_VOCABULARY:,}: another tokeniser."
-        )
-    return Tokenizer("gpt2", found, definition, files)
+    return Tokenizer(name, inner.get_vocab_size(), definition, files)
 
 
 # --- once per text: runs_root()/tokens/<SHA-256 of the text>/
