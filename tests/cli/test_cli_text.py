@@ -109,6 +109,8 @@ def test_permutations_keep_the_file_and_the_function(
         ("rotated", "false"),
         ("rotated-heads", "false"),
         ("rotated-activations", "true"),
+        ("learned", "true"),
+        ("learned-both", "false"),
     ],
 )
 def test_rotations_write_networks_that_load_under_the_name_they_say(
@@ -121,6 +123,7 @@ def test_rotations_write_networks_that_load_under_the_name_they_say(
         save_file(shaken(net, classes, seed), path)
     words = ["rebasin", a, b, "--model", net, "--data", DATA, "--method", method, *SHORT]
     numbers = tmp_path / "x.json"
+    words += ["--steps", 3] if method.startswith("learned") else []
     told = said(*words, "-o", out, "--merge", between, "--json", numbers)
     assert f"a network of --model {name}" in told
     assert f"the merged network is in folded form, too: --model {name}" in told

@@ -18,7 +18,13 @@ from companion.core.runs import Store
 from companion.experiments.aligned import MatchedLine, align, pairs_of
 from companion.experiments.methods import METHOD_KINDS, Method, Problem, offered, register
 from companion.experiments.pairs import Evaluation
-from companion.rebasin import Matching, activation_matching, straight_through, weight_matching
+from companion.rebasin import (
+    Matching,
+    activation_matching,
+    learned_rotation,
+    straight_through,
+    weight_matching,
+)
 from companion.training import Recipe
 
 CHANGED: dict[str, Any] = {
@@ -31,6 +37,10 @@ CHANGED: dict[str, Any] = {
     "label": "other",
 }
 STARTS = ({"starts": 1, "label": 0}, {"starts": 3, "label": "other"})
+TRAINED: tuple[dict[str, Any], dict[str, Any]] = (
+    {"steps": 200, "batch": 256, "lr": 0.01, "label": 0},
+    {"steps": 7, "batch": 32, "lr": 0.1, "label": "other"},
+)
 NOTHING: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 IDENTITIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "naive": NOTHING,
@@ -40,10 +50,7 @@ IDENTITIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"statistic": "moment", "examples": None},
         {"statistic": "correlation", "examples": 50},
     ),
-    "ste": (
-        {"steps": 200, "batch": 256, "lr": 0.01, "label": 0},
-        {"steps": 7, "batch": 32, "lr": 0.1, "label": "other"},
-    ),
+    "ste": TRAINED,
     "greedy": NOTHING,
     "random": ({"label": 0}, {"label": "other"}),
     "steepest": ({"examples": None, "label": 0}, {"examples": 50, "label": "other"}),
@@ -52,6 +59,8 @@ IDENTITIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rotated": NOTHING,
     "rotated-heads": NOTHING,
     "rotated-activations": ({"examples": None}, {"examples": 50}),
+    "learned": TRAINED,
+    "learned-both": TRAINED,
 }
 
 
@@ -73,6 +82,7 @@ def test_a_default_has_one_value() -> None:
         (weight_matching, ("starts",)),
         (activation_matching, ("statistic",)),
         (straight_through, ("steps", "lr")),
+        (learned_rotation, ("steps", "batch", "lr")),
     ):
         for name in names:
             default = inspect.signature(instrument).parameters[name].default

@@ -426,7 +426,7 @@ def text() -> Dataset:
 def test_methods_of_the_stream(name: str) -> None:
     module, data = network(0), text()
     a, b = state(module), state(network(1))
-    found = place(Method(name, examples=20), module, a, b, data)
+    found = place(Method(name, examples=20, steps=5), module, a, b, data)
     x = tokens(5)
     assert function_gap(module, a, found.module, found.a, x) < 1e-5
     assert function_gap(module, b, found.module, found.b, x) < 1e-5

@@ -182,7 +182,7 @@ def test_the_gradient_goes_straight_through(
         references.append({k: v.clone() for k, v in t.items()})
         return SimpleNamespace(perms=spec.identity(), before=0.0, bound=1.0)
 
-    real: Callable[..., Any] = ste._batches
+    real: Callable[..., Any] = ste.endless
 
     def recorded(*args: Any) -> Any:
         for pair in real(*args):
@@ -190,7 +190,7 @@ def test_the_gradient_goes_straight_through(
             yield pair
 
     monkeypatch.setattr(ste, "weight_matching", watched)
-    monkeypatch.setattr(ste, "_batches", recorded)
+    monkeypatch.setattr(ste, "endless", recorded)
     straight_through(spec, module, a, b, digits[0], steps=2, batch=50, lr=0.3, momentum=0.5)
     name = "layer1.linear.weight"
     slopes = []
@@ -293,18 +293,18 @@ def test_free_weights_that_overflow_end_the_search(module, spec, pair, digits) -
 def test_the_held_out_part_is_not_trained_on(digits) -> None:
     train = digits[0]
     numbered = Split(torch.arange(23.0).view(23, 1, 1, 1), torch.zeros(23, dtype=torch.int64))
-    rest, judges = ste._parts(numbered, None, 3, Key("k"))
+    rest, judges = ste.parted(numbered, None, 3, Key("k"))
     held = torch.cat([x for x, _ in judges]).flatten().tolist()
     assert len(held) == 4 and sorted([*held, *rest.x.flatten().tolist()]) == list(range(23))
-    rest, judges = ste._parts(train, None, 10, Key("k"))
+    rest, judges = ste.parted(train, None, 10, Key("k"))
     assert sum(len(x) for x, _ in judges) == 100 == len(train) - len(rest)
-    rest, judges = ste._parts(train, numbered, 10, Key("k"))
+    rest, judges = ste.parted(train, numbered, 10, Key("k"))
     assert rest is train and [len(x) for x, _ in judges] == [8, 8, 7]
 
 
 def test_an_epoch_uses_every_example_once() -> None:
     numbered = Split(torch.arange(12.0).view(12, 1, 1, 1), torch.zeros(12, dtype=torch.int64))
-    drawn = ste._batches(numbered, 4, Key("k"))
+    drawn = ste.endless(numbered, 4, Key("k"))
     epochs = [torch.cat([next(drawn)[0].flatten() for _ in range(3)]).tolist() for _ in range(2)]
     assert epochs[0] != epochs[1]
     assert all(sorted(e) == list(range(12)) for e in epochs)

@@ -91,7 +91,8 @@ def align_networks(
         int, typer.Option(help="Starts of weight matching; the best is kept. The first is as-is.")
     ] = DEFAULT.starts,
     steps: Annotated[
-        int | None, typer.Option(help=f"Optimiser steps of ste (default {DEFAULT.steps}).")
+        int | None,
+        typer.Option(help=f"Optimiser steps of methods that train (default {DEFAULT.steps})."),
     ] = None,
     seed: options.MatchingSeed = 0,
     match_examples: options.MatchExamples = None,
@@ -460,7 +461,8 @@ def _show_rotation(aligned: Aligned) -> None:
             f"rotation by {found.method}: a stream of {len(found.stream)} is turned (1 - trace/D = "
             f"{found.turned:.2f}), heads and units are permuted{inside}"
         )
-        steps = f", {found.iterations} iterations" if found.method == "weights" else ""
+        steps = {"weights": "iterations", "learned": "steps"}.get(found.method, "")
+        steps = steps and f", {found.iterations} {steps}"
         say(
             f"  objective {100 * found.before / found.bound:.1f} % -> {100 * found.share:.1f} % of "
             f"its upper bound{steps}, {found.seconds:.1f} s"

@@ -271,6 +271,21 @@ def _rotated_activations(method: Method, problem: Problem) -> Rotation:
     return activation_rotation(p.folding, p.a, p.b, p.seen(method).x)
 
 
+_TRAINED: dict[str, Any] = {"data": True, "folds": True, "nets": "gpt"}
+
+
+@register("learned-both", "steps", "batch", "lr", "label", about="A learns, too", **_TRAINED)
+@register("learned", "steps", "batch", "lr", "label", about="rotated, then trained", **_TRAINED)
+def _learned(method: Method, problem: Problem) -> Rotation:
+    """From weights, then by the loss on the line; B alone learns, or A, too."""
+    from companion.rebasin import learned_rotation
+
+    p, m, both = problem, method, method.name == "learned-both"
+    assert p.folding is not None and p.train is not None
+    how: Any = {"steps": m.steps, "batch": m.batch, "lr": m.lr, "key": p.key}
+    return learned_rotation(p.folding, p.a, p.b, p.train, both=both, **how)
+
+
 # --- carrying them out
 
 

@@ -7,8 +7,8 @@
 ``spec.py`` the value · ``derive.py`` from a network to its spec, with ``trace.py``, ``axes.py``,
 ``rules.py`` and ``proof.py`` · ``weights.py``, ``activations.py``, ``ste.py``, ``merge.py``
 matching, by ``assignment.py``, with ``matching.py`` as the result · ``folding.py``,
-``rotation.py`` the residual stream of a GPT, rotated · ``repair.py``, ``calibration.py`` what to
-do afterwards.
+``rotation.py``, ``learned.py`` the residual stream of a GPT, rotated · ``repair.py``,
+``calibration.py`` what to do afterwards.
 
 Source: Ainsworth et al. 2023, and Jordan et al. 2023 for REPAIR; our chapter 2.
 """
@@ -17,6 +17,7 @@ from companion.rebasin.activations import activation_matching
 from companion.rebasin.cycle import triangle_defect
 from companion.rebasin.derive import derive
 from companion.rebasin.folding import Folding, fold, function_gap, stream_of
+from companion.rebasin.learned import learned_rotation
 from companion.rebasin.matching import Matching
 from companion.rebasin.merge import Merged, merge_many
 from companion.rebasin.proof import Unproven, check_equal
@@ -53,6 +54,7 @@ __all__ = [
     "fold",
     "function_gap",
     "greedy",
+    "learned_rotation",
     "merge_many",
     "objective",
     "procrustes",

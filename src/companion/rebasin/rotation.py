@@ -60,7 +60,7 @@ class Rotation(Found):
         perms: of heads and units (:attr:`companion.rebasin.folding.Folding.units`), made first.
         inner: group inside of heads -> orthogonal, float64 (heads, d, d), made after ``perms``;
             empty if inner units are only permuted.
-        method: ``weights`` or ``activations``.
+        method: ``weights``, ``activations`` or ``learned``.
         heads: one of :data:`HEADS`.
         objective: ``<A, T(B)>`` over the weights at this transformation T.
         before: nothing done.
@@ -69,6 +69,7 @@ class Rotation(Found):
         iterations: of both half-steps.
         converged: the last one gained nothing.
         seconds: of wall-clock time.
+        details: what else the method has to say, JSON-able.
     """
 
     folding: Folding = field(repr=False)
@@ -84,6 +85,7 @@ class Rotation(Found):
     iterations: int
     converged: bool
     seconds: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     SUMMARY = (
         *("method", "heads", "objective", "before", "bound", "share", "share_before", "turned"),
@@ -94,6 +96,10 @@ class Rotation(Found):
     def turned(self) -> float:
         """How far the stream is turned: 1 - trace(Q) / D, 0 for no turn, about 1 for any one."""
         return 1 - float(self.stream.trace()) / len(self.stream)
+
+    def summary(self) -> dict[str, Any]:
+        """As of every result; ``details`` where there are any."""
+        return super().summary() | ({"details": self.details} if self.details else {})
 
     def apply(self, theta: Theta, *, check_outputs: bool = True) -> dict[str, Tensor]:
         """B in A's coordinates.
@@ -150,7 +156,7 @@ def rotation_matching(
         raise BadParameter(
             f"max_iterations, rtol: at least 1, and in [0, 1); got {max_iterations} and {rtol}."
         )
-    problem = _Problem(folding, a, b, heads)
+    problem = Problem(folding, a, b, heads)
     # The tensors that hold no heads and no units.
     free = [t for t in problem.stream if t.tensor not in folding.units.axes]
     q = problem.turn(problem.b, free) if start is None else check_rotation(start, folding.width)
@@ -192,7 +198,7 @@ def activation_rotation(
     x = inputs.x if isinstance(inputs, Split) else inputs
     if x.dim() != 2 or not len(x):
         raise BadParameter(f"inputs: tokens of shape (N, L) are needed, got {tuple(x.shape)}.")
-    problem = _Problem(folding, a, b, heads)
+    problem = Problem(folding, a, b, heads)
     q = procrustes(_streams(folding, a, b, x))
     found = activation_matching(folding.units, folding.module, a, b, x)
     perms, inner = dict(found.perms), {}
@@ -204,12 +210,12 @@ def activation_rotation(
         if gram is not None:
             heads_here = folding.spec.groups[family.outer].size if g != family.outer else 1
             at = torch.arange(heads_here)
-            inner[g] = polar(_pairs(gram, heads_here)[at, at])
+            inner[g] = polar(pairs(gram, heads_here)[at, at])
     history = [problem.value(problem.moved(q, perms, inner))]
     return problem.rotation("activations", clock, (q, perms, inner, history, True))
 
 
-class _Problem:
+class Problem:
     """Two folded networks, and the two half-steps of the alternation."""
 
     def __init__(self, folding: Folding, a: Theta, b: Theta, heads: str):
@@ -275,7 +281,7 @@ class _Problem:
             heads = self.folding.spec.groups[name].size
             if turnable == (name,):
                 assert outer is not None
-                inner[name] = polar(_pairs(outer, 1)[0])
+                inner[name] = polar(pairs(outer, 1)[0])
             elif turnable:
                 perms[name], turns = turned_heads(outer, known, heads)
                 inner |= turns
@@ -329,15 +335,15 @@ def turned_heads(
     gain = torch.zeros(heads, heads, dtype=torch.float64, device=device)
     if outer is not None:
         gain += outer
-    pairs = {name: _pairs(gram, heads) for name, gram in grams.items()}
-    for table in pairs.values():
+    tables = {name: pairs(gram, heads) for name, gram in grams.items()}
+    for table in tables.values():
         gain += torch.linalg.svdvals(table).sum(-1)
     p = assign_units(gain)
     at = torch.arange(heads)
-    return p, {name: polar(x[at, p]) for name, x in pairs.items()}
+    return p, {name: polar(x[at, p]) for name, x in tables.items()}
 
 
-def _pairs(gram: Tensor, heads: int) -> Tensor:
+def pairs(gram: Tensor, heads: int) -> Tensor:
     """The table of each pair of heads, (heads, heads, d, d)."""
     d = len(gram) // heads
     return gram.reshape(heads, d, heads, d).transpose(1, 2)

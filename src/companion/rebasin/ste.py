@@ -110,7 +110,7 @@ def straight_through(
     if not 0 <= momentum < 1:
         raise BadParameter(f"momentum: {momentum!r} must lie in [0, 1).")
     a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
-    train, judges = _parts(Split.of(train).labelled(), held_out, batch, key)
+    train, judges = parted(Split.of(train).labelled(), held_out, batch, key)
     device = train.x.device
     a, b = ({n: x.detach().to(device) for n, x in theta.items()} for theta in (a, b))
     middle = Midpoint(module, a, train.x, score)
@@ -126,7 +126,7 @@ def straight_through(
     judged: list[tuple[int, float]] = []
     losses: list[Tensor] = []
     stopped = None
-    batches = _batches(train, batch, key)
+    batches = endless(train, batch, key)
     for step in range(steps + 1):
         deadline.stop_if_passed()
         if step:
@@ -230,10 +230,17 @@ class Midpoint:
         return mean if math.isfinite(mean) else math.inf
 
 
-def _parts(
+def parted(
     train: Split, held_out: Split | None, batch: int, key: Key
 ) -> tuple[Split, list[tuple[Tensor, Tensor]]]:
-    """What steps are made on, and the batches that candidates are judged on."""
+    """What steps are made on, and the batches that candidates are judged on.
+
+    Arguments:
+        train, held_out, batch, key: as :func:`straight_through` takes them, labelled.
+
+    Raises:
+        BadParameter: too little data.
+    """
     if held_out is None:
         if len(train) < 2:
             raise BadParameter(f"train: 2 examples or more are needed, got {len(train)}.")
@@ -251,7 +258,7 @@ def _parts(
     return train, list(pairs)
 
 
-def _batches(split: Split, batch: int, key: Key) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(split: Split, batch: int, key: Key) -> Iterator[tuple[Tensor, Tensor]]:
     """Full batches of a new permutation every epoch, without end."""
     size = min(batch, len(split))
     epoch = 0
