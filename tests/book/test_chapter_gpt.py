@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from neox import STEPS, train
 from papermilled import check_page, entries, figures, judged, notebook_of, run_here
 
 from companion import data, models
@@ -13,6 +14,7 @@ from companion.core.errors import BadParameter, MissingData
 from companion.core.runs import Store
 from companion.experiments.instability import analyse
 from companion.experiments.pairs import Evaluation
+from companion.papers import gpt as paper
 from companion.training import Recipe
 
 CHAPTER = "05_gpt"
@@ -37,12 +39,22 @@ source = notebook_of(CHAPTER)
 
 
 @pytest.mark.slow
-def test_a_tiny_run_of_the_chapter(source: Path) -> None:
-    notebook = run_here(source, **TINY)
-    record = check_page(CHAPTER, notebook, **TINY)
+def test_a_tiny_run_of_the_chapter(source: Path, tmp_path: Path) -> None:
+    """With two trainings that somebody published."""
+    for seed in (1, 2):
+        train(tmp_path / "seeds" / f"seed{seed}", seed)
+    more: dict[str, Any] = {
+        "published": str(tmp_path / "seeds"),
+        "published_text": "pydoc?window=16",
+    }
+    notebook = run_here(source, **TINY, **more)
+    record = check_page(CHAPTER, notebook, **TINY, **more)
     drawn = figures(notebook)
     kinds = ("instability", "matching", "heatmap", "parts", "groups", "features")
-    assert list(drawn) == [f"gpt-{kind}" for kind in kinds]
+    assert list(drawn) == [*(f"gpt-{kind}" for kind in kinds), "gpt-published"]
+    assert len(drawn["gpt-matching"]["barriers"]) == len(paper.WAYS)
+    for line in ("as trained", "… and the stream permuted"):
+        assert drawn["gpt-published"][line]["k"] == list(STEPS)
     by_id = judged(notebook)
     assert list(by_id) == ["B13", *(f"G{n:02d}" for n in range(1, 10))]
     assert by_id["G01"]["value"] < 0.01 and by_id["G01"]["n"] == 2
@@ -85,6 +97,7 @@ def test_an_untied_network_with_one_head_and_no_biases(source: Path) -> None:
     drawn = figures(run_here(source, **{**TINY, "net": net, "steps": 6, "ks": [2]}))
     assert drawn["gpt-features"]["places"] == ["block 1", "last norm", "output"]
     assert {"output", "embedding"} <= set(drawn["gpt-heatmap"]["same"])
+    assert "gpt-published" not in drawn  # a note says how to get one
 
 
 @pytest.mark.slow

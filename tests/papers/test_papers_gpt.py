@@ -90,6 +90,8 @@ LEFT = {
     "folded": 0.9,
     "rotated": 0.15,
     "rotated-heads": 0.2,
+    "learned": 0.08,
+    "learned-both": 0.07,
 }
 
 

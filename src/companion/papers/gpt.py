@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from companion import data, layerwise
-from companion.connectivity import Curve
+from companion.connectivity import Barrier, Curve
 from companion.core import stats
 from companion.core.errors import BadParameter, NotMeasured
 from companion.core.pool import one_thread
@@ -47,12 +48,14 @@ from companion.experiments.instability import (
     trunk,
 )
 from companion.experiments.layers import LayerSweep, sweep_pairs
+from companion.experiments.methods import Method
 from companion.experiments.pairs import Evaluation, Pair
+from companion.experiments.published import along, checkpoints
 from companion.features import Features, features
 from companion.layerwise import LayerBarriers, Sweep
 from companion.models import parameter_count
 from companion.papers.forked import Forked
-from companion.report import figures, plots, provenance, tables
+from companion.report import figures, page, plots, provenance, tables
 from companion.report.claims import Need, Statistic, statistic
 from companion.report.recorded import Record
 from companion.report.words import Values, listed, said
@@ -78,11 +81,19 @@ WAYS = {
     "folded": "LayerNorm folded, nothing moved",
     "rotated": "units and heads permuted, stream rotated",
     "rotated-heads": "… and rotated inside of heads",
+    "learned": "… and learned, B moves",
+    "learned-both": "… and learned, both move",
 }
 """Method of matching -> the same for people, and in figures and records."""
 
+LEARNED = ("learned", "learned-both")
+"""Those that look at text; they begin where ``rotated-heads`` ends."""
+
 PERMUTED = ("units", "weights")
 """Those that permute; which of them is the better one is decided on the training text."""
+
+ALONG = ("naive", "weights")
+"""Those that published trainings are compared by; rotations are for GPT-2 only."""
 
 TURNED = ("naive", "rotated")
 """Those that copies which fork at 0 are compared by."""
@@ -112,6 +123,9 @@ class Study(Forked):
         max_error: percent; a network up to it counts as trained in any case.
         device: where.
         workers: processes on a CPU; 0: one a core.
+        trainings: folders of published ones, each with a folder for each step.
+        published_text: the text that these are measured on, by name.
+        learning_steps: of the learned ways of matching.
     """
 
     recipe: Recipe
@@ -127,6 +141,9 @@ class Study(Forked):
     max_error: float | None
     device: str
     workers: int
+    trainings: tuple[Path, ...] = ()
+    published_text: str = ""
+    learning_steps: int = 20
 
     # What is trained
 
@@ -146,11 +163,17 @@ class Study(Forked):
             for i in range(self.inits)
         ]
 
+    @property
+    def ways(self) -> list[Method]:
+        """:data:`WAYS` as methods."""
+        how: dict[str, Any] = {"steps": self.learning_steps, "batch": 8, "lr": 0.003}
+        return [Method(way, **how) if way in LEARNED else Method(way) for way in WAYS]
+
     def plans(self) -> list[Plan]:
         """All that is measured, for :func:`companion.report.page.budget`."""
         alone, *finer = self._sweeps.values()
         ends = (*self.twins(), *self.strangers())
-        lines = lines_of(self.strangers(), list(WAYS), self.evaluation)
+        lines = lines_of(self.strangers(), self.ways, self.evaluation)
         shape: Any = {"inits": self.inits, "copies": 2, "optimizer": "restore"}
         return [
             plan_forks(self.recipe, self.ks, self.evaluation, **shape),
@@ -236,7 +259,7 @@ class Study(Forked):
     def matched(self) -> dict[str, list[Aligned]]:
         """Way of :data:`WAYS` -> the pairs of different initialisations, B brought to A."""
         self._train_first()
-        return align(self.strangers(), list(WAYS), self.evaluation, **self._judged)
+        return align(self.strangers(), self.ways, self.evaluation, **self._judged)
 
     @cached_property
     def turned_twins(self) -> dict[str, list[Aligned]]:
@@ -261,6 +284,22 @@ class Study(Forked):
                 name: [of(pair) for pair in pairs]
                 for name, pairs in zip(self.conditions, groups, strict=True)
             }
+
+    @cached_property
+    def published(self) -> list[dict[int, dict[str, Barrier]]]:
+        """For each pair of published trainings step -> naive and one-shot matching -> barrier."""
+        if not self.trainings:
+            return []
+        ends, name = (
+            list(zip(self.trainings[::2], self.trainings[1::2], strict=False)),
+            self.published_text,
+        )
+        if "tokenizer=" not in name:
+            home = next(iter(checkpoints(self.trainings[0]).values()))
+            name += f"{'&' if '?' in name else '?'}tokenizer={home.absolute()}"
+        text = data.load(name, self.device)
+        how: Any = {"evaluation": self.evaluation, "max_error": self.max_error}
+        return [along(a, b, text, methods=ALONG, **how) for a, b in ends]
 
     @cached_property
     def digest(self) -> str:
@@ -358,6 +397,7 @@ class Study(Forked):
             "sample": self.read(self.shown.x[0])[:160],
             "stable": f"{STABLE:g}",
             "near": f"{NEAR:g}",
+            "learning_steps": self.learning_steps,
         }
 
     def record(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,6 +427,9 @@ def design(
     train_windows: int = 24,
     max_error: float | None = None,
     precision: str = "float32",
+    published: str = "",
+    published_text: str = "wikitext2?window=128",
+    learning_steps: int = 20,
     device: str = "auto",
     workers: int = 0,
 ) -> Study:
@@ -433,6 +476,7 @@ def design(
         ("neighbours", neighbours, 1),
         ("windows", windows, 1),
         ("train_windows", train_windows, 1),
+        ("learning_steps", learning_steps, 1),
     ):
         if value < least:
             raise BadParameter(f"{name}: {value} must be {least} or more.")
@@ -448,6 +492,17 @@ def design(
     blocks = tuple(layerwise.layer_groups(module, "block", text.test.x[:2]))
     if neighbours > len(blocks):
         raise BadParameter(f"neighbours: {neighbours} groups, but {recipe.net} has {len(blocks)}.")
+    trainings: list[Path] = []
+    if published:
+        root = Path(published).expanduser()
+        trainings = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        if len(trainings) < 2:
+            raise BadParameter(
+                f"published: {root} needs two folders or more, one for each training, such as "
+                "seed1 and seed2, with folders step0, step1000, … in them."
+            )
+        for training in trainings:
+            checkpoints(training)
     return Study(
         recipe=recipe,
         text=text,
@@ -462,6 +517,9 @@ def design(
         max_error=max_error,
         device=device,
         workers=workers,
+        trainings=tuple(trainings),
+        published_text=published_text,
+        learning_steps=learning_steps,
     )
 
 
@@ -891,10 +949,7 @@ def show_instability(study: Study) -> None:
 
 def show_matching(study: Study) -> None:
     """What each way of matching leaves of the barrier, and the lines."""
-    found = {
-        WAYS[name]: v if math.isfinite(v.low) else replace(v, low=v.value, high=v.value)
-        for name, v in left(study).items()
-    }
+    found = {WAYS[name]: _bare(v) for name, v in left(study).items()}
     lines = {
         WAYS[name]: [r.barrier.curve for r in results if r.valid]
         for name, results in study.matched.items()
@@ -917,6 +972,59 @@ def show_matching(study: Study) -> None:
     plots.legend(fig, 2, below=True)
     values = {"barriers": listed(found, missing=NONE)}
     figures.publish(fig, "gpt-matching", data=drawn, values=values)
+
+
+def _bare(v: Interval) -> Interval:
+    """Without bars where one pair gives none."""
+    return v if math.isfinite(v.low) else replace(v, low=v.value, high=v.value)
+
+
+def show_published(study: Study) -> None:
+    """The barrier between published trainings against the training step; a note without any."""
+    if not study.trainings:
+        page.text(
+            "*No published training is at hand on this page.* To see one here, put checkpoints of "
+            "two seeds on the disk, `DIR/seed1/step0`, `DIR/seed1/step1000`, …, `DIR/seed2/step0`, "
+            "…, each a folder of `transformers` with its `tokenizer.json` (PolyPythias: `hf "
+            "download EleutherAI/pythia-14m-seed1 --revision step1000 --local-dir "
+            "DIR/seed1/step1000`), and run the page with `-p published DIR`."
+        )
+        return
+    steps = sorted({step for found in study.published for step in found})
+    series = {
+        WAYS[way]: {
+            step: _bare(v)
+            for step in steps
+            if (
+                v := over_pairs(
+                    f[step][way].height("test", "loss") for f in study.published if step in f
+                )
+            )
+        }
+        for way in ALONG
+    }
+    fig, (ax,) = plots.grid(1, columns=1, width=7.6, height=4.0)
+    drawn = plots.against_k(
+        ax,
+        series,
+        steps=steps[-1],
+        threshold=STABLE,
+        meaning="nats: our line",
+        xlabel="training step (log axis, 0 set apart), and its share",
+        ylabel="test loss barrier (nats a token)",
+    )
+    every = -(-len(steps) // 12)  # labels; a published training has many steps
+    names = [tick.get_text() for tick in ax.get_xticklabels()]
+    ax.set_xticks(ax.get_xticks()[::every], names[::every])
+    last = {name: found[steps[-1]] for name, found in series.items() if steps[-1] in found}
+    values = {
+        "trainings": ", ".join(p.name for p in study.trainings),
+        "pairs": len(study.published),
+        "text": study.published_text,
+        "steps": len(steps),
+        "barriers": listed(last, missing=NONE),
+    }
+    figures.publish(fig, "gpt-published", data=drawn, values=values)
 
 
 def _each(words: Mapping[str, str]) -> str:
