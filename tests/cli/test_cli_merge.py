@@ -79,6 +79,12 @@ def test_statistics_of_three_are_estimated_again(nets, tmp_path):
     assert all(torch.equal(reset[k], plain[k]) for k in reset if k.endswith(("weight", "bias")))
 
 
+def test_three_are_repaired(nets, tmp_path):
+    out = tmp_path / "m.safetensors"
+    said = merge(*(nets[n] for n in "abc"), *ON, "-o", out, "--repair", "forward").stdout
+    assert "2 layers corrected" in said and "the network at the weighted mean" in said
+
+
 def test_names_and_types_are_those_of_the_first_file(nets, tmp_path):
     a = {f"module.{k}": v.half() for k, v in load_file(nets["a"]).items()}
     save_file(a, tmp_path / "a.safetensors")
@@ -123,7 +129,6 @@ def test_a_folder_of_transformers_loads_back(tmp_path, monkeypatch, tied):
         (("a", "b", "--weights", "1"), "must be 2 numbers"),
         (("a", "b", "--weights", "1,-1"), "of 0 or more"),
         (("a", "b", "c", "--method", "activations"), "Allowed: auto, none, weights"),
-        (("a", "b", "c", "--repair", "forward"), "is for two networks, not 3"),
         (("a", "b", "-o", "folder"), "must end in .safetensors"),
         (("a", "b", "-o", "a"), "which is not overwritten"),
     ],
