@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.connectivity import Barrier, Curve
@@ -36,6 +37,8 @@ LINES = {
     "activation_matched": "matched by activations",
 }
 """Answers that are a line -> what was done to B before."""
+PAIRS = {"pairs": "as they are", "matched_pairs": "after matching"}
+"""Likewise of all pairs."""
 MOST_ROWS = 60
 """Of a table; the JSON beside the page has all."""
 LEAST_ANGLE = 1e-4
@@ -77,6 +80,30 @@ def findings(found: Comparison) -> str:
         f'<p class="rule">The rule: {shown(f.rule)}.</p></li>'
         for f in found.findings
     )
+
+
+def picture(found: Comparison, path: Path) -> bool:
+    """Draw the line between two networks, or the barriers of all pairs, into a file.
+
+    Returns:
+        whether there was something to draw.
+
+    Raises:
+        BadParameter: the file cannot be written.
+    """
+    answered = {a.name: a for a in found.answers if a.status == ANSWERED}
+    of_pairs = [n for n in PAIRS if n in answered]
+    if of_pairs:
+        panels = [_map(n, answered[n])[1] for n in of_pairs]
+    elif any("barrier" in answered[n].values for n in LINES if n in answered):
+        barriers, split = _barriers(answered)
+        panels = [_rise(barriers, split, metric) for metric in ("error", "loss")]
+    else:
+        return False
+    with figures.file(path, "Barriers between networks", figsize=(8.6, 3.7)) as fig:
+        for ax, draw in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            draw(ax)
+    return True
 
 
 def shown(text: object) -> str:
@@ -171,29 +198,40 @@ class Section:
         )
 
 
-def _line(found: Comparison, answers: Mapping[str, Answer]) -> str:
-    """Both ends and the line, before and after matching; heights, and what BatchNorm does."""
+def _barriers(answers: Mapping[str, Answer]) -> tuple[dict[str, Barrier], str]:
+    """What was done to B -> the barrier; and the split that they are shown on."""
     barriers = {
         LINES[name]: codec.from_json(Barrier, a.values["barrier"])
         for name, a in answers.items()
-        if name in LINES
+        if name in LINES and "barrier" in a.values
     }
     first = next(iter(barriers.values()))
-    split = "test" if "test" in first.curve.values else [*first.curve.values][-1]
+    return barriers, "test" if "test" in first.curve.values else [*first.curve.values][-1]
+
+
+def _rise(barriers: Mapping[str, Barrier], split: str, metric: str) -> Callable[[Axes], None]:
     curves: dict[str, list[Curve]] = {label: [one.curve] for label, one in barriers.items()}
 
-    def draw(metric: str) -> Callable[[Axes], None]:
-        def on(ax: Axes) -> None:
-            plots.lines(ax, curves, split, metric, "from A (0) to B (1)")
-            ax.set_ylim(bottom=0)
+    def draw(ax: Axes) -> None:
+        plots.lines(ax, curves, split, metric, "from A (0) to B (1)")
+        ax.set_ylim(bottom=0)
 
-        return on
+    return draw
 
+
+def _line(found: Comparison, answers: Mapping[str, Answer]) -> str:
+    """Both ends and the line, before and after matching; heights, and what BatchNorm does."""
+    barriers, split = _barriers(answers)
+    first = next(iter(barriers.values()))
     tops = ", ".join(
         f"{label} {_height(one, split, one.metric)}" for label, one in barriers.items()
     )
     pictures = "".join(
-        _picture(draw(metric), f"line-{metric}", f"{split} {metric} from A to B: barrier {tops}")
+        _picture(
+            _rise(barriers, split, metric),
+            f"line-{metric}",
+            f"{split} {metric} from A to B: barrier {tops}",
+        )
         for metric in ("error", "loss")
     )
     margins = {LINES[n]: a.values.get("margin") for n, a in answers.items() if n in LINES}
@@ -332,28 +370,33 @@ def _by_name(what: str, values: Mapping[str, Mapping[str, Any]], caption: str) -
     return _table([what, *heads], rows, caption)
 
 
+def _map(name: str, answer: Answer) -> tuple[str, Callable[[Axes], None]]:
+    """Barriers of all pairs: what they are, and how they are drawn."""
+    values = answer.values
+    unit = "points of error" if values["metric"] == "error" else "nats"
+    what = f"{values['split']} barrier ({unit}), {PAIRS.get(name, name)}"
+    rows = {_letter(i): row for i, row in enumerate(values["heights"])}
+
+    def draw(ax: Axes) -> None:
+        plots.heat([ax], {"": rows}, [*rows], label="", apart=False)
+        ax.set_title(what, fontsize=10)
+
+    return what, draw
+
+
 def _matrix(found: Comparison, answers: Mapping[str, Answer]) -> str:
     """Pairwise barriers as a map with a number in each cell."""
     pictures, tables = "", ""
-    words = {"pairs": "as they are", "matched_pairs": "after matching"}
     for name, answer in answers.items():
-        values = answer.values
-        letters = [_letter(i) for i in range(len(values["names"]))]
-        heights = dict(zip(letters, values["heights"], strict=True))
-        unit = "points of error" if values["metric"] == "error" else "nats"
-        what = f"{values['split']} barrier ({unit}), {words.get(name, name)}"
-
-        def draw(ax: Axes, rows: Any = heights, what: str = what) -> None:
-            plots.heat([ax], {"": rows}, [*rows], label="", apart=False)
-            ax.set_title(what, fontsize=10)
-
-        size = (PANEL[0], max(2.6, 1.2 + 0.42 * len(letters)))
+        what, draw = _map(name, answer)
+        heights = answer.values["heights"]
+        size = (PANEL[0], max(2.6, 1.2 + 0.42 * len(heights)))
         pictures += _picture(draw, f"matrix-{name}", f"A matrix: {what}, of each pair", size)
         rows = [
-            [a, *("—" if v is None else said(v, "{:.2f}") for v in row)]
-            for a, row in heights.items()
+            [_letter(i), *("—" if v is None else said(v, "{:.2f}") for v in row)]
+            for i, row in enumerate(heights)
         ]
-        tables += _table(["", *letters], rows, what)
+        tables += _table(["", *map(_letter, range(len(heights)))], rows, what)
     return f'<div class="panels">{pictures}</div>{_folded("the numbers", tables)}'
 
 
@@ -372,7 +415,7 @@ SECTIONS = (
         "barrier, and its height is what an average costs at worst.",
     ),
     Section(
-        *("pairs", "The lines between all of them", ("pairs", "matched_pairs"), _matrix),
+        *("pairs", "The lines between all of them", (*PAIRS,), _matrix),
         "The barrier of each pair; dark is high. One light block is one basin.",
     ),
     Section(
