@@ -2,7 +2,7 @@
 
 To add one, write its function below and :func:`register` it. It gets the :class:`Case` and returns
 the values of its answer, under the names that the single command's ``--json`` has; what a later
-question needs it leaves in ``case.found``. What it costs is told in seconds of CPU time before it is asked.
+question needs it leaves in ``case.found``. What it costs is told before, in seconds of CPU time.
 """
 
 from __future__ import annotations
