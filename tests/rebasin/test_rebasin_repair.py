@@ -265,7 +265,7 @@ def test_of_three_networks_targets_are_weighted_means(form: str) -> None:
     torch.testing.assert_close(at.mean(1), mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(std(at), spread, rtol=1e-5, atol=0)
     assert got.before["0"] < 0.9 and got.summary()["alpha"] == list(shares)
-    two = repair(module, *thetas[:2], x, alpha=0.5, form=form).theta
+    two = repair(module, thetas[0], thetas[1], x, alpha=0.5, form=form).theta
     again = repair_many(module, thetas[:2], x, form=form).theta
     assert all(torch.equal(v, again[n]) for n, v in two.items())
     for bad in ((0.5, 0.5), (0.5, 0.6, 0.1), (2.0, -0.5, -0.5)):

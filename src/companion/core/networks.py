@@ -130,7 +130,7 @@ def channels_last(module: nn.Module, inputs: torch.Tensor) -> nn.Module:
 
 
 def _last(module: nn.Module) -> nn.Module:
-    return module.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
+    return module.to(memory_format=torch.channels_last)
 
 
 def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:

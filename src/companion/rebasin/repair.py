@@ -385,7 +385,9 @@ def _targets(
                 )
 
     def mean(name: str, what: str) -> Tensor:
-        values = [w * getattr(m[name], what) for w, m in zip(shares, known, strict=True)]
+        values: list[Tensor] = [
+            w * getattr(m[name], what) for w, m in zip(shares, known, strict=True)
+        ]
         return sum(values[1:], values[0])
 
     return {n: (mean(n, "mean"), mean(n, "std")) for n in known[0]}

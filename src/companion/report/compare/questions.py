@@ -120,7 +120,7 @@ def _matching(case: Case) -> float:
     """Weight matching: a product of matrices and an assignment for each layer and pass."""
     sizes = [v.shape for v in case.thetas[0].values() if v.ndim > 1]
     products = sum(4 * s[0] * math.prod(s) for s in sizes)
-    return 1.0 + 1e-7 * case.weights + 15 * (products / 2e10 + sum(s[0] ** 3 for s in sizes) * 1e-9)
+    return 1.0 + 1e-7 * case.weights + 3 * (products / 2e10 + sum(s[0] ** 3 for s in sizes) * 1e-9)
 
 
 def _pairs(case: Case) -> int:
