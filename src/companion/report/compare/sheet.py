@@ -92,17 +92,23 @@ def picture(found: Comparison, path: Path) -> bool:
         BadParameter: the file cannot be written.
     """
     answered = {a.name: a for a in found.answers if a.status == ANSWERED}
-    of_pairs = [n for n in PAIRS if n in answered]
-    if of_pairs:
-        panels = [_map(n, answered[n])[1] for n in of_pairs]
-    elif any("barrier" in answered[n].values for n in LINES if n in answered):
-        barriers, split = _barriers(answered)
-        panels = [_rise(barriers, split, metric) for metric in ("error", "loss")]
-    else:
+    pairs = {PAIRS[n]: answered[n].values for n in PAIRS if n in answered}
+    lines = {n: a for n, a in answered.items() if n in LINES and "barrier" in a.values}
+    if not pairs and not lines:
         return False
     with figures.file(path, "Barriers between networks", figsize=(8.6, 3.7)) as fig:
-        for ax, draw in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            draw(ax)
+        axes = fig.subplots(1, len(pairs) or 2, squeeze=False)[0]
+        if pairs:
+            rows = {what: _heights(values) for what, values in pairs.items()}
+            label = _what(next(iter(pairs.values())))
+            plots.heat(axes, rows, [*next(iter(rows.values()))], label=label, apart=False)
+            for ax, what in zip(axes, rows, strict=True):
+                ax.set_title(what, fontsize=10)
+        else:
+            barriers, split = _barriers(lines)
+            for ax, metric in zip(axes, ("error", "loss"), strict=True):
+                _rise(barriers, split, metric)(ax)
+            plots.legend(fig, columns=3)
     return True
 
 
@@ -203,7 +209,7 @@ def _barriers(answers: Mapping[str, Answer]) -> tuple[dict[str, Barrier], str]:
     barriers = {
         LINES[name]: codec.from_json(Barrier, a.values["barrier"])
         for name, a in answers.items()
-        if name in LINES and "barrier" in a.values
+        if name in LINES
     }
     first = next(iter(barriers.values()))
     return barriers, "test" if "test" in first.curve.values else [*first.curve.values][-1]
@@ -370,33 +376,34 @@ def _by_name(what: str, values: Mapping[str, Mapping[str, Any]], caption: str) -
     return _table([what, *heads], rows, caption)
 
 
-def _map(name: str, answer: Answer) -> tuple[str, Callable[[Axes], None]]:
-    """Barriers of all pairs: what they are, and how they are drawn."""
-    values = answer.values
+def _heights(values: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    return {_letter(i): row for i, row in enumerate(values["heights"])}
+
+
+def _what(values: Mapping[str, Any]) -> str:
+    """What a matrix of barriers is of."""
     unit = "points of error" if values["metric"] == "error" else "nats"
-    what = f"{values['split']} barrier ({unit}), {PAIRS.get(name, name)}"
-    rows = {_letter(i): row for i, row in enumerate(values["heights"])}
-
-    def draw(ax: Axes) -> None:
-        plots.heat([ax], {"": rows}, [*rows], label="", apart=False)
-        ax.set_title(what, fontsize=10)
-
-    return what, draw
+    return f"{values['split']} barrier ({unit})"
 
 
 def _matrix(found: Comparison, answers: Mapping[str, Answer]) -> str:
     """Pairwise barriers as a map with a number in each cell."""
     pictures, tables = "", ""
     for name, answer in answers.items():
-        what, draw = _map(name, answer)
-        heights = answer.values["heights"]
+        heights = _heights(answer.values)
+        what = f"{_what(answer.values)}, {PAIRS.get(name, name)}"
+
+        def draw(ax: Axes, rows: Any = heights, what: str = what) -> None:
+            plots.heat([ax], {"": rows}, [*rows], label="", apart=False)
+            ax.set_title(what, fontsize=10)
+
         size = (PANEL[0], max(2.6, 1.2 + 0.42 * len(heights)))
         pictures += _picture(draw, f"matrix-{name}", f"A matrix: {what}, of each pair", size)
         rows = [
-            [_letter(i), *("—" if v is None else said(v, "{:.2f}") for v in row)]
-            for i, row in enumerate(heights)
+            [a, *("—" if v is None else said(v, "{:.2f}") for v in row)]
+            for a, row in heights.items()
         ]
-        tables += _table(["", *map(_letter, range(len(heights)))], rows, what)
+        tables += _table(["", *heights], rows, what)
     return f'<div class="panels">{pictures}</div>{_folded("the numbers", tables)}'
 
 
