@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from companion import models
 from companion.core.seeds import Key
+from companion.data import load
+from companion.experiments.pairs import Evaluation
 from companion.rebasin import derive, merge_many
+from companion.report.compare import Answer
+from companion.report.compare.case import Case, plain
+from companion.report.compare.questions import QUESTIONS
+from companion.report.compare.value import ANSWERED
+from companion.report.compare.verdicts import findings
 
 NET = "mlp:widths=32x2"
 ON = ("--model", NET, "--data", "digits", "--points", "3")
@@ -79,6 +86,33 @@ def test_statistics_of_three_are_estimated_again(nets, tmp_path):
     assert all(torch.equal(reset[k], plain[k]) for k in reset if k.endswith(("weight", "bias")))
 
 
+@pytest.mark.slow
+def test_it_judges_as_a_report_does(nets, tmp_path):
+    digits, heard = load("digits"), set()
+    near = {k: 1.01 * v for k, v in load_file(nets["a"]).items()}
+    cases = {**nets, **files(tmp_path, {"near": near})}
+    for other, examples in (("near", None), ("b", None), ("twin", 25)):
+        words = () if examples is None else ("--test-examples", examples)
+        out = ("-o", tmp_path / "m.safetensors", "--method", "none")
+        said = merge(nets["a"], cases[other], *ON, *out, *words).stdout
+        how = Evaluation(3, test_examples=examples)
+        thetas = (load_file(nets["a"]), load_file(cases[other]))
+        about = (models.build(NET, digits.in_shape, 10), "", how.splits(digits), digits.train, 10)
+        case = Case(("a", "b"), thetas, *about, how)
+        asked = {n: plain(QUESTIONS[n].ask(case)) for n in ("weights", "ends", "barrier")}
+        answers = [Answer(n, "", ANSWERED, values=values) for n, values in asked.items()]
+        (basin,) = (f for f in findings("AB", answers) if f.question == "Same basin?")
+        assert f"one basin: {basin.verdict} (the rule: {basin.rule}" in said
+        heard.add(basin.verdict)
+    assert heard == {"yes", "no", "undetermined"}
+
+
+def test_three_are_repaired(nets, tmp_path):
+    out = tmp_path / "m.safetensors"
+    said = merge(*(nets[n] for n in "abc"), *ON, "-o", out, "--repair", "forward").stdout
+    assert "2 layers corrected" in said and "the network at the weighted mean" in said
+
+
 def test_names_and_types_are_those_of_the_first_file(nets, tmp_path):
     a = {f"module.{k}": v.half() for k, v in load_file(nets["a"]).items()}
     save_file(a, tmp_path / "a.safetensors")
@@ -123,7 +157,6 @@ def test_a_folder_of_transformers_loads_back(tmp_path, monkeypatch, tied):
         (("a", "b", "--weights", "1"), "must be 2 numbers"),
         (("a", "b", "--weights", "1,-1"), "of 0 or more"),
         (("a", "b", "c", "--method", "activations"), "Allowed: auto, none, weights"),
-        (("a", "b", "c", "--repair", "forward"), "is for two networks, not 3"),
         (("a", "b", "-o", "folder"), "must end in .safetensors"),
         (("a", "b", "-o", "a"), "which is not overwritten"),
     ],

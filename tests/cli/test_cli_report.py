@@ -114,7 +114,10 @@ def test_two_gpts_are_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_said_and_what_is_left(nets: Nets) -> None:
-    result = run("report", nets["a"], nets["b"], *WITH, "-o", "x.html", "--minutes", 0)
+    result = run(
+        "report", nets["a"], nets["b"], *WITH, "-o", "x.html", "--minutes", 0, "--plot", "x.svg"
+    )
+    assert "nothing to draw" in result.stderr and not Path("x.svg").exists()
     assert "Same basin? not asked" in result.stdout and "numbers written to x.json" in result.stdout
     found = json.loads(Path("x.json").read_text())
     assert {a["status"] for a in found["answers"]} == {"not asked"}

@@ -162,6 +162,16 @@ def test_affine_is_the_exact_sum_rounded_once(a: float, b: float, i: int) -> Non
     assert abs(Fraction(float(got)) - exact) <= half_ulp + slack
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_affine_in_parts_is_the_same(layout: torch.memory_format) -> None:
+    g = torch.Generator().manual_seed(0)
+    a, b = (
+        {"w": torch.randn(90, 90, 3, 3, generator=g).to(memory_format=layout)} for _ in range(2)
+    )
+    got = affine((a, b), (0.3, 0.7), ["w"])["w"]
+    assert torch.equal(got, (a["w"].double() * 0.3 + b["w"].double() * 0.7).float())
+
+
 def test_affine_takes_the_named_entries_only_and_keeps_their_type() -> None:
     a = {"w": torch.tensor([1.0, 2.0]), "h": torch.tensor([1.0], dtype=torch.bfloat16)}
     b = {"w": torch.tensor([3.0, 4.0]), "h": torch.tensor([2.0], dtype=torch.bfloat16)}

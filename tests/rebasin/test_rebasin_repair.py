@@ -32,6 +32,7 @@ from companion.rebasin.repair import (
     even_batches,
     fuse,
     repair,
+    repair_many,
     reset_batchnorm,
 )
 from companion.training import Recipe, Run, State, advance, build
@@ -249,6 +250,27 @@ def test_forward_meets_every_target_in_one_batch_or_in_as_many_passes_as_layers(
     assert off(batch=400) < 1e-5
     assert 1e-4 < off(batch=20) < 0.1  # REPAIR's single pass: close
     assert off(batch=20, passes=2) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["forward", "closed"])
+def test_of_three_networks_targets_are_weighted_means(form: str) -> None:
+    module = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    thetas, shares = [theta(module, n) for n in range(3)], (0.5, 0.2, 0.3)
+    x = 0.5 + 2 * torch.randn(3000, 6, generator=seeded("x"))
+    ends = [features(module, t, x, "0") for t in thetas]
+    mean = sum(w * f.mean(1) for w, f in zip(shares, ends, strict=True))
+    spread = sum(w * std(f) for w, f in zip(shares, ends, strict=True))
+    got = repair_many(module, thetas, x, shares, form=form)
+    at = features(module, got.theta, x, "0")
+    torch.testing.assert_close(at.mean(1), mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(std(at), spread, rtol=1e-5, atol=0)
+    assert got.before["0"] < 0.9 and got.summary()["alpha"] == list(shares)
+    two = repair(module, thetas[0], thetas[1], x, alpha=0.5, form=form).theta
+    again = repair_many(module, thetas[:2], x, form=form).theta
+    assert all(torch.equal(v, again[n]) for n, v in two.items())
+    for bad in ((0.5, 0.5), (0.5, 0.6, 0.1), (2.0, -0.5, -0.5)):
+        with pytest.raises(BadParameter, match="needed are two networks or more"):
+            repair_many(module, thetas, x, bad)
 
 
 # ---- fusing

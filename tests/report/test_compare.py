@@ -312,12 +312,14 @@ class Clock:
 
 @pytest.fixture
 def asking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    clock = Clock()
+    clock, work = Clock(), Clock()
+    busy = [1.0]
     said: list[str] = []
 
     def question(name: str, takes: float, cost: float, **facts: Any) -> Question:
         def ask(case: Case) -> dict[str, Any]:
-            clock.now += takes
+            clock.now += busy[0] * takes
+            work.now += takes
             if name == "late":
                 raise OutOfTime("now")
             return {"asked": name}
@@ -330,11 +332,14 @@ def asking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         }
         return Question(name, name, ask, lambda case: cost, **known | facts)
 
-    def made(*questions: tuple[Any, ...], seconds: float | None) -> tuple[dict[str, Answer], Any]:
+    def made(
+        *questions: tuple[Any, ...], seconds: float | None, others: float = 1
+    ) -> tuple[dict[str, Answer], Any]:
+        busy[0] = others
         own = [question(*q[:3], **(q[3] if len(q) > 3 else {})) for q in questions]
         monkeypatch.setattr("companion.report.compare.asking.asked", lambda case: own)
         case = Case(("a", "b"), (trained(NET, 1), trained(NET, 2)))
-        found = Asking(case, seconds, said.append, clock).all()
+        found = Asking(case, seconds, said.append, clock, work).all()
         assert [a.name for a in found] == [q.name for q in own]
         return {a.name: a for a in found}, said
 
@@ -361,8 +366,18 @@ def test_what_does_not_fit_is_not_asked(asking: Any) -> None:
 def test_estimates_are_corrected_by_what_was_measured(asking: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(Asking, "obstacle", lambda self, question: None)
     many = [("slow", 40, 4, {"data": True}), ("next", 20, 5, {"data": True})]
-    assert asking(*many, seconds=80)[0]["next"].why == "about 41 s, 40 s left"
-    assert asking(*many, seconds=82)[0]["next"].answered
+    assert asking(*many, seconds=60)[0]["next"].why == "about 41 s, 20 s left"
+    assert asking(*many, seconds=61)[0]["next"].answered  # half of it fits
+
+
+def test_what_other_programs_do_changes_how_long_it_takes_and_not_the_work(asking: Any) -> None:
+    many = [("one", 10, 10), ("two", 20, 20), ("three", 40, 40)]
+    found, said = asking(*many, seconds=None, others=3)
+    assert "(about 10 s; all that is left: about 70 s)" in said[0]
+    assert "(about 56 s; all that is left: about 3 min)" in said[1]
+    assert (found["two"].seconds, found["two"].work) == (60, 20)
+    assert asking(*many, seconds=160, others=3)[0]["three"].answered
+    assert asking(*many, seconds=140, others=3)[0]["three"].why == "about 2 min, 50 s left"
 
 
 def test_what_takes_too_long_is_stopped(asking: Any) -> None:

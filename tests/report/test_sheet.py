@@ -12,8 +12,8 @@ import toybook
 from comparisons import HOSTILE, made_up
 
 from companion.book.site import _read
-from companion.report.compare import Comparison
-from companion.report.compare.sheet import MOST_ROWS, sheet
+from companion.report.compare import Answer, Comparison
+from companion.report.compare.sheet import MOST_ROWS, picture, sheet
 
 NAMES = (HOSTILE, "<svg onload=alert(1)>.safetensors", "$\\alpha$ & 'x' \"y\" --> ]]>")
 AXE = toybook.ROOT / "build" / "axe" / "package" / "axe.min.js"
@@ -43,6 +43,19 @@ def test_the_verdict_comes_first_then_what_was_not_asked_and_the_commands():
     assert places == sorted(places)
     assert found._repr_html_().count("<iframe") == 1
     assert sheet(Comparison.from_json(json.loads(json.dumps(found.to_json())))) == sheet(found)
+
+
+def test_the_lines_and_the_pairs_are_drawn_into_a_file(tmp_path):
+    found, path = made_up(), tmp_path / "x.svg"
+    assert picture(found, path)
+    drawn = path.read_text()
+    assert all(text in drawn for text in ("as they are", "matched by weights", "from A (0) to B"))
+    heights = [[None, 70.0, 1.0], [70.0, None, 2.0], [1.0, 2.0, None]]
+    values = {"names": list("abc"), "split": "test", "metric": "error", "heights": heights}
+    many = replace(found, answers=(Answer("pairs", "", "answered", values=values),))
+    assert picture(many, path) and "points of error" in path.read_text()
+    assert not picture(replace(found, answers=()), tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
 
 
 @pytest.mark.parametrize("name", NAMES)

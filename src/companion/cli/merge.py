@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -99,7 +100,7 @@ def merge_networks(
         str,
         typer.Option(
             help="What is done about the statistics inside: reset (BatchNorm is estimated again, "
-            "where there is BatchNorm and data), forward or closed (REPAIR of two networks), none."
+            "where there is BatchNorm and data), forward or closed (REPAIR), none."
         ),
     ] = "reset",
     seed: options.MatchingSeed = 0,
@@ -144,7 +145,7 @@ def merge_networks(
         raise BadParameter(f"--method {method} looks at data: say which with --data.")
     if kind and kind.folds and folder:
         raise BadParameter(f"--method {method} writes networks of another form, and no folder.")
-    check_repair(repair, pair.dataset is not None, len(networks))
+    check_repair(repair, pair.dataset is not None)
     pair.announce(pair.examples())
     whole("--match-examples", match_examples, 1, "None")
     placed = _placed(pair, method, Key("rebasin", "cli", seed), match_examples)
@@ -324,13 +325,31 @@ def _lines(
         heads = ["", *(f">{s} {first.metric} ({unit})" for s in splits)]
         print_table(heads, rows, title="barriers")
     if all(line.valid for line in lines.values()):
-        from companion.report.compare.verdicts import THRESHOLDS, decided
-
-        split = "test" if "test" in first.curve.values else [*first.curve.values][-1]
-        highest = max(line.height(split) for line in lines.values())
-        rule = THRESHOLDS[first.metric]
-        say(f"one basin: {decided(highest, 0.0, rule)} (the rule: {rule.rule} on {split} data)")
+        verdict, rule = _judged(pair, placed, how, lines)
+        say(f"one basin: {verdict} (the rule: {rule})")
     return lines
+
+
+def _judged(
+    pair: Opened, placed: _Placed, how: Evaluation, lines: Mapping[str, Barrier]
+) -> tuple[str, str]:
+    """Whether all lines are low, by the rule of `companion report`; and that rule."""
+    from companion.report.compare.case import margins
+    from companion.report.compare.verdicts import THRESHOLDS, all_low
+
+    splits, metric = how.splits(pair.data), next(iter(lines.values())).metric
+    average = {"bn_data": pair.data.train, "bn_examples": how.bn_examples}
+    ends = combinations(placed.thetas, 2)
+    heights = [
+        (
+            line.height("test"),
+            margins(placed.module, a, b, splits, line, **average)["test"][metric],
+        )
+        for (a, b), line in zip(ends, lines.values(), strict=True)
+    ]
+    verdict = all_low(heights, metric)
+    widest = max(margin for _, margin in heights)
+    return verdict, f"{THRESHOLDS[metric].rule} on test data, known up to ± {widest:.2g}"
 
 
 def _as_first(pair: Opened, theta: Theta) -> dict[str, torch.Tensor]:

@@ -121,6 +121,7 @@ def opened(
     """
     from companion import models
     from companion.cli.checkpoints import fit, read_checkpoint
+    from companion.core.networks import channels_last
     from companion.core.seeds import Key
 
     if len(more) > len(LETTERS) - 2:
@@ -140,6 +141,7 @@ def opened(
             note(f"{label} ({end.source}): {'; '.join(end.notes)}")
     if dataset is not None:
         _tried(net, module, dataset)
+        module = channels_last(module, dataset.test.x[:2])
     first, second, *rest = ends
     named = (models.canonical(net), net, module, example, classes, dataset, source)
     return Opened(first, second, files, *named, more=tuple(rest))

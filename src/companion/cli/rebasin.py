@@ -538,16 +538,11 @@ def _show_barriers(before: Barrier, after: Barrier) -> dict[str, Any] | None:
     return {"split": split, "barriers": modes, "gain": gain, "reestimate": needed}
 
 
-def check_repair(form: str, data: bool, networks: int = 2) -> None:
-    """Refuse a ``--repair`` that lacks its data, or that is for two networks."""
+def check_repair(form: str, data: bool) -> None:
+    """Refuse a ``--repair`` that lacks its data."""
     one_of("--repair", form, REPAIRS)
     if form in ("forward", "closed") and not data:
         raise BadParameter(f"--repair {form} looks at data: say which with --data.")
-    if form in ("forward", "closed") and networks > 2:
-        raise BadParameter(
-            f"--repair {form} is for two networks, not {networks}: REPAIR interpolates the "
-            "statistics of two. Of more, --repair reset estimates those of BatchNorm again."
-        )
 
 
 def average(
@@ -568,7 +563,7 @@ def average(
         seen: training examples that statistics are of; None: all.
     """
     from companion.connectivity import Walker, has_batchnorm
-    from companion.rebasin import repair, reset_batchnorm
+    from companion.rebasin import repair_many, reset_batchnorm
     from companion.rebasin.repair import averaged
 
     say()
@@ -578,14 +573,14 @@ def average(
         theta: Theta = averaged(module, ends, weights)
         if form == "reset" and has_batchnorm(module):
             say("merged: BatchNorm has interpolated statistics; with --data they are estimated")
-    elif len(ends) > 2:
+    elif len(ends) > 2 and form == "reset":
         x = dataset.train.head(seen or len(dataset.train)).x
         theta = reset_batchnorm(module, averaged(module, ends, weights), x)
         say(f"merged: BatchNorm estimated again on {len(x):,} inputs")
     else:
         layers, kind = ((), "forward") if form == "reset" else (None, form)
-        (a, b), x = ends, dataset.train.head(seen or len(dataset.train)).x
-        found = repair(module, a, b, x, alpha=weights[1], layers=layers, form=kind)
+        x = dataset.train.head(seen or len(dataset.train)).x
+        found = repair_many(module, ends, x, weights, layers=layers, form=kind)
         theta = found.theta
         say(f"merged: {found}")
     if dataset is not None:

@@ -38,6 +38,13 @@ def report_networks(
             "--output", "-o", help="Write the page here (.html), and all numbers beside it (.json)."
         ),
     ] = Path("report.html"),
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the line between two networks, or the barriers of all pairs, into this file "
+            "(.svg, .png or .pdf)."
+        ),
+    ] = None,
     model: options.Model = None,
     data: Annotated[
         str | None,
@@ -92,6 +99,7 @@ def report_networks(
         raise BadParameter("report takes two networks or more: A.safetensors B.safetensors.")
     beside = out.with_suffix(".json")
     output(out, "--output", (".html",))
+    output(plot, "--plot", options.PICTURES)
     check_files({}, networks)
 
     from companion import data as datasets
@@ -149,6 +157,13 @@ def report_networks(
     )
     say(str(found))
     write_report(found, out, beside)
+    if plot:
+        from companion.report.compare.sheet import picture
+
+        if picture(found, plot):
+            say(f"barriers drawn in {plot}")
+        else:
+            note("no line was measured, so there is nothing to draw")
     end(not found.invalid and not (why and data))
 
 

@@ -108,6 +108,31 @@ def private(module: nn.Module, inputs: torch.Tensor, *, narrow: bool = True) -> 
     return in_precision(own, torch.float32) if kinds.intersection(HALF) else own
 
 
+def channels_last(module: nn.Module, inputs: torch.Tensor) -> nn.Module:
+    """The very module, its convolutions' weights laid out as a CPU reads them fastest.
+
+    Convolutions of ResNet-18 take half the time; sums are the same up to rounding. A module stays
+    as it is where that helps nothing (no convolution of images, another device), or where its
+    forward relies on how tensors lie in memory (``view`` over channels).
+
+    Arguments:
+        inputs: two examples that it takes, on the device to compute on.
+    """
+    if inputs.device.type != "cpu" or not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+        return module
+    trial = private(module, inputs)
+    try:
+        with torch.no_grad():
+            before, after = trial(inputs), _last(trial)(inputs)
+    except RuntimeError:
+        return module
+    return _last(module) if torch.allclose(before, after, 1e-3, 1e-4) else module
+
+
+def _last(module: nn.Module) -> nn.Module:
+    return module.to(memory_format=torch.channels_last)
+
+
 def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The very module, its real numbers in ``dtype`` and its complex ones in pairs of them.
 

@@ -308,6 +308,10 @@ def check_integers(
         )
 
 
+_PART = 1 << 16
+"""Entries that are mixed at a time on a CPU, whose float64 then stays in the cache."""
+
+
 def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[str]) -> Theta:
     """``sum_i weights[i] * thetas[i]`` over ``names``, in float64, rounded to the entries' dtype.
 
@@ -317,17 +321,25 @@ def affine(thetas: Sequence[Theta], weights: Sequence[float], names: Sequence[st
     Networks that are float64 themselves have no bits to spare: there, entries that are equal in all
     networks are taken as they are. Of complex entries the same holds, part by part.
     """
-    out = {}
     unit = abs(sum(weights) - 1) < 1e-12
-    for name in names:
-        first, *others = (t[name] for t in thetas)
+
+    def mixed(first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         total = wide(first) * weights[0]
         for other, weight in zip(others, weights[1:], strict=True):
-            total = total + wide(other) * weight
+            total += wide(other) * weight
         if unit and first.dtype in (torch.float64, torch.complex128):
             equal = torch.stack([other == first for other in others]).all(0)
             total = torch.where(equal, first, total)
-        out[name] = total.to(first.dtype)
+        return total.to(first.dtype)
+
+    out = {}
+    for name in names:
+        ends = [t[name] for t in thetas]
+        if ends[0].device.type == "cpu" and ends[0].numel() > _PART:
+            parts = zip(*(end.flatten().split(_PART) for end in ends), strict=True)
+            out[name] = torch.cat([mixed(*part) for part in parts]).view(ends[0].shape)
+        else:
+            out[name] = mixed(*ends)
     return out
 
 

@@ -21,7 +21,7 @@ from companion.rebasin.learned import learned_rotation
 from companion.rebasin.matching import Matching
 from companion.rebasin.merge import Merged, merge_many
 from companion.rebasin.proof import Unproven, check_equal
-from companion.rebasin.repair import Repaired, repair, reset_batchnorm
+from companion.rebasin.repair import Repaired, repair, repair_many, reset_batchnorm
 from companion.rebasin.rotation import (
     Rotation,
     activation_rotation,
@@ -60,6 +60,7 @@ __all__ = [
     "procrustes",
     "random_rotation",
     "repair",
+    "repair_many",
     "reset_batchnorm",
     "rotate",
     "rotation_matching",

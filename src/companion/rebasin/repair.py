@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -65,14 +66,14 @@ class Repaired:
         scale, shift: corrected layer -> what its channels were multiplied by, and what was then
             added; float64, shape (channels,). They are part of ``theta`` already.
         before, after: layer -> standard deviation in the merged network as a share of its target
-            ``(1 - alpha) s_A + alpha s_B``, mean over channels: 1 is
+            (``(1 - alpha) s_A + alpha s_B``), mean over channels: 1 is
             no variance collapse, 0 a network of constants. ``before``: of the plain interpolation,
             ``after``: of ``theta``. NaN: a layer without a channel that
             varies in an end.
         reset: BatchNorm (and InstanceNorm) layers whose running statistics were estimated again.
         skipped: layer that was neither corrected nor reset -> why.
         form: one of :data:`FORMS`.
-        alpha: the position between A and B.
+        alpha: the position between A and B; of :func:`repair_many` the weights.
         samples: inputs that the statistics are of.
     """
 
@@ -84,14 +85,14 @@ class Repaired:
     reset: tuple[str, ...]
     skipped: Mapping[str, str]
     form: str
-    alpha: float
+    alpha: float | tuple[float, ...]
     samples: int
 
     def summary(self) -> dict[str, Any]:
         """Everything but the weights, JSON-able; a share that is no number is None."""
         return {
             "form": self.form,
-            "alpha": self.alpha,
+            "alpha": codec.to_json(self.alpha),
             "samples": self.samples,
             "corrected": list(self.scale),
             "reset": list(self.reset),
@@ -168,37 +169,77 @@ def repair(
     Source: REPAIR (ICLR 2023), Section 4 and its notebooks, which add up batch variances where we
     take the variance of all data; the closed form is theirs too; our chapter 2.
     """
-    one_of("form", form, FORMS)
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-        raise BadParameter(f"passes: {passes!r} must be a whole number of 1 or more.")
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     if not number or not 0 <= alpha <= 1:
         raise BadParameter(
             f"alpha: {alpha!r} must be a number from 0 (network A) to 1 (network B)."
         )
-    a, b = check_theta(module, a, "A"), check_theta(module, b, "B")
+    shares = (1 - alpha, alpha)
+    found = repair_many(
+        module, (a, b), inputs, shares, layers=layers, form=form, batch=batch, passes=passes
+    )
+    return replace(found, alpha=alpha)
+
+
+def repair_many(
+    module: nn.Module,
+    thetas: Sequence[Theta],
+    inputs: Tensor | DataLoader[Any],
+    weights: Sequence[float] | None = None,
+    *,
+    layers: Sequence[str] | None = None,
+    form: str = "forward",
+    batch: int | None = None,
+    passes: int = 1,
+) -> Repaired:
+    """The weighted mean of networks, with every channel's mean and spread put right.
+
+    As :func:`repair`, of any number: a channel's targets are the weighted means of its means and of
+    its standard deviations in the networks. ``closed`` predicts the variance sum_ij w_i w_j s_i s_j
+    rho_ij.
+
+    Arguments:
+        module: the architecture, not changed.
+        thetas: state dicts, two or more, in one order of units.
+        weights: of each network in the mean, 0 or more, to the sum 1; None: equal ones.
+        inputs, layers, form, batch, passes: as of :func:`repair`.
+
+    Returns:
+        a :class:`Repaired`; its ``alpha`` has the weights.
+
+    Raises:
+        BadParameter: as of :func:`repair`; weights that are none.
+
+    Source: REPAIR (ICLR 2023), Section 4, which has two networks; the mean over more is ours.
+    """
+    one_of("form", form, FORMS)
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise BadParameter(f"passes: {passes!r} must be a whole number of 1 or more.")
+    shares = tuple(weights) if weights is not None else (1 / len(thetas),) * len(thetas)
+    fits = len(shares) == len(thetas) > 1 and all(0 <= w <= 1 for w in shares)
+    if not fits or not math.isclose(sum(shares), 1):
+        raise BadParameter(
+            f"weights: {list(shares)} for {len(thetas)} networks; needed are two networks or more, "
+            "and as many numbers of 0 or more to the sum 1."
+        )
+    named = [check_theta(module, t, _letter(i)) for i, t in enumerate(thetas)]
     parts = even_batches(inputs, batch)
     space = effective(module)
-    a, b = space.enter(a), space.enter(b)
+    ends = [space.enter(t) for t in named]
     net = Copy(space.module, parts[0])
-    net.check_line(a, b, parts[0])
+    net.check_line(ends, parts[0])
     names, skipped = _chosen(net.layers, layers)
     if not names and not net.norms:
         why = "; ".join(f"{n}: {w}" for n, w in list(skipped.items())[:3])
         raise BadParameter(f"repair: no layer can be corrected, and no BatchNorm be reset ({why}).")
-    of_a, of_b = net.moments(a, parts), net.moments(b, parts)
-    targets = _targets(of_a, of_b, alpha)
-    merged = _mean(space.module, (a, b), (1 - alpha, alpha))
+    known = [net.moments(t, parts) for t in ends]
+    targets = _targets(known, shares)
+    merged = _mean(space.module, ends, shares)
     wanted = {n: targets[n] for n in names}
     if form == "forward":
         found = _forward(net, merged, parts, wanted, passes) if wanted else {}
     else:
-        rho = net.correlations(a, b, parts, names)
-        found = {}
-        for name, (mean, std) in wanted.items():
-            s_a, s_b = (1 - alpha) * of_a[name].std, alpha * of_b[name].std
-            predicted = (s_a**2 + s_b**2 + 2 * s_a * s_b * rho[name]).clamp(min=0).sqrt()
-            found[name] = correction(mean, std, mean, predicted)
+        found = _closed(net, ends, parts, wanted, known, shares)
     theta = fuse(merged, found)
     reset = tuple(n for n, layer in net.layers.items() if layer.module in net.norms)
     if net.norms:
@@ -212,9 +253,35 @@ def repair(
         reset=reset,
         skipped={n: why for n, why in skipped.items() if n not in reset},
         form=form,
-        alpha=alpha,
+        alpha=shares,
         samples=sum(map(len, parts)),
     )
+
+
+def _letter(number: int) -> str:
+    """What messages call a network."""
+    return chr(65 + number)
+
+
+def _closed(
+    net: Copy,
+    ends: Sequence[Theta],
+    parts: Sequence[Tensor],
+    targets: Mapping[str, Channelwise],
+    known: Sequence[Mapping[str, Moments]],
+    shares: Sequence[float],
+) -> dict[str, Channelwise]:
+    """Corrections from the moments of the networks and the correlations between each two."""
+    spreads = {n: [w * m[n].std for w, m in zip(shares, known, strict=True)] for n in targets}
+    variances = {n: sum(s**2 for s in own) for n, own in spreads.items()}
+    for i, j in combinations(range(len(ends)), 2):
+        rho = net.correlations(ends[i], ends[j], parts, list(targets))
+        for n, own in spreads.items():
+            variances[n] = variances[n] + 2 * own[i] * own[j] * rho[n]
+    return {
+        n: correction(mean, std, mean, torch.as_tensor(variances[n]).clamp(min=0).sqrt())
+        for n, (mean, std) in targets.items()
+    }
 
 
 def _forward(
@@ -306,21 +373,24 @@ def _shares(found: Mapping[str, Moments], targets: Mapping[str, Channelwise]) ->
 
 
 def _targets(
-    of_a: Mapping[str, Moments], of_b: Mapping[str, Moments], alpha: float
+    known: Sequence[Mapping[str, Moments]], shares: Sequence[float]
 ) -> dict[str, Channelwise]:
-    """Layer -> (mean, std): both interpolated linearly; the std, not the variance."""
-    for end, found in (("A", of_a), ("B", of_b)):
+    """Layer -> (mean, std): weighted means of both; of the std, not of the variance."""
+    for number, found in enumerate(known):
         for name, m in found.items():
             if not bool(torch.isfinite(m.mean).all() and torch.isfinite(m.std).all()):
                 raise BadParameter(
-                    f"network {end}: layer {name!r} puts out NaN or infinite values on these "
-                    "inputs."
+                    f"network {_letter(number)}: layer {name!r} puts out NaN or infinite values on "
+                    "these inputs."
                 )
 
-    return {
-        n: ((1 - alpha) * m.mean + alpha * of_b[n].mean, (1 - alpha) * m.std + alpha * of_b[n].std)
-        for n, m in of_a.items()
-    }
+    def mean(name: str, what: str) -> Tensor:
+        values: list[Tensor] = [
+            w * getattr(m[name], what) for w, m in zip(shares, known, strict=True)
+        ]
+        return sum(values[1:], values[0])
+
+    return {n: (mean(n, "mean"), mean(n, "std")) for n in known[0]}
 
 
 def averaged(
@@ -600,7 +670,7 @@ class Copy:
             found[names[module]] = replace(layer, refused=why)
         return found
 
-    def check_line(self, a: Theta, b: Theta, example: Tensor) -> None:
+    def check_line(self, ends: Sequence[Theta], example: Tensor) -> None:
         """Refuse networks that differ in whole numbers which they compute by."""
 
         @torch.no_grad()
@@ -609,7 +679,7 @@ class Copy:
             leaves = pytree.tree_leaves(self.module(example[:8]))
             return torch.cat([t.flatten() for t in leaves if isinstance(t, Tensor)])
 
-        check_integers((a, b), layout(self.module), found)
+        check_integers(ends, layout(self.module), found)
 
     @torch.no_grad()
     def load(self, theta: Theta) -> None:

@@ -1,8 +1,9 @@
 """The order in which questions are asked, what a budget has room for, and what stands in the way.
 
-Cheap questions come first. An estimate is corrected by what those before have taken; a question
-that does not fit is not begun, and one that takes longer than there is time is stopped between two
-points of its path.
+Cheap questions come first. What a question costs is work: seconds of CPU time, which do not depend
+on what else the machine does. How long that takes is told by the questions before, of which both is
+known, and is told anew before each. A question is left out only where half of its estimate does not
+fit; one that takes longer than there is time is stopped between two points of its path.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ Clock = Callable[[], float]
 AT_FIRST = 1.0
 """Seconds as whose weight the estimates before the first measurement count."""
 
+SLACK = 2.0
+"""An estimate is taken to be right up to this factor: what is cheaper has been asked before, so
+trying costs nobody anything."""
+
 
 class Asking:
     """The questions to a case, asked one by one.
@@ -34,6 +39,7 @@ class Asking:
         seconds: for all questions together; None: as long as it takes.
         progress: gets a line before each question.
         clock: seconds, from any start.
+        work: likewise, of CPU time of this process and its threads.
     """
 
     def __init__(
@@ -42,12 +48,14 @@ class Asking:
         seconds: float | None = None,
         progress: Progress | None = None,
         clock: Clock = time.monotonic,
+        work: Clock = time.process_time,
     ):
-        self.case, self.progress, self.clock = case, progress, clock
+        self.case, self.progress, self.clock, self.work = case, progress, clock, work
         self.end = None if seconds is None else clock() + seconds
         self.questions = asked(case)
         self.answers: dict[str, Answer] = {}
-        self._expected = self._taken = AT_FIRST
+        self._expected = self._taken = AT_FIRST  # work, of questions that look at data
+        self._worked = self._waited = AT_FIRST  # work of all questions, and how long it took
 
     def all(self) -> tuple[Answer, ...]:
         """Every answer, in the order of the report."""
@@ -63,13 +71,17 @@ class Asking:
         return float("inf") if self.end is None else self.end - self.clock()
 
     def cost(self, question: Question) -> float:
-        """Seconds that a question will take, as far as is known; 0 where it cannot be asked."""
+        """Work of a question in seconds, as far as is known; 0 where it cannot be asked."""
         if self.obstacle(question):
             return 0.0
         try:
             return question.cost(self.case) * self._taken / self._expected
         except Exception:  # a network that cannot run: asking says so
             return 0.0
+
+    def takes(self, *questions: Question) -> float:
+        """Seconds until they are answered, at the pace of this machine so far."""
+        return sum(map(self.cost, questions)) * self._waited / self._worked
 
     def obstacle(self, question: Question) -> tuple[str, str] | None:
         """Status and reason of a question that has no answer, whatever the time."""
@@ -93,18 +105,18 @@ class Asking:
         obstacle = self.obstacle(question)
         if obstacle:
             return Answer(*about, *obstacle)
-        command, expected, left = question.command(self.case), self.cost(question), self.left()
-        if expected > left:
+        command, expected, left = question.command(self.case), self.takes(question), self.left()
+        if expected > SLACK * max(left, 0):
             why = f"about {_seconds(expected)}, {_seconds(max(left, 0))} left"
             return Answer(*about, NOT_ASKED, why, command=command)
         if self.progress is not None:
-            rest = sum(self.cost(q) for q in waiting)
+            rest = self.takes(*waiting)
             number = len(self.questions) - len(waiting) + 1
             self.progress(
                 f"[{number}/{len(self.questions)}] {question.title} (about {_seconds(expected)}; "
                 f"all that is left: about {_seconds(rest)})"
             )
-        begun = self.clock()
+        begun, before = self.clock(), self.work()
         values: Json = {}
         try:
             with deadline.until(None if self.end is None else time.monotonic() + left):
@@ -119,11 +131,13 @@ class Asking:
         except Exception as e:  # whatever a network of the user's does
             log.debug("%s failed", question.name, exc_info=True)
             status, why = IMPOSSIBLE, f"it failed: {type(e).__name__}: {e}"
-        took = self.clock() - begun
+        took, work = self.clock() - begun, self.work() - before
+        self._waited += took
+        self._worked += work
         if status == ANSWERED and question.data:
             self._expected += question.cost(self.case)
-            self._taken += took
-        return Answer(*about, status, why, took, command, values)
+            self._taken += work
+        return Answer(*about, status, why, took, command, values, work)
 
 
 def _failed(values: Json) -> str:

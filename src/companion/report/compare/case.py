@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from companion.connectivity import Barrier, Walker, barrier, has_batchnorm
+from companion.connectivity import BN_MODES, Barrier, Walker, barrier, has_batchnorm
 from companion.connectivity.walk import Scored, classification, predictions
 from companion.core import codec
 from companion.core.errors import BadParameter
@@ -215,42 +215,9 @@ class Case:
         found = barrier(module, a, b, self.splits, **how)
         values: Json = {"valid": found.valid, "heights": found.heights(), "barrier": found}
         if found.valid:
-            values["margin"] = self._margins(module, a, b, found)
+            average = {"bn_data": self.train, "bn_examples": self.how.bn_examples}
+            values["margin"] = margins(module, a, b, self.splits, found, **average)
         return found, values
-
-    def _margins(self, module: nn.Module, a: Theta, b: Theta, found: Barrier) -> Json:
-        curve, kept = found.curve, _Kept()
-        walker = Walker(
-            *(module, self.splits),
-            bn=self.how.bn,
-            bn_data=self.train,
-            bn_examples=self.how.bn_examples,
-            score=kept,
-        )
-        tops = {
-            (split, metric): max(
-                zip(curve.excess(split, metric), curve.alphas, strict=True), key=lambda e: e[0]
-            )[1]
-            for split in self.splits
-            for metric in ("loss", "error")
-        }
-        alphas = sorted({0.0, 1.0, *tops.values()})
-        points: list[dict[str, Reading]] = []
-        walker.walk(
-            (a, b),
-            [(1 - t, t) for t in alphas],
-            each=lambda: points.append(kept.taken(self.splits)),
-        )
-        at = dict(zip(alphas, points, strict=True))
-        return {
-            split: {
-                metric: at[tops[split, metric]][split].above([at[0.0][split], at[1.0][split]])[1][
-                    metric
-                ]
-                for metric in ("loss", "error")
-            }
-            for split in self.splits
-        }
 
     def read(self, networks: Mapping[str, tuple[nn.Module, Theta]]) -> Readings:
         """Networks with the statistics they store, on every example of every split."""
@@ -277,14 +244,14 @@ class Case:
 
     @cached_property
     def pace(self) -> float:
-        """Seconds that a forward pass takes for one example, measured once."""
+        """CPU seconds that a forward pass takes for one example, measured once."""
         split = self.splits[self.held_out]
         part = split.head(min(32, len(split)))
         walker = Walker(self.net, {"": part})
         walker.here()
-        begun = time.perf_counter()
+        begun = time.process_time()
         walker.here()
-        return (time.perf_counter() - begun) / len(part)
+        return (time.process_time() - begun) / len(part)
 
     @cached_property
     def weights(self) -> int:
@@ -306,6 +273,49 @@ class Case:
         if test:
             given["--test-examples"] = self.how.test_examples
         return [word for k, v in given.items() if v is not None for word in (k, v)]
+
+
+def margins(
+    module: nn.Module,
+    a: Theta,
+    b: Theta,
+    splits: Mapping[str, Split],
+    found: Barrier,
+    **average: Any,
+) -> dict[str, dict[str, float]]:
+    """Of a barrier, split -> metric -> half the width of a 95 % interval over examples.
+
+    Arguments:
+        module, a, b, splits: that it was measured of.
+        average: ``bn_data`` and ``bn_examples``, as :class:`Walker` takes them.
+    """
+    curve, kept = found.curve, _Kept()
+    mode = found.bn if found.bn in BN_MODES else "interpolate"  # there is nothing to choose
+    walker = Walker(module, splits, bn=mode, score=kept, **average)
+    tops = {
+        (split, metric): max(
+            zip(curve.excess(split, metric), curve.alphas, strict=True), key=lambda e: e[0]
+        )[1]
+        for split in splits
+        for metric in ("loss", "error")
+    }
+    alphas = sorted({0.0, 1.0, *tops.values()})
+    points: list[dict[str, Reading]] = []
+    walker.walk(
+        (a, b),
+        [(1 - t, t) for t in alphas],
+        each=lambda: points.append(kept.taken(splits)),
+    )
+    at = dict(zip(alphas, points, strict=True))
+    return {
+        split: {
+            metric: at[tops[split, metric]][split].above([at[0.0][split], at[1.0][split]])[1][
+                metric
+            ]
+            for metric in ("loss", "error")
+        }
+        for split in splits
+    }
 
 
 def plain(values: Mapping[str, Any]) -> Json:

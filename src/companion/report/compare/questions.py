@@ -2,7 +2,7 @@
 
 To add one, write its function below and :func:`register` it. It gets the :class:`Case` and returns
 the values of its answer, under the names that the single command's ``--json`` has; what a later
-question needs it leaves in ``case.found``. What it costs is told in seconds before it is asked.
+question needs it leaves in ``case.found``. What it costs is told before, in seconds of CPU time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Question:
         name: of the answer.
         title: as a person asks it.
         ask: its function.
-        cost: seconds that it will take, roughly.
+        cost: seconds of CPU time that it will take, roughly.
         command: the line that repeats it.
         many: whether it is of three networks and more, of two, or (None) of both.
         data: it needs data.
@@ -89,7 +89,7 @@ def register(name: str, title: str, **facts: Any) -> Callable[[Ask], Ask]:
     return add
 
 
-# --- costs: seconds, of a measured forward pass and of the sizes of the network
+# --- costs: seconds of CPU time, of a measured forward pass and of the sizes of the network
 
 
 def _examples(case: Case) -> int:
@@ -120,7 +120,7 @@ def _matching(case: Case) -> float:
     """Weight matching: a product of matrices and an assignment for each layer and pass."""
     sizes = [v.shape for v in case.thetas[0].values() if v.ndim > 1]
     products = sum(4 * s[0] * math.prod(s) for s in sizes)
-    return 1.0 + 1e-7 * case.weights + 15 * (products / 2e10 + sum(s[0] ** 3 for s in sizes) * 1e-9)
+    return 1.0 + 1e-7 * case.weights + 3 * (products / 2e10 + sum(s[0] ** 3 for s in sizes) * 1e-9)
 
 
 def _pairs(case: Case) -> int:
@@ -471,7 +471,7 @@ def _few(case: Case) -> int:
 
 @register(
     *("curvature", "How curved is the loss between them, and what does that lead to expect?"),
-    cost=lambda case: 80 * case.pace * (_few(case) + _examples(case) / 20),
+    cost=lambda case: case.pace * (250 * _few(case) + 12 * _examples(case)),  # in float64
     after=("barrier",),
     command=lambda case: case.command(
         *("landscape", "--by", "none", "--eigenvalues", 0, "--points", 3),

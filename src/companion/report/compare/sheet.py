@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.connectivity import Barrier, Curve
@@ -36,6 +37,8 @@ LINES = {
     "activation_matched": "matched by activations",
 }
 """Answers that are a line -> what was done to B before."""
+PAIRS = {"pairs": "as they are", "matched_pairs": "after matching"}
+"""Likewise of all pairs."""
 MOST_ROWS = 60
 """Of a table; the JSON beside the page has all."""
 LEAST_ANGLE = 1e-4
@@ -77,6 +80,36 @@ def findings(found: Comparison) -> str:
         f'<p class="rule">The rule: {shown(f.rule)}.</p></li>'
         for f in found.findings
     )
+
+
+def picture(found: Comparison, path: Path) -> bool:
+    """Draw the line between two networks, or the barriers of all pairs, into a file.
+
+    Returns:
+        whether there was something to draw.
+
+    Raises:
+        BadParameter: the file cannot be written.
+    """
+    answered = {a.name: a for a in found.answers if a.status == ANSWERED}
+    pairs = {PAIRS[n]: answered[n].values for n in PAIRS if n in answered}
+    lines = {n: a for n, a in answered.items() if n in LINES and "barrier" in a.values}
+    if not pairs and not lines:
+        return False
+    with figures.file(path, "Barriers between networks", figsize=(8.6, 3.7)) as fig:
+        axes = fig.subplots(1, len(pairs) or 2, squeeze=False)[0]
+        if pairs:
+            rows = {what: _heights(values) for what, values in pairs.items()}
+            label = _what(next(iter(pairs.values())))
+            plots.heat(axes, rows, [*next(iter(rows.values()))], label=label, apart=False)
+            for ax, what in zip(axes, rows, strict=True):
+                ax.set_title(what, fontsize=10)
+        else:
+            barriers, split = _barriers(lines)
+            for ax, metric in zip(axes, ("error", "loss"), strict=True):
+                _rise(barriers, split, metric)(ax)
+            plots.legend(fig, columns=3)
+    return True
 
 
 def shown(text: object) -> str:
@@ -171,29 +204,40 @@ class Section:
         )
 
 
-def _line(found: Comparison, answers: Mapping[str, Answer]) -> str:
-    """Both ends and the line, before and after matching; heights, and what BatchNorm does."""
+def _barriers(answers: Mapping[str, Answer]) -> tuple[dict[str, Barrier], str]:
+    """What was done to B -> the barrier; and the split that they are shown on."""
     barriers = {
         LINES[name]: codec.from_json(Barrier, a.values["barrier"])
         for name, a in answers.items()
         if name in LINES
     }
     first = next(iter(barriers.values()))
-    split = "test" if "test" in first.curve.values else [*first.curve.values][-1]
+    return barriers, "test" if "test" in first.curve.values else [*first.curve.values][-1]
+
+
+def _rise(barriers: Mapping[str, Barrier], split: str, metric: str) -> Callable[[Axes], None]:
     curves: dict[str, list[Curve]] = {label: [one.curve] for label, one in barriers.items()}
 
-    def draw(metric: str) -> Callable[[Axes], None]:
-        def on(ax: Axes) -> None:
-            plots.lines(ax, curves, split, metric, "from A (0) to B (1)")
-            ax.set_ylim(bottom=0)
+    def draw(ax: Axes) -> None:
+        plots.lines(ax, curves, split, metric, "from A (0) to B (1)")
+        ax.set_ylim(bottom=0)
 
-        return on
+    return draw
 
+
+def _line(found: Comparison, answers: Mapping[str, Answer]) -> str:
+    """Both ends and the line, before and after matching; heights, and what BatchNorm does."""
+    barriers, split = _barriers(answers)
+    first = next(iter(barriers.values()))
     tops = ", ".join(
         f"{label} {_height(one, split, one.metric)}" for label, one in barriers.items()
     )
     pictures = "".join(
-        _picture(draw(metric), f"line-{metric}", f"{split} {metric} from A to B: barrier {tops}")
+        _picture(
+            _rise(barriers, split, metric),
+            f"line-{metric}",
+            f"{split} {metric} from A to B: barrier {tops}",
+        )
         for metric in ("error", "loss")
     )
     margins = {LINES[n]: a.values.get("margin") for n, a in answers.items() if n in LINES}
@@ -332,28 +376,34 @@ def _by_name(what: str, values: Mapping[str, Mapping[str, Any]], caption: str) -
     return _table([what, *heads], rows, caption)
 
 
+def _heights(values: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    return {_letter(i): row for i, row in enumerate(values["heights"])}
+
+
+def _what(values: Mapping[str, Any]) -> str:
+    """What a matrix of barriers is of."""
+    unit = "points of error" if values["metric"] == "error" else "nats"
+    return f"{values['split']} barrier ({unit})"
+
+
 def _matrix(found: Comparison, answers: Mapping[str, Answer]) -> str:
     """Pairwise barriers as a map with a number in each cell."""
     pictures, tables = "", ""
-    words = {"pairs": "as they are", "matched_pairs": "after matching"}
     for name, answer in answers.items():
-        values = answer.values
-        letters = [_letter(i) for i in range(len(values["names"]))]
-        heights = dict(zip(letters, values["heights"], strict=True))
-        unit = "points of error" if values["metric"] == "error" else "nats"
-        what = f"{values['split']} barrier ({unit}), {words.get(name, name)}"
+        heights = _heights(answer.values)
+        what = f"{_what(answer.values)}, {PAIRS.get(name, name)}"
 
         def draw(ax: Axes, rows: Any = heights, what: str = what) -> None:
             plots.heat([ax], {"": rows}, [*rows], label="", apart=False)
             ax.set_title(what, fontsize=10)
 
-        size = (PANEL[0], max(2.6, 1.2 + 0.42 * len(letters)))
+        size = (PANEL[0], max(2.6, 1.2 + 0.42 * len(heights)))
         pictures += _picture(draw, f"matrix-{name}", f"A matrix: {what}, of each pair", size)
         rows = [
             [a, *("—" if v is None else said(v, "{:.2f}") for v in row)]
             for a, row in heights.items()
         ]
-        tables += _table(["", *letters], rows, what)
+        tables += _table(["", *heights], rows, what)
     return f'<div class="panels">{pictures}</div>{_folded("the numbers", tables)}'
 
 
@@ -372,7 +422,7 @@ SECTIONS = (
         "barrier, and its height is what an average costs at worst.",
     ),
     Section(
-        *("pairs", "The lines between all of them", ("pairs", "matched_pairs"), _matrix),
+        *("pairs", "The lines between all of them", (*PAIRS,), _matrix),
         "The barrier of each pair; dark is high. One light block is one basin.",
     ),
     Section(

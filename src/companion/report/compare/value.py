@@ -39,6 +39,7 @@ class Answer:
         seconds: of wall-clock time that it took.
         command: the line that repeats this part alone; "" where there is none.
         values: plain JSON, under the names that the command's ``--json`` has.
+        work: seconds of CPU time that it took, of all threads together.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Answer:
     seconds: float = 0.0
     command: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
+    work: float = 0.0
 
     @property
     def answered(self) -> bool:

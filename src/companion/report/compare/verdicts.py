@@ -108,6 +108,17 @@ def decided(value: float, margin: float, threshold: Threshold) -> str:
     return NO if value - margin > no else UNDETERMINED
 
 
+def all_low(heights: Iterable[tuple[float, float]], metric: str) -> str:
+    """The verdict on barriers together: no if one is high, yes if all are low.
+
+    Arguments:
+        heights: of each line its height and half the width of that's 95 % interval.
+        metric: ``error`` or ``loss``, whose threshold counts.
+    """
+    said = [decided(*one, THRESHOLDS[metric]) for one in heights]
+    return NO if NO in said else YES if set(said) == {YES} else UNDETERMINED
+
+
 def findings(names: Sequence[str], answers: Iterable[Answer]) -> tuple[Finding, ...]:
     """The verdict on networks, line by line."""
     by = {a.name: a for a in answers}
@@ -385,7 +396,8 @@ def _all_connected(answers: Mapping[str, Answer], name: str) -> Finding:
     verdicts = [h.verdict for h in heights.values()]
     low = verdicts.count(YES)
     lost = len(pairs) - len(heights)
-    verdict = NO if NO in verdicts else YES if low == len(pairs) else UNDETERMINED
+    verdict = all_low([(h.value, h.margin) for h in heights.values()], metric)
+    verdict = UNDETERMINED if lost and verdict == YES else verdict
     worst = max(heights, key=lambda k: heights[k].value)
     sentence = (
         f"{low} of {len(pairs)} lines are low; the highest is that of {worst}, {heights[worst]}."
