@@ -5,8 +5,8 @@
     aligned = found.apply(module, b)                # B with its units in A's order; checked
 
 ``spec.py`` the value · ``derive.py`` from a network to its spec, with ``trace.py``, ``axes.py``,
-``rules.py`` and ``proof.py`` · ``weights.py``, ``activations.py``, ``ste.py``, ``merge.py``
-matching, by ``assignment.py``, with ``matching.py`` as the result · ``folding.py``,
+``rules.py`` and ``proof.py`` · ``weights.py``, ``activations.py``, ``ste.py``, ``merge.py``,
+``universe.py`` matching, by ``assignment.py``, with ``matching.py`` as the result · ``folding.py``,
 ``rotation.py`` the residual stream of a GPT, rotated · ``repair.py``, ``calibration.py`` what to
 do afterwards.
 
