@@ -18,7 +18,7 @@ import typer
 from companion.cli import options
 from companion.cli.barrier import measured, summary
 from companion.cli.console import end, note, number, print_table, say, write_tensors
-from companion.cli.opening import LETTERS, Opened, opened
+from companion.cli.opening import LETTERS, Opened, example_for, opened
 from companion.cli.rebasin import (
     DEFAULT,
     REPAIRS,
@@ -26,7 +26,6 @@ from companion.cli.rebasin import (
     average,
     check_files,
     check_repair,
-    example_for,
     shape_and_classes,
 )
 from companion.core.errors import BadParameter, one_of, whole

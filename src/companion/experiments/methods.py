@@ -181,7 +181,7 @@ def _authors(method: Method, problem: Problem) -> Matching:
     from companion.rebasin import weight_matching
 
     p = problem
-    theirs = {"begin": "identity", "order": "random", "epsilon": 0.0}
+    theirs: Any = {"begin": "identity", "order": "random", "epsilon": 0.0}
     return weight_matching(p.spec, p.a, p.b, key=p.key, **theirs)
 
 
