@@ -39,7 +39,7 @@ PACKAGE := $(shell find src/companion -name '*.py' -not -path '*/book/*' -not -p
 	$(shell find data/recorded -name '*.json' -o -type d 2>/dev/null) $(wildcard data/claims.yaml)
 PAGES := $(wildcard *.md) _config.yml _toc.yml references.bib $(wildcard book/*) $(wildcard src/companion/book/*.py)
 
-.PHONY: book notebooks test test-quick soak lint format readme serve gpu-pack clean distclean help
+.PHONY: book notebooks test test-quick soak lint lint-style lint-types lint-types-of-tests format readme serve gpu-pack clean distclean help
 
 book: $(BUILT) ## the site: PROFILE=quick (default: minutes on a CPU), gpu or paper
 	@printf 'The book is ready:\n  %s\n  file://%s\n' '$(SITE)' '$(abspath $(SITE))'
@@ -55,12 +55,18 @@ test-quick: $(READY) ## the tests that take no more than a few seconds each: for
 soak: $(READY) ## 1,000 kills of commands on one store (KILLS=...): nothing wrong, lost or left behind; hours
 	$(BIN)/python tests/soak.py $(KILLS) build/soak-$$$$
 
-lint: $(READY) $(NOTEBOOKS) ## ruff, formatting, types and the direction of imports, of the package and the chapters' cells
+lint: lint-style lint-types lint-types-of-tests ## ruff, formatting, types and the direction of imports, of the package and the chapters' cells
+
+lint-style: $(READY) $(NOTEBOOKS)
 	$(BIN)/ruff check . $(NOTEBOOKS)
 	$(BIN)/ruff format --check . $(NOTEBOOKS)
-	$(BIN)/mypy
-	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
+
+lint-types: $(READY)
+	$(BIN)/mypy
+
+lint-types-of-tests: $(READY)
+	$(BIN)/mypy --config-file tests/mypy.ini
 
 format: $(READY) ## format the package and the chapters' cells, and mend what ruff can mend
 	$(BIN)/ruff check --fix
@@ -91,7 +97,7 @@ $(READY): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || { echo 'Setting up $(VENV) with $(PYTHON) (once; torch is large)'; \
 	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo 'error: $(PYTHON) cannot make a virtual environment (Debian: install python3-venv)' >&2; exit 1; }; }
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock -e '.[book,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -r requirements.lock -e '.[book,dev]'
 	@touch $@
 
 # Chapter -> notebook -> executed notebook -> site. Each step writes under another name and moves it.

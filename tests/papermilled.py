@@ -19,6 +19,7 @@ import matplotlib
 import nbformat
 import papermill
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from PIL import Image
@@ -160,9 +161,9 @@ def check_golden(chapter: str, notebook: Any) -> None:
     rounds otherwise; which claims are judged, everywhere. After a change that is meant to change
     them: ``COMPANION_GOLDEN=write``, and say in the commit which and why.
     """
-    facts = provenance.record()
+    facts, kernels = provenance.record(), torch.backends.cpu.get_cpu_capability()
     found = {
-        "where": [facts["packages"]["torch"], facts["cpu"]["name"]],
+        "where": [facts["packages"]["torch"], facts["cpu"]["name"], kernels],
         "claims": {
             claim["claim"]["id"]: {k: claim[k] for k in ("verdict", "value", "interval", "n")}
             for group in entries(notebook, "claims")

@@ -487,8 +487,13 @@ def test_in_print_solutions_are_open_and_plumbing_is_gone(browser, site):
             "return [...document.querySelectorAll(arguments[0])]"
             ".map(e => e.checkVisibility({contentVisibilityAuto: true}))"
         )
-        solutions = browser.execute_script(shown, "details.companion-solution > .cell")
-        assert solutions and all(solutions)
+
+        def solutions() -> list[bool]:
+            found: list[bool] = browser.execute_script(shown, "details.companion-solution > .cell")
+            return found
+
+        assert solutions()
+        wait(lambda: all(solutions()))  # a busy browser turns to print a moment later
         assert not any(browser.execute_script(shown, "details.hide"))
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

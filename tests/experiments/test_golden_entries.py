@@ -40,7 +40,11 @@ def made(root: Path) -> list[dict[str, Any]]:
 
 
 def differences(found: Any, golden: Any, where: str = "") -> list[str]:
-    """Where the two are not equal; numbers may differ by a millionth, times at all."""
+    """Where the two are not equal; times may be, and the last digits of numbers.
+
+    Single precision has seven digits, and processors add them up in another order: 1.8e-6 between
+    an AMD EPYC with AVX-512 and one with AVX2. What a change of code does is far above 1e-5.
+    """
     if isinstance(golden, dict) and isinstance(found, dict) and set(found) == set(golden):
         kept = [k for k in golden if k != "seconds"]
         return [d for k in kept for d in differences(found[k], golden[k], f"{where}.{k}")]
@@ -48,7 +52,7 @@ def differences(found: Any, golden: Any, where: str = "") -> list[str]:
         pairs = enumerate(zip(found, golden, strict=True))
         return [d for i, (f, g) in pairs for d in differences(f, g, f"{where}[{i}]")]
     number = isinstance(golden, float) and isinstance(found, float)
-    same = found == (pytest.approx(golden, rel=1e-6, abs=1e-6) if number else golden)
+    same = found == (pytest.approx(golden, rel=1e-5, abs=1e-5) if number else golden)
     return [] if same else [f"{where}: {found} was {golden}"]
 
 

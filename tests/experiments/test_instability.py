@@ -65,7 +65,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("worked again on what is in the store")
 
-    monkeypatch.setattr(engine.loop, "advance", refuse)
+    monkeypatch.setattr(engine.loop, "advance_together", refuse)  # advance calls it
     monkeypatch.setattr(measurement, "_make", refuse)
 
 

@@ -206,7 +206,7 @@ def test_what_does_not_fit_the_data_is_refused_before_any_training(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("trained")
 
-    monkeypatch.setattr(engine.loop, "advance", refuse)
+    monkeypatch.setattr(engine.loop, "advance_together", refuse)  # advance calls it
     bad = Run(recipe(**changes))
     good = Run(recipe())
     for attempt in (

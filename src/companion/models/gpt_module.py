@@ -33,7 +33,7 @@ class PlainConv1D(nn.Module):
         return "{}, {}, bias=False".format(*self.weight.shape)
 
 
-class Gpt(GPT2LMHeadModel):
+class Gpt(GPT2LMHeadModel):  # type: ignore[misc]  # mypy does not read transformers
     """``GPT2LMHeadModel`` that maps tokens (B, L) int64 to logits (B, L, K), and nothing else.
 
     Names and shapes in its state dict are Hugging Face's own, so a GPT-2 checkpoint fits. Attention

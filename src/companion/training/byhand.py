@@ -2,7 +2,8 @@
 
 A step of a perceptron with a hundred units a layer is mostly that: modules that are called, a graph
 that is recorded and walked, an optimiser that looks for its tensors. Here the kernels that PyTorch
-would call are called by hand, in its order, so every bit of the result is the same.
+would call are called by hand, in its order, so every bit of the result is the same; and for several
+networks of one recipe at once, each with its own batch.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from companion.core.losses import IGNORED
 # The modules, which torch.optim hides behind functions of their names.
 _sgd, _adam = (import_module(f"torch.optim.{name}") for name in ("sgd", "adam"))
 
-_MEAN = 1  # of ATen's losses: the mean over the batch
+_MEAN, _SUM = 1, 2  # of ATen's losses: the mean over the batch, and the sum
+
+TOGETHER = 6
+"""How many small networks share a step: more gain little, and would wait for each other's end."""
 
 
 Layer: TypeAlias = tuple[Tensor, Tensor]
-"""The weight and the bias of a linear layer."""
+"""The weights (R, out, in) and biases (R, 1, out) of a linear layer of R networks."""
 
 
-def perceptron(module: nn.Module) -> list[Layer]:
+def perceptron(module: nn.Module) -> list[nn.Linear]:
     """The layers of a network that is ``Linear (ReLU Linear)*`` on flattened inputs, in order.
 
     Empty for every other network: one with norms, hooks, parametrizations, layers that are used
@@ -46,37 +50,86 @@ def perceptron(module: nn.Module) -> list[Layer]:
         or len({id(t) for t in tensors}) < len(tensors)
     ):
         return []
-    return [(m.weight, m.bias) for m in layers]
+    return layers
+
+
+def at_once(module: nn.Module) -> int:
+    """How many networks of this architecture are best trained together (:func:`stacked`).
+
+    Above 60,000 weights the kernels are all of a step: there is nothing to share.
+    """
+    few = sum(p.numel() for p in module.parameters()) <= 60_000
+    return TOGETHER if few and perceptron(module) else 1
+
+
+@torch.no_grad()
+def stacked(modules: Sequence[nn.Module]) -> list[Layer]:
+    """The layers of R perceptrons; from now on their parameters are views of these stacks.
+
+    Empty if they are no perceptrons.
+    """
+    found = []
+    for layers in zip(*(perceptron(m) for m in modules), strict=True):
+        pair = []
+        for name in ("weight", "bias"):
+            own = [getattr(layer, name) for layer in layers]
+            one = own[0].data[None] if len(own) == 1 else torch.stack([p.data for p in own])
+            for p, part in zip(own, one, strict=True):
+                p.data = part
+            pair.append(one)
+        found.append((pair[0], pair[1][:, None]))
+    return found
 
 
 @torch.no_grad()
 def gradients(layers: Sequence[Layer], x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The mean cross-entropy of :func:`perceptron` layers, and the gradients of all parameters.
+    """The mean cross-entropies of R :func:`stacked` perceptrons, and their gradients.
 
     Arguments:
-        x: examples (B, ...).
-        y: classes (B,).
+        x: examples of each network (R, B, ...).
+        y: classes (R, B), each a label.
 
     Returns:
-        loss, in nats, and of each layer in turn the gradients of its weight and of its bias.
+        losses (R,), in nats, and of each layer in turn the gradients of its weights (R, out, in)
+        and of its biases (R, out).
     """
-    aten = torch.ops.aten
-    inputs, out = [], x.flatten(1)
+    aten, batch = torch.ops.aten, y.shape[1]
+    inputs, out = [], x.flatten(2)
     for i, (weight, bias) in enumerate(layers):
         out = out.relu_() if i else out
         inputs.append(out)
-        out = torch.addmm(bias, out, weight.t())
-    log_p = torch.log_softmax(out, 1)
-    loss, total = aten.nll_loss_forward.default(log_p, y, None, _MEAN, IGNORED)
-    one = torch.ones_like(loss)
-    back = aten.nll_loss_backward.default(one, log_p, y, None, _MEAN, IGNORED, total)
-    back = aten._log_softmax_backward_data.default(back, log_p, 1, log_p.dtype)
+        out = torch.baddbmm(bias, out, weight.mT)
+    log_p = torch.log_softmax(out, 2)
+    each = [
+        aten.nll_loss_forward.default(p, t, None, _MEAN, IGNORED)
+        for p, t in zip(log_p, y, strict=True)
+    ]
+    rows, total = log_p.flatten(0, 1), each[0][1]
+    share = torch.ones_like(total) / batch  # the mean's, of every example
+    back = aten.nll_loss_backward.default(share, rows, y.flatten(), None, _SUM, IGNORED, total)
+    back = aten._log_softmax_backward_data.default(back, rows, 1, rows.dtype).view_as(log_p)
     found: list[Tensor] = []
     for i in reversed(range(len(layers))):
-        found += [back.sum(0), back.t().mm(inputs[i])]
+        found += [back.sum(1), back.mT.bmm(inputs[i])]
         if i:
-            back = aten.threshold_backward.default(back.mm(layers[i][0]), inputs[i], 0)
-    return loss, found[::-1]
+            back = aten.threshold_backward.default(back.bmm(layers[i][0]), inputs[i], 0)
+    return torch.stack([loss for loss, _ in each]), found[::-1]
+
+
+def steady(layers: Sequence[Layer], x: Tensor, y: Tensor) -> bool:
+    """Whether each of R networks gets the bits here that it would get alone.
+
+    Kernels for stacked matrices may round by their number. Those of the CPUs that we have seen do
+    not; a promise of equal bits asks before it relies on that.
+    """
+    losses, grads = gradients(layers, x, y)
+    for r in range(len(x)):
+        mine = [(w[r : r + 1], b[r : r + 1]) for w, b in layers]
+        loss, alone = gradients(mine, x[r : r + 1], y[r : r + 1])
+        pairs = zip([losses, *grads], [loss, *alone], strict=True)
+        if not all(torch.equal(of_all[r], own[0]) for of_all, own in pairs):
+            return False
+    return True
 
 
 def step_of(optimizer: torch.optim.SGD | torch.optim.Adam) -> Callable[[], None]:

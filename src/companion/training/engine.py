@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from companion import data as datasets
-from companion.core import closing, deadline
+from companion.core import closing, deadline, slurm
 from companion.core.errors import (
     BadParameter,
     CompanionError,
@@ -28,11 +28,11 @@ from companion.core.errors import (
     StoreUnwritable,
     one_of,
 )
-from companion.core.pool import run_all
+from companion.core.pool import resolve_workers, run_all
 from companion.core.runs import Entry, Store
 from companion.core.theta import snapshot
 from companion.data import Dataset
-from companion.training import engines, loop, replicas
+from companion.training import byhand, engines, loop, replicas
 from companion.training.loop import State
 from companion.training.masking import load_mask
 from companion.training.recipe import Job, Recipe, Run, lineage
@@ -302,11 +302,13 @@ def _train_group(
         width: compute with so many replicas; 0: with as many as the engine likes.
     """
     recipe, rest = group[0].job.run.recipe, list(group)
+    where = data.train.x.device
     while rest:
         if not only and (instead := engines.working(recipe, engine)) != engine:
             engine, width = instead, 0
-        # A loop takes one run at a time, so that each is stored once it ends.
-        part = rest[: 1 if engine in ("loop", "loop-compile") else width or len(rest)]
+        # A loop takes one run at a time, or a few small ones, so that each is stored once it ends.
+        few = {"loop": 1 if _on_gpu(where) else byhand.at_once(module), "loop-compile": 1}
+        part = rest[: few.get(engine) or width or len(rest)]
         try:
             _advance(part, stop, data, module, engine, width)
         except CompanionError:
@@ -326,7 +328,7 @@ def _train_group(
             rest = rest[len(part) :]
             continue
         # Here the error is gone, and with its frames what they held of the device's memory.
-        if data.train.x.device.type == "cuda":
+        if where.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -383,7 +385,7 @@ def _save_of(group: Sequence[_Work], how: Mapping[str, Any], m: int, reached: St
         group[m].save(reached)
 
 
-def _chunks(jobs: Sequence[Job], where: str, at_once: int) -> list[list[Job]]:
+def _chunks(jobs: Sequence[Job], where: str, at_once: int, workers: int) -> list[list[Job]]:
     """Jobs that train alike (recipe, first and last step), at most so many together."""
     alike: dict[tuple[Recipe, int, int], list[Job]] = {}
     for job in jobs:
@@ -392,7 +394,13 @@ def _chunks(jobs: Sequence[Job], where: str, at_once: int) -> list[list[Job]]:
     out = []
     for (recipe, _, _), group in alike.items():
         data, device = datasets.load(recipe.data, where), datasets.resolve_device(where)
-        most = at_once or replicas.most_replicas(recipe, data, device)
+        if _on_gpu(device):
+            most = at_once or replicas.most_replicas(recipe, data, device)
+        elif slurm.asked_for():
+            most = 1  # many nodes: each job goes its own way
+        else:  # every process has work
+            few = byhand.at_once(loop.build(group[0].run, data, device))
+            most = min(few, -(-len(group) // workers))
         parts = -(-len(group) // most)
         size = -(-len(group) // parts)  # 28 at most 27 at once: 14 and 14
         out += [group[i : i + size] for i in range(0, len(group), size)]
@@ -412,11 +420,12 @@ def train(
     """Make every state of every job exist, many runs at once; parents before the copies they fork
     and the subnetworks they are pruned to.
 
-    On a CPU every run has a process (:mod:`companion.core.pool`); on a GPU jobs of one recipe are
-    trained as replicas (:mod:`companion.training.replicas`) with one of its engines, at most
-    ``at_once`` (0: as many as fit, see :func:`companion.training.replicas.most_replicas`). Engine
-    ``auto`` is what :func:`companion.training.using` says, else the network's own. Where an engine
-    fails, a simpler one takes over, and the log says so.
+    On a CPU every run has a process (:mod:`companion.core.pool`), or a few small ones share it
+    (:mod:`companion.training.byhand`); on a GPU jobs of one recipe are trained as replicas
+    (:mod:`companion.training.replicas`) with one of its engines, at most ``at_once`` (0: as many as
+    fit, see :func:`companion.training.replicas.most_replicas`). Engine ``auto`` is what
+    :func:`companion.training.using` says, else the network's own. Where an engine fails, a simpler
+    one takes over, and the log says so.
 
     The longest runs start first. Ctrl-C or a kill loses at most :data:`RESUME_EVERY_S` seconds of
     each run at work; the same call then goes on from there with the same bits. Raises as
@@ -440,7 +449,7 @@ def train(
             if _missing(entry_of(job.run, data, where, store), job):
                 todo.append(job)
         todo.sort(key=lambda j: j.run.first_step - max((*j.weights, *j.states), default=0))
-        for chunk in _chunks(todo, where, at_once) if gpu else [[job] for job in todo]:
+        for chunk in _chunks(todo, where, at_once, resolve_workers(workers)):
             parents = {parent.run for job in chunk for parent in job.parents()}
             after.append(sorted({place[run] for run in parents if run in place}))
             place |= {job.run: len(items) for job in chunk}

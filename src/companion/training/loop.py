@@ -381,6 +381,82 @@ def _batches(
         step += end - position
 
 
+class _Training:
+    """A run as it trains: its network, its optimiser, its losses."""
+
+    def __init__(
+        self,
+        run: Run,
+        state: State,
+        stop: int,
+        data: Dataset,
+        module: nn.Module,
+        compiler: str | None,
+    ):
+        recipe, device = run.recipe, data.train.x.device
+        check_ties(state.theta, layout(module).ties, f"{recipe.net} at step {state.step}")
+        module.load_state_dict(state.theta)
+        module.train()
+        self.run, self.data, self.module, self.mask = run, data, module, state.mask
+        named = module.named_parameters()
+        self.masks = [(p, state.mask[n].to(p)) for n, p in named if n in state.mask]
+        self.optimizer = make_optimizer(recipe, module)
+        self.places = _places(self.optimizer, module)
+        _load_optimizer(self.optimizer, state.optimizer, self.places)
+        self.net: Callable[[torch.Tensor], torch.Tensor] = module
+        if compiler:
+            shapes = (recipe.net, recipe.precision, data.in_shape, data.classes, recipe.batch)
+            key = (forward, *shapes, str(device), compiler)
+            self.net = partial(compiled(key, forward, compiler), module)
+        self.noisy = draws_noise(run, module)
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        on_cpu = device.type == "cpu"
+        self.take_step = byhand.step_of(self.optimizer) if on_cpu else self.optimizer.step
+        self.first, self.looked = state.step - len(state.trace), state.step
+        self.trace = torch.full((stop - self.first,), float("nan"), device=device)
+        self.trace[: len(state.trace)] = state.trace
+        half = recipe.precision == "bf16"
+        self.cast = (
+            torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
+        )
+
+    def gradients(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+        """The loss of a batch, and of each parameter the gradient, or None."""
+        with self.cast:
+            loss = mean_loss(self.net(x), y)
+        for p in self.parameters:
+            p.grad = None
+        loss.backward()
+        return loss.detach(), [p.grad for p in self.parameters]
+
+    def step(self, step: int, loss: torch.Tensor, grads: Sequence[Any]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.run.recipe.learning_rate(step)
+        for p, grad in zip(self.parameters, grads, strict=True):
+            p.grad = grad
+        for p, kept in self.masks:
+            if p.grad is not None:
+                p.grad.mul_(kept)
+        self.take_step()
+        self.trace[step - self.first] = loss
+        if (step + 1) % _LOOK_EVERY == 0:
+            self.look(step + 1)
+
+    def look(self, step: int) -> None:
+        bad = ~torch.isfinite(self.trace[self.looked - self.first : step - self.first])
+        if bool(bad.any()):
+            what = f"the loss of {self.run.recipe.net} on {self.data.name} is"
+            raise diverged(what, self.looked + int(bad.nonzero()[0, 0]), self.run)
+        self.looked = step
+
+    def here(self, step: int) -> State:
+        self.look(step)
+        theta = snapshot(self.module)
+        check_finite(theta, self.data, step, self.run)
+        kept = _optimizer_tensors(self.optimizer, self.places)
+        return State(step, theta, kept, self.trace[: step - self.first].clone(), self.mask)
+
+
 def advance(
     run: Run,
     state: State,
@@ -413,78 +489,71 @@ def advance(
         BadParameter: a state whose two names of a tied tensor hold different values.
         Diverged: the loss is not finite. Nothing of the broken state was handed to ``save``.
     """
-    closing.refuse_work()
-    recipe, device = run.recipe, data.train.x.device
-    module = module if module is not None else build(run, data, device)
-    check_start([run], [state], data)
-    check_ties(state.theta, layout(module).ties, f"{run.recipe.net} at step {state.step}")
-    module.load_state_dict(state.theta)
-    module.train()
-    masks = [(p, state.mask[n].to(p)) for n, p in module.named_parameters() if n in state.mask]
-    optimizer = make_optimizer(recipe, module)
-    places = _places(optimizer, module)
-    _load_optimizer(optimizer, state.optimizer, places)
-    net: Callable[[torch.Tensor], torch.Tensor] = module
-    if compiler:
-        key = (recipe.net, recipe.precision, data.in_shape, data.classes, recipe.batch)
-        net = partial(compiled((forward, *key, str(device), compiler), forward, compiler), module)
-    noisy = draws_noise(run, module)
-    by_hand = device.type == "cpu" and recipe.precision == "float32" and not compiler
-    layers = byhand.perceptron(module) if by_hand else []
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    take_step = byhand.step_of(optimizer) if device.type == "cpu" else optimizer.step
-    first = state.step - len(state.trace)
-    trace = torch.full((stop - first,), float("nan"), device=device)
-    trace[: len(state.trace)] = state.trace
-    wanted = set(checkpoints)
-    cast = (
-        torch.autocast(device.type, torch.bfloat16)
-        if recipe.precision == "bf16"
-        else contextlib.nullcontext()
+    keep = (lambda _, reached: save(reached)) if save else None
+    (reached,) = advance_together(
+        *([run], [state], stop, data),
+        modules=[module] if module is not None else None,
+        checkpoints=checkpoints,
+        save=keep,
+        tick=tick,
+        compiler=compiler,
     )
-    looked = state.step
+    return reached
 
-    def look(step: int) -> None:
-        nonlocal looked
-        bad = ~torch.isfinite(trace[looked - first : step - first])
-        if bool(bad.any()):
-            at = looked + int(bad.nonzero()[0, 0])
-            raise diverged(f"the loss of {recipe.net} on {data.name} is", at, run)
-        looked = step
 
-    def here(step: int) -> State:
-        look(step)
-        theta = snapshot(module)
-        check_finite(theta, data, step, run)
-        kept = _optimizer_tensors(optimizer, places)
-        return State(step, theta, kept, trace[: step - first].clone(), state.mask)
+def advance_together(
+    runs: Sequence[Run],
+    states: Sequence[State],
+    stop: int,
+    data: Dataset,
+    *,
+    modules: Sequence[nn.Module] | None = None,
+    checkpoints: Iterable[int] = (),
+    save: Callable[[int, State], None] | None = None,
+    tick: Callable[[int], bool] | None = None,
+    compiler: str | None = None,
+) -> list[State]:
+    """:func:`advance` for R runs of one recipe from one step, with the same bits.
 
+    Small perceptrons on a CPU share their steps (:mod:`companion.training.byhand`); where that
+    would change a bit, and for every other network, each makes its own.
+
+    Arguments:
+        modules: one a run.
+        save: called with the number of the run and its state.
+    """
+    closing.refuse_work()
+    recipe, device = runs[0].recipe, data.train.x.device
+    modules = modules or [build(run, data, device) for run in runs]
+    check_start(runs, states, data)
+    all_of = [
+        _Training(run, state, stop, data, module, compiler)
+        for run, state, module in zip(runs, states, modules, strict=True)
+    ]
+    by_hand = device.type == "cpu" and recipe.precision == "float32" and not compiler
+    layers = byhand.stacked(modules) if by_hand else []
+    first, wanted = states[0].step, set(checkpoints)
     calm = one_thread() if device.type == "cpu" else contextlib.nullcontext()
     exact = exact_float32(recipe.precision == "float32")
     with calm, exact, own_generator(device) as seed:
-        for step, (x, y) in enumerate(_batches(run, data, state.step, stop), state.step):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate(step)
-            if noisy:
-                seed(run.dropout_key().fold(step))
+        feeds = zip(*(_batches(run, data, first, stop) for run in runs), strict=True)
+        for step, batches in enumerate(feeds, first):
             if layers:
-                loss, grads = byhand.gradients(layers, x, y)
-                for p, grad in zip(parameters, grads, strict=True):
-                    p.grad = grad
+                x, y = (torch.stack(part) for part in zip(*batches, strict=True))
+                if step == first and len(runs) > 1 and not byhand.steady(layers, x, y):
+                    layers = []
+            if layers:
+                losses, grads = byhand.gradients(layers, x, y)
+                found = zip(losses, zip(*grads, strict=True), strict=True)
+                for one, (loss, own) in zip(all_of, found, strict=True):
+                    one.step(step, loss, own)
             else:
-                with cast:
-                    loss = mean_loss(net(x), y)
-                for p in parameters:
-                    p.grad = None
-                loss.backward()
-            for p, kept in masks:
-                if p.grad is not None:
-                    p.grad.mul_(kept)
-            take_step()
-            trace[step - first] = loss.detach()
+                for one, batch in zip(all_of, batches, strict=True):
+                    if one.noisy:
+                        seed(one.run.dropout_key().fold(step))
+                    one.step(step, *one.gradients(*batch))
             done = step + 1
-            if done % _LOOK_EVERY == 0:
-                look(done)
             if save and (done in wanted or (done < stop and tick and tick(done))):
-                save(here(done))
-    return here(stop)
+                for m, one in enumerate(all_of):
+                    save(m, one.here(done))
+    return [one.here(stop) for one in all_of]

@@ -29,7 +29,7 @@ from companion.core.errors import BadParameter, one_of
 from companion.core.numerics import exact_float32, fix_cublas_workspace
 from companion.core.pool import one_thread
 from companion.data import Dataset
-from companion.training import loop
+from companion.training import byhand, loop
 from companion.training.engines import ENGINES
 from companion.training.feed import Feed
 from companion.training.loop import State
@@ -259,6 +259,15 @@ def advance_many(
         raise BadParameter(f"engine: {why}")
     wanted = set(checkpoints)
     with reproducible(device, deterministic, strict=_reads_tokens(module, data)):
+        if engine == "loop" and device.type == "cpu" and 1 < len(runs) <= byhand.at_once(module):
+            more = [loop.build(run, data, device) for run in runs[1:]]
+            return loop.advance_together(
+                *(runs, states, stop, data),
+                modules=[module, *more],
+                checkpoints=wanted,
+                save=save,
+                tick=tick,
+            )
         if engine in ("loop", "loop-compile"):
             # To the CPU one by one: the device need not hold what it has finished.
             return [
