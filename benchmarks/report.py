@@ -109,6 +109,34 @@ def barrier(found: dict[str, Any]) -> str:
     )
 
 
+def matching(found: dict[str, Any]) -> str:
+    """Of each width and contender: CPU seconds, how much faster ours is, the objective reached."""
+    names = {
+        "companion": "companion",
+        "rebasin": f"rebasin {found['settings']['peer']}",
+        "plain loop": "plain loop on SciPy",
+    }
+    body = []
+    for case in found["cases"]:
+        for name, row in case["contenders"].items():
+            ratio = "" if name == "companion" else f"{case['ratios'][name]:.2f}×"
+            values = sorted(set(row["objective"]))
+            span = f"{values[0]:,.1f}" + (f"–{values[-1]:,.1f}" if len(values) > 1 else "")
+            seconds = statistics.median(row["seconds"])
+            own = [f"3 × {case['width']}", names[name], f"{seconds:.2f}", ratio, span]
+            body.append([*own, f"{len(row['seconds'])}"])
+    machine = found["machine"]
+    packages = ", ".join(f"{p} {machine['packages'][p]}" for p in ("torch", "numpy"))
+    header = ["perceptron on digits", "", "CPU s", "ours is faster", "objective", "turns"]
+    return (
+        f"{rows(header, body)}\n\n"
+        f"{found['settings']['threads']} thread; CPU seconds of the process, median of the turns; "
+        f"objective: lowest–highest. Measured on {machine['date']}: {machine['cpu']['name']} "
+        f"({machine['os']}), Python {machine['python']}, {packages}; load average "
+        f"{machine['load_average']} before, so other programs ran beside."
+    )
+
+
 def rebasin(found: dict[str, Any]) -> str:
     """Seconds and memory to align two networks, ours and theirs; then whether it worked."""
     settings, speed, truth, failures = found["settings"], [], [], []
@@ -383,6 +411,7 @@ def scaling(found: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pool": pool,
     "barrier": barrier,
+    "matching": matching,
     "rebasin": rebasin,
     "layers": layers,
     "features": features,

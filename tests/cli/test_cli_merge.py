@@ -61,13 +61,17 @@ def test_two_of_different_starts_are_matched_as_rebasin_does(nets, tmp_path):
     assert worse > 5 * found["barriers"]["A, B"]["heights"]["test"]["error"]["mean"]
 
 
-def test_three_are_brought_into_the_order_of_the_first(nets, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "name", "method"),
+    [((), "MergeMany", "passes"), (("--method", "c2m3"), "C2M3", "c2m3")],
+)
+def test_three_are_brought_into_the_order_of_the_first(nets, tmp_path, options, name, method):
     out = tmp_path / "m.safetensors"
-    said = merge(*(nets[n] for n in "abc"), *ON, "-o", out, "--weights", "2,1,1").stdout
-    assert "MergeMany" in said and "B, C" in said
+    said = merge(*(nets[n] for n in "abc"), *ON, "-o", out, "--weights", "2,1,1", *options).stdout
+    assert name in said and "B, C" in said
     spec = derive(models.build(NET, (1, 8, 8), 10, Key("x")), torch.randn(2, 1, 8, 8))
     thetas = [load_file(nets[n]) for n in "abc"]
-    found = merge_many(spec, thetas, key=Key("rebasin", "cli", 0))
+    found = merge_many(spec, thetas, key=Key("rebasin", "cli", 0), method=method)
     moved = [spec.permute(t, found.between(0, i)) for i, t in enumerate(thetas)]
     for name, value in load_file(out).items():
         want = sum(w * t[name] for w, t in zip((0.5, 0.25, 0.25), moved, strict=True))

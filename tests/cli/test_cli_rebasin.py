@@ -156,6 +156,36 @@ def test_without_data(nets, tmp_path):
     assert same(load_file(out), load_file(with_data))
 
 
+def test_a_narrow_network_finds_its_units_in_a_wide_one(nets, tmp_path):
+    """B is A without some of its units: they are found, and B computes what it did."""
+    wide, narrow = "mlp:widths=32x2", "mlp:widths=20x2"
+    theta = load_file(nets["a"])
+    first, second = (torch.randperm(32, generator=Key(n).generator())[:20] for n in "xy")
+    part = {
+        **theta,
+        "layer1.linear.weight": theta["layer1.linear.weight"][first],
+        "layer1.linear.bias": theta["layer1.linear.bias"][first],
+        "layer2.linear.weight": theta["layer2.linear.weight"][second][:, first],
+        "layer2.linear.bias": theta["layer2.linear.bias"][second],
+        "head.weight": theta["head.weight"][:, second],
+    }
+    save_file({k: v.contiguous() for k, v in part.items()}, tmp_path / "b.safetensors")
+    ends = (nets["a"], tmp_path / "b.safetensors", "-o", tmp_path / "out.safetensors")
+    shape = ("--in-shape", "1,8,8", "--classes", "10", "--model", wide)
+    said = align(*ends, *shape, "--model-b", narrow, "--json", tmp_path / "x.json")
+    assert "24 units of weight 0 added" in said.output
+    places = json.loads((tmp_path / "x.json").read_text())["places"]
+    assert places.keys() == {"layer1.linear", "layer2.linear"}
+    for found, planted in zip(places.values(), (first, second), strict=True):
+        assert len(set(found)) == 20
+        # Larger units than a unit's own may have a larger product with it.
+        assert sum(i == j for i, j in zip(found, planted.tolist(), strict=True)) >= 17
+    assert error_of(narrow, ends[1]) == error_of(wide, tmp_path / "out.safetensors")
+    assert "(20, 64)" in align(*ends, *shape, code=2).stderr
+    away = align(*ends, *shape, "--model-b", "mlp:widths=20x3", code=2).stderr
+    assert "missing" in away
+
+
 def test_runs_of_the_store_say_what_they_are(store, tmp_path):
     runs = [Run(Recipe(net=NET, data="digits", steps=60, batch=60), init=i) for i in (0, 1)]
     training.train([training.Job(r, weights=(60,)) for r in runs], workers=1)

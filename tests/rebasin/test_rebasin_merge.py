@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
+from commands import trained
 from torch import Tensor
 
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
+from companion.models import build
+from companion.rebasin import derive, objective, triangle_defect, universe, weight_matching
 from companion.rebasin.merge import merge_many
-from companion.rebasin.spec import Spec, chain
+from companion.rebasin.spec import Group, Permutations, Spec, chain
 
 SPEC = chain(20, 24, 16, 5)
 
@@ -124,6 +128,56 @@ def test_permutations_between_networks_are_consistent() -> None:
     # j's network, brought to i's own units, is next to it.
     near = SPEC.permute(thetas[1], merged.between(0, 1))["1.weight"] - thetas[0]["1.weight"]
     assert float(near.std()) < 0.5 * 2**0.5 * 1.1
+
+
+def test_c2m3_of_noisy_copies_finds_what_was_planted() -> None:
+    thetas = networks(5, 0.3)
+    there = aligned(merge_many(SPEC, thetas, method="c2m3"), thetas)
+    for x, y in itertools.combinations(there, 2):
+        assert float((x["1.weight"] - y["1.weight"]).std()) < 0.3 * 2**0.5 * 1.1
+
+
+@pytest.mark.slow
+def test_c2m3_of_trained_networks_has_no_triangle_defect_and_ends_no_lower() -> None:
+    """Than Algorithm 3, and than pairs matched in a chain; pairs matched one by one disagree."""
+    nets = [trained("mlp:widths=16x2", n, init=n) for n in range(4)]
+    spec = derive(build("mlp:widths=16x2", (1, 8, 8), 10), torch.zeros(2, 1, 8, 8))
+    passes, found = (merge_many(spec, nets, method=m) for m in ("passes", "c2m3"))
+    every = list(itertools.combinations(range(4), 2))
+    pairs = {(i, j): weight_matching(spec, nets[i], nets[j]).perms for i, j in every}
+    between = {(i, j): found.between(i, j) for i, j in every}
+    assert triangle_defect(spec, between) == 0 < triangle_defect(spec, pairs)
+    assert all(x <= y for x, y in itertools.pairwise(found.history))
+    chained = [spec.identity()]
+    for i in range(1, 4):
+        chained.append(spec.compose(pairs[i - 1, i], chained[-1]))
+
+    def value(perms: Sequence[Permutations]) -> float:
+        moved = [spec.permute(t, p) for t, p in zip(nets, perms, strict=True)]
+        return sum(objective(spec, moved[i], moved[j]) for i, j in every)
+
+    assert found.objective == pytest.approx(value(found.perms))
+    assert found.objective > passes.objective > value(chained)
+
+
+@pytest.mark.parametrize("name", ["resnet8:norm=batch,width=4", "vgg11:width=2"])
+def test_c2m3_mixes_every_axis_as_permutations_move_it(name: str) -> None:
+    """At permutations its objective is that of the permuted networks, residual streams included."""
+    nets = [build(name, (1, 16, 16), 10, Key("c2m3", n)) for n in range(3)]
+    spec = derive(nets[0], torch.zeros(2, 1, 16, 16))
+    thetas = [dict(net.state_dict()) for net in nets]
+    g = torch.Generator().manual_seed(0)
+    perms = [spec.random(g) for _ in thetas]
+    soft = [{n: torch.eye(len(p), dtype=torch.float64)[p] for n, p in own.items()} for own in perms]
+    moved = [spec.permute(t, p) for t, p in zip(thetas, perms, strict=True)]
+    there = sum(objective(spec, x, y) for x, y in itertools.combinations(moved, 2))
+    assert float(universe._objective(spec, thetas, soft)) == pytest.approx(there, rel=1e-9)
+
+
+def test_c2m3_refuses_heads() -> None:
+    spec = Spec({"heads": Group("heads", 6), "units": Group("units", 4, "heads")}, {}, ())
+    with pytest.raises(BadParameter, match="'units' are"):
+        merge_many(spec, [{}, {}, {}], method="c2m3")
 
 
 def test_entries_that_are_not_averaged() -> None:

@@ -132,7 +132,6 @@ def test_the_best_is_kept_where_steps_are_too_long(module, spec, pair, digits) -
     assert details["best"] < 8 and losses[8] > 1.2 * min(losses.values())
     best = midpoint_loss(module, a, spec.permute(b, found.perms), held)
     assert best == pytest.approx(min(losses.values()), rel=1e-5)
-    assert best <= losses[0]
 
 
 def test_the_best_is_a_copy(module, spec, pair, digits, monkeypatch: pytest.MonkeyPatch) -> None:

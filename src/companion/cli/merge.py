@@ -19,7 +19,7 @@ import typer
 from companion.cli import options
 from companion.cli.barrier import measured, summary
 from companion.cli.console import end, note, number, print_table, say, write_tensors
-from companion.cli.opening import LETTERS, Opened, opened
+from companion.cli.opening import LETTERS, Opened, example_for, opened
 from companion.cli.rebasin import (
     DEFAULT,
     REPAIRS,
@@ -27,7 +27,6 @@ from companion.cli.rebasin import (
     average,
     check_files,
     check_repair,
-    example_for,
     shape_and_classes,
 )
 from companion.core.errors import BadParameter, one_of, whole
@@ -89,7 +88,7 @@ def merge_networks(
         typer.Option(
             help="How the units are matched first: auto (by weights, where they are in different "
             "orders), none, or a method of `companion rebasin`. Of three networks and more: auto, "
-            "none or weights (MergeMany)."
+            "none, weights (MergeMany) or c2m3 (and Frank-Wolfe steps)."
         ),
     ] = "auto",
     weights: Annotated[
@@ -124,7 +123,7 @@ def merge_networks(
     if len(networks) < 2:
         raise BadParameter("merge takes two networks or more, such as A.safetensors B.safetensors.")
     many = len(networks) > 2
-    allowed = ("auto", "none", "weights") if many else ("auto", "none", *offered())
+    allowed = ("auto", "none", "weights", "c2m3") if many else ("auto", "none", *offered())
     one_of("--method" + (" of three networks and more" if many else ""), method, allowed)
     one_of("--repair", repair, REPAIRS)
     shares = _shares(weights, len(networks))
@@ -236,7 +235,7 @@ def _placed(pair: Opened, method: str, key: Key, seen: int | None) -> _Placed:
         return as_they_are
     try:
         two = len(pair.ends) == 2
-        found, moved = _two(pair, method, key, seen) if two else _many(pair, key)
+        found, moved = _two(pair, method, key, seen) if two else _many(pair, method, key)
     except BadParameter as e:
         if method != "auto":
             raise
@@ -262,8 +261,8 @@ def _two(pair: Opened, method: str, key: Key, seen: int | None) -> tuple[_Placed
     return _Placed(found.module, found.model, ends, how.name, found.about), moved
 
 
-def _many(pair: Opened, key: Key) -> tuple[_Placed, float]:
-    """Any number, by MergeMany, in A's order; and the largest share of units that move."""
+def _many(pair: Opened, method: str, key: Key) -> tuple[_Placed, float]:
+    """Any number, by MergeMany or C2M3, in A's order; and the largest share of units that move."""
     from companion.rebasin import derive, merge_many
 
     example = example_for(pair.module, pair.shape, pair.classes, key)
@@ -271,18 +270,22 @@ def _many(pair: Opened, key: Key) -> tuple[_Placed, float]:
     if not spec.groups:
         raise BadParameter(f"model {pair.name!r}: there is nothing to match: {spec.why_none()}.")
     thetas = [one.theta for one in pair.ends]
-    found = merge_many(spec, thetas, key=key)
+    how = "c2m3" if method == "c2m3" else "passes"
+    found = merge_many(spec, thetas, key=key, method=how)
     perms = [found.between(0, i) for i in range(len(thetas))]
     moved = max(_moved(perm) for perm in perms)
     before, after = (100 * x / found.bound for x in (found.before, found.objective))
     say(
-        f"MergeMany: objective {before:.1f} % -> {after:.1f} % of its upper bound, up to "
-        f"{100 * moved:.1f} % of the units of a network move, {found.passes} passes, "
+        f"{'C2M3' if how == 'c2m3' else 'MergeMany'}: objective {before:.1f} % -> {after:.1f} % "
+        f"of its upper bound, up to {100 * moved:.1f} % of the units of a network move, "
+        f"{found.passes} passes, "
         f"{found.seconds:.1f} s"
     )
     ends = tuple(spec.permute(t, p) for t, p in zip(thetas, perms, strict=True))
     about = found.summary() | {"moved": moved}
-    return _Placed(pair.module, pair.model, ends, "weights", about), moved
+    return _Placed(
+        pair.module, pair.model, ends, "c2m3" if how == "c2m3" else "weights", about
+    ), moved
 
 
 def _moved(perms: dict[str, torch.Tensor]) -> float:

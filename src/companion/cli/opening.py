@@ -16,10 +16,13 @@ IN_MEMORY = 5000
 """Training images of a dataset on the disk that are kept: 3 GB at ImageNet's size."""
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from companion.cli.checkpoints import Checkpoint
+    from companion.core.seeds import Key
     from companion.data import Dataset, Split
+    from companion.rebasin import Widened
 
 LETTERS = string.ascii_uppercase
 """What networks are called, in the order they are given."""
@@ -40,6 +43,7 @@ class Opened:
         dataset: None without data.
         source: the name it was given.
         more: further state dicts, of a command that takes any number.
+        widened: what B was, where it had fewer units than A.
     """
 
     a: Checkpoint
@@ -53,6 +57,7 @@ class Opened:
     dataset: Dataset | None
     source: str | None
     more: tuple[Checkpoint, ...] = ()
+    widened: Widened | None = None
 
     @property
     def ends(self) -> tuple[Checkpoint, ...]:
@@ -106,6 +111,7 @@ def opened(
     more: Sequence[str] = (),
     optional: bool = False,
     stream: bool = False,
+    narrow: str | None = None,
 ) -> Opened:
     """Read A and B, load the data, build the model, and fit all of them to it.
 
@@ -115,6 +121,7 @@ def opened(
         more: further networks.
         optional: do without data that the runs name and that are not here.
         stream: leave tensors in their files until they are needed, each time anew.
+        narrow: B's architecture, where it has fewer units than A's.
 
     Raises:
         BadParameter: model or data are not known, or the networks do not fit. MissingData: no data.
@@ -127,12 +134,20 @@ def opened(
     if len(more) > len(LETTERS) - 2:
         raise BadParameter(f"{len(more) + 2} networks are too many: {len(LETTERS)} at most.")
     files = tuple(map(read_checkpoint, (a, b, *more)))
-    net = _named("--model", model or own_folder(a), files, "net")
+    net = _named("--model", model or own_folder(a), files[:1] if narrow else files, "net")
     if shape is None and data is None and optional:
         shape = models.example_of(net)
     source, dataset, example, classes = _data(data, files, device, shape, optional)
     # Its own weights count for nothing, but what is derived of it should not vary with them.
     module = models.build(reachable(net), example, classes, Key("rebasin", "module"))
+    widened = None
+    if narrow is not None:
+        widened = _widened(narrow, module, files[1], example, classes)
+        units = sum(p.numel() for p in widened.spec.identity().values())
+        lacking = units - sum(p.numel() for p in widened.places(widened.spec.identity()).values())
+        added = f"{lacking} units of weight 0 added"
+        wide = replace(files[1], theta=widened.theta, notes=(*files[1].notes, added))
+        files = (files[0], wide, *files[2:])
     ends = [fit(module, end, label) for label, end in zip(LETTERS, files, strict=False)]
     if not stream:
         ends = [replace(end, theta=dict(end.theta)) for end in ends]
@@ -144,7 +159,34 @@ def opened(
         module = channels_last(module, dataset.test.x[:2])
     first, second, *rest = ends
     named = (models.canonical(net), net, module, example, classes, dataset, source)
-    return Opened(first, second, files, *named, more=tuple(rest))
+    return Opened(first, second, files, *named, more=tuple(rest), widened=widened)
+
+
+def _widened(
+    narrow: str, module: nn.Module, found: Checkpoint, shape: tuple[int, ...], classes: int
+) -> Widened:
+    """B with as many units as ``module``."""
+    from companion import models
+    from companion.cli.checkpoints import fit
+    from companion.core.seeds import Key
+    from companion.rebasin import widen
+
+    key = Key("rebasin", "module")
+    small = models.build(reachable(narrow), shape, classes, key)
+    theta = dict(fit(small, found, "B").theta)
+    return widen(small, module, theta, example_for(module, shape, classes, key))
+
+
+def example_for(module: nn.Module, shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
+    """Two windows of random tokens, for a network that embeds them, or two inputs of noise."""
+    import torch
+    from torch import nn
+
+    generator = key.fold("example").generator()
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    if len(shape) == 1 and any(isinstance(m, tables) for m in module.modules()):
+        return torch.randint(classes, (2, *shape), generator=generator)
+    return torch.randn(2, *shape, generator=generator)
 
 
 def own_folder(source: str) -> str | None:

@@ -29,7 +29,7 @@ from companion.cli.console import (
     say,
     write_tensors,
 )
-from companion.cli.opening import LETTERS, Opened, opened
+from companion.cli.opening import LETTERS, Opened, example_for, opened
 from companion.core.errors import BadParameter, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
@@ -77,6 +77,13 @@ def align_networks(
         ),
     ],
     model: options.Model = None,
+    model_b: Annotated[
+        str | None,
+        typer.Option(
+            help="B's architecture, where it has fewer units than A's: B gets units of weight 0 "
+            "until it has A's shape, and still computes the same."
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -146,6 +153,8 @@ def align_networks(
         if changed and option not in kind.options:
             having = " or ".join(offered(option))
             raise BadParameter(f"--{option} belongs to --method {having}, not to {method}.")
+    if model_b and kind.folds:
+        raise BadParameter(f"--model-b is for permutations, and --method {method} does more.")
     if matching and kind.folds:
         raise BadParameter(f"--matching is for permutations, and --method {method} does more.")
     counts = {"--starts": starts, "--steps": steps, "--match-examples": match_examples}
@@ -168,6 +177,7 @@ def align_networks(
         shape_and_classes(data, in_shape, classes),
         optional=True,
         stream=True,
+        narrow=model_b,
     )
     dataset, shape = pair.dataset, pair.shape
     if dataset is None and kind.data:
@@ -189,6 +199,9 @@ def align_networks(
     example = example_for(pair.module, shape, pair.classes, key)
     here = align_pair(how, pair, example.to(at), train, key, spent=True)
 
+    places = None
+    if pair.widened and here.matching:
+        places = {n: p.tolist() for n, p in pair.widened.places(here.matching.perms).items()}
     found: dict[str, Any] | None = None
     if dataset is not None:
         before, after = _barriers(pair, here, measuring, max_error)
@@ -233,6 +246,7 @@ def align_networks(
         **here.about,
         barrier=found,
         merged=between,
+        **({"places": places} if places else {}),
     )
     if found:
         end(after.valid)
@@ -276,18 +290,6 @@ def shape_and_classes(
     whole("--classes", classes, 1, most=10_000_000)
     whole("--in-shape", math.prod(map(int, parts)), 1)
     return tuple(map(int, parts)), classes
-
-
-def example_for(module: nn.Module, shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
-    """Two windows of random tokens, for a network that embeds them, or two inputs of noise."""
-    import torch
-    from torch import nn
-
-    generator = key.fold("example").generator()
-    tables = (nn.Embedding, nn.EmbeddingBag)
-    if len(shape) == 1 and any(isinstance(m, tables) for m in module.modules()):
-        return torch.randint(classes, (2, *shape), generator=generator)
-    return torch.randn(2, *shape, generator=generator)
 
 
 # --- alignment

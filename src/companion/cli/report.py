@@ -10,8 +10,8 @@ import typer
 
 from companion.cli import options
 from companion.cli.console import end, note, output, say, visible
-from companion.cli.opening import LETTERS, Opened, opened
-from companion.cli.rebasin import check_files, example_for, shape_and_classes
+from companion.cli.opening import LETTERS, Opened, example_for, opened
+from companion.cli.rebasin import check_files, shape_and_classes
 from companion.core.errors import BadParameter, whole, within
 
 if TYPE_CHECKING:

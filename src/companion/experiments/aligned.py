@@ -119,6 +119,7 @@ class MatchedLine(Measurement):
     """
 
     KIND = "aligned"
+    SEMANTICS = 2  # since 2, weight matching begins with auctions
 
     pair: Pair
     method: Method

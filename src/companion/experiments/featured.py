@@ -270,6 +270,7 @@ class FeaturesOfPair(Measurement):
     """The features of A, of what a method makes of B, and between them."""
 
     KIND = "features"
+    SEMANTICS = 2  # since 2, weight matching begins with auctions
 
     pair: Pair
     method: Method

@@ -333,6 +333,7 @@ class GapOfPair(Measurement):
     """The barrier of a pair at the logits, B as a method leaves it."""
 
     KIND = "logits"
+    SEMANTICS = 2  # since 2, weight matching begins with auctions
 
     pair: Pair
     method: Method

@@ -133,6 +133,7 @@ class Merge(Measurement):
     """Readings of one merge of many; the arguments are :func:`merge_runs`'."""
 
     KIND = "merged"
+    SEMANTICS = 2  # since 2, weight matching begins with auctions
 
     runs: tuple[Run, ...]
     evaluation: Evaluation
@@ -208,6 +209,7 @@ class Halves(Measurement):
     """Readings of two networks of biased parts of one dataset; arguments as :func:`split_runs`."""
 
     KIND = "halves"
+    SEMANTICS = 2  # since 2, weight matching begins with auctions
 
     pair: Pair
     full: Run

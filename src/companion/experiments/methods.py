@@ -181,7 +181,8 @@ def _authors(method: Method, problem: Problem) -> Matching:
     from companion.rebasin import weight_matching
 
     p = problem
-    return weight_matching(p.spec, p.a, p.b, begin="identity", order="random", key=p.key)
+    theirs: Any = {"begin": "identity", "order": "random", "epsilon": 0.0}
+    return weight_matching(p.spec, p.a, p.b, key=p.key, **theirs)
 
 
 @register("activations", "statistic", "examples", data=True)

@@ -181,6 +181,7 @@ class Carried(MaskRecipe):
     """
 
     RULE = "carried"
+    SEMANTICS = 2  # since 2, weight matching begins with auctions
 
     of: MaskRecipe
     density: float

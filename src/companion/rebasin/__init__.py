@@ -5,10 +5,10 @@
     aligned = found.apply(module, b)                # B with its units in A's order; checked
 
 ``spec.py`` the value · ``derive.py`` from a network to its spec, with ``trace.py``, ``axes.py``,
-``rules.py`` and ``proof.py`` · ``weights.py``, ``activations.py``, ``ste.py``, ``merge.py``
-matching, by ``assignment.py``, with ``matching.py`` as the result · ``folding.py``,
-``rotation.py``, ``learned.py`` the residual stream of a GPT, rotated · ``repair.py``,
-``calibration.py`` what to do afterwards.
+``rules.py`` and ``proof.py`` · ``weights.py``, ``activations.py``, ``ste.py``, ``merge.py``,
+``universe.py`` matching, by ``assignment.py``, with ``matching.py`` as the result · ``widths.py``
+a narrow network in a wide one's space · ``folding.py``, ``rotation.py``, ``learned.py`` the residual
+stream of a GPT, rotated · ``repair.py``, ``calibration.py`` what to do afterwards.
 
 Source: Ainsworth et al. 2023, and Jordan et al. 2023 for REPAIR; our chapter 2.
 """
@@ -34,6 +34,7 @@ from companion.rebasin.rotation import (
 from companion.rebasin.spec import Group, Permutations, Spec, chain
 from companion.rebasin.ste import straight_through
 from companion.rebasin.weights import bound, greedy, objective, weight_matching
+from companion.rebasin.widths import Widened, widen
 
 __all__ = [
     "Folding",
@@ -45,6 +46,7 @@ __all__ = [
     "Rotation",
     "Spec",
     "Unproven",
+    "Widened",
     "activation_matching",
     "activation_rotation",
     "bound",
@@ -69,4 +71,5 @@ __all__ = [
     "transform",
     "triangle_defect",
     "weight_matching",
+    "widen",
 ]

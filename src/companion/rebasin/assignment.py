@@ -7,19 +7,32 @@ units inside of them: every pair of heads has an assignment of its own. Our chap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from companion.core.errors import BadParameter
 
-SWEEPS = 8
-"""Sweeps of :func:`prices`. More make the next assignment faster still, but cost more than that."""
+SWEEPS = 6
+"""Of :func:`prices`: more make the next assignment faster still, but cost more than that."""
+
+EPSILON = 0.01
+"""The least bid of the auction before an exact assignment, in standard deviations of the gains."""
+
+ROUNDS = 200
+"""Of an auction, at most."""
+
+LEFT = 0.05
+"""Share of the rows at which an auction ends: the last few bid for long, and the solver has them
+at once."""
 
 
-def assign_units(gain: Tensor, price: Tensor | None = None) -> Tensor:
+def assign_units(gain: Tensor) -> Tensor:
     """The permutation p that maximises ``sum_i gain[i, p[i]]``.
 
     Where every row has its maximum in another column, those maxima are the answer, as no sum can
@@ -28,8 +41,6 @@ def assign_units(gain: Tensor, price: Tensor | None = None) -> Tensor:
 
     Arguments:
         gain: shape (n, n), on any device.
-        price: shape (n,), for each column, from :func:`prices` of a problem much like this one.
-            Prices taken off columns change no optimum, only how fast it is found.
 
     Returns:
         int64, shape (n,), on the CPU.
@@ -38,40 +49,111 @@ def assign_units(gain: Tensor, price: Tensor | None = None) -> Tensor:
         raise BadParameter(f"assignment: a square matrix expected, got {tuple(gain.shape)}.")
     if not bool(torch.isfinite(gain).all()):
         raise BadParameter("assignment: the gains hold NaN or infinite values.")
-    if gain.shape[0] == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if price is not None:
-        gain = gain - price
-    top = gain.argmax(1)
-    if bool(top.bincount(minlength=len(top)).eq(1).all()):
-        return top.cpu()
-    if price is not None:
-        gain -= gain.gather(1, top.unsqueeze(1))
-    return _solved(gain.cpu())
+    return assign_again(gain)[0]
 
 
-def prices(gain: Tensor, p: Tensor, price: Tensor | None = None) -> Tensor:
-    """Prices of columns at which the assignment ``p`` is (nearly) every row's own best choice.
+def assign_again(
+    gain: Tensor, price: Tensor | None = None, epsilon: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """:func:`assign_units` for a problem that comes again and again, each time a little changed.
 
-    They are the dual of the assignment problem: at the right prices each row prefers the column it
-    has. Found by Bellman-Ford sweeps over ``price[p[k]] >= price[p[i]] + gain[i, p[k]] -
-    gain[i, p[i]]``; ended early they are no worse for :func:`assign_units`, exact at any prices.
+    Prices taken off columns change no optimum, only how fast it is found: at the right ones, the
+    dual of the assignment problem, each row's best column is the one it gets. Where many rows want
+    the same columns these are first sold by auction (Bertsekas 1979), all rows bidding at once,
+    which finds prices that are nearly right. The solver then is exact at any prices.
 
     Arguments:
-        gain: shape (n, n).
-        p: its best assignment.
-        price: to begin with, default 0.
+        gain: shape (n, n), on any device.
+        price: shape (n,), for each column, from the last time; default 0.
+        epsilon: where columns are contested, take the auction's own assignment, in standard
+            deviations of the gains: each row it serves has a column within that of its best one.
+            0: the exact assignment.
+
+    Returns:
+        the permutation, int64, on the CPU; and prices for the next time, float64.
+
+    Raises:
+        BadParameter: the gains hold NaN or infinite values.
     """
-    p = p.to(gain.device)
-    loss = gain[:, p]
-    loss -= loss.diagonal().clone().unsqueeze(1)
-    new = torch.zeros_like(loss[0]) if price is None else price[p]
-    room = torch.empty_like(loss)
+    n = len(gain)
+    new = torch.zeros(n, dtype=torch.float64, device=gain.device) if price is None else price
+    net = gain if price is None else gain - price
+    highest, top = net.max(1)
+    if not bool(torch.isfinite(highest.sum())):
+        raise BadParameter("assignment: the gains hold NaN or infinite values.")
+    contested = n - len(top.unique())
+    if not contested:
+        p = top.cpu()
+    elif epsilon:
+        more, p = _auction(net.cpu().numpy(), epsilon)
+        return p, new + more.to(new)
+    else:
+        if 8 * contested > n:
+            new = new + _auction(net.cpu().numpy(), EPSILON, whole=False)[0].to(new)
+            net = gain - new
+            highest = net.amax(1)
+        p = _solved((net - highest.unsqueeze(1)).cpu())
+    return p, new + prices(net, p.to(net.device))
+
+
+def _auction(gain: Any, epsilon: float, whole: bool = True) -> tuple[Tensor, Tensor]:
+    """Prices at which most rows have a column of their own that they like best, or nearly so.
+
+    Each row without a column bids for its best what makes that as good as its second best, and
+    ``epsilon`` standard deviations on top; the highest bid gets it, and whoever had it bids again.
+    With ``whole`` also that assignment, in which the rows left over share what is not sold.
+    """
+    n, exact = len(gain), gain
+    gain = gain.astype("float32")
+    price = np.zeros(n, dtype="float32")
+    least = epsilon * gain.std()
+    waiting, owner = np.arange(n), np.full(n, -1)
+    for _ in range(ROUNDS):
+        if len(waiting) <= LEFT * n:
+            break
+        net = gain[waiting]
+        net -= price
+        rows, best = np.arange(len(waiting)), net.argmax(1)
+        first = net[rows, best]
+        net[rows, best] = -np.inf
+        bid = price[best] + (first - net.max(1) + least)
+        order = bid.argsort()
+        price[best[order]] = bid[order]  # of several for one column the last one stays
+        before = owner[best]
+        owner[best[order]] = waiting[order]
+        won = owner[best] == waiting
+        lost = before[won]
+        waiting = np.concatenate([waiting[~won], lost[lost >= 0]])
+    p = np.empty(n, dtype="int64")
+    if whole:
+        sold, free = np.flatnonzero(owner >= 0), np.flatnonzero(owner < 0)
+        p[owner[sold]] = sold
+        p[waiting] = free[linear_sum_assignment(exact[np.ix_(waiting, free)], maximize=True)[1]]
+    return torch.from_numpy(price.astype("float64")), torch.from_numpy(p)
+
+
+def prices(net: Tensor, p: Tensor) -> Tensor:
+    """Prices, on top of those taken off, at which ``p`` is (nearly) every row's best by a margin.
+
+    At the prices a solver ends with, many rows have a second choice that is as good, and the least
+    change of the gains makes them prefer it. So each sweep moves every price towards the middle
+    between the highest at which its own row still prefers it and the lowest at which no other does:
+    two thirds of the way, as all of them at once, moved all the way, can swing for ever.
+    """
+    n, rows = len(net), torch.arange(len(net), device=net.device)
+    change = torch.zeros(n, dtype=torch.float64, device=net.device)
+    if n < 2:
+        return change
+    margin = (net[rows, p].unsqueeze(1) - net).float()
+    margin[rows, p] = math.inf
+    of_column = torch.empty(n, device=net.device)
     for _ in range(SWEEPS):
-        new = torch.maximum(new, torch.add(loss, new.unsqueeze(1), out=room).amax(0))
-    out = torch.empty_like(new)
-    out[p] = new
-    return out
+        step = (margin.amin(1) - margin.amin(0)[p]) / 3
+        of_column[p] = step
+        change += of_column
+        margin -= step.unsqueeze(1)
+        margin += of_column
+    return change
 
 
 def assign_nested(

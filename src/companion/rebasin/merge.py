@@ -2,8 +2,10 @@
 
 Each network in turn is matched with the mean of all others, until none moves. As every network has
 one permutation into the common frame, the permutations between any two of them agree with those by
-way of a third; matching pairs one by one gives no such guarantee. Source: Git Re-Basin (Ainsworth
-et al. 2023), Appendix A.10, Algorithm 3, Table 3 and Figure 13; our chapter 2.
+way of a third; matching pairs one by one gives no such guarantee. ``method="c2m3"`` also looks for
+a frame by Frank-Wolfe steps of all networks and layers at once. Source: Git Re-Basin (Ainsworth et
+al. 2023), Appendix A.10, Algorithm 3, Table 3 and Figure 13; C2M3 (Crisostomi et al. 2024), Section
+3; our chapter 2.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from typing import Any
 import torch
 
 from companion.core.effective import computed_from
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
 from companion.core.theta import Theta, affine, is_continuous
 from companion.rebasin.matching import Found
 from companion.rebasin.spec import Permutations, Spec
+from companion.rebasin.universe import check_plain, frank_wolfe
 from companion.rebasin.weights import bound, checked_norms, weight_matching
 
 
@@ -39,6 +42,7 @@ class Merged(Found):
         bound: what it cannot exceed.
         passes: over all networks.
         seconds: of wall-clock time.
+        method: ``passes`` or ``c2m3``.
     """
 
     spec: Spec
@@ -50,8 +54,12 @@ class Merged(Found):
     bound: float
     passes: int
     seconds: float
+    method: str = "passes"
 
-    SUMMARY = ("networks", "objective", "before", "bound", "share", "passes", "history", "seconds")
+    SUMMARY = (
+        *("networks", "method", "objective", "before", "bound", "share"),
+        *("passes", "history", "seconds"),
+    )
 
     @property
     def networks(self) -> int:
@@ -76,26 +84,33 @@ def merge_many(
     key: Key = Key("rebasin", "merge"),  # noqa: B008 - an immutable value
     max_passes: int = 100,
     rtol: float = 1e-9,
+    method: str = "passes",
 ) -> Merged:
     """Algorithm 3: match each network with the mean of the others until no permutation changes.
 
     In every pass the networks come in another random order; each match starts from where the
     network is and moves it only if its inner product with the mean of the others rises by more than
-    ``rtol`` of its bound. So the objective rises with every change, and the loop ends.
+    ``rtol`` of its bound. So the objective rises with every change, and the loop ends. Where
+    depends on which network and which layer came first. ``c2m3`` goes on by Frank-Wolfe steps from
+    half-way between there and no order at all, then by passes, and keeps what is higher: it costs a
+    few times as much, and never ends lower.
 
     Arguments:
         thetas: at least two state dicts of one architecture; they are not changed.
         key: of the orders.
         max_passes: over all networks, at most.
+        method: ``passes`` or ``c2m3``.
 
     Returns:
         one set of permutations for each network, and the mean.
 
     Raises:
         BadParameter: fewer than two networks, or one does not fit the spec or the first network,
-            holds NaN or infinite values, or stores what its weights are computed from.
+            holds NaN or infinite values, or stores what its weights are computed from; ``c2m3`` of
+            networks with units inside of others (attention heads, GroupNorm).
     """
     clock = time.perf_counter()
+    one_of("method", method, ("passes", "c2m3"))
     count = len(thetas)
     if count < 2:
         raise BadParameter(f"merging takes at least two networks, got {count}.")
@@ -107,35 +122,19 @@ def merge_many(
             "computed from: the mean of these is another network. Store the networks without "
             "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)."
         )
+    if method == "c2m3":
+        check_plain(spec)
     for i, theta in enumerate(thetas):
         _same(thetas[0], theta, i + 1)
         checked_norms(spec, theta, str(i + 1))
-    perms = [spec.identity() for _ in thetas]
-    total = _total(spec, thetas, perms)
-    squares = sum(_square(theta[t] for t in spec.objective) for theta in thetas)
-    history = [(_square(total.values()) - squares) / 2]
-    waiting = set(range(count))
-    passes = 0
-    while waiting and passes < max_passes:
-        for i in key.fold("pass", passes).permutation(count).tolist():
-            if i not in waiting:
-                continue
-            waiting.discard(i)
-            now = {t: spec.permute_tensor(thetas[i][t], t, perms[i]) for t in spec.objective}
-            others = {t: (x - now[t].to(x.device).double()) / (count - 1) for t, x in total.items()}
-            how: Any = {"start": perms[i], "max_passes": max_passes, "rtol": rtol}
-            own = key.fold("match", passes, i)
-            found = weight_matching(spec, others, thetas[i], key=own, **how)
-            if all(torch.equal(p, perms[i][g]) for g, p in found.perms.items()):
-                continue
-            perms[i] = dict(found.perms)
-            for t, x in total.items():
-                x += spec.permute_tensor(thetas[i][t], t, perms[i]).to(x.device).double()
-                x -= now[t].to(x.device).double()
-            waiting = set(range(count)) - {i}  # the mean of their others has changed
-        passes += 1
-        total = _total(spec, thetas, perms)  # anew, so that rounding does not add up over passes
-        history.append((_square(total.values()) - squares) / 2)
+    start = [spec.identity() for _ in thetas]
+    how: Any = {"max_passes": max_passes, "rtol": rtol}
+    perms, history = _passes(spec, thetas, start, key, how)
+    if method == "c2m3":
+        further = frank_wolfe(spec, thetas, perms)
+        again, more = _passes(spec, thetas, further, key.fold("c2m3"), how)
+        if more[-1] > history[-1]:
+            perms, history = again, history + [x for x in more if x > history[-1]]
     pairs = [(i, j) for i in range(count) for j in range(i)]
     return Merged(
         spec,
@@ -145,9 +144,42 @@ def merge_many(
         history[0],
         tuple(history),
         sum(bound(thetas[i], thetas[j], spec) for i, j in pairs),
-        passes,
+        len(history) - 1,
         time.perf_counter() - clock,
+        method,
     )
+
+
+def _passes(
+    spec: Spec, thetas: Sequence[Theta], start: Sequence[Permutations], key: Key, how: Any
+) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+    """Algorithm 3 from ``start``: permutations, and the objective before and after each pass."""
+    count = len(thetas)
+    perms = [dict(p) for p in start]
+    total = _total(spec, thetas, perms)
+    squares = sum(_square(theta[t] for t in spec.objective) for theta in thetas)
+    history = [(_square(total.values()) - squares) / 2]
+    waiting = set(range(count))
+    while waiting and len(history) <= how["max_passes"]:
+        passes = len(history) - 1
+        for i in key.fold("pass", passes).permutation(count).tolist():
+            if i not in waiting:
+                continue
+            waiting.discard(i)
+            now = {t: spec.permute_tensor(thetas[i][t], t, perms[i]) for t in spec.objective}
+            others = {t: (x - now[t].to(x.device).double()) / (count - 1) for t, x in total.items()}
+            own = key.fold("match", passes, i)
+            found = weight_matching(spec, others, thetas[i], key=own, start=perms[i], **how)
+            if all(torch.equal(p, perms[i][g]) for g, p in found.perms.items()):
+                continue
+            perms[i] = dict(found.perms)
+            for t, x in total.items():
+                x += spec.permute_tensor(thetas[i][t], t, perms[i]).to(x.device).double()
+                x -= now[t].to(x.device).double()
+            waiting = set(range(count)) - {i}  # the mean of their others has changed
+        total = _total(spec, thetas, perms)  # anew, so that rounding does not add up over passes
+        history.append((_square(total.values()) - squares) / 2)
+    return perms, history
 
 
 def _same(first: Theta, theta: Theta, number: int) -> None:

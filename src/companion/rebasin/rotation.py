@@ -33,7 +33,7 @@ from companion.core.numerics import exact_evaluation
 from companion.core.theta import Theta, check_theta, layout, put
 from companion.data import Split
 from companion.rebasin.activations import Sums, activation_matching
-from companion.rebasin.assignment import assign_nested, assign_units, prices
+from companion.rebasin.assignment import assign_again, assign_nested, assign_units
 from companion.rebasin.folding import Folding, check_same
 from companion.rebasin.matching import Found
 from companion.rebasin.spec import Permutations
@@ -290,9 +290,7 @@ class Problem:
                 perms |= orders
             else:
                 assert outer is not None
-                price = self.prices.get(name)
-                perms[name] = assign_units(outer, price)
-                self.prices[name] = prices(outer, perms[name], price)
+                perms[name], self.prices[name] = assign_again(outer, self.prices.get(name))
             perms |= {g: self.stay[g] for g in turnable}
         return perms, inner
 

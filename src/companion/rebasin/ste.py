@@ -131,6 +131,7 @@ def straight_through(
         deadline.stop_if_passed()
         if step:
             how: Any = {"key": key.fold("project", step), "max_passes": max_passes}
+            how["epsilon"] = 0.0  # little has changed since
             projected = weight_matching(spec, {**a, **free}, b, start=projected.perms, **how)
         now = spec.permute(b, projected.perms)
         if step % judge_every == 0 or step == steps:

@@ -2,7 +2,8 @@
 
 Maximises ``<A, P(B)>``, the sum over parameters of their inner products, which is the same as to
 minimise the distance ``|A - P(B)|``. Finding the best P is NP-hard (Lemma 1); Algorithm 1 solves
-one group at a time exactly, as a linear assignment with all others fixed, until nothing rises.
+one group at a time exactly, as a linear assignment with all others fixed, until nothing rises. Ours
+solves them nearly at first, while what is fixed is still wrong.
 As a function of one group alone the objective is a sum over :class:`Term` s, one for each block
 with that group: row i of A's block times row p[i] of B's.
 Source: Git Re-Basin (Ainsworth et al. 2023), Section 3.2 and Appendix A.7; our chapter 2.
@@ -21,16 +22,22 @@ from torch import Tensor
 from companion.core.errors import BadParameter, one_of
 from companion.core.seeds import Key
 from companion.core.theta import Theta
-from companion.rebasin.assignment import assign_nested, assign_units, prices
+from companion.rebasin.assignment import assign_again, assign_nested
 from companion.rebasin.matching import Matching
 from companion.rebasin.spec import Permutations, Spec, View
+
+EPSILON = 0.03
+"""Of the auctions in the first passes (:func:`companion.rebasin.assignment.assign_again`)."""
 
 THIN = 16
 """Columns up to which terms are gathered into one product: biases and norm scales have one each,
 and adding n x n outer products one by one costs more than multiplying them together."""
 
 ROOM = 0.25
-"""Of the size of both networks: what gains may take that are kept from the anchored pass."""
+"""Of the size of both networks: what gains may take that are kept between passes."""
+
+ROOM_AT_LEAST = 1 << 26
+"""Bytes that they may take in any case."""
 
 LARGE = 1 << 24
 """Numbers of a tensor above which its sums are made in pieces: their float64 copies would be the
@@ -72,22 +79,25 @@ def weight_matching(
     rtol: float = 1e-9,
     begin: str = "anchored",
     order: str = "forward",
+    epsilon: float = EPSILON,
 ) -> Matching:
-    """Algorithm 1: coordinate descent over the groups, each solved exactly, until none improves.
+    """Algorithm 1: coordinate descent over the groups until none improves, solved exactly.
 
     Gains are sums in float64, one tensor at a time. A step is taken only if the objective rises by
     more than ``rtol`` of its upper bound, so the descent ends (Lemma 2). A group is solved again
     only if one that shares a tensor with it has changed since.
 
-    Two defaults are not the paper's, which begins at the identity and visits groups in random order
-    (``begin="identity", order="random"``). While the permutations around a group are still wrong,
-    their tensors are noise in its gains; only what is tied to the input, the output or to groups
-    solved before says something. A first pass by those tensors alone recovers planted permutations
-    at once where the paper's needs several passes (ResNet-50) or gets stuck (issue 8 of the
-    original repository: 16 of 100, here 100). On trained networks, ten pairs of three-layer
-    perceptrons on digits, both end at the same share of the bound (0.300 and 0.299), and the
-    forward order takes fewer passes than the random one (17 and 21). The result is never below the
-    identity, which is where the descent begins if it is better than that first pass.
+    Three defaults are not the paper's, which begins at the identity, visits groups in random order
+    and solves each exactly (``begin="identity", order="random", epsilon=0``). While the
+    permutations around a group are still wrong, their tensors are noise in its gains; only what is
+    tied to the input, the output or to groups solved before says something. A first pass by those
+    tensors alone recovers planted permutations at once where the paper's needs several passes
+    (ResNet-50) or gets stuck (issue 8 of the original repository: 16 of 100, here 100). On trained
+    networks, ten pairs of three-layer perceptrons on digits, both end at the same share of the
+    bound (0.300 and 0.299), and the forward order takes fewer passes than the random one (17 and
+    21). And until no group rises by them, assignments are taken from an auction: solving them
+    exactly against tensors that are out of order takes longer and ends lower. The result is never
+    below the identity, which is where the descent begins if it is better than that first pass.
 
     Arguments:
         a, b: state dicts of one architecture, on any devices and of any floating dtypes; they are
@@ -100,19 +110,23 @@ def weight_matching(
         begin: "anchored" (above) or "identity".
         order: in which groups are visited: "forward" as the network runs, or "random", another
             order in every pass.
+        epsilon: of these auctions, in standard deviations of the gains. 0: all are solved exactly.
 
     Returns:
         permutations for B. ``details``: for every start its objective, passes and whether it
         ended by itself; for the best one the objective after every pass.
 
     Raises:
-        BadParameter: the networks do not fit the spec, or hold NaN or infinite values.
+        BadParameter: the networks do not fit the spec, or hold NaN or infinite values; an option
+            has no such value.
     """
     clock = time.perf_counter()
     if starts < 1 or max_passes < 1:
         raise BadParameter(f"starts, max_passes: at least 1 each, got {starts} and {max_passes}.")
     if not 0 <= rtol < 1:
         raise BadParameter(f"rtol must lie in [0, 1), got {rtol}.")
+    if not 0 <= epsilon < math.inf:
+        raise BadParameter(f"epsilon must be finite and not below 0, got {epsilon}.")
     one_of("begin", begin, ("anchored", "identity"))
     one_of("order", order, ("random", "forward"))
     most = bound(a, b, spec)
@@ -128,7 +142,7 @@ def weight_matching(
         if n == 0 and start is None:
             state, value = Descent(spec, a, b, spec.identity()), before
             if begin == "anchored":
-                anchored = _one_pass(spec, a, b, plan, anchored=True)
+                anchored = _one_pass(spec, a, b, plan, anchored=True, epsilon=epsilon)
                 if (reached := anchored.product(anchored.now)) > before:
                     state, value = anchored, reached
         else:
@@ -136,6 +150,7 @@ def weight_matching(
             state = Descent(spec, a, b, there)
             value = state.product(state.now)
         history = [value]
+        state.epsilon = epsilon
         todo = set(range(len(plan)))
         # Nothing to gain: an optimum of every group, or the bound itself.
         while not (ended := not todo or most - value <= tol) and len(history) <= max_passes:
@@ -150,6 +165,8 @@ def weight_matching(
                         value += rise
                         todo |= plan[k].neighbours | (set() if plan[k].linear else {k})
             history.append(value)
+            if not todo and state.epsilon:
+                state.epsilon, todo = 0.0, set(range(len(plan)))
         if len(history) > 1:  # steps were summed up; what is reported is the objective itself
             value = state.product(state.now)
         log.append({"objective": value, "passes": len(history) - 1, "converged": ended})
@@ -172,7 +189,13 @@ def weight_matching(
 
 
 def _one_pass(
-    spec: Spec, a: Theta, b: Theta, plan: Sequence[FamilyTerms], *, anchored: bool
+    spec: Spec,
+    a: Theta,
+    b: Theta,
+    plan: Sequence[FamilyTerms],
+    *,
+    anchored: bool,
+    epsilon: float = 0.0,
 ) -> Descent:
     """Every family once, forward, by the tensors whose other families have been visited.
 
@@ -180,6 +203,7 @@ def _one_pass(
     none that depend on where the family itself is now, which says nothing yet.
     """
     state = Descent(spec, a, b, spec.identity())
+    state.epsilon = epsilon
     for k, family in enumerate(plan):
         known = {t for t, others in family.others.items() if all(j < k for j in others)}
         known -= family.twice if anchored else family.readers
@@ -187,9 +211,6 @@ def _one_pass(
         found = state.best(family, terms, 0.0)
         if found is not None:
             state.take(family, found[0], state.stepped(family, found[0]))
-        if anchored:
-            step = None if found is None else found[0][family.outer]
-            state.keep(family, terms[family.outer], step)
     return state
 
 
@@ -254,11 +275,11 @@ class Descent:
         self.spec, self.a = spec, a
         self.perms = {n: p.detach().cpu().clone() for n, p in perms.items()}
         self.stay = spec.identity()
+        self.epsilon = 0.0
         self.price: dict[str, Tensor] = {}  # of B's units where they are now
-        self.kept: dict[str, tuple[frozenset[Term], Tensor]] = {}
-        self.last: Tensor | None = None
+        self.kept: dict[str, tuple[frozenset[Term], Tensor]] = {}  # gains, summed over terms
         size = sum(x.numel() * x.element_size() for n in spec.objective for x in (a[n], b[n]))
-        self.room = size * ROOM
+        self.room = max(size * ROOM, ROOM_AT_LEAST)
         moved = any(not torch.equal(self.perms[n], p) for n, p in self.stay.items())
         self.now = {
             t: spec.permute_tensor(b[t], t, self.perms) if moved else b[t] for t in spec.objective
@@ -277,17 +298,17 @@ class Descent:
                 return None
             here = float(outer.trace())
             price = self.price.get(family.outer)
-            # No assignment exceeds the sum of the rows' maxima, nor that of the columns', nor what
-            # the rows can have at any prices.
-            tops = [outer.amax(1).sum(), outer.amax(0).sum()]
-            if price is not None:
-                tops.append((outer - price).amax(1).sum() + price.sum())
+            # No assignment exceeds the columns' maxima, nor what the rows have at any prices.
+            if price is None:
+                tops = [outer.amax(1).sum(), outer.amax(0).sum()]
+            else:
+                tops = [(outer - price).amax(1).sum() + price.sum()]
             if min(map(float, tops)) - here <= tol:
                 return None
-            p = assign_units(outer, price)
+            p, price = assign_again(outer, price, self.epsilon)
             rise = float(outer[torch.arange(len(p)), p].sum()) - here
             if family.linear:
-                self.price[family.outer] = prices(outer, p, price)
+                self.price[family.outer] = price
             return ({family.outer: p}, rise) if rise > tol else None
         grams = {g: gains_of(terms[g], self.a, self.now) for g in family.inner}
         known = {g: m for g, m in grams.items() if m is not None}
@@ -300,28 +321,54 @@ class Descent:
         return {family.outer: p, **step}, value - here
 
     def _gains(self, family: FamilyTerms, terms: Sequence[Term]) -> Tensor | None:
-        """Gains of the outer units, from where :meth:`keep` has left them."""
+        """Gains of the outer units: those kept, and what is missing of ``terms``.
+
+        They are kept where there is room, for they are most of the work: a late step moves a few
+        units, and changes the gains of others by as many columns of a product.
+        """
         done, total = self.kept.pop(family.outer, (frozenset(), None))
         if total is not None:
             self.room += total.nbytes
         more = gains_of([t for t in terms if t not in done], self.a, self.now)
         if total is not None and more is not None:
-            total += more
-        self.last = more if total is None else total
-        return self.last
+            more += total
+        total = total if more is None else more
+        if total is not None and family.linear and not family.inner and total.nbytes <= self.room:
+            self.room -= total.nbytes
+            self.kept[family.outer] = (done.union(terms), total)
+        return total
 
-    def keep(self, family: FamilyTerms, terms: Sequence[Term], p: Tensor | None) -> None:
-        """Keep the gains just summed over ``terms``, for the units where step ``p`` leaves them.
+    def _follow(self, step: Mapping[str, Tensor], moved: Mapping[str, Tensor], outer: str) -> None:
+        """Bring the kept gains of another family to where a step moves the tensors they sum over.
 
-        As long as no neighbour takes a step, and as far as there is room.
+        Only the positions that move count; where they are not those of one other axis, the gains
+        are dropped.
         """
-        total, self.last = self.last, None
-        if total is None or family.inner or not family.linear or total.nbytes > self.room:
-            return
-        self.room -= total.nbytes
-        if p is not None:
-            total = total[:, p.to(total.device)]
-        self.kept[family.outer] = (frozenset(terms), total)
+        terms, total = self.kept[outer]
+        relative = {**self.stay, **step}
+        changes = []
+        for term in terms:
+            if term.tensor not in moved:
+                continue
+            at = [
+                (dim, (index != torch.arange(len(index))).nonzero().flatten())
+                for dim, axis in enumerate(self.spec.axes[term.tensor])
+                if any(f in step for block in axis for f in block)
+                for index in (self.spec.index(axis, relative),)
+            ]
+            if len(at) != 1 or at[0][0] == term.dim:
+                del self.kept[outer]
+                self.room += total.nbytes
+                return
+            changes.append((term, *at[0]))
+        for term, dim, places in changes:
+            x, old, new = (theta[term.tensor] for theta in (self.a, self.now, moved))
+            device = sums_on(x)
+            pieces = max(1, math.ceil(x.numel() / x.shape[dim] * len(places) / (LARGE // 4)))
+            for part in places.tensor_split(pieces) if len(places) else ():
+                change = term.rows(new, device, (dim, part))
+                change = change - term.rows(old, device, (dim, part))
+                total.addmm_(term.rows(x, device, (dim, part)), change.T)
 
     def stepped(self, family: FamilyTerms, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a step of one family moves, moved along the axes that hold it."""
@@ -345,12 +392,15 @@ class Descent:
         self, family: FamilyTerms, step: Mapping[str, Tensor], moved: dict[str, Tensor]
     ) -> None:
         """Make the step."""
+        for outer in [name for name in self.kept if name != family.outer]:
+            self._follow(step, moved, outer)
         self.now.update(moved)
-        for outer, (terms, total) in list(self.kept.items()):
-            if any(t.tensor in moved for t in terms):
-                del self.kept[outer]
-                self.room += total.nbytes
         p = step[family.outer]
+        if family.outer in self.kept:  # its columns are units of B where they are now
+            total = self.kept[family.outer][1]
+            places = (p != torch.arange(len(p))).nonzero().flatten().to(total.device)
+            there = total.index_select(1, p.to(total.device)[places])
+            total.index_copy_(1, places, there)
         self.perms[family.outer] = self.perms[family.outer][p]
         if family.outer in self.price:
             self.price[family.outer] = self.price[family.outer][p]
@@ -428,11 +478,16 @@ class Term:
     front: tuple[int, ...]  # those that make up the rows; the others stay, and join the columns
     view: View | None = None  # of the tensor
 
-    def rows(self, x: Tensor, device: torch.device) -> Tensor:
-        """The block as a float64 matrix, (units, everything else). Copied only where it has to."""
+    def rows(self, x: Tensor, device: torch.device, at: tuple[int, Tensor] | None = None) -> Tensor:
+        """The block as a float64 matrix, (units, everything else). Copied only where it has to.
+
+        ``at``: another dimension, and the positions of it that count.
+        """
         x = x.detach()
         if self.view is not None:
             x = self.view.lay_out(x)
+        if at is not None:
+            x = x.index_select(at[0], at[1].to(x.device))
         x = x.narrow(self.dim, self.start, math.prod(self.sizes)).movedim(self.dim, 0)
         x = x.to(device)
         if len(self.sizes) > 1:
