@@ -78,6 +78,7 @@ def nothing() -> Rotation:
     return replace(found, stream=eye, perms=rest, inner=inner)
 
 
+@pytest.mark.slow
 def test_latents_stand_for_rotations_and_permutations() -> None:
     q = turned(latents(1).stream, fixed=True)
     one = torch.eye(12, dtype=torch.float64)
@@ -138,6 +139,7 @@ def test_the_gradient_of_a_permutation_goes_straight_through() -> None:
     assert torch.equal(slope, way)
 
 
+@pytest.mark.slow
 def test_two_moved_ends_make_the_line_that_one_can_make() -> None:
     """S(A) to T(B) is S of A to S^-1 T(B): equal losses point by point."""
     a, b, text = wide(folded(0)), wide(folded(1)), read_by(folded(0), 8)

@@ -7,8 +7,8 @@
 ``spec.py`` the value · ``derive.py`` from a network to its spec, with ``trace.py``, ``axes.py``,
 ``rules.py`` and ``proof.py`` · ``weights.py``, ``activations.py``, ``ste.py``, ``merge.py``,
 ``universe.py`` matching, by ``assignment.py``, with ``matching.py`` as the result · ``widths.py``
-a narrow network in a wide one's space · ``folding.py``, ``rotation.py``, ``learned.py`` the residual
-stream of a GPT, rotated · ``repair.py``, ``calibration.py`` what to do afterwards.
+a narrow network in a wide one's space · ``folding.py``, ``rotation.py``, ``learned.py`` the
+residual stream of a GPT, rotated · ``repair.py``, ``calibration.py`` what to do afterwards.
 
 Source: Ainsworth et al. 2023, and Jordan et al. 2023 for REPAIR; our chapter 2.
 """

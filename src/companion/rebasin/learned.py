@@ -39,7 +39,7 @@ from companion.core.numerics import exact_evaluation
 from companion.core.seeds import Key
 from companion.core.theta import Theta, check_theta
 from companion.data import Split
-from companion.rebasin.assignment import assign_units, prices
+from companion.rebasin.assignment import assign_again
 from companion.rebasin.folding import HEAD, Folding
 from companion.rebasin.rotation import Problem, Rotation, pairs, rotation_matching, transform
 from companion.rebasin.spec import Permutations
@@ -107,12 +107,12 @@ class Move:
 
     def order(self, group: str) -> Tensor:
         """The permutation that a latent stands for, as indices (n,)."""
-        return assign_units(self.perms[group].detach(), self.prices.get(group))
+        latent = self.perms[group].detach()
+        p, self.prices[group] = assign_again(latent, self.prices.get(group))
+        return p
 
     def _permuted(self, group: str, latent: Tensor) -> Tensor:
-        p = self.order(group)
-        self.prices[group] = prices(latent.detach(), p, self.prices.get(group))
-        return permuted(p, latent)
+        return permuted(self.order(group), latent)
 
     def on(self, folding: Folding, theta: Theta) -> dict[str, Tensor]:
         """A folded network, moved; with gradients. As :func:`companion.rebasin.transform`."""
