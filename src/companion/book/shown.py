@@ -45,7 +45,7 @@ from companion.training import Fork, Job, Recipe, Run, build, load_weights, trai
 NET, BATCHNORM = "mlp:widths=64x2", "mlp:norm=batch,widths=64x2"
 GPT, TEXT = "gpt:layers=1,width=32", "pydoc"
 
-WIDTH = 96
+WIDTH = 84
 """Columns that a page has room for."""
 FILE = ".safetensors"
 
