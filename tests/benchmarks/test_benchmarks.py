@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -164,6 +165,9 @@ def results(tmp_path_factory) -> Path:
         *("--threads", "1", "--patience", "0", "--json", folder / "features.json"),
     )
     script("scaling.py", "--sizes", "10", "--json", folder / "scaling.json")
+    # In a Python of its own: it imports rebasin.py beside it, and here tests/rebasin has that name.
+    words = ("--widths", "8", "--repeats", "1", "--json", folder / "matching.json")
+    subprocess.run([sys.executable, BENCHMARKS / "matching.py", *words], check=True)
     return folder
 
 
@@ -178,6 +182,16 @@ def test_pool(results):
         check_contenders(found["contenders"], ratios, 2)
     assert len(found["starting"]["seconds"]) == 2
     assert found["contenders"][0]["units"] == 20
+    check_machine(found["machine"])
+
+
+@pytest.mark.slow
+def test_matching(results):
+    found = json.loads((results / "matching.json").read_text())
+    (case,) = found["cases"]
+    ours, plain = (case["contenders"][name] for name in ("companion", "plain loop"))
+    assert len(ours["seconds"]) == 1 and len(plain["seconds"]) == 3
+    assert min(*ours["objective"], *plain["objective"]) > 0
     check_machine(found["machine"])
 
 
@@ -326,8 +340,9 @@ def test_the_committed_tables_are_those_of_the_committed_results():
     for path in sorted((BENCHMARKS / "results").glob("*.json")):
         found = json.loads(path.read_text())
         check_machine(found["machine"])
-        # Three have rows, not turns; one takes a quarter of an hour and is about memory.
-        if found["benchmark"] not in ("engine", "families", "scaling", "streaming"):
+        # Three have rows, not turns; one takes a quarter of an hour and is about memory; of one a
+        # turn of its peers takes half a minute: three turns.
+        if found["benchmark"] not in ("engine", "families", "matching", "scaling", "streaming"):
             assert found["settings"]["repeats"] >= 5
             assert path.stat().st_size < 20_000
 
