@@ -392,7 +392,10 @@ def test_a_ticket_on_digits_is_stable_and_errs_less_than_its_controls(store: Sto
         store=store,
         workers=1,
     )
-    assert found.stable("imp", 9, 50) == "stable"
+    # Of two inits an interval is wide: whether it decides is a matter of how a processor rounds.
+    assert found.stable("imp", 9, 50) in ("stable", "undetermined")
+    heights = [v for _, v in found.instability("imp", 9).values(50, "test", "error")]
+    assert len(heights) == 2 and max(heights) < 2, "points, the paper's margin"
     errors = {kind: dict(found.errors(kind, 9, 50)) for kind in ("imp", "random", "reinit")}
     dense = dict(found.errors("imp", 0, 50))
     for init in (0, 1):
