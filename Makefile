@@ -13,6 +13,7 @@ PROFILE ?= quick
 # Chapters that run at once. Each trains on every core, but starts, draws and thinks on one; a GPU has one owner.
 JOBS ?= $(if $(filter quick,$(PROFILE)),2,1)
 MAKEFLAGS += -j$(JOBS)
+export JOBS
 ARGS ?=
 PORT ?= 8000
 KILLS ?= 1000

@@ -257,7 +257,7 @@ def killed_training(folder: Path) -> dict[str, Any]:
         pid = child(lambda: train_one(job, store=store))
         done = 0
         while not done and reached() < killed_at[-1] + 60:
-            time.sleep(0.002)
+            time.sleep(0.01)
             done, _ = os.waitpid(pid, os.WNOHANG)
         if done:
             break

@@ -142,7 +142,7 @@ def results(tmp_path_factory) -> Path:
     """A folder with the results of the benchmarks at a tiny size."""
     folder = tmp_path_factory.mktemp("results")
     script(
-        *("pool.py", "--runs", "2", "--steps", "10", "--repeats", "2", "--workers", "1"),
+        *("pool.py", "--runs", "2", "--steps", "10", "--repeats", "1", "--workers", "1"),
         *("--patience", "0", "--json", folder / "pool.json"),
     )
     script(
@@ -179,8 +179,8 @@ def test_pool(results):
     assert 0 <= found["agreement"]["largest_loss_difference"] < 1e-5
     assert list(found["ratios"]) == ["workers warm", "with start-up"]
     for ratios in found["ratios"].values():
-        check_contenders(found["contenders"], ratios, 2)
-    assert len(found["starting"]["seconds"]) == 2
+        check_contenders(found["contenders"], ratios, 1)
+    assert len(found["starting"]["seconds"]) == 1
     assert found["contenders"][0]["units"] == 20
     check_machine(found["machine"])
 

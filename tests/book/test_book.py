@@ -183,6 +183,13 @@ def test_two_executions_publish_the_same_bytes(toy, tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
+@pytest.mark.parametrize(("jobs", "expected"), [("", 6), ("1", 6), ("2", 3), ("9", 1), ("x", 6)])
+def test_chapters_that_run_at_once_share_the_cores(monkeypatch, jobs, expected):
+    monkeypatch.setattr(notebooks, "cpu_count", lambda: 6)
+    monkeypatch.setenv("JOBS", jobs)
+    assert notebooks.threads() == expected
+
+
 # What stops the build
 
 

@@ -12,10 +12,7 @@ from papermilled import check_page, entries, figures, judged, notebook_of, run_h
 from companion import data, models
 from companion.core.errors import BadParameter, MissingData
 from companion.core.runs import Store
-from companion.experiments.instability import analyse
-from companion.experiments.pairs import Evaluation
 from companion.papers import gpt as paper
-from companion.training import Recipe
 
 CHAPTER = "05_gpt"
 TINY: dict[str, Any] = {
@@ -106,32 +103,3 @@ def test_networks_that_did_not_train_end_in_a_sentence(source: Path) -> None:
     small = {k: v for k, v in TINY.items() if k != "max_error"}
     with pytest.raises(BadParameter, match="no pair trained"):
         run_here(source, **{**small, "steps": 4, "ks": [2]})
-
-
-@pytest.mark.slow
-def test_a_gpt_is_unstable_at_initialisation_and_stable_later() -> None:
-    """The recipe of the chapter, by its own rules: 0.1 nats at k = 0, 0.03 later."""
-    recipe = Recipe(
-        net="gpt",
-        data="pydoc?window=32",
-        steps=640,
-        batch=16,
-        optimizer="adamw",
-        betas=(0.9, 0.95),
-        lr=0.003,
-        weight_decay=1e-3,
-        weight_decay_on="matrices",
-        schedule="onecycle",
-        warmup=60,
-        div=100,
-        final_div=0.05,
-        augment="shift",
-    )
-    evaluation = Evaluation(points=3, train_examples=32, test_examples=128)
-    found = analyse(
-        recipe, [0, 240],
-        optimizer="restore", inits=1, copies=2, evaluation=evaluation, controls=False,
-    )  # fmt: skip
-    assert found.invalid() == []
-    ((_, early),), ((_, late),) = (found.values(k, "test", "loss") for k in (0, 240))
-    assert early > 0.1 and late < 0.03

@@ -122,17 +122,6 @@ def null(found: Instability) -> float | None:
 
 
 @pytest.mark.slow
-def test_digits_has_a_stable_and_an_unstable_network(store: Store) -> None:
-    noisy = Recipe(data="digits", lr=0.08, augment="crop1", **PERCEPTRON)
-    found = analyse(noisy, [0, 200], **FEW)
-    assert only(found, 0) > 5
-    assert only(found, 200) < 2  # 10 % of training
-    assert null(found) == 0
-    gentle = Recipe(data="digits", augment="crop1", **LENET)
-    assert only(analyse(gentle, [0], controls=False, **FEW), 0) < 2
-
-
-@pytest.mark.slow
 def test_mnist_has_a_stable_and_an_unstable_network(store: Store) -> None:
     needs("mnist")
     found = analyse(Recipe(data="mnist", lr=0.05, **PERCEPTRON), [0, 100], **FEW)

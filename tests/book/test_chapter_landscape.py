@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from papermilled import (
 
 from companion import data
 from companion.core.runs import Store
-from companion.papers import landscape as paper
 
 CHAPTER = "06_landscape"
 TINY: dict[str, Any] = {
@@ -81,13 +79,3 @@ def test_images_of_the_users_own_and_no_curves(source: Path, tmp_path: Path) -> 
     assert "no step was looked at" in by_id["L10"]["note"]
     assert "did not look often enough" in values(notebook)["ridge_sentence"]
     assert "bends" not in figures(notebook)
-
-
-@pytest.mark.slow
-def test_a_ridge_and_a_mountainside(store: Store) -> None:
-    """What the chapter stands on, with chapter 1's recipe and one initialisation."""
-    design = paper.design(dataset="digits", ks=[0, 200], looks=(0.05, 0.2, 1), bends=0, points=7)
-    study = replace(design, inits=1, device="cpu", workers=1)
-    (ridge,), (side,) = paper.descents(study, 0), paper.descents(study, 200)
-    assert ridge[0] < 0.5 * ridge[1]
-    assert side[0] > 0.5 * side[1]

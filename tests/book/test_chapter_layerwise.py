@@ -22,12 +22,7 @@ from companion import data, models
 from companion.book import recording
 from companion.book.layout import Book
 from companion.core.runs import Store
-from companion.experiments.instability import copy
-from companion.experiments.layers import sweep_pairs
-from companion.experiments.pairs import Pair
-from companion.layerwise import Sweep
 from companion.report import claims
-from companion.training import Recipe
 
 CHAPTER, FEDERATED = "04_layerwise", "04b_federated"
 TINY: dict[str, Any] = {
@@ -151,26 +146,3 @@ def test_the_budget_counts_the_clients(store: Store) -> None:
 
 
 # The residual network of the chapter.
-RESIDUAL = Recipe(
-    net="resnet18:width=12",
-    data="digits",
-    steps=800,
-    batch=32,
-    lr=0.03,
-    schedule="cosine",
-    warmup=80,
-    weight_decay=5e-4,
-    augment="crop1",
-)
-
-
-@pytest.mark.slow
-def test_the_network_has_a_barrier_and_its_layers_have_none(store: Store) -> None:
-    pair = Pair(copy(RESIDUAL, 0, 0, 1), copy(RESIDUAL, 0, 0, 2))
-    sets = Sweep(kinds=("single", "shallow", "deep"), points=1, train_examples=500)
-    (one,) = sweep_pairs([pair], sets, max_error=15.0)
-    full = one.full_height("train")
-    assert full > 0.4
-    assert max(one.worst("single", "train").values()) <= 0.25 * full
-    for kind in ("shallow", "deep"):
-        assert abs(list(one.worst(kind, "train").values())[-1] - full) < 1e-6

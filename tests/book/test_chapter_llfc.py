@@ -16,11 +16,7 @@ from papermilled import (
 )
 
 from companion.core.runs import Store
-from companion.experiments.aligned import pairs_of
-from companion.experiments.featured import Scope, after_first, survey
-from companion.experiments.methods import Method
 from companion.papers import conditions, llfc
-from companion.training import Recipe
 
 CHAPTER, SECOND = "03_llfc", "03b_conditions"
 TINY: dict[str, Any] = {
@@ -93,26 +89,3 @@ def test_pairs_that_fail_a_gate_leave_gaps_and_no_error(source: Path) -> None:
     assert list(by_id) == list(llfc.CLAIMS)
     assert by_id["A01"]["verdict"] == "not testable at this scale"
     assert figures(notebook)["llfc-coefficient"]["ResNet-8 (width 2)"] == {"layers": []}
-
-
-@pytest.mark.slow
-def test_matching_connects_features_of_a_perceptron(store: Store) -> None:
-    """The issue's numbers, on the chapter's narrower perceptron: 3 x 128 units."""
-    recipe = Recipe(
-        net="mlp:widths=128x3",
-        data="digits",
-        steps=500,
-        batch=48,
-        lr=0.1,
-        schedule="step",
-        milestones=(0.85,),
-    )
-    groups = {n: [(p, Method(n)) for p in pairs_of(recipe, 1)] for n in ("naive", "weights")}
-    found = survey(groups, Scope(points=5, parts=()), store=store, workers=1, max_error=5.0)
-    (before,), (after,) = found["naive"], found["weights"]
-    assert before.height() > 30 and after.height() < 2
-    for layer, gap in after_first(before.gaps()).items():
-        assert gap >= 3 * after.gaps()[layer], layer
-    assert before.ratios()["head"] > 1 and after.ratios()["head"] <= 0.25
-    # The ratio alone is small in hidden layers of pairs that are not connected.
-    assert before.ratios()["layer2.linear"] < 0.5

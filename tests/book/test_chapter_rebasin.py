@@ -19,11 +19,7 @@ from papermilled import (
 )
 
 from companion import data
-from companion.core.runs import Store
-from companion.experiments.aligned import align, pairs_of
-from companion.experiments.pairs import Evaluation
 from companion.report import claims
-from companion.training import Recipe
 
 CHAPTER, MERGING = "02_git_rebasin", "02b_merging"
 SHARED: dict[str, Any] = {
@@ -134,22 +130,3 @@ def test_a_network_with_batchnorm_on_images_of_the_users_own(
     )
     notebook = run_here(merging, **{**SHARED, **own}, many=0, halves=0)
     assert figure_names(notebook) == ["split"]
-
-
-@pytest.mark.slow
-def test_on_digits_the_barrier_is_there_and_matching_takes_it_away(store: Store) -> None:
-    """Width 512, SGD 0.1 with momentum 0.9: above 30 points before, below 2 after."""
-    recipe = Recipe(
-        net="mlp:widths=512x3",
-        data="digits",
-        steps=500,
-        batch=48,
-        lr=0.1,
-        schedule="step",
-        milestones=(0.85,),
-    )
-    few = Evaluation(points=13, train_examples=500)
-    found = align(pairs_of(recipe, 1), ["naive", "weights"], few, max_error=5.0)
-    (before,), (after,) = found["naive"], found["weights"]
-    assert before.barrier.height() > 30
-    assert after.barrier.height() < 2

@@ -375,47 +375,17 @@ def test_dead_pairs_count_nowhere_but_in_the_error() -> None:
 
 
 @pytest.mark.slow
-def test_a_ticket_on_digits_is_stable_and_errs_less_than_its_controls(store: Store) -> None:
-    """The claim in small: 13 % of the weights, rewound to 10 % of training, two inits."""
-    recipe = Recipe(
-        net="mlp:widths=60x3", data="digits", steps=500, batch=60, lr=0.08, augment="crop1"
-    )
-    found = find_tickets(
-        Search(
-            recipe=recipe,
-            ks=(50,),
-            levels=(0, 9),
-            inits=2,
-            pruning=Pruning(skip=("head",)),
-        ),
-        Evaluation(points=5),
-        store=store,
-        workers=1,
-    )
-    # Of two inits an interval is wide: whether it decides is a matter of how a processor rounds.
-    assert found.stable("imp", 9, 50) in ("stable", "undetermined")
-    heights = [v for _, v in found.instability("imp", 9).values(50, "test", "error")]
-    assert len(heights) == 2 and max(heights) < 2, "points, the paper's margin"
-    errors = {kind: dict(found.errors(kind, 9, 50)) for kind in ("imp", "random", "reinit")}
-    dense = dict(found.errors("imp", 0, 50))
-    for init in (0, 1):
-        assert errors["imp"][init] < dense[init] + 1
-        assert errors["imp"][init] + 3 < min(errors["random"][init], errors["reinit"][init])
-    assert max(v for _, v in found.successive_values(9, 50)) < 2
-
-
-@pytest.mark.slow
 def test_a_sparse_resnet20_trains_an_epoch_on_cifar10(store: Store) -> None:
     """The paper's density of 16.8 %, on the copy of CIFAR-10 whose images are JPEGs.
 
-    One epoch of a tenth of its 50,000 training images: every one of them is seen once, but for the
-    rest that fills no batch. The whole copy is ten times as long, minutes on one core.
+    One epoch of a twentieth of its 50,000 training images: every one of them is seen once, but for
+    the rest that fills no batch. The whole copy is twenty times as long, minutes on one core.
     """
     if not any(e.name == "cifar10-jpeg" and e.present for e in datasets.catalogue()):
         pytest.skip("cifar10-jpeg is not under the data root (COMPANION_DATA)")
-    part = "cifar10-jpeg@random-10-0"
+    part = "cifar10-jpeg@random-5-0"
     epoch = len(datasets.load(part).train) // 128
-    assert epoch == 5000 // 128
+    assert epoch == 2500 // 128
     recipe = Recipe(net="resnet20", data=part, steps=epoch, batch=128, lr=0.03)
     chain = Chain(recipe)
     run = chain.run(8, "magnitude")

@@ -127,7 +127,7 @@ class Remembers(nn.Module):
 CASES = {
     "mlp": (named("mlp:widths=12x3"), ("interpolate",)),
     "plain cnn": (named("vgg11:width=2,norm=none"), ("interpolate",)),
-    "resnet": (named("resnet18:width=2"), ("interpolate",)),
+    "resnet": (named("resnet8:norm=none,width=2"), ("interpolate",)),
     "layer norm": (named("resnet8:norm=layer,width=2"), ("interpolate",)),
     "batch norm": (named("resnet8:norm=batch,width=2"), BN_MODES),
     "tied": (Tied, ("interpolate",)),

@@ -17,6 +17,7 @@ from companion.layerwise import LayerBarriers, Row
 from companion.papers import federated, layerwise
 from companion.report import claims, page
 from companion.report.words import MISSING
+from companion.training import engine
 
 SHARED: dict[str, Any] = {
     "dataset": "digits",
@@ -35,12 +36,12 @@ PAGE: dict[str, Any] = {
     "plain": None,
     "others": None,
     "inits": 3,
-    "looks": 6,
+    "looks": 5,
     "checkpoints": None,
     "together": True,
     "controls": True,
     "window": 5,
-    "draws": 5,
+    "draws": 3,
     "max_error": 15.0,
 }
 CLIENTS: dict[str, Any] = {
@@ -410,7 +411,7 @@ def test_sentences_follow_the_results() -> None:
     steps = {s: [pair(1.0, 0.3 if s < 480 else 0.1)] * 3 for s in shrinks.along}
     vars(shrinks)["along"] = steps
     assert "lose their barriers" in str(filled(layerwise.show_time, shrinks)["story"])
-    assert filled(layerwise.show_time, shrinks)["middle"] == 480
+    assert filled(layerwise.show_time, shrinks)["middle"] == 400
     assert "does not shrink" in str(filled(layerwise.show_time, low)["story"])
     leave = clients(pathological_deep=BETTER, pathological_none=(96.0, 96.0, 96.0))
     assert "leaving the clients alone" in str(filled(federated.show_averages, leave)["lesson"])
@@ -466,6 +467,16 @@ def test_networks_with_a_recipe_of_their_own_have_it() -> None:
     assert study.residual.batch == designed(layerwise).residual.batch
 
 
+def test_a_network_is_trained_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks at the end of training first has it all trained and kept."""
+    tiny = {"net": "resnet8:norm=none,width=2", "plain": "mlp:widths=4x1", "others": ()}
+    few = {"steps": 6, "inits": 1, "looks": 3, "together": False, "controls": False}
+    study = designed(layerwise, **tiny, **few, train_examples=20, test_examples=20)
+    assert len(study.ends[study.residual]) == 1
+    monkeypatch.delattr(engine, "_advance")
+    assert list(study.along) == [0, 3, 6]
+
+
 def test_the_runs_are_those_of_before() -> None:
     """Recipes as this chapter always had them: with others, stored runs would be trained again."""
     study = designed(layerwise)
@@ -476,7 +487,7 @@ def test_the_runs_are_those_of_before() -> None:
     perceptron = replace(main, **own, warmup=0, weight_decay=0.0)
     assert study.perceptron.identity() == perceptron.identity()
     assert (study.convolutional.steps, study.convolutional.warmup) == (1200, 80)
-    assert study.places == (0, 160, 320, 480, 640, 800)
+    assert study.places == (0, 200, 400, 600, 800)
     first = study.plans()[0][0]
     assert isinstance(first, LayerSweep) and first.pair.step == 0
     two = designed(federated).apart

@@ -230,7 +230,7 @@ def test_loss_curves_and_errors_agree_within_noise() -> None:
         milestones=(0.6,),
         augment="crop1",
     )
-    runs = runs_of(what, 6)
+    runs = runs_of(what, 3)
     module = build(runs[0], DIGITS, CPU)
     walker = Walker(module, {"test": DIGITS.test})
     curves, errors = {}, {}

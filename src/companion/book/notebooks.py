@@ -13,6 +13,8 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
+from joblib import cpu_count
+
 from companion.book import parameters
 from companion.book.layout import Book, BookError
 from companion.core import files
@@ -76,6 +78,15 @@ def format_cells(book: Book, chapter: str) -> bool:
     return before != after
 
 
+def threads() -> int:
+    """Threads of a kernel: its share of the cores, where make runs ``JOBS`` chapters at once.
+
+    Threads that share a core wait in a loop for each other, and take it from whoever has work.
+    """
+    jobs = os.environ.get("JOBS", "")
+    return max(1, cpu_count() // max(1, int(jobs if jobs.isdecimal() else 1)))
+
+
 def execute(book: Book, profile: str, chapter: str) -> Path:
     """Run a chapter's notebook, which :func:`build` made, with a profile's parameters.
 
@@ -104,6 +115,7 @@ def execute(book: Book, profile: str, chapter: str) -> Path:
     # Of a kernel that is stopped, what clears up behind its workers would say that it does so.
     others = [w for w in os.environ.get("PYTHONWARNINGS", "").split(",") if w and w != _QUIET]
     os.environ["PYTHONWARNINGS"] = ",".join([*others, _QUIET])
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads()))
     for name in ("papermill", "traitlets", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
     started = time.monotonic()

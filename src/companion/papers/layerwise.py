@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 
 from companion import data, models
 from companion.connectivity import Walker, gates
+from companion.core import closing
 from companion.core.errors import BadParameter
 from companion.core.seeds import Key
 from companion.core.stats import Interval, over_pairs
 from companion.core.theta import flatten, layout
 from companion.data import Dataset
-from companion.experiments import subspaces
+from companion.experiments import measurement, subspaces
 from companion.experiments.budget import Plan
 from companion.experiments.instability import copy
 from companion.experiments.layers import LayerSweep, sweep_pairs
@@ -290,26 +291,45 @@ class Study:
 
     def plans(self) -> list[Plan]:
         """All sweeps of the page, for its budget."""
-        groups = [(pairs_of(self.residual, self.inits, step), self.alone) for step in self.places]
-        groups += [(pairs_of(recipe, self.inits), self.sets) for recipe in self.recipes]
-        others = (*self.gentle, *self.variants)
-        groups += [(pairs_of(recipe, self.few), self.alone) for recipe in others]
-        asked = [(p, fitting(p.a.recipe, sets)) for pairs, sets in groups for p in pairs]
-        return [[LayerSweep(p, sets) for p, sets in asked]]
+        late = [task for recipe in self.recipes for task in self._late(recipe)]
+        others = [
+            LayerSweep(pair, fitting(recipe, self.alone))
+            for recipe in (*self.gentle, *self.variants)
+            for pair in pairs_of(recipe, self.few)
+        ]
+        return [[*self._early, *late, *others]]
+
+    @property
+    def _early(self) -> list[LayerSweep]:
+        """The sweeps of the residual network before the end of training."""
+        sets = fitting(self.residual, self.alone)
+        points = [p for s in self.places[:-1] for p in pairs_of(self.residual, self.inits, s)]
+        return [LayerSweep(pair, sets) for pair in points]
+
+    def _late(self, recipe: Recipe) -> list[LayerSweep]:
+        """The sweeps of one of the three networks at the end."""
+        sets = fitting(recipe, self.sets)
+        return [LayerSweep(pair, sets) for pair in pairs_of(recipe, self.inits)]
 
     @cached_property
     def along(self) -> Mapping[int, list[LayerBarriers]]:
         """Step -> the pairs of the residual network there, half-trained ones among them."""
-        points = [p for step in self.places for p in pairs_of(self.residual, self.inits, step)]
-        found = iter(self._swept(self.residual, points, self.alone))
-        return {
-            s: [next(found).judged(max_error=100.0) for _ in range(self.inits)] for s in self.places
-        }
+        ends, early = self.ends[self.residual], [task.pair for task in self._early]
+        found = [*self._swept(self.residual, early, self.alone), *ends]
+        judged = iter([one.judged(max_error=100.0) for one in found])
+        return {s: [next(judged) for _ in range(self.inits)] for s in self.places}
 
     @cached_property
     def ends(self) -> Mapping[Recipe, list[LayerBarriers]]:
-        """The pairs of all three networks at the end of training."""
+        """The pairs of all three networks at the end of training.
+
+        The residual one is swept along training now, too: a step that is asked for later would have
+        it trained once more.
+        """
         allowed = {"max_error": self.max_error}
+        if not closing.active():
+            how: dict[str, Any] = {"device": self.device, "workers": self.workers}
+            measurement.run([*self._early, *self._late(self.residual)], **how, label="layers")
         return {
             r: self._swept(r, pairs_of(r, self.inits), self.sets, **allowed) for r in self.recipes
         }
