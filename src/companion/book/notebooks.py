@@ -84,7 +84,7 @@ def threads() -> int:
     Threads that share a core wait in a loop for each other, and take it from whoever has work.
     """
     jobs = os.environ.get("JOBS", "")
-    return max(1, cpu_count() // max(1, int(jobs if jobs.isdecimal() else 1)))
+    return max(1, int(cpu_count()) // max(1, int(jobs if jobs.isdecimal() else 1)))
 
 
 def execute(book: Book, profile: str, chapter: str) -> Path:
