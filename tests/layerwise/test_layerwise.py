@@ -170,6 +170,26 @@ def test_a_replay_gives_what_the_plain_walker_gives(name: str, bn: str) -> None:
     assert reread(fast) == fast
 
 
+def test_what_two_networks_share_costs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen backbone: its hybrids are the networks themselves; only the head's are run."""
+    make = named("mlp:widths=12x3")
+    a, other = ends(make)
+    b = {**{n: v.clone() for n, v in a.items()}, "head.weight": other["head.weight"]}
+    runs = []
+    real = Replay.run
+    monkeypatch.setattr(Replay, "run", lambda *args: runs.append(1) or real(*args))
+    settings = Sweep(kinds=("single", "shallow"), points=1)
+    found = sweep(make(), a, b, SPLITS, settings, max_error=100)
+    passes = len(runs)
+    assert gap(found, sweep(make(), a, b, SPLITS, settings, fast=False)) < 1e-6
+    at_a, at_b = found.ends["train"]["loss"]
+    shared = [found.worst("single", "train")[f"layer{n}.linear"] for n in (1, 2, 3)]
+    assert shared == pytest.approx([abs(at_a - at_b) / 2] * 3)
+    runs.clear()
+    sweep(make(), a, other, SPLITS, settings)
+    assert passes < len(runs) / 3, (passes, len(runs))
+
+
 @pytest.mark.parametrize("rest", ["a", "b"])
 def test_rows_are_the_segments_of_connectivity(rest: str) -> None:
     make = named("mlp:widths=12x3")

@@ -309,6 +309,7 @@ class _Replayed:
     A network on a path agrees with its base before the first entry that moves, and with the whole
     mixture of A and B at that place before the first entry that does not (so the first k layers
     averaged, k = 1, 2, …, share the averaged network's pass). It replays whichever goes further.
+    Entries that A and B have in common, a frozen backbone say, move nowhere and stop nothing.
     """
 
     def __init__(
@@ -322,8 +323,11 @@ class _Replayed:
         self.kept: dict[Any, torch.Tensor] = {}
         self.room = _KEPT
         self.last: tuple[Path, Theta] | None = None
-        everything = set(walker.layout.floating)
-        self.still = [tuple(everything - set(p.names)) for p in paths]
+        a, b = ends["a"], ends["b"]
+        differ = {n for n in walker.layout.floating if not torch.equal(a[n], b[n])}
+        self.still = [tuple(differ - set(p.names)) for p in paths]
+        # A random direction moves what is common, too.
+        self.moving = [p.names if p.end else tuple(differ & set(p.names)) for p in paths]
         every = [(number, weights) for number, p in enumerate(paths) for weights in p.weights]
         self.count = len(every)
         # Weights of A and B -> the points there; None: random directions.
@@ -400,7 +404,8 @@ class _Replayed:
                     if path.rest != rest:
                         continue
                     deadline.stop_if_passed()
-                    tape, cut = tapes[rest], tapes[rest].cut(path.names) if weights[1] else math.inf
+                    names = self.moving[number] if weights[1] else ()
+                    tape, cut = tapes[rest], tapes[rest].cut(names)
                     if mixture is not None and self.mixed:
                         further = mixture.cut(self.still[number])
                         if further > cut:
