@@ -181,7 +181,8 @@ def test_a_narrow_network_finds_its_units_in_a_wide_one(nets, tmp_path):
         # Larger units than a unit's own may have a larger product with it.
         assert sum(i == j for i, j in zip(found, planted.tolist(), strict=True)) >= 17
     assert error_of(narrow, ends[1]) == error_of(wide, tmp_path / "out.safetensors")
-    assert "(20, 64)" in align(*ends, *shape, code=2).stderr
+    unsaid = align(*ends, *shape, code=2).stderr
+    assert "(20, 64)" in unsaid and "name its architecture with --model-b" in unsaid
     away = align(*ends, *shape, "--model-b", "mlp:widths=20x3", code=2).stderr
     assert "missing" in away
 

@@ -30,7 +30,7 @@ from companion.cli.console import (
     write_tensors,
 )
 from companion.cli.opening import LETTERS, Opened, example_for, opened
-from companion.core.errors import BadParameter, one_of, whole
+from companion.core.errors import BadParameter, WrongShape, one_of, whole
 from companion.experiments.methods import METHOD_KINDS, Method, described, offered
 
 if TYPE_CHECKING:
@@ -168,17 +168,17 @@ def align_networks(
     from companion.data import resolve_device
 
     measuring = options.evaluation(points, bn, train_examples, test_examples, bn_examples)
-    pair = opened(
-        a,
-        b,
-        model,
-        data,
-        device,
-        shape_and_classes(data, in_shape, classes),
-        optional=True,
-        stream=True,
-        narrow=model_b,
-    )
+    shape_given = shape_and_classes(data, in_shape, classes)
+    try:
+        pair = opened(
+            *(a, b, model, data, device, shape_given), optional=True, stream=True, narrow=model_b
+        )
+    except WrongShape as error:
+        if model_b or kind.folds or not str(error).startswith("network B"):
+            raise
+        raise BadParameter(
+            f"{error} If B has fewer units than A, name its architecture with --model-b."
+        ) from error
     dataset, shape = pair.dataset, pair.shape
     if dataset is None and kind.data:
         raise BadParameter(

@@ -14,6 +14,10 @@ class BadParameter(CompanionError, ValueError):
     """A parameter is unknown, of the wrong type, out of range, or clashes with another one."""
 
 
+class WrongShape(BadParameter):
+    """A network's entry has another shape than the model's: another width, say."""
+
+
 class MissingData(CompanionError, FileNotFoundError):
     """A dataset is not under the data root. The message names it, the folder and the command."""
 

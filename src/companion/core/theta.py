@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from companion.core.errors import BadParameter
+from companion.core.errors import BadParameter, WrongShape
 from companion.core.fitting import fitted
 from companion.core.networks import plain
 
@@ -251,7 +251,7 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
             continue
         v = theta[k]
         if v.shape != own[k].shape:
-            raise BadParameter(
+            raise WrongShape(
                 f"network {name}: {k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}."
             )
         if not is_continuous(v):
