@@ -13,7 +13,6 @@ PROFILE ?= quick
 # Chapters that run at once. Each trains on every core, but starts, draws and thinks on one; a GPU has one owner.
 JOBS ?= $(if $(filter quick,$(PROFILE)),2,1)
 MAKEFLAGS += -j$(JOBS)
-export JOBS
 ARGS ?=
 PORT ?= 8000
 KILLS ?= 1000
@@ -107,7 +106,7 @@ build/notebooks/%.ipynb: chapters/%.md src/companion/book/notebooks.py src/compa
 
 # The profile's folder is listed for the sake of a file that appears or goes.
 $(OUT)/executed/%.ipynb: build/notebooks/%.ipynb $(PACKAGE) $$(wildcard chapters/profiles/$(PROFILE) chapters/profiles/$(PROFILE)/$$*.yaml) | $(READY)
-	@$(BOOK) execute --profile $(PROFILE) $*
+	@JOBS=$(JOBS) $(BOOK) execute --profile $(PROFILE) $*
 
 $(BUILT): $(EXECUTED) $(PAGES) data/claims.yaml | $(READY)
 	@$(BOOK) stage --profile $(PROFILE)
