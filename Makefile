@@ -33,7 +33,9 @@ BUILT := $(OUT)/.built
 
 CHAPTERS := $(patsubst chapters/%.md,%,$(wildcard chapters/*.md))
 NOTEBOOKS := $(CHAPTERS:%=build/notebooks/%.ipynb)
-EXECUTED := $(CHAPTERS:%=$(OUT)/executed/%.ipynb)
+# The longest first: of two that run at once, neither ends long after the other.
+LONGEST := 01_instability 04_layerwise 05_gpt
+EXECUTED := $(patsubst %,$(OUT)/executed/%.ipynb,$(filter $(LONGEST),$(CHAPTERS)) $(filter-out $(LONGEST),$(CHAPTERS)))
 # What a chapter's numbers can depend on: all of the package but the book's own steps and the command line.
 PACKAGE := $(shell find src/companion -name '*.py' -not -path '*/book/*' -not -path '*/cli/*' -not -name 'cli.py') \
 	$(shell find data/recorded -name '*.json' -o -type d 2>/dev/null) $(wildcard data/claims.yaml)
