@@ -16,9 +16,10 @@ MAKEFLAGS += -j$(JOBS)
 ARGS ?=
 PORT ?= 8000
 KILLS ?= 1000
-# Processes that share the tests, a file each; 0: none, for a debugger.
+# Processes that share the tests, a file each; 0: none, for a debugger. One that dies ends all of it: xdist
+# starts another, and may then wait for ever.
 WORKERS ?= auto
-SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 VENV ?= .venv
 # Any Python from 3.11 to 3.13; the first that is found.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; print("yes" * ((3, 11) <= sys.version_info < (3, 14)))' 2>/dev/null),$(p))))

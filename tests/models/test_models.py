@@ -443,6 +443,19 @@ def test_gradients_reach_every_parameter(spec):
         assert parameter.grad.any(), name
 
 
+def test_a_narrow_strided_shortcut_reads_plain_memory():
+    """Of channels last, oneDNN's gradient of such weights writes beyond their end (AVX2)."""
+    net = build("resnet8:norm=layer,width=4", DIGITS, 10, KEY)
+    seen = {}
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1):
+            module.register_forward_pre_hook(
+                lambda conv, args: seen.update({conv.in_channels: args[0].is_contiguous()})
+            )
+    net(images(2, DIGITS))
+    assert seen == {4: True, 8: False}
+
+
 @pytest.mark.parametrize("spec", SMALL)
 def test_output_is_logits_without_softmax(spec):
     # A softmax here would be followed by the one inside cross_entropy, and still train, badly.

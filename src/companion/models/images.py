@@ -11,7 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from companion.models import options
-from companion.models.layers import LAYER_NORM_EPS, NormMaker, PadShortcut, norm_maker
+from companion.models.layers import (
+    LAYER_NORM_EPS,
+    NormMaker,
+    PadShortcut,
+    PlainLayout,
+    norm_maker,
+)
 from companion.models.options import NetworkFamily, Shape
 
 SHORTCUTS = ("conv", "conv3x3", "A")
@@ -87,7 +93,10 @@ class Block(nn.Module):
             kernel = 3 if shortcut == "conv3x3" else 1
             # Never a bias: it would add to the same sum as conv2's, a direction without effect.
             conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
-            self.shortcut = nn.Sequential(OrderedDict(conv=conv, norm=norm(c_out)))
+            parts: dict[str, nn.Module] = {"conv": conv, "norm": norm(c_out)}
+            if kernel == 1 and c_in < 8:
+                parts = {"plain": PlainLayout(), **parts}
+            self.shortcut = nn.Sequential(OrderedDict(parts))
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:

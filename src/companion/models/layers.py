@@ -49,6 +49,18 @@ class ChannelLayerNorm(nn.LayerNorm):
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
+class PlainLayout(nn.Module):
+    """The same numbers with channels outermost in memory.
+
+    Before a strided 1x1 convolution of fewer than 8 channels: given channels last, as
+    :class:`ChannelLayerNorm` leaves them, oneDNN's gradient of its weights writes beyond their end
+    on a CPU with AVX2 and no AVX-512, and the process dies some time later (torch 2.14.1).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.contiguous()
+
+
 class PadShortcut(nn.Module):
     """Option A: keep every ``stride``-th pixel, fill the new channels with zeros. No parameters.
 
