@@ -175,9 +175,14 @@ def test_what_two_networks_share_costs_no_pass(monkeypatch: pytest.MonkeyPatch) 
     make = named("mlp:widths=12x3")
     a, other = ends(make)
     b = {**{n: v.clone() for n, v in a.items()}, "head.weight": other["head.weight"]}
-    runs = []
+    runs: list[None] = []
     real = Replay.run
-    monkeypatch.setattr(Replay, "run", lambda *args: runs.append(1) or real(*args))
+
+    def counted(*args: Any) -> Any:
+        runs.append(None)
+        return real(*args)
+
+    monkeypatch.setattr(Replay, "run", counted)
     settings = Sweep(kinds=("single", "shallow"), points=1)
     found = sweep(make(), a, b, SPLITS, settings, max_error=100)
     passes = len(runs)
