@@ -110,7 +110,7 @@ def in_processes(
             [sys.executable, *strict, str(script), *scenarios, str(folder)],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), folder

@@ -69,7 +69,7 @@ def _make(book: Path, *words: str, **environment: str) -> list[str]:
         env={**clean, **environment},
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=600,
     )
     return sorted(log.read_text().split("\n")[:-1])
 

@@ -75,7 +75,7 @@ def pages(site: Path) -> list[Path]:
     return [p for p in found if p.name not in ("genindex.html", "search.html")]
 
 
-def wait(condition: Callable[[], Any], seconds: float = 15) -> Any:
+def wait(condition: Callable[[], Any], seconds: float = 90) -> Any:
     """The condition's value once it is true; the test fails if it never is."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -124,7 +124,7 @@ def window(browser: Any) -> Iterator[Callable[[int], None]]:
 
 def violations(browser: Any) -> list[str]:
     """What axe-core calls serious or critical on the page as it is now."""
-    browser.set_script_timeout(120)
+    browser.set_script_timeout(600)
     found: list[str] = browser.execute_async_script(
         "const done = arguments[arguments.length - 1];"
         "axe.run(document, {preload: false, resultTypes: ['violations']}).then(result => done("

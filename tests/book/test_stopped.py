@@ -59,7 +59,7 @@ def root(tmp_path: Path) -> Path:
     return made
 
 
-def until(condition: Callable[[], object], seconds: float = 240) -> None:
+def until(condition: Callable[[], object], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came to that"
@@ -108,7 +108,7 @@ def test_it_ends_with_one_line_and_all_of_its_processes(
         until(lambda: call.poll() or len([p for p in store.glob(".locks/*") if p.read_text()]) == 2)
         assert call.poll() is None, call.communicate()
         os.killpg(call.pid, number)  # as a terminal sends it: to make, and to what it runs
-        _, said = call.communicate(timeout=240)
+        _, said = call.communicate(timeout=600)
         until(lambda: not alive(store), 60)
     finally:
         for pid in {*alive(store), *([call.pid] if call.poll() is None else [])}:

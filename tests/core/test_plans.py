@@ -321,7 +321,7 @@ def test_claims_and_locks_hold_between_two_mount_namespaces(tmp_path):
             each.stdin.write("end\n")
             each.stdin.flush()
         for each in workers:
-            each.communicate(timeout=60)
+            each.communicate(timeout=600)
 
 
 # ---- workers

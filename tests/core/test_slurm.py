@@ -79,7 +79,7 @@ def output(queue: Queue) -> str:
     return "".join(path.read_text() for path in sorted((queue.folder / "logs").glob("*_log.out")))
 
 
-def until(said: Callable[[], object], seconds: float = 240) -> None:
+def until(said: Callable[[], object], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not said():
         assert time.monotonic() < end, "it did not come to that"
@@ -102,7 +102,7 @@ class Asking(threading.Thread):
         except BaseException as e:
             self.error = e
 
-    def end(self, seconds: float = 240) -> None:
+    def end(self, seconds: float = 600) -> None:
         self.join(seconds)
         assert not self.is_alive()
         if self.error is not None:
@@ -188,12 +188,12 @@ def test_ctrl_c_cancels_and_a_closed_terminal_does_not(request):
     one = command()
     until(lambda: " job " in output(only_queue()))
     one.send_signal(signal.SIGTERM)
-    assert "goes on; the same command attaches" in one.communicate(timeout=120)[1]
+    assert "goes on; the same command attaches" in one.communicate(timeout=600)[1]
     assert one.returncode == 143 and "RUNNING" in tasks()
     two = command()
     (plan,) = only_queue().plans()
     assert "is at work already, with 1 tasks" in two.stderr.readline()
     two.send_signal(signal.SIGINT)
-    assert "is cancelled" in two.communicate(timeout=120)[1] and two.returncode == 130
+    assert "is cancelled" in two.communicate(timeout=600)[1] and two.returncode == 130
     until(lambda: "RUNNING" not in tasks())
     assert plan.over and len(list((only_queue().folder / "plans").iterdir())) == 1

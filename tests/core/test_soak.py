@@ -61,7 +61,7 @@ def at_work(tmp_path: Path, runs_root: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def until(condition: Any) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end, "it never came to that"
         time.sleep(0.05)
@@ -82,7 +82,7 @@ def test_no_worker_outlives_its_command(
         os.killpg(at_work.pid, signal.SIGINT)
     else:
         at_work.send_signal(signal.Signals[how])
-    _, said = at_work.communicate(timeout=120)
+    _, said = at_work.communicate(timeout=600)
     until(lambda: not soak.session(at_work.pid))
     code = {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9, "a worker": 1}[how]
     assert at_work.returncode == code
