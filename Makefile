@@ -31,7 +31,6 @@ SITE := $(OUT)/book/_build/html/index.html
 # Touched at the end of a step that writes many files.
 READY := $(VENV)/.ready
 BUILT := $(OUT)/.built
-SHOWN := build/shown/.ran
 
 CHAPTERS := $(patsubst chapters/%.md,%,$(wildcard chapters/*.md))
 NOTEBOOKS := $(CHAPTERS:%=build/notebooks/%.ipynb)
@@ -112,13 +111,7 @@ build/notebooks/%.ipynb: chapters/%.md src/companion/book/notebooks.py src/compa
 $(OUT)/executed/%.ipynb: build/notebooks/%.ipynb $(PACKAGE) $$(wildcard chapters/profiles/$(PROFILE) chapters/profiles/$(PROFILE)/$$*.yaml) | $(READY)
 	@JOBS=$(JOBS) $(BOOK) execute --profile $(PROFILE) $*
 
-# The commands on the pages around the chapters, beside the last of these.
-$(SHOWN): $(wildcard *.md src/companion/book/shown.py) $(PACKAGE) | $(READY)
-	@$(BOOK) shown
-	@mkdir -p $(@D)
-	@touch $@
-
-$(BUILT): $(EXECUTED) $(SHOWN) $(PAGES) data/claims.yaml | $(READY)
+$(BUILT): $(EXECUTED) $(PAGES) data/claims.yaml | $(READY)
 	@$(BOOK) stage --profile $(PROFILE)
 	@$(BOOK) html --profile $(PROFILE)
 	@touch $@

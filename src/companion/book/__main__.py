@@ -14,7 +14,6 @@ from companion.book import notebooks as _notebooks
 from companion.book import site
 from companion.book.layout import Book
 from companion.book.shape import shape as _shape
-from companion.book.stage import commands
 from companion.book.stage import readme as _readme
 from companion.book.stage import stage as _stage
 from companion.core import signals
@@ -69,14 +68,6 @@ def execute(chapters: Chapters = None, profile: Profile = "quick", root: Root = 
     for chapter in chapters or book.chapters():
         with book.building(profile, chapter):
             _notebooks.execute(book, profile, chapter)
-
-
-@app.command()
-def shown(root: Root = Path()) -> None:
-    """Run the commands that the pages around the chapters show: build/shown/."""
-    book = Book(root)
-    with book.building("shown", "commands"):
-        commands(book)
 
 
 @app.command()

@@ -117,16 +117,6 @@ def _page(book: Book, profile: str, chapter: str) -> Page:
     return page
 
 
-def commands(book: Book) -> None:
-    """Run what the pages around the chapters show, where it has changed: :mod:`.shown`.
-
-    The stage does so, too; before it, there may be a chapter to run beside.
-    """
-    for name in book.pages():
-        if not name.startswith("chapters/"):
-            shown(book, name, _text(book, name).decode())
-
-
 def _text(book: Book, name: str) -> bytes:
     path = book.root / f"{name}.md"
     if not path.is_file():
