@@ -193,6 +193,7 @@ def test_ctrl_c_cancels_and_a_closed_terminal_does_not(request):
     two = command()
     (plan,) = only_queue().plans()
     assert "is at work already, with 1 tasks" in two.stderr.readline()
+    time.sleep(1)  # not while it writes that line: people read it first
     two.send_signal(signal.SIGINT)
     assert "is cancelled" in two.communicate(timeout=600)[1] and two.returncode == 130
     until(lambda: "RUNNING" not in tasks())
