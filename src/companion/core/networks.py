@@ -112,13 +112,15 @@ def channels_last(module: nn.Module, inputs: torch.Tensor) -> nn.Module:
     """The very module, its convolutions' weights laid out as a CPU reads them fastest.
 
     Convolutions of ResNet-18 take half the time; sums are the same up to rounding. A module stays
-    as it is where that helps nothing (no convolution of images, another device), or where its
-    forward relies on how tensors lie in memory (``view`` over channels).
+    as it is where that helps nothing (no convolution of images, another device), where its forward
+    relies on how tensors lie in memory (``view`` over channels), and where a gradient would be
+    written beyond its end (:func:`_unsafe_last`).
 
     Arguments:
         inputs: two examples that it takes, on the device to compute on.
     """
-    if inputs.device.type != "cpu" or not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if inputs.device.type != "cpu" or not convolutions or any(map(_unsafe_last, convolutions)):
         return module
     trial = private(module, inputs)
     try:
@@ -127,6 +129,17 @@ def channels_last(module: nn.Module, inputs: torch.Tensor) -> nn.Module:
     except RuntimeError:
         return module
     return _last(module) if torch.allclose(before, after, 1e-3, 1e-4) else module
+
+
+def _unsafe_last(convolution: nn.Conv2d) -> bool:
+    """Whether oneDNN's gradient of these weights, channels last, writes beyond their end.
+
+    It does on a CPU with AVX2 and no AVX-512, for strided 1x1 convolutions of 2 to 7 channels
+    (torch 2.14.1); the process dies some time later. See also
+    :class:`companion.models.layers.PlainLayout`.
+    """
+    narrow = convolution.in_channels // convolution.groups < 8
+    return narrow and convolution.kernel_size == (1, 1) and convolution.stride != (1, 1)
 
 
 def _last(module: nn.Module) -> nn.Module:

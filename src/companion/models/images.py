@@ -94,7 +94,7 @@ class Block(nn.Module):
             # Never a bias: it would add to the same sum as conv2's, a direction without effect.
             conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
             parts: dict[str, nn.Module] = {"conv": conv, "norm": norm(c_out)}
-            if kernel == 1 and c_in < 8:
+            if kernel == 1 and stride > 1 and c_in < 8:
                 parts = {"plain": PlainLayout(), **parts}
             self.shortcut = nn.Sequential(OrderedDict(parts))
         self.relu2 = nn.ReLU()
