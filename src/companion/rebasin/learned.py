@@ -108,7 +108,7 @@ class Move:
     def order(self, group: str) -> Tensor:
         """The permutation that a latent stands for, as indices (n,)."""
         latent = self.perms[group].detach()
-        p, self.prices[group] = assign_again(latent, self.prices.get(group))
+        p, self.prices[group], _ = assign_again(latent, self.prices.get(group))
         return p
 
     def _permuted(self, group: str, latent: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ class Problem:
                 perms |= orders
             else:
                 assert outer is not None
-                perms[name], self.prices[name] = assign_again(outer, self.prices.get(name))
+                perms[name], self.prices[name], _ = assign_again(outer, self.prices.get(name))
             perms |= {g: self.stay[g] for g in turnable}
         return perms, inner
 
