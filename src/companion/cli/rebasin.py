@@ -80,8 +80,9 @@ def align_networks(
     model_b: Annotated[
         str | None,
         typer.Option(
-            help="B's architecture, where it has fewer units than A's: B gets units of weight 0 "
-            "until it has A's shape, and still computes the same."
+            help="B's architecture, where it has fewer units than A's, or more: the narrower of "
+            "the two gets units of weight 0 until it has the other's shape, and still computes "
+            "the same."
         ),
     ] = None,
     data: Annotated[
@@ -171,13 +172,13 @@ def align_networks(
     shape_given = shape_and_classes(data, in_shape, classes)
     try:
         pair = opened(
-            *(a, b, model, data, device, shape_given), optional=True, stream=True, narrow=model_b
+            *(a, b, model, data, device, shape_given), optional=True, stream=True, other=model_b
         )
     except WrongShape as error:
         if model_b or kind.folds or not str(error).startswith("network B"):
             raise
         raise BadParameter(
-            f"{error} If B has fewer units than A, name its architecture with --model-b."
+            f"{error} If one of them has fewer units, name B's architecture with --model-b."
         ) from error
     dataset, shape = pair.dataset, pair.shape
     if dataset is None and kind.data:
@@ -201,7 +202,9 @@ def align_networks(
 
     places = None
     if pair.widened and here.matching:
-        places = {n: p.tolist() for n, p in pair.widened.places(here.matching.perms).items()}
+        perms = here.matching.perms
+        perms = perms if pair.narrow else pair.widened.spec.inverse(perms)
+        places = {n: p.tolist() for n, p in pair.widened.places(perms).items()}
     found: dict[str, Any] | None = None
     if dataset is not None:
         before, after = _barriers(pair, here, measuring, max_error)
