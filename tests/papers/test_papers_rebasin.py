@@ -659,7 +659,7 @@ def test_the_page_on_merging_trains_runs_of_chapter_2() -> None:
 @pytest.mark.slow
 def test_a_budget_holds_what_the_page_measures(store: Store) -> None:
     """After everything was looked at, nothing of the budget is missing, and nothing else there."""
-    tiny = {"width": 8, "steps": 20, "pairs": 2, "points": 3, "train_examples": 60}
+    tiny: dict[str, Any] = {"width": 8, "steps": 20, "pairs": 2, "points": 3, "train_examples": 60}
     more = {"widths": [4], "looks": [10], "ste_steps": 1}
     main = rebasin.design(**{**PAGE, **tiny, **more})
     other = merging.design(**{**MERGING, **tiny, "many": 3, "merges": 1})
