@@ -43,7 +43,7 @@ METRICS = {
 }
 PREDICTORS = {
     "input": "one input",
-    "first": "each matched with the first",
+    "first": "matched with the first",
     "merged": "merged",
     "c2m3": "merged by C2M3",
     "ensemble": "ensemble",
