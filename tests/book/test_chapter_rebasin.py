@@ -83,7 +83,7 @@ def test_a_tiny_run_of_the_chapter(source: Path) -> None:
 
 @pytest.mark.slow
 def test_a_tiny_run_of_the_page_on_merging(merging: Path) -> None:
-    notebook = run_here(merging, **SHARED, many=2, halves=2, merges=2)
+    notebook = run_here(merging, **SHARED, many=3, halves=2, merges=2)
     check_page(MERGING, notebook, **SHARED)
     assert figure_names(notebook) == ["merge", "split"]
     by_id = judged(notebook)
@@ -91,6 +91,9 @@ def test_a_tiny_run_of_the_page_on_merging(merging: Path) -> None:
     assert "one pair" in by_id["R16"]["note"] and by_id["R15"]["n"] == 2
     assert "saw their data" in by_id["R14"]["note"]
     assert by_id["R13"]["verdict"] in ("reproduced", "not reproduced", "undetermined")
+    assert by_id["R43"]["n"] == 2 and by_id["R43"]["verdict"] != "not testable at this scale"
+    told = values(notebook)
+    assert float(told["passes_share"]) <= float(told["c2m3_share"]) and float(told["defect"]) > 0
     assert "does not decide" in values(notebook)["corrected_or_merged"]
     assert "passes until nothing moves" in printed(notebook)
 

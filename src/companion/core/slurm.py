@@ -68,6 +68,7 @@ class Engine:
         replicas: networks of one recipe that a GPU trains at once.
         idle: seconds that workers wait for another plan before they go.
         stale: see :data:`companion.core.claims.STALE_S`.
+        requeues: see :data:`companion.core.plans.REQUEUES`.
     """
 
     kind: str = "slurm"
@@ -84,6 +85,7 @@ class Engine:
     replicas: int = 8
     idle: float = 60.0
     stale: float = STALE_S
+    requeues: int = plans.REQUEUES
 
     def __str__(self) -> str:
         given = ",".join(
@@ -177,6 +179,7 @@ def command(engine: Engine, queue: Queue) -> list[str]:
     kept += [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
     words = ["env", *kept, sys.executable, "-m", "companion", "work", str(queue.folder)]
     words += f"--idle {engine.idle:g} --stale {engine.stale:g}".split()
+    words += [] if engine.requeues == plans.REQUEUES else ["--requeues", str(engine.requeues)]
     limit = 60 * engine.time - engine.margin
     return words + (["--time-limit", f"{limit:g}"] if engine.kind == "slurm" else [])
 
