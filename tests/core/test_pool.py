@@ -75,16 +75,14 @@ def faults_of_steps(keep: bool) -> int:
 
 @pytest.mark.skipif(not glibc(), reason="glibc's malloc has this option, others do not")
 def test_workers_keep_what_they_free() -> None:
-    """A process of its own each: the option cannot be taken back."""
-    script = "import sys; sys.path.insert(0, {!r}); import test_pool; print(test_pool.{}({}))"
-    here = str(Path(__file__).parent)
-    usual, kept = (
-        int(subprocess.run(
-            [sys.executable, "-c", script.format(here, "faults_of_steps", keep)],
-            check=True, capture_output=True, text=True,
-        ).stdout)
-        for keep in (False, True)
-    )  # fmt: skip
+    """In a process of its own: the option cannot be taken back."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_pool import faults_of_steps\n"
+        "print(faults_of_steps(False), faults_of_steps(True))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    usual, kept = map(int, done.stdout.split())
     assert kept < usual / 4, (usual, kept)
 
 
