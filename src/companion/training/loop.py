@@ -187,7 +187,7 @@ def _leave_dynamo_out() -> None:
         for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
             method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
             if method is not None:
-                setattr(method, "__dynamo_disable", method)  # noqa: B010 - a name of PyTorch's
+                setattr(method, "__dynamo_disable", method)
 
 
 def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.SGD | torch.optim.Adam:
