@@ -33,7 +33,9 @@ SHARED: dict[str, Any] = {
     "workers": 1,
 }
 TINY: dict[str, Any] = {**SHARED, "widths": [8], "ste_steps": 2}
-LEAST: dict[str, Any] = {**TINY, "wide_decay": 0.0, "map_pairs": 0, "ste_steps": 0}
+FEWER: dict[str, Any] = {**SHARED, "points": 3}
+LEAST: dict[str, Any] = {**TINY, **FEWER, "looks": [20]}
+LEAST |= {"wide_decay": 0.0, "map_pairs": 0, "ste_steps": 0}
 FIGURES = ["swap", "plane", "line", "width", "time", "map", "controls"]
 
 
@@ -105,7 +107,7 @@ def test_parts_can_be_left_out(source: Path, merging: Path) -> None:
     by_id = judged(notebook)
     for n in (4, 7, 21, 23, 24, 25):
         assert by_id[f"R{n:02d}"]["verdict"] == "not testable at this scale", n
-    notebook = run_here(merging, **SHARED, many=0, halves=0, split=False)
+    notebook = run_here(merging, **FEWER, many=0, halves=0, split=False)
     assert figure_names(notebook) == []
     assert {v["verdict"] for v in judged(notebook).values()} == {"not testable at this scale"}
     assert values(notebook)["same_merged_loss"] == "not measured"
@@ -131,5 +133,5 @@ def test_a_network_with_batchnorm_on_images_of_the_users_own(
         drawn["weight matching, test"]["mean"]
         != drawn["weight matching, statistics interpolated, test"]["mean"]
     )
-    notebook = run_here(merging, **{**SHARED, **own}, many=0, halves=0)
+    notebook = run_here(merging, **{**FEWER, **own}, many=0, halves=0)
     assert figure_names(notebook) == ["split"]

@@ -271,10 +271,10 @@ def weakly_anchored() -> Spec:
 
 @pytest.mark.slow
 def test_more_starts_find_what_one_does_not() -> None:
-    """The sheet's numbers for this toy: 16 of 100 from the identity, 78 with ten starts."""
+    """The sheet's shares for this toy: 16 % from the identity, 78 % with ten starts."""
     spec = weakly_anchored()
     one = ten = anchored = 0
-    for seed in range(100):
+    for seed in range(40):
         g = generator(seed)
         a = {
             n: torch.randn([sum(map(spec.length, x)) for x in axes], generator=g)
@@ -285,9 +285,9 @@ def test_more_starts_find_what_one_does_not() -> None:
         one += same(weight_matching(spec, a, b, begin="identity", **kind).perms, back)
         ten += same(weight_matching(spec, a, b, begin="identity", starts=10, **kind).perms, back)
         anchored += same(weight_matching(spec, a, b, **kind).perms, back)
-    assert one <= 40
-    assert ten >= 75
-    assert anchored >= 95
+    assert one <= 16
+    assert ten >= 30
+    assert anchored >= 38
 
 
 @pytest.mark.parametrize("order", ["random", "forward"])

@@ -49,6 +49,7 @@ STOPPED = 75
 """Exit code of a worker whose time was up: its script requeues the task."""
 
 _TRIES = 3  # arrays in a row that end without one more job done
+_LOOK_S = 5.0  # between two looks at a plan, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +322,7 @@ class _Watch:
                     self.say(f"{self._arrays()} is at work already, with {live} tasks")
             self._say(bar, left)
             time.sleep(pause)
-            pause = min(5.0, 1.2 * pause)
+            pause = min(_LOOK_S, 1.2 * pause)
 
     def submit(self, jobs: int) -> None:
         """Submit an array of workers."""
