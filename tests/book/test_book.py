@@ -145,6 +145,7 @@ def test_nothing_of_this_machine_or_moment_is_published(toy, page):
         assert not re.search(pattern, staged), pattern
         assert not re.search(pattern, page), pattern
     assert "here: ." in page
+    assert "a warning with a place" in page and "by y; waiting for it" not in page
     assert "&lt;cell&gt;:" in page  # the warning's place
 
 
@@ -157,7 +158,7 @@ def test_the_front_page_collects_the_claims(toy):
     assert "Claims that the papers draw from experiments (1): 1 reproduced." in text
     ours = "Questions and controls of our own (2): 1 undetermined, 1 not testable at this scale."
     assert ours in text
-    assert "Profile other: toy data, no network" in text
+    assert "Profile other; what each chapter trained" in text
     results = json.loads((Book(toy).html("other") / "results.json").read_text())
     assert [c["claim"]["id"] for c in results["chapters"]["01_toy"]["claims"]] == [
         "C01",

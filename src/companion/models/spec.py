@@ -186,6 +186,19 @@ def title(spec: str) -> str:
     return f"{found} ({rest})" if rest else found
 
 
+def in_words(text: str) -> str:
+    """The text with people's names for networks, as :func:`title` has them, in place of recipes."""
+
+    def named(found: re.Match[str]) -> str:
+        try:
+            return title(found[0])
+        except BadParameter:
+            return found[0]
+
+    option = r"\w+=[^\s,;]+"
+    return re.sub(rf"\b(mlp|lenet|resnet|vgg|gpt)[\w-]*(:{option}(,{option})*)?", named, text)
+
+
 def names() -> list[Listed]:
     """Every network that has a name here, with a line on what it is and its options.
 
