@@ -187,7 +187,11 @@ def title(spec: str) -> str:
 
 
 def in_words(text: str) -> str:
-    """The text with people's names for networks, as :func:`title` has them, in place of recipes."""
+    """The text with people's names for networks, as :func:`title` has them, in place of specs.
+
+    Arguments:
+        text: words, such as ``digits, resnet20:width=8, T = 800``; what is no spec stays.
+    """
 
     def named(found: re.Match[str]) -> str:
         try:
