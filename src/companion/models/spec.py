@@ -194,8 +194,9 @@ def in_words(text: str) -> str:
     """
 
     def named(found: re.Match[str]) -> str:
+        wide = re.match(r"mlp:.*?widths=(\d+)x\d", found[0])
         try:
-            return title(found[0])
+            return f"{wide[1]}-wide {title(found[0])}" if wide else title(found[0])
         except BadParameter:
             return found[0]
 
