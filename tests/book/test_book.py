@@ -25,7 +25,9 @@ CELL = (
 
 @pytest.fixture(scope="module")
 def page(toy: Path) -> str:
-    return (Book(toy).html("other") / "chapters" / "01_toy.html").read_text(encoding="utf-8")
+    """The chapter's page; between a number and its unit stands a space that does not break."""
+    path = Book(toy).html("other") / "chapters" / "01_toy.html"
+    return path.read_text(encoding="utf-8").replace("\u00a0", " ")
 
 
 @pytest.fixture
