@@ -433,7 +433,14 @@ def families(found: dict[str, Any]) -> str:
             f"{row['tolerance']:.0e}",
         ]
         body.append([name, *counts, held or "nothing", f"{row['seconds']:.1f}"])
-    header = ["network", "groups (inside others)", "orders", "proven to", "held in place", "s"]
+    header = [
+        "network",
+        "groups (inside others)",
+        "orders",
+        "proven to",
+        "held in place",
+        "seconds",
+    ]
     table = [f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body]]
     machine = found["machine"]
     packages = ", ".join(f"{p} {v}" for p, v in machine["packages"].items() if p in PACKAGES)

@@ -60,6 +60,7 @@ figures.use_style()
 parameters = {"n": n, "slope": slope, "ks": ks}
 print("here:", Path.cwd())
 warnings.warn("a warning with a place", stacklevel=1)
+print("x is being worked on by y;", "waiting for it to finish", file=sys.stderr)
 y = [slope * i for i in range(n)]
 for name in ("toy-curve", "toy-twin"):
     fig, ax = plt.subplots()

@@ -27,7 +27,9 @@ CELL = (
 
 @pytest.fixture(scope="module")
 def page(toy: Path) -> str:
-    return (Book(toy).html("other") / "chapters" / "01_toy.html").read_text(encoding="utf-8")
+    """The chapter's page; between a number and its unit stands a space that does not break."""
+    path = Book(toy).html("other") / "chapters" / "01_toy.html"
+    return path.read_text(encoding="utf-8").replace("\u00a0", " ")
 
 
 @pytest.fixture
@@ -147,6 +149,7 @@ def test_nothing_of_this_machine_or_moment_is_published(toy, page):
         assert not re.search(pattern, staged), pattern
         assert not re.search(pattern, page), pattern
     assert "here: ." in page
+    assert "a warning with a place" in page and "by y; waiting for it" not in page
     assert "&lt;cell&gt;:" in page  # the warning's place
 
 
@@ -159,7 +162,7 @@ def test_the_front_page_collects_the_claims(toy):
     assert "Claims that the papers draw from experiments (1): 1 reproduced." in text
     ours = "Questions and controls of our own (2): 1 undetermined, 1 not testable at this scale."
     assert ours in text
-    assert "Profile other: toy data, no network" in text
+    assert "Profile other; what each chapter trained" in text
     results = json.loads((Book(toy).html("other") / "results.json").read_text())
     assert [c["claim"]["id"] for c in results["chapters"]["01_toy"]["claims"]] == [
         "C01",

@@ -49,8 +49,10 @@ def test_git_rebasin(shown: Shown) -> None:
     counts = shown("convs =")
     assert counts == {"every layer on its own, as in the paper": 55109, "tied": 25638}
     assert "25.02, 67% less" in shown("top-1 accuracy") and "78% less" in shown("top-1 accuracy")
-    top = {name: float(share.rstrip("%")) for name, share in shown("torch.isin").items()}
+    top = {name: float(share.rstrip("%")) for name, share in shown("right, member").items()}
     assert top["top-5"] == pytest.approx(5, abs=2) and top["as published"] > 99
+    batches = {size: float(share.rstrip("%")) for size, share in shown("published =").items()}
+    assert batches[1] < 10 < batches[10] < batches[100] and batches[1000] > 99
     loss = shown("straight_through(")
     assert loss["best"] < min(loss["last"], loss["weight matching"]) - 0.1
     assert shown("zero =") == "B"
@@ -84,6 +86,8 @@ def test_gpt(shown: Shown) -> None:
     assert barrier > 0.1
     assert abs(shown("half(*a)) - nats(a)") - barrier) > 0.05
     assert shown("nats(a, dropout=0.2)") < barrier - 0.03
+    by_dropout = shown("ends = {p")
+    assert by_dropout[0] == barrier and by_dropout[0.8] < 0 < by_dropout[0.2] < barrier
     assert shown("def drawn") > 0.01
     names = shown('"embedding alone"')
     assert names["embedding alone"] == names["A itself"] < 0.3 < names["output alone"]

@@ -45,7 +45,7 @@ def test_a_claim_is_judged_once():
     board = said("<!-- scoreboard -->", one)
     assert "claims.html#claim-C01" in board
     table = said("<!-- claims -->", one)
-    assert 'href="chapters/01_toy.html#claim-C01"' in table and "Profile quick: toy" in table
+    assert 'href="chapters/01_toy.html#claim-C01"' in table and "Profile quick; what" in table
 
 
 def test_figures_to_play_with_are_left_out_with_their_chapter():

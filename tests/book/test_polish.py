@@ -18,8 +18,10 @@ PAGE = """\
 <html><head><meta name="viewport" content="a" /><meta name="viewport" content="b"/>
 <title>A page &#8212; The book</title>
 <script src="../_static/scripts/fontawesome.js?digest=1"></script>
-<script defer="defer" src="../_static/../mathjax/tex-chtml.js?v=2"></script>
+<script defer="defer" src="../_static/../mathjax/startup.js?v=2"></script>
 </head><body><h1>A page</h1><p>It has <em>one</em> "sentence".</p>
+<p>It rises by 20.0 points, <b>from 2% to 22 %</b> at k = 0 (<code>2 %</code>,
+<span class="math">\\(k = 0\\)</span>).</p>
 <summary aria-label="Toggle hidden content"><span>Show</span></summary>
 <figure class="lead" data-of="fig-one"></figure><figure class="lead" data-of="fig-none"></figure>
 <figure class="align-default" id="fig-one"><img alt="One" src="../_images/a.svg" /></figure>
@@ -97,6 +99,12 @@ def test_figures_of_a_page_without_a_number_count_from_one(tmp_path):
     polish(tmp_path)
     text = (tmp_path / "using.html").read_text()
     assert re.findall(r"Fig\. (\d+) <", text) == ["1", "2"]
+
+
+def test_no_line_ends_between_a_number_and_its_unit(site):
+    text = (site / "chapters" / "01_toy.html").read_text()
+    assert "by 20.0\u00a0points, <b>from 2\u00a0% to 22\u00a0%</b> at k\u00a0=\u00a00 (" in text
+    assert "<code>2 %</code>" in text and "\\(k = 0\\)" in text  # code and formulas stay
 
 
 def test_what_no_reader_needs_is_gone(site):

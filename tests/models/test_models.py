@@ -25,6 +25,7 @@ from companion.models import (
     build,
     canonical,
     describe,
+    in_words,
     names,
     parameter_count,
     title,
@@ -492,6 +493,10 @@ def test_a_patch_that_does_not_fit_the_image_is_refused_with_those_that_do():
         build("vit:patch=5,width=8", DIGITS, 10)
     with pytest.raises(BadParameter, match="width=6 is not a multiple of 4"):
         build("vit:width=6", DIGITS, 10)
+    told = "digits, resnet20:width=8 and mlp:widths=100x5, T = 800"
+    wide = "100-wide six-layer perceptron"
+    assert in_words(told) == f"digits, ResNet-20 (width 8) and {wide}, T = 800"
+    assert in_words("resnet20:wide=yes, mlps") == "resnet20:wide=yes, mlps"
     assert title("vit") == "ViT" and title("mobilenet:width=8") == "MobileNet (width 8)"
 
 

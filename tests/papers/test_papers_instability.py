@@ -283,12 +283,14 @@ def test_the_onset_has_the_interval_of_the_verdicts(design: paper.Study) -> None
     assert (found.value, found.interval) == (0.05, (0.05, 0.2))
     assert found.detail == "k = 50 to 200 of 1000"
     assert paper.onset_sentence(study) == (
-        "At k = 0 the barrier still lies above 2 points. From k = 200 on (20 % of training) the "
-        "barrier lies below 2 points. In between, 3 initialisations do not decide."
+        "At k = 0 the barrier is still above 2 points. From k = 200 on (20 % of training) it is "
+        "below 2 points. In between, 3 initialisations are too few to tell."
     )
     open_ = world(design, heights={0: 70.0, 50: PERHAPS, 100: PERHAPS, 200: PERHAPS})
     assert verdict("C03", open_).interval == (0.05, math.inf)
-    assert paper.onset_sentence(open_).endswith("After that, 3 initialisations do not decide.")
+    assert paper.onset_sentence(open_).endswith(
+        "After that, 3 initialisations are too few to tell."
+    )
     for id in ("C07", "C27", "C29"):  # at the step from which on copies are certainly stable
         assert verdict(id, study).n == 3
         assert verdict(id, open_).value is None

@@ -566,6 +566,8 @@ def test_a_sentence_says_what_young_and_narrow_networks_keep() -> None:
     found = [verdict(rebasin, "R10", narrowest(0.5, 9.0)), verdict(rebasin, "R36", young(8.0, 9.0))]
     words = "Young networks keep a barrier; whether narrow networks keep one, the pairs do not"
     assert rebasin.keeps(found) == f"{words} decide."
+    both = [verdict(rebasin, "R10", narrowest(8.0, 9.0)), verdict(rebasin, "R36", young(8.0, 9.0))]
+    assert rebasin.keeps(both) == "Young and narrow networks keep a barrier."
     assert rebasin.keeps([]) == ""
 
 

@@ -305,7 +305,7 @@ def test_captions_and_sentences_say_what_was_measured(design: paper.Study) -> No
     assert said["whole_wall_first"] == "20.0" and said["imp_wall_first"] == "0.3"
     assert said["random_error_last"] == "9.0" and said["new_permuted"] == "4.0"
     assert said["drift_first"] == "8.0" and said["step_first"] == "0.3"
-    assert "stable and matching" in str(said["start_sentence"])
+    assert "as good as the whole network (matching), so" in str(said["start_sentence"])
     large = world(design, **LARGE)
     assert "unstable and not matching" in paper.start_sentence(large)
     assert paper.onset_sentence(study) == (

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import matplotlib as mpl
 import numpy as np
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from traitlets.config import Config
 
 from companion.connectivity import Curve, Plane
 from companion.core import codec
@@ -24,6 +26,17 @@ def ax():
     with mpl.rc_context():
         figures.use_style()
         yield Figure().subplots()
+
+
+def test_cells_display_four_digits():
+    shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+    try:
+        with mpl.rc_context():
+            figures.use_style()
+        shown, _ = shell.display_formatter.format({0: (0.1234567, 22.9166666), 1: 1437})
+        assert shown["text/plain"] == "{0: (0.1235, 22.92), 1: 1437}"
+    finally:
+        InteractiveShell.clear_instance()
 
 
 def drawn_without_a_window(fig):

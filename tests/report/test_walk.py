@@ -46,7 +46,7 @@ def test_the_map_has_a_pixel_for_each_network_and_the_books_colours():
     (picture,) = re.findall(r"data:image/png;base64,([^\"]+)", text)
     pixels = imread(io.BytesIO(base64.b64decode(picture)), format="png")
     errors = np.array(PLANE["values"]["test"]["error"]) / 100
-    assert np.allclose(pixels, colormaps["cividis"](errors)[::-1], atol=1 / 255)
+    assert np.allclose(pixels, colormaps["cividis_r"](errors)[::-1], atol=1 / 255)
 
 
 def test_only_the_first_map_is_shown_without_scripts():

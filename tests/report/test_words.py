@@ -40,7 +40,7 @@ def test_several_numbers_in_one_sentence():
 def test_untested_claims_are_named_with_their_reason():
     first, second = claims.judge("C01", None, note="no norm"), claims.judge("C02", None)
     assert words.untested([first, second]) == "C01 (no norm); C02 (not measured)"
-    assert words.untested([claims.judge("C02", 50.0)]) == "none"
+    assert words.untested([claims.judge("C02", 50.0)]) == "nothing"
     values = words.judged([first, claims.judge("C02", 50.0)])
     assert (
         values["c02"] in ("reproduced", "not reproduced") and values["untested"] == "C01 (no norm)"

@@ -21,6 +21,7 @@ from companion.book.parameters import declared, substituted, table
 from companion.book.polish import lead
 from companion.book.prose import Caption, captions, fill, give, merged, places
 from companion.core.locations import data_root, runs_root
+from companion.core.locks import WAITING
 from companion.report import tables
 from companion.report.figures import dark, label
 from companion.report.recorded import Record
@@ -102,10 +103,16 @@ def _tags(cell: Any) -> list[str]:
 
 
 def _tidy(outputs: Iterable[Any], book: Book) -> Iterator[Any]:
-    """Outputs without paths of this machine; a stream that came in pieces is one again."""
+    """Outputs without paths of this machine; a stream that came in pieces is one again.
+
+    Without lines, too, in which a chapter says that it waits for another to train what both want.
+    """
     last = None
     for output in outputs:
         if output.output_type == "stream":
+            output.text = re.sub(rf"^.*; {WAITING}\n?", "", output.text, flags=re.M)
+            if not output.text:
+                continue
             if last is not None and last.name == output.name:
                 last.text = _scrub(last.text + output.text, book)
                 continue

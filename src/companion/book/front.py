@@ -12,6 +12,7 @@ from typing import Any
 
 from companion.book.finish import Page
 from companion.book.layout import BookError
+from companion.book.polish import number
 from companion.book.prose import fill
 from companion.core import codec
 from companion.report import claims, scoreboard, walk
@@ -57,11 +58,10 @@ def _filled(name: str, text: str, values: dict[str, Any]) -> str:
     return fill("\n\n".join(paragraphs), values, lambda line: f"{name}.md")
 
 
-def verdicts(pages: Sequence[Page]) -> tuple[list[claims.Verdict], dict[str, str], list[str]]:
-    """The verdicts of all chapters, claim id -> chapter, and what their numbers rest on."""
+def verdicts(pages: Sequence[Page]) -> tuple[list[claims.Verdict], dict[str, str]]:
+    """The verdicts of all chapters, and claim id -> chapter."""
     found: list[claims.Verdict] = []
     chapters: dict[str, str] = {}
-    scales: list[str] = []
     for page in pages:
         for entry in page.claims:
             verdict = codec.from_json(claims.Verdict, entry, f"{page.chapter}, claims")
@@ -71,13 +71,12 @@ def verdicts(pages: Sequence[Page]) -> tuple[list[claims.Verdict], dict[str, str
                 )
             found.append(verdict)
             chapters[verdict.claim.id] = page.chapter
-            scales.append(entry["scale"])
-    return found, chapters, list(dict.fromkeys(scales))
+    return found, chapters
 
 
 def _board(pages: Sequence[Page], profile: str) -> str:
     """The headline and the scoreboard."""
-    found, _, _ = verdicts(pages)
+    found, _ = verdicts(pages)
     if not found:
         return ""
     records = [record for page in pages for record in page.recorded]
@@ -86,15 +85,15 @@ def _board(pages: Sequence[Page], profile: str) -> str:
 
 
 def _table(pages: Sequence[Page], profile: str) -> str:
-    """The long table, what it rests on, and what is recorded."""
-    found, chapters, scales = verdicts(pages)
+    """The long table, and what is recorded."""
+    found, chapters = verdicts(pages)
     if not found:
         return ""
     records = [record for page in pages for record in page.recorded]
     links = {id: f"chapters/{chapter}.html#claim-{id}" for id, chapter in chapters.items()}
     table = claims.table(
         found,
-        caption=f"Profile {profile}: {'; '.join(scales)}",
+        caption=f"Profile {profile}; what each chapter trained stands above its own table",
         links=links,
         recorded=records,
     )
@@ -125,7 +124,7 @@ def _provenance(pages: Sequence[Page], profile: str) -> str:
             f"Python {made.get('python')}, torch {made.get('packages', {}).get('torch')}",
             "—" if page.seconds is None else f"{page.seconds:.0f}",
         )
-        link = f'<a href="chapters/{escape(page.chapter)}.html">{escape(page.chapter)}</a>'
+        link = f'<a href="chapters/{escape(page.chapter)}.html">Chapter {number(page.chapter)}</a>'
         rows.append((link, [escape(cell) for cell in cells]))
     heads = ("Chapter", "Data", "Commit", "Hardware", "Versions", "Seconds")
     return _html_table(escape(f"Profile {profile}"), heads, rows)
@@ -137,7 +136,7 @@ def readme(text: str, pages: Sequence[Page], profile: str) -> str:
     Raises:
         BookError: the text lacks the two comments between which the table stands.
     """
-    found, _, _ = verdicts(pages)
+    found, _ = verdicts(pages)
     words = [word for word in claims.SIGNS if word in {v.verdict for v in found}]
     rows = [f"| paper | {' | '.join(words)} |", "|---" * (len(words) + 1) + "|"]
     for paper, name in claims.papers().items():
@@ -190,8 +189,8 @@ def _thresholds(pages: Sequence[Page], profile: str) -> str:
     here = {page.chapter for page in pages}
     rows = []
     for name, one in THRESHOLDS.items():
-        chapter = escape(one.chapter)
-        link = f'<a href="chapters/{chapter}.html">{chapter}</a>'
+        chapter = f"Chapter {number(one.chapter)}"
+        link = f'<a href="chapters/{escape(one.chapter)}.html">{chapter}</a>'
         cells = [escape(one.rule), escape(one.reason), link if one.chapter in here else chapter]
         rows.append((escape(name), cells))
     return _html_table("The rules of a report", heads, rows)

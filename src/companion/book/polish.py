@@ -47,11 +47,34 @@ def polish(html: Path) -> None:
         text = _with_leads(_with_cards(text, formulas), named)
         own = number(path.stem) if path.parent != html else ""
         texts[path] = _numbered(text, named, own)
-        path.write_text(texts[path], encoding="utf-8")
+        path.write_text(_unbroken(texts[path]), encoding="utf-8")
     searching.write(texts, html)
     _drop_icon_fonts(html / "_static")
     for path in [*(html / "_static").rglob("*.map"), html / "_static/scripts/fontawesome.js"]:
         path.unlink(missing_ok=True)
+
+
+_UNBROKEN = (
+    (r"(\d) ?%(?!\w)", "\\1\u00a0%"),
+    (r"(\d) (points?|nats?|degrees|times|seconds|minutes|[MG]B)\b", "\\1\u00a0\\2"),
+    (r"(\d) × (\d)", "\\1\u00a0×\u00a0\\2"),
+    (r"\b([kT]) = (\d)", "\\1\u00a0=\u00a0\\2"),
+)
+
+
+def _unbroken(text: str) -> str:
+    """A page on which no line ends between a number and its unit; code and formulas stay."""
+
+    def joined(found: re.Match[str]) -> str:
+        words = found[0]
+        if not words.startswith("<"):
+            for pattern, glued in _UNBROKEN:
+                words = re.sub(pattern, glued, words)
+        return words
+
+    kept = r"<(script|style|pre|code|svg|template|title)\b.*?</\1>"
+    formula = r"<(span|div) class=\"math.*?</\2>"
+    return re.sub(rf"{kept}|{formula}|<[^>]*>|[^<]+", joined, text, flags=re.S)
 
 
 def _drop_icon_fonts(static: Path) -> None:
@@ -59,6 +82,7 @@ def _drop_icon_fonts(static: Path) -> None:
     for sheet in static.rglob("*.css"):
         text = sheet.read_text(encoding="utf-8")
         bare = re.sub(r"@font-face\s*\{[^}]*fontawesome[^}]*\}", "", text)
+        bare = re.sub(r"(?:\.fa-[\w-]+(?:::?before)?,?)+\{(?:--fa:|content:)[^}]*\}", "", bare)
         if bare != text:
             sheet.write_text(bare, encoding="utf-8")
     shutil.rmtree(static / "vendor" / "fontawesome", ignore_errors=True)

@@ -2,10 +2,10 @@
 
 MathJax: the site has to read from a disk without network, so the CDN is out; its 2 MB do not belong
 in git. The package sphinx-mathjax-offline ships MathJax 3.2.2 byte for byte as npm does, so it is a
-dependency of the book like any other, and what a page can ask for is copied from it: 2 MB of 24,
-and not below ``_static/``, where Jupyter Book 1 makes a script tag of every .js. (MathML at build
-time would need no script at all, but its layout depends on the reader's fonts, and the converters
-know less LaTeX.)
+dependency of the book like any other, and what a page can ask for is copied from it: 2 MB of 24 (in
+parts: the file that has all of them has a menu, too, a third of its size), and not below
+``_static/``, where Jupyter Book 1 makes a script tag of every .js. (MathML at build time would need
+no script at all, but its layout depends on the reader's fonts, and the converters know less LaTeX.)
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def _mathjax() -> Iterator[tuple[str, Path]]:
     if spec is None or not spec.submodule_search_locations:
         raise BookError("sphinx-mathjax-offline is not installed: pip install -r requirements.lock")
     root = Path(spec.submodule_search_locations[0]) / "static" / "mathjax"
-    yield "tex-chtml.js", root / "tex-chtml.js"
-    for pattern in ("output/chtml/fonts/**/*", "input/tex/extensions/*.js"):
+    parts = ("startup.js", "core.js", "input/tex.js", "output/chtml.js", "a11y/assistive-mml.js")
+    for pattern in (*parts, "output/chtml/fonts/**/*", "input/tex/extensions/*.js"):
         for path in sorted(root.glob(pattern)):
             if path.is_file():
                 yield path.relative_to(root).as_posix(), path

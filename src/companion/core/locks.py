@@ -22,6 +22,9 @@ from companion.core.errors import Busy
 
 log = logging.getLogger("companion")
 
+WAITING = "waiting for it to finish"
+"""How the line ends in which a process says that it waits."""
+
 QUIET_S = 1.0
 """Whoever waits longer says so."""
 
@@ -49,7 +52,7 @@ def held(path: Path, what: str, *, wait: bool = True) -> Iterator[None]:
         said = f"{what} is being worked on by {holder(path)}"
         if not wait:
             raise Busy(f"{said}.") from None
-        log.warning("%s; waiting for it to finish", said)
+        log.warning("%s; %s", said, WAITING)
         while not lock.is_locked:
             deadline.stop_if_passed()
             with suppress(Timeout):

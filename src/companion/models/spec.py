@@ -186,6 +186,24 @@ def title(spec: str) -> str:
     return f"{found} ({rest})" if rest else found
 
 
+def in_words(text: str) -> str:
+    """The text with people's names for networks, as :func:`title` has them, in place of specs.
+
+    Arguments:
+        text: words, such as ``digits, resnet20:width=8, T = 800``; what is no spec stays.
+    """
+
+    def named(found: re.Match[str]) -> str:
+        wide = re.match(r"mlp:.*?widths=(\d+)x\d", found[0])
+        try:
+            return f"{wide[1]}-wide {title(found[0])}" if wide else title(found[0])
+        except BadParameter:
+            return found[0]
+
+    option = r"\w+=[^\s,;]+"
+    return re.sub(rf"\b(mlp|lenet|resnet|vgg|gpt)[\w-]*(:{option}(,{option})*)?", named, text)
+
+
 def names() -> list[Listed]:
     """Every network that has a name here, with a line on what it is and its options.
 

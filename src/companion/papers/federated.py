@@ -364,15 +364,17 @@ def show_averages(study: Study) -> None:
     partial, nothing = (study.gain("pathological", g) for g in (study.best, "none"))
     lesson = "No choice of layers is clearly better than averaging all of them."
     if partial.low > 0 and nothing.value >= partial.value - 1:
-        lesson = "The gain is not in choosing layers, it is in leaving the clients alone: with few "
-        lesson += "classes a client's task is easy without the others."
+        lesson = "The gain does not come from choosing layers but from leaving the clients alone: "
+        lesson += "with few classes a client's task is easy without the others."
     elif partial.low > 0:
         lesson = "Averaging some layers helps more than averaging none does."
+    mild = max(study.gain("mild", group).value for group in PARTIAL)
+    better = "better" if mild > 0 else "worse"
     page.fill(
         best=GROUPS[study.best],
         best_gain=said(partial, "{:+.1f}"),
         none_gain=said(nothing, "{:+.1f}"),
-        mild_gain=said(max(study.gain("mild", group).value for group in PARTIAL), "{:+.1f}"),
+        mild_told=f"{said(abs(mild), '{:.1f}')} points {better} than",
         lesson=lesson,
     )
     fig, axes = plots.grid(len(reached), height=3.4, sharex=True, sharey=True)

@@ -985,15 +985,15 @@ def onset_sentence(study: Study) -> str:
     few = counted(study.inits, "initialisation")
     told = []
     if above is not None:
-        told.append(f"At k = {above} the barrier still lies above {line}.")
+        told.append(f"At k = {above} the barrier is still above {line}.")
     if certain:
         share = _share(int(onset.high), study)
-        told.append(f"From k = {onset.high} on ({share}) the barrier lies below {line}.")
+        told.append(f"From k = {onset.high} on ({share}) it is below {line}.")
     if onset.low < onset.high:
         known = above is not None, certain
         where = {(False, True): "Before that", (True, False): "After that"}
-        where |= {(True, True): "In between", (False, False): f"Whether it lies below {line}"}
-        told.append(f"{where[known]}, {few} do not decide.")
+        where |= {(True, True): "In between", (False, False): f"To say whether it is below {line}"}
+        told.append(f"{where[known]}, {few} are too few to tell.")
     return " ".join(told)
 
 
@@ -1014,7 +1014,12 @@ def noise_sentence(study: Study) -> str:
     if len(found) == 1:
         return "This run has one source of noise, so there is nothing to take apart."
     points = "; ".join(f"{name} {v or 'no valid pair'}" for name, v in found.items())
-    return f"In points, for copies that part at k = {study.first}: {points}."
+    known = [v for v in found.values() if v is not None]
+    alike = len(known) == len(found) and max(v.low for v in known) < min(v.high for v in known)
+    reading = "overlap: either source alone does about as much as both together"
+    if not alike:
+        reading = "do not all overlap, so the sources are not alike here"
+    return f"At k = {study.first}, in points: {points}. The intervals {reading}."
 
 
 def separation_sentence(study: Study) -> str:
@@ -1039,6 +1044,7 @@ def values(study: Study) -> Values:
         "strangers": unrelated(study),
         "trail": trail(study, study.first).get(study.steps),
     }
+    trails = [[v.value for v in trail(study, k).values()] for k in (study.first, study.last)]
     return {
         "train_images": f"{len(images.train):,}",
         "test_images": f"{len(images.test):,}",
@@ -1048,6 +1054,8 @@ def values(study: Study) -> Values:
         "last_share": _share(study.last, study),
         **{f"wall_{name}": _points(wall) for name, wall in walls.items()},
         **_lengths(study),
+        "trail_first_least": said(min(trails[0], default=None), "{:.1f}"),
+        "trail_last_most": said(max(trails[1], default=None), "{:.1f}"),
         "end_error": f"{np.mean(ends):.1f}" if ends else "no valid pair",
         "onset_sentence": onset_sentence(study),
         "restart_sentence": restart_sentence(study),

@@ -959,7 +959,7 @@ def show_predictors(study: Study) -> None:
         for key, found in study.geometry.items():
             both = zip(study.foretold[key], found, strict=True)
             groups[f"k = {key[0]}"] += [(told[name], one.barrier()) for told, one in both]
-        unit = "squared distance" if name == "distance" else "foretold barrier (nats)"
+        unit = "squared distance" if name == "distance" else "predicted barrier (nats)"
         drawn[name] = plots.scatter(
             ax, groups, xlabel=unit, ylabel="measured barrier (nats)", equal=name != "distance"
         )
@@ -982,7 +982,7 @@ def show_ranks(study: Study) -> None:
         )
         for name, words in CALLED.items()
     ]
-    columns = ["foretold by", "all forks and steps", "given the squared distance"]
+    columns = ["predicted by", "all forks and steps", "given the squared distance"]
     columns += ["last step only", "all, by small steps", "slope, log–log"]
     tables.show(columns, rows, name="ranks")
 
@@ -1008,7 +1008,7 @@ def show_layers(study: Study) -> None:
         found = by_layer(study, k)
         named = {
             word: [{layer: row[place] for layer, row in one.items()} for one in found]
-            for place, word in enumerate(("measured", "foretold"))
+            for place, word in enumerate(("measured", "predicted"))
         }
         drawn[f"k = {k}"] = plots.by_layer(ax, named, ylabel="train loss barrier (nats)", log=False)
         ax.set_title(f"copies part at k = {k}", fontsize=10)
@@ -1180,5 +1180,6 @@ def predictor_sentence(study: Study) -> str:
     found = {name: over_inits(leads(study, name)) for name in PREDICTORS}
     ahead = [CALLED[name] for name, lead in found.items() if lead.low > 0]
     if not ahead:
-        return "No formula certainly ranks barriers better than the mere distance of the two does."
-    return f"Certainly better than the mere distance of the two: {', '.join(ahead)}."
+        return "None certainly ranks barriers better than the mere distance of the two does."
+    who = "One of them ranks" if len(ahead) == 1 else "Some of them rank"
+    return f"{who} barriers certainly better than the mere distance does: {', '.join(ahead)}."

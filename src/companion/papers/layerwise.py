@@ -821,7 +821,7 @@ def show_toy(study: Study) -> None:
     fig, (ax,) = plots.grid(1, height=5.0)
     levels = [0, 0.02, 0.1, 0.3, 0.7, 1.5, 3, 6, 12, 36]
     filled = ax.contourf(grid_a, grid_b, np.sqrt(loss), levels=np.sqrt(levels), cmap=plots.MAP)
-    ax.plot(line, 1 / line, color=figures.ON_DARK, linewidth=1, linestyle="--")
+    ax.plot(line, 1 / line, color=figures.ON_LIGHT, linewidth=1, linestyle="--")
     red = "#d55e00"
     for ends, style, label in (
         ((A, B), "-", "both layers"),
@@ -833,7 +833,8 @@ def show_toy(study: Study) -> None:
         ax.plot(np.mean(xs), np.mean(ys), "o", color=red, markeredgecolor=figures.ON_DARK)
     for name, point in (("A", A), ("B", B)):
         ax.plot(*point, "s", color=red, markeredgecolor=figures.ON_DARK, markersize=8)
-        ax.annotate(name, point, xytext=(7, 7), textcoords="offset points", fontweight="bold")
+        at = ax.annotate(name, point, xytext=(7, 7), textcoords="offset points", fontweight="bold")
+        at.set_color(figures.ON_LIGHT)  # on yellow in the dark, too
     ax.set(xlabel="layer 1, a", ylabel="layer 2, b", xlim=(0.2, 2.6), ylim=(0.2, 2.6))
     ax.set_aspect("equal")
     ax.grid(visible=False)

@@ -47,7 +47,7 @@ from companion.papers.rebasin import Setting, setting
 from companion.report import claims, figures, page, plots, provenance, recorded
 from companion.report.claims import Need, Statistic
 from companion.report.recorded import Record
-from companion.report.words import MISSING, Values, listed, said
+from companion.report.words import MISSING, Values, counted, listed, said
 from companion.training import Recipe, build, check_fit, load_weights
 
 COPIES, INDEPENDENT = "spawned", "independent"
@@ -265,7 +265,9 @@ class Study(Setting):
         """What the numbers rest on, in words."""
         nets = ", ".join(called(r.net) for r in self.forks)
         hardware = provenance.hardware(self.device)
-        return f"{self.images.label}, {nets}, {self.pairs} pairs of each kind, {hardware}"
+        return (
+            f"{self.images.label}, {nets}, {counted(self.pairs, 'pair')} of each kind, {hardware}"
+        )
 
     def words(self) -> Values:
         """What both pages say about their pairs."""

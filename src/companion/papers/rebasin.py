@@ -1089,7 +1089,7 @@ def values(study: Study, verdicts: Sequence[claims.Verdict]) -> Values:
             for name in NAMES
             for what, (value, form) in read.items()
         },
-        "most": f"The order of units is {'not ' * (wall[1] >= wall[0] / 2)}most of this wall."
+        "most": f"So the order of units is {'not ' * (wall[1] >= wall[0] / 2)}most of this wall."
         if len(wall) == 2
         else "",
         "closer": closer(lines),
@@ -1153,6 +1153,8 @@ def keeps(verdicts: Iterable[claims.Verdict]) -> str:
     }
     kinds = {"R36": "young", "R10": "narrow"}
     word = {v.claim.id: v.verdict for v in verdicts if v.claim.id in kinds}
+    if len({word.get(id) for id in kinds}) == 1:  # both are alike: one clause
+        kinds = {"R36": "young and narrow"}
     text = "; ".join(words[word[id]].format(kind) for id, kind in kinds.items() if id in word)
     return text[:1].upper() + text[1:] + "." * bool(text)
 

@@ -888,9 +888,10 @@ def start_sentence(study: Study) -> str:
     """How IMP fares without any rewinding at the density of the page."""
     found, level, k = study.found, study.level, study.first
     stable, matching = found.stable("imp", level, k), found.matching("imp", level, k)
-    told = f"Rewound to step {k}, IMP's subnetworks with {study.share(level)} of the weights are"
+    told = f"Rewound to step {k}, the subnetworks with {study.share(level)} of the weights are"
     if (stable, matching) == ("stable", "matching"):
-        return f"{told} stable and matching: pruning does not fail from initialisation here."
+        end = "so pruning works from the very first weights here" if k == 0 else "so pruning works"
+        return f"{told} stable and as good as the whole network (matching), {end}."
     return f"{told}, by their intervals, {stable} and {matching}."
 
 

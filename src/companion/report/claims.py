@@ -275,7 +275,9 @@ def show(verdicts: Sequence[Verdict], *, scale: str, recorded: Sequence[Recorded
     if len(set(ids)) < len(ids):
         raise BadParameter(f"claims.show: a claim is listed twice in {', '.join(ids)}.")
     lines = [f"{v.claim.id}: {v.verdict} ({_measured(v) or 'not measured'})" for v in verdicts]
-    html = table(verdicts, caption=f"Scale: {scale}", recorded=recorded)
+    from companion.models import in_words
+
+    html = table(verdicts, caption=f"Scale: {in_words(scale)}", recorded=recorded)
     page.emit(
         {"text/html": html, "text/plain": "\n".join(lines)},
         {"claims": [{**codec.to_json(v), "scale": scale} for v in verdicts]},

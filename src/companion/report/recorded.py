@@ -69,6 +69,13 @@ class Record:
         return str(self.data["dataset"]["name"])
 
     @property
+    def scale(self) -> str:
+        """What was trained and where, with the names that people give networks."""
+        from companion.models import in_words
+
+        return in_words(str(self.data["scale"]))
+
+    @property
     def unfinished(self) -> str:
         """What is missing, in words, if the recording was closed before its end; else empty."""
         if not self.data.get("closed"):
@@ -80,7 +87,7 @@ class Record:
     def title(self) -> str:
         """Name, scale with hardware, and date, in words; and whether it is whole."""
         closed = f"; {self.unfinished}" if self.unfinished else ""
-        return f"{self.name}: {self.data['scale']} ({self.data['date']}{closed})"
+        return f"{self.name}: {self.scale} ({self.data['date']}{closed})"
 
     @property
     def short(self) -> str:
@@ -179,14 +186,14 @@ def sentence(chapter: str, records: Sequence[Record]) -> str:
             f"`companion record {chapter} --profile gpu` makes such a file, on a GPU."
         )
     lines = [
-        f"- `{r.name}`: {page.as_text(r.data['scale'])}; {r.data['date']}, "
+        f"- `{r.name}`: {page.as_text(r.scale)}; {r.data['date']}, "
         f"{page.as_text(r.data['hardware'])}, {r.data['seconds'] / 60:.1f} minutes"
         + (f"; {page.as_text(r.unfinished)}" if r.unfinished else "")
         for r in records
     ]
     spent = (
-        "The minutes are those of the calls that wrote a record: networks that were there before "
-        "are not in them."
+        "The minutes are those of the call that wrote the record; networks that were trained "
+        "before it are not counted."
     )
     return "\n\n".join(["Recorded:", "\n".join(lines), spent])
 

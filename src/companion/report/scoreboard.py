@@ -35,9 +35,11 @@ def html(
         )
         rows.append(f'<tr><th scope="row">{escape(names[paper])}</th><td>{cells}</td></tr>')
     label = "One row a paper, one mark a claim"
+    below = " Below this run: what was recorded on other data and machines." if recorded else ""
     return (
         f'<div class="companion-scroll" tabindex="0" role="region" aria-label="{label}">'
-        f'<table class="companion-board"><caption>{label}; every mark leads to its claim.</caption>'
+        f'<table class="companion-board"><caption>{label}; every mark leads to its claim.{below}'
+        "</caption>"
         '<thead><tr><th scope="col">Paper</th><th scope="col">Claims</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{_key()}"
     )
@@ -80,7 +82,7 @@ def _mark(verdict: Verdict, links: Mapping[str, str], where: str) -> str:
 
 def _key() -> str:
     signs = ", ".join(f"{sign} {word}" for word, sign in SIGNS.items())
-    kinds = "no frame: drawn from experiments; square: a theorem, a construction or a count"
+    kinds = "Without a frame: drawn from experiments; square: a theorem, a construction or a count"
     return (
         f'<p class="claims-key">{escape(signs)}. {kinds}; round: a question or a control of our '
         "own.</p>"

@@ -5,6 +5,7 @@ MyST-NB renders Markdown outputs without table support, so chapters call :func:`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,11 +48,15 @@ def show(
 
 
 def html(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """The table as HTML; everything is plain text."""
+    """The table as HTML; everything is plain text, numbers below zero with a true minus sign."""
+
+    def cell(value: str) -> str:
+        return escape(re.sub(r"(?<![\w.-])-(?=\.?\d)", "−", value))
+
     head = "".join(f'<th scope="col">{escape(c)}</th>' if c else "<td></td>" for c in columns)
     body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f"<td>{escape(value)}</td>" for value in rest)
+        f'<tr><th scope="row">{cell(first)}</th>'
+        + "".join(f"<td>{cell(value)}</td>" for value in rest)
         + "</tr>"
         for first, *rest in rows
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion.report.page import as_html as escape
+from companion.report.plots import MAP
 
 Point = tuple[float, float]
 
@@ -76,14 +77,15 @@ def html(cases: Sequence[Case], *, name: str, switch: str, names: Sequence[str])
     start, end = names[cases[0].a], names[cases[0].b]
     under = _TOP + _H + 22
     plane = (
-        f'<svg viewBox="0 0 {_W} {_TOP + _H + _BELOW}" role="img" aria-label="Map of the test '
+        f'<svg viewBox="{-(_LEFT + _RIGHT) / 2} 0 {_LEFT + _W + _RIGHT} {_TOP + _H + _BELOW}" '
+        f'role="img" aria-label="Map of the test '
         f'error over a plane of weight space, with the line from {escape(start)} to {escape(end)}">'
         f'<svg y="{_TOP}" width="{_W}" height="{_H}">{images}'
         f'<line class="walk-segment" x1="{ax}" y1="{ay}" x2="{bx}" y2="{by}"/>{marks}'
         f'<circle class="walk-here walk-here-map" r="6" cx="{ax + share * (bx - ax):.1f}" '
         f'cy="{ay + share * (by - ay):.1f}"/></svg>'
-        f'<text x="{_W / 2}" y="{under}" text-anchor="middle">a plane through three networks</text>'
-        "</svg>"
+        f'<text x="{_W / 2}" y="{under}" text-anchor="middle">a plane through three networks; '
+        "dark: high error</text></svg>"
     )
     line = (
         f'<svg viewBox="0 0 {_LEFT + _W + _RIGHT} {_TOP + _H + _BELOW}" role="img" '
@@ -156,5 +158,5 @@ def _map(case: Case) -> str:
     (values,) = (split["error"] for split in case.plane["values"].values())
     grid = np.clip(np.asarray(values, dtype=float) / 100, 0, 1)
     out = io.BytesIO()
-    imsave(out, colormaps["cividis"](grid)[::-1], format="png", metadata={"Software": ""})
+    imsave(out, colormaps[MAP](grid)[::-1], format="png", metadata={"Software": ""})
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -49,9 +49,9 @@ def counted(n: int, thing: str) -> str:
 
 
 def untested(verdicts: Iterable[Verdict]) -> str:
-    """The claims that a run could not test, each with the reason; ``none`` if it tested all."""
+    """The claims that a run could not test, each with the reason; ``nothing`` if all were."""
     lacking: Sequence[Verdict] = [v for v in verdicts if v.verdict == NOT_TESTABLE]
-    return "; ".join(f"{v.claim.id} ({v.note or MISSING})" for v in lacking) or "none"
+    return "; ".join(f"{v.claim.id} ({v.note or MISSING})" for v in lacking) or "nothing"
 
 
 def judged(verdicts: Sequence[Verdict]) -> Values:
