@@ -100,7 +100,7 @@ def test_nothing_is_kept_of_other_weights() -> None:
     nets = [made(Kept, i) for i in range(2)]
     used = made(Kept, 2)
     used(X)
-    found = segment(used, *(snapshot(net) for net in nets), SPLITS, points=3).values["test"]
+    found = segment(used, snapshot(nets[0]), snapshot(nets[1]), SPLITS, points=3).values["test"]
     a, b = (net.state_dict() for net in nets)
     mean = {k: (v + b[k]) / 2 for k, v in a.items()}
     expected = [loss(Kept().eval(), theta) for theta in (a, mean, b)]
@@ -109,8 +109,8 @@ def test_nothing_is_kept_of_other_weights() -> None:
 
 def test_float64_networks_on_float32_data() -> None:
     a, b = (snapshot(made(plain, i)) for i in range(2))
-    double = [{k: v.double() for k, v in t.items()} for t in (a, b)]
-    found = barrier(plain().double(), *double, SPLITS, points=3, max_error=100)
+    one, two = ({k: v.double() for k, v in t.items()} for t in (a, b))
+    found = barrier(plain().double(), one, two, SPLITS, points=3, max_error=100)
     assert "weights in float64 are measured in float32" in found.notes
     assert found.curve == barrier(plain(), a, b, SPLITS, points=3, max_error=100).curve
 
