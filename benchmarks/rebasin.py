@@ -153,9 +153,9 @@ def peer(path: Path | None) -> tuple[Align, str] | None:
 
 
 def compare(
-    name: str, which: str, aligners: dict[str, Align], repeats: int, patience: Patience
+    name: str, which: str, aligners: dict[str, Align], repeats: int, patience: Patience, room: bool
 ) -> dict[str, Any]:
-    """Time one instance, and look at what was found."""
+    """Time one instance, look at what was found, and with ``room`` at the memory it takes."""
     ours = aligners["companion"]
     assert isinstance(ours, Ours)
     a, b, planted, noise = plant(name, which)
@@ -214,7 +214,7 @@ def compare(
         "parts": {part: list(s) for part, s in ours.parts.items()},
         "found": found,
         "failed": failed,
-        "memory": {c.name: memory(name, c.name, a, b) for c in contenders},
+        "memory": {c.name: memory(name, c.name, a, b) for c in contenders if room},
     }
 
 
@@ -282,6 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait for quiet")
     parser.add_argument("--threads", type=int, help="of torch, for both (default: all cores)")
     parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--no-memory", action="store_true", help="leave its processes out")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.threads:
@@ -302,7 +303,9 @@ def main(arguments: list[str] | None = None) -> None:
     before, patience = machine(), Patience(options.patience)
     results = []
     for name, which in cases(options.nets):
-        case = compare(name, which, aligners, options.repeats, patience)
+        case = compare(
+            *(name, which, aligners, options.repeats, patience), room=not options.no_memory
+        )
         results.append(case)
         print(f"{name}, {which} planted: {json.dumps(case['found'])}")
         print(f"  {json.dumps(case['ratios'])} memory {json.dumps(case['memory'])}")

@@ -75,6 +75,25 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(tmp_path_factory.mktemp("shared-runs"))
 
 
+@pytest.fixture
+def few_of_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data root with the first images of ``cifar10-jpeg``, 1,300 and 200; skipped without it.
+
+    To decode all 60,000 takes longer than what the tests do with them.
+    """
+    import pyarrow.parquet as pq
+
+    from companion.core.locations import data_root
+
+    for name, count in (("train", 1300), ("test", 200)):
+        path = f"cifar10-jpeg/{name}.parquet"
+        if not (data_root() / path).is_file():
+            pytest.skip("cifar10-jpeg is not under the data root (COMPANION_DATA)")
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        pq.write_table(pq.read_table(data_root() / path).slice(0, count), tmp_path / path)
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path))
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of a toy book whose site is built, once for all processes that share the tests."""

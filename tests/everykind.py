@@ -22,7 +22,7 @@ from companion.experiments.landscape import (
     survey_pairs,
 )
 from companion.experiments.layers import sweep_pairs
-from companion.experiments.merged import merge_runs, split_runs
+from companion.experiments.merged import agree_runs, merge_runs, split_runs
 from companion.experiments.methods import Method
 from companion.experiments.tickets import Chain, MaskCheck
 from companion.layerwise import Sweep
@@ -57,6 +57,7 @@ ASKED: dict[str, Callable[[Store], Any]] = {
         *([STRANGERS], ["weights"], FEW), extras=("temperature", "repair"), store=store, workers=1
     ),
     "merged": lambda store: merge_runs([[A, B, C]], FEW, store=store, workers=1),
+    "agreed": lambda store: agree_runs([[A, B, C]], FEW, store=store, workers=1),
     "halves": lambda store: split_runs([HALVES], [C], FEW, store=store, workers=1),
     "layers": lambda store: sweep_pairs(
         *([COPIES], Sweep(kinds=("single",), draws=1, train_examples=40, test_examples=30)),

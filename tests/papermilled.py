@@ -23,7 +23,6 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from PIL import Image
-from sklearn.datasets import load_digits
 from traitlets.config import Config
 
 from companion import data
@@ -31,6 +30,7 @@ from companion.book import notebooks, recording
 from companion.book.finish import finish
 from companion.book.layout import Book
 from companion.core.runs import Store
+from companion.data.sources import _read_digits
 from companion.experiments.measurement import kinds
 from companion.report import claims, provenance
 from companion.report.figures import _published as published
@@ -142,11 +142,11 @@ def filled(notebook: Any, chapter: str) -> str:
 
 def pictures(folder: Path, number: int) -> str:
     """The name of a data set of one's own: ``number`` coloured digits of three classes."""
-    digits = load_digits()
+    digits = _read_digits(folder)
     for i in range(number):
-        home = folder / "pictures" / f"class{digits.target[i] % 3}"
+        home = folder / "pictures" / f"class{digits.train_y[i] % 3}"
         home.mkdir(parents=True, exist_ok=True)
-        grey = (digits.images[i] * 15).astype("uint8")
+        grey = digits.train_x[i, 0] * 15
         Image.fromarray(grey).convert("RGB").save(home / f"{i}.png")
     return f"images:{folder / 'pictures'}"
 

@@ -276,7 +276,7 @@ def contents(store: Store) -> dict[str, dict[str, str]]:
 def main(kills: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
-    engine.RESUME_EVERY_S = 0.01
+    engine.RESUME_EVERY_S = 0.05
     soak = Soak(folder, seed)
     soak.begin()
     for number in range(kills):

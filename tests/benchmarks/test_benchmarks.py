@@ -220,7 +220,7 @@ def test_rebasin(results):
     assert case["found"]["companion"]["distance"] == pytest.approx(case["distance_of_noise"])
     assert case["distance_before"] > 10 * case["distance_of_noise"]
     assert case["found"]["companion"]["output_difference"] < 1e-5
-    assert case["failed"] == {}
+    assert case["failed"] == {} and (case["memory"]["companion"] or 1) >= 1  # None: not Linux
     assert [len(seconds) for seconds in case["parts"].values()] == [1, 1, 1]
     check_contenders(case["contenders"], case["ratios"], 1)
     check_machine(found["machine"])
@@ -254,7 +254,7 @@ def test_rebasin_beside_a_peer(tmp_path, fails):
     sys.modules.pop("rebasin", None)  # the benchmark has the peer's name
     script(
         *("rebasin.py", "--nets", "mlp", "--repeats", "1", "--threads", "1", "--patience", "0"),
-        *("--peer", tmp_path / "peer", "--json", out),
+        *("--peer", tmp_path / "peer", "--no-memory", "--json", out),
     )
     sys.modules.pop("rebasin", None)
     found = json.loads(out.read_text())

@@ -80,6 +80,7 @@ def gone(pid: int) -> bool:
 # ---- stages
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_or_hangs_stops_nobody(site: Site, tmp_path: Path) -> None:
     """It is killed with its children, even those that do not listen, and the next one runs."""
     child = (

@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -170,6 +172,7 @@ def test_the_front_page_collects_the_claims(toy):
 def test_two_executions_publish_the_same_bytes(toy, tmp_path):
     """In another folder, even: nothing of the place or the moment is left in the notebook."""
     again = toybook.make(tmp_path / "elsewhere")
+    shutil.copytree(toy / "build/shown", again / "build/shown")  # the pages around have run
     for words in (
         ["notebooks"],
         ["execute", "--profile", "other"],
@@ -188,6 +191,12 @@ def test_chapters_that_run_at_once_share_the_cores(monkeypatch, jobs, expected):
     monkeypatch.setattr(notebooks, "cpu_count", lambda: 6)
     monkeypatch.setenv("JOBS", jobs)
     assert notebooks.threads() == expected
+
+
+def test_only_staging_imports_torch():
+    """Make calls a step for each chapter; torch takes longer than most steps."""
+    code = "import sys, companion.book.__main__; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # What stops the build

@@ -50,7 +50,7 @@ def test_a_tiny_run_of_the_chapter(source: Path, tmp_path: Path) -> None:
     kinds = ("instability", "matching", "heatmap", "parts", "groups", "features")
     assert list(drawn) == [*(f"gpt-{kind}" for kind in kinds), "gpt-published"]
     assert len(drawn["gpt-matching"]["barriers"]) == len(paper.WAYS)
-    for line in ("as trained", "… and the stream permuted"):
+    for line in ("as trained", "… and the stream permuted", paper.WAYS["rotated"]):
         assert drawn["gpt-published"][line]["k"] == list(STEPS)
     by_id = judged(notebook)
     assert list(by_id) == ["B13", *(f"G{n:02d}" for n in range(1, 10))]

@@ -61,8 +61,8 @@ def test_plain_papermill_runs_the_chapter(source: Path, tmp_path: Path) -> None:
 def test_batchnorm_is_drawn_in_three_modes_and_controls_can_be_left_out(
     source: Path,
 ) -> None:
-    few = {**TINY, "unstable": "resnet8:width=4", "steps": 12, "ks": [0, 2], "points": 5}
-    few |= {"controls": False, "looks": 2, "test_examples": 60, "max_error": 100.0, "bn": "batch"}
+    few = {**TINY, "unstable": "resnet8:width=4", "steps": 12, "ks": [0, 2], "points": 3}
+    few |= {"controls": False, "looks": 2, "test_examples": 20, "max_error": 100.0, "bn": "batch"}
     notebook = run_here(source, **few)
     found = figures(notebook)
     drawn = found["batchnorm"]
@@ -92,7 +92,7 @@ PERCEPTRON: dict[str, Any] = {
 }
 LENET: dict[str, Any] = {
     "net": "lenet-300-100",
-    "steps": 2000,
+    "steps": 1000,
     "batch": 60,
     "optimizer": "adam",
     "lr": 1.2e-3,
@@ -100,15 +100,10 @@ LENET: dict[str, Any] = {
 FEW: dict[str, Any] = {
     "inits": 1,
     "copies": 2,
-    "evaluation": Evaluation(train_examples=1000),
+    "evaluation": Evaluation(train_examples=500, test_examples=2000),
     "max_error": 5.0,
+    "workers": 1,
 }
-
-
-def needs(name: str) -> None:
-    """Skip where the data root does not have the dataset; the suite must pass without it."""
-    if not any(entry.name == name and entry.present for entry in data.catalogue()):
-        pytest.skip(f"{name} is not under the data root (COMPANION_DATA)")
 
 
 def only(found: Instability, k: int) -> float:
@@ -123,7 +118,8 @@ def null(found: Instability) -> float | None:
 
 @pytest.mark.slow
 def test_mnist_has_a_stable_and_an_unstable_network(store: Store) -> None:
-    needs("mnist")
+    if not any(entry.name == "mnist" and entry.present for entry in data.catalogue()):
+        pytest.skip("mnist is not under the data root (COMPANION_DATA)")
     found = analyse(Recipe(data="mnist", lr=0.05, **PERCEPTRON), [0, 100], **FEW)
     assert only(found, 0) > 5
     assert only(found, 100) < 2  # 5 % of training
@@ -132,9 +128,8 @@ def test_mnist_has_a_stable_and_an_unstable_network(store: Store) -> None:
 
 
 @pytest.mark.slow
-def test_a_convolutional_network_with_batchnorm_on_cifar(store: Store) -> None:
+def test_a_convolutional_network_with_batchnorm_on_cifar(store: Store, few_of_cifar: None) -> None:
     """The BatchNorm path on real images: three modes logged, the headline one named."""
-    needs("cifar10-jpeg")
     recipe = Recipe(
         net="resnet8:width=4",
         data="cifar10-jpeg",

@@ -112,7 +112,7 @@ def test_both_pages_run_on_images_of_the_users_own(
     source: Path, federated: Path, tmp_path: Path
 ) -> None:
     name = pictures(tmp_path, 240)
-    notebook = run_here(source, **{**TINY, "dataset": name})
+    notebook = run_here(source, **{**TINY, "dataset": name, "others": [], "steps": 20})
     (record,) = entries(notebook, "provenance")
     assert record["dataset"]["sha256"] == data.load(name).fingerprint
     notebook = run_here(federated, **{**CLIENTS, "dataset": name, "clients": 3, "pairs": 0})

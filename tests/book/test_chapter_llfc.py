@@ -83,7 +83,7 @@ def test_tiny_runs_of_both_pages_train_once(source: Path, second: Path, store: S
 @pytest.mark.slow
 def test_pairs_that_fail_a_gate_leave_gaps_and_no_error(source: Path) -> None:
     """Every pair of the convolutional network is untrained, and copies part at the very end."""
-    extreme = {"max_error": 15.0, "fork": 0.95, "pairs": 2, "ks": [0]}
+    extreme = {"max_error": 15.0, "fork": 0.95, "pairs": 2, "points": 3}
     notebook = run_here(source, **{**TINY, **extreme})
     by_id = judged(notebook)
     assert list(by_id) == list(llfc.CLAIMS)

@@ -33,7 +33,9 @@ SHARED: dict[str, Any] = {
     "workers": 1,
 }
 TINY: dict[str, Any] = {**SHARED, "widths": [8], "ste_steps": 2}
-LEAST: dict[str, Any] = {**TINY, "wide_decay": 0.0, "map_pairs": 0, "ste_steps": 0}
+FEWER: dict[str, Any] = {**SHARED, "points": 3}
+LEAST: dict[str, Any] = {**TINY, **FEWER, "looks": [20]}
+LEAST |= {"wide_decay": 0.0, "map_pairs": 0, "ste_steps": 0}
 FIGURES = ["swap", "plane", "line", "width", "time", "map", "controls"]
 
 
@@ -83,7 +85,7 @@ def test_a_tiny_run_of_the_chapter(source: Path) -> None:
 
 @pytest.mark.slow
 def test_a_tiny_run_of_the_page_on_merging(merging: Path) -> None:
-    notebook = run_here(merging, **SHARED, many=2, halves=2, merges=2)
+    notebook = run_here(merging, **SHARED, many=3, halves=2, merges=2)
     check_page(MERGING, notebook, **SHARED)
     assert figure_names(notebook) == ["merge", "split"]
     by_id = judged(notebook)
@@ -91,6 +93,9 @@ def test_a_tiny_run_of_the_page_on_merging(merging: Path) -> None:
     assert "one pair" in by_id["R16"]["note"] and by_id["R15"]["n"] == 2
     assert "saw their data" in by_id["R14"]["note"]
     assert by_id["R13"]["verdict"] in ("reproduced", "not reproduced", "undetermined")
+    assert by_id["R43"]["n"] == 2 and by_id["R43"]["verdict"] != "not testable at this scale"
+    told = values(notebook)
+    assert float(told["passes_share"]) <= float(told["c2m3_share"]) and float(told["defect"]) > 0
     assert "does not decide" in values(notebook)["corrected_or_merged"]
     assert "passes until nothing moves" in printed(notebook)
 
@@ -102,7 +107,7 @@ def test_parts_can_be_left_out(source: Path, merging: Path) -> None:
     by_id = judged(notebook)
     for n in (4, 7, 21, 23, 24, 25):
         assert by_id[f"R{n:02d}"]["verdict"] == "not testable at this scale", n
-    notebook = run_here(merging, **SHARED, many=0, halves=0, split=False)
+    notebook = run_here(merging, **FEWER, many=0, halves=0, split=False)
     assert figure_names(notebook) == []
     assert {v["verdict"] for v in judged(notebook).values()} == {"not testable at this scale"}
     assert values(notebook)["same_merged_loss"] == "not measured"
@@ -128,5 +133,5 @@ def test_a_network_with_batchnorm_on_images_of_the_users_own(
         drawn["weight matching, test"]["mean"]
         != drawn["weight matching, statistics interpolated, test"]["mean"]
     )
-    notebook = run_here(merging, **{**SHARED, **own}, many=0, halves=0)
+    notebook = run_here(merging, **{**FEWER, **own}, many=0, halves=0)
     assert figure_names(notebook) == ["split"]

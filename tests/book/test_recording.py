@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -288,6 +289,7 @@ class After:
         return self.left <= 0
 
 
+@pytest.mark.slow
 def test_pieces_give_the_numbers_of_one_recording(root, tmp_path, monkeypatch):
     """Stopped again and again, carried to another machine, and the same bits in the end."""
     whole = stable(recording.record(ready(root, name="whole"), say=str))
@@ -834,8 +836,9 @@ def test_an_identity_of_another_shape_is_not_imported(store, tmp_path, identity)
 
 
 @pytest.mark.slow
-def test_a_page_draws_what_is_recorded(root):
+def test_a_page_draws_what_is_recorded(root, toy):
     """Recorded here, then executed, staged and built: figure, column, front page."""
+    shutil.copytree(toy / "build/shown", root / "build/shown")  # the pages around have run
     made = ready(root, "lr=0.2", name="far")
     recording.record(made, say=str)
     book = Book(root)

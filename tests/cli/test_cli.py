@@ -666,19 +666,21 @@ def test_warnings_of_the_package_reach_the_error_stream(store):
     assert second.stdout.splitlines()[1:] == first.stdout.splitlines()[1:]
 
 
-def python(code: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a fresh process, then ``code``."""
+def python(code: str, *commands: tuple[str | Path, ...]) -> subprocess.CompletedProcess[str]:
+    """Run command lines in a fresh process, then ``code``."""
     program = (
         "import sys\nfrom companion.cli import main\n"
-        f"sys.argv = {['companion', *map(str, words)]}\n"
-        f"try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n{code}"
+        f"for words in {[[str(word) for word in words] for words in commands]}:\n"
+        "    sys.argv = ['companion', *words]\n"
+        "    try:\n        main()\n"
+        f"    except SystemExit as end:\n        assert not end.code, end.code\n{code}"
     )
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
 def test_help_imports_nothing_heavy():
     heavy = ["torch", "numpy", "matplotlib", "sklearn", "pydoc_data"]
-    done = python(f"assert not [m for m in {heavy} if m in sys.modules]", "--help")
+    done = python(f"assert not [m for m in {heavy} if m in sys.modules]", ("--help",))
     assert done.returncode == 0, done.stderr
     assert "instability" in done.stdout
 
@@ -687,13 +689,15 @@ def test_help_imports_nothing_heavy():
 def test_no_command_imports_the_tools_of_the_book(nets, tmp_path):
     book = ["IPython", "ipykernel", "jupyter_book", "jupyter_core", "jupytext", "nbformat"]
     book += ["papermill", "sphinx", "docutils", "transformers", "companion.book"]
+    slow = ["torch._dynamo", "sympy", "sklearn"]  # a training needs none of them
+    written = ("--plot", tmp_path / "x.svg", "--json", tmp_path / "x.json")
     done = python(
-        f"assert 'torch' in sys.modules\nassert not [m for m in {book} if m in sys.modules]",
-        *("barrier", nets["a"], nets["b"], *MLP.split(), "--points", "3"),
-        *("--plot", tmp_path / "x.svg", "--json", tmp_path / "x.json"),
+        f"assert 'torch' in sys.modules\nassert not [m for m in {book + slow} if m in sys.modules]",
+        ("barrier", nets["a"], nets["b"], *MLP.split(), "--points", "3", *written),
+        ("instability", *TINY, "--ks", "0", "--inits", "1", "--copies", "2", "--points", "3"),
     )
     assert done.returncode == 0, done.stderr
-    assert "barrier train" in done.stdout
+    assert "barrier train" in done.stdout and "on digits" in done.stdout
 
 
 def test_numbers_and_sizes():

@@ -162,6 +162,39 @@ def test_a_mixture_of_experts_as_transformers_writes_it():
     assert all(torch.equal(back[name], value) for name, value in a.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rotated", "rotated-activations", "learned"])
+def test_a_folder_of_pythia_is_rotated_and_loads_under_the_name_that_is_said(method):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1}
+    config = GPTNeoXConfig(
+        **sizes, num_attention_heads=2, vocab_size=257, max_position_embeddings=16, rotary_pct=0.5,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with Key("neox").seeded():
+        module = GPTNeoXForCausalLM(config).eval()
+    x = torch.randint(200, (2, 8), generator=Key("tokens").generator())
+    for name, theta in zip("ab", planted(module, x), strict=True):
+        module.load_state_dict(dict(theta))
+        module.save_pretrained(name)
+    expected = module(x).logits
+    more = ("--data", "pydoc?tokenizer=bytes&window=8", "--max-error", 100, *SMALL)
+    more += ("--steps", 2) if method == "learned" else ()
+    said = run("rebasin", "a", "b", "--method", method, *more, "-o", "out.safetensors")
+    name = "hf:a?headbias=true,tie_word_embeddings=false"
+    assert f"a network of --model {name}" in said.stdout
+    assert "held in place: gpt_neox.layers.0.attention.query_key_value.weight[0]" in said.stdout
+    folded = models.build(name, (8,), 257)
+    folded.load_state_dict(load_file("out.safetensors"))
+    assert torch.allclose(folded.eval()(x).logits, expected, atol=1e-4)
+    if method != "rotated":
+        return
+    run("rebasin", "a", "a", "--method", "folded", *more[:6], "-o", "a.safetensors")
+    one, other = load_file("a.safetensors"), load_file("out.safetensors")
+    assert max(float((one[k] - other[k]).abs().max()) for k in one) < 1e-4  # B was A, planted
+
+
 NETS = """
 import torch
 from torch import nn

@@ -181,8 +181,21 @@ def test_a_narrow_network_finds_its_units_in_a_wide_one(nets, tmp_path):
         # Larger units than a unit's own may have a larger product with it.
         assert sum(i == j for i, j in zip(found, planted.tolist(), strict=True)) >= 17
     assert error_of(narrow, ends[1]) == error_of(wide, tmp_path / "out.safetensors")
+    # The other way round: A has fewer units, and B stays what it is, in A's order.
+    turned = (ends[1], nets["a"], "-o", tmp_path / "wide.safetensors", "--in-shape", "1,8,8")
+    turned += ("--classes", 10, "--model", narrow, "--model-b", wide, "--json", tmp_path / "y.json")
+    said = align(*turned)
+    assert "b.safetensors): 24 units of weight 0 added, to be a network of mlp:w" in said.stderr
+    back = json.loads((tmp_path / "y.json").read_text())
+    assert back["model"] == models.canonical(wide)
+    moved = load_file(tmp_path / "wide.safetensors")
+    assert error_of(wide, nets["a"]) == error_of(wide, tmp_path / "wide.safetensors")
+    for found, planted in zip(back["places"].values(), (first, second), strict=True):
+        assert sum(i == j for i, j in zip(found, planted.tolist(), strict=True)) >= 17
+    at = back["places"]["layer1.linear"]  # A's unit i beside the unit of B that is in its place
+    assert torch.equal(moved["layer1.linear.bias"][:20], theta["layer1.linear.bias"][at])
     unsaid = align(*ends, *shape, code=2).stderr
-    assert "(20, 64)" in unsaid and "name its architecture with --model-b" in unsaid
+    assert "(20, 64)" in unsaid and "name B's architecture with --model-b" in unsaid
     away = align(*ends, *shape, "--model-b", "mlp:widths=20x3", code=2).stderr
     assert "missing" in away
 

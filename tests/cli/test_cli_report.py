@@ -135,6 +135,11 @@ def test_three_networks(nets: Nets) -> None:
     assert merged["command"].startswith("companion merge a.safetensors b.safetensors c.safetensors")
     single = repeated(merged)["merged"]["merged"]["test"]
     assert merged["values"]["networks"]["merged"]["test"] == pytest.approx(single, rel=1e-6)
+    agreed = answers(found)["merged_c2m3"]
+    assert "--method c2m3" in agreed["command"]
+    single = repeated(agreed)["merged"]["merged"]["test"]
+    own = agreed["values"]["networks"]["merged by C2M3"]["test"]
+    assert own == pytest.approx(single, rel=1e-6)
 
 
 # --- bad input

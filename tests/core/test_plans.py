@@ -97,6 +97,11 @@ def test_only_values_of_this_package_travel_and_only_they_are_read():
 # ---- which engine
 
 
+def test_workers_are_told_how_often_a_job_may_be_stopped(runs_root):
+    engine = slurm.parse("slurm:requeues=3")
+    assert engine and "--requeues 3" in " ".join(slurm.command(engine, slurm.queue_of(engine)))
+
+
 def test_an_engine_is_a_name_with_options():
     engine = slurm.parse("slurm:partition=long,time=90,tasks=4,cpus=2,memory=1.5")
     assert engine == slurm.parse(str(engine)) and engine.size(1000) == 4 and engine.size(9) == 2
@@ -375,6 +380,29 @@ def test_a_stopped_worker_gives_its_claim_back_and_another_goes_on(tmp_path, sto
     assert Worker("b", stale=1).serve(queue) == 1
     alone = Store(tmp_path / "alone")
     assert same(load_weights(job.run, store=store), load_weights(job.run, store=alone))
+
+
+def test_a_job_that_is_stopped_time_and_again_is_given_up_and_the_others_go_on(
+    tmp_path, monkeypatch
+):
+    plan, _ = Queue(tmp_path).add([Work("companion.core.runs:digest", n) for n in range(2)])
+    done, ran = Work.run, []
+
+    def endless(job: Work):
+        ran.append(job.item)
+        if job.item == 0:
+            raise OutOfTime("the time is up")
+        return done(job)
+
+    monkeypatch.setattr(Work, "run", endless)
+    for n in range(3):  # the first time, and twice more
+        with pytest.raises(OutOfTime):
+            Worker("w", requeues=2, log="w.log").work_through(plan)
+        assert ran.count(0) == n + 1 and not plan.look().get(0)
+    Worker("w", requeues=2, log="w.log").work_through(plan)
+    found = plan.look()
+    assert ran.count(0) == 3 and found[0].why.startswith("it was stopped 3 times")
+    assert found[0].log == "w.log" and not found[1].why
 
 
 def test_the_same_jobs_find_their_plan(tmp_path):

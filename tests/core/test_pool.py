@@ -73,18 +73,17 @@ def faults_of_steps(keep: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not glibc(), reason="glibc's malloc has this option, others do not")
 def test_workers_keep_what_they_free() -> None:
-    """A process of its own each: the option cannot be taken back."""
-    script = "import sys; sys.path.insert(0, {!r}); import test_pool; print(test_pool.{}({}))"
-    here = str(Path(__file__).parent)
-    usual, kept = (
-        int(subprocess.run(
-            [sys.executable, "-c", script.format(here, "faults_of_steps", keep)],
-            check=True, capture_output=True, text=True,
-        ).stdout)
-        for keep in (False, True)
-    )  # fmt: skip
+    """In a process of its own: the option cannot be taken back."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_pool import faults_of_steps\n"
+        "print(faults_of_steps(False), faults_of_steps(True))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    usual, kept = map(int, done.stdout.split())
     assert kept < usual / 4, (usual, kept)
 
 
@@ -150,6 +149,7 @@ def test_an_error_of_a_worker_arrives_as_what_it_was() -> None:
     assert len(run_all(look, [0, 1, 2], workers=2)) == 3, "the pool is of use afterwards"
 
 
+@pytest.mark.slow
 def test_a_worker_that_grows_is_kept() -> None:
     """loky ends workers that grew by 300 MB, with a warning that kills its manager thread here."""
     sizes = [0, 0, 130_000_000, 0, 0, 0]  # float32: 520 MB from the second job of a worker on

@@ -265,6 +265,7 @@ def test_what_cannot_be_is_refused(spec: str, shape: tuple[int, ...], message: s
         build(spec, shape, K)
 
 
+@pytest.mark.slow
 def test_transformers_is_imported_when_a_gpt_is_built() -> None:
     code = (
         "import sys; from companion import models, training;"

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
+from papermilled import pictures
 
 from companion.connectivity import Barrier, Curve, Measure
 from companion.connectivity.gates import Gate
@@ -392,13 +391,7 @@ def test_what_cannot_be_run_is_refused_by_the_design(
 
 
 def test_images_of_the_users_own(tmp_path: Path) -> None:
-    digits = load_digits()
-    for i in range(60):
-        folder = tmp_path / "pictures" / f"class{digits.target[i] % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        grey = (digits.images[i] * 15).astype("uint8")
-        Image.fromarray(grey).convert("RGB").save(folder / f"{i}.png")
-    study = paper.design(dataset=f"images:{tmp_path}/pictures", batch=8, device="cpu")
+    study = paper.design(dataset=pictures(tmp_path, 60), batch=8, device="cpu")
     assert study.images.classes == 3 and study.network == "six-layer perceptron"
     assert study.noisy.augment == "none" and study.noises == ()
     assert study.ks == (0, 25, 50, 100, 200)

@@ -345,6 +345,7 @@ def merged(**given: tuple[float, float, float]) -> dict[str, dict[str, Reading]]
             "input_1",
             "mean",
             "merged",
+            "c2m3",
             "ensemble",
             "A",
             "B",
@@ -371,7 +372,7 @@ def each(given: Mapping[str, Any]) -> list[dict[str, dict[str, Reading]]]:
 def merges(**given: Any) -> merging.Study:
     """Three merges of the same data and of random halves that read this."""
     study = merging.design(**{**MERGING, **LONG})
-    vars(study).update(merged=dict.fromkeys(study.groups, each(given)))
+    vars(study).update(merged=dict.fromkeys([*study.groups, merging.THREE], each(given)))
     return study
 
 
@@ -435,6 +436,11 @@ MERGING_CASES: dict[str, Case] = {
         lambda: apart(merged=reading(ece=0.5)),
         lambda: apart(merged=reading(ece=1.5), B=reading(ece=5.0)),
         lambda: apart(merged=[reading(ece=x) for x in (0.5, 1.5, 1.0)]),
+    ),
+    "R43": (
+        lambda: merges(c2m3=reading(loss=0.08)),
+        lambda: merges(c2m3=reading(loss=0.12)),
+        lambda: merges(c2m3=[reading(loss=x) for x in (0.05, 0.15, 0.1)]),
     ),
 }
 EVERY = [
@@ -518,6 +524,8 @@ def test_what_lacks_its_premise_is_not_judged() -> None:
     vars(other).update(merged={name: found[:1] for name, found in merges().merged.items()})
     for id in ("R12", "R13", "R14"):
         assert verdict(merging, id, other).note.startswith("one merge decides nothing; the claim")
+    vars(other).update(merged={"same data": merges().merged["same data"]})
+    assert "C2M3 was not tried" in verdict(merging, "R43", other).note
     left_out = merging.design(**{**MERGING, "many": 0, "halves": 0, "split": False})
     vars(left_out).update(merged={}, halfway={"weights": []}, apart=[])
     for found in claims.verdicts(merging.CLAIMS, left_out):
@@ -651,10 +659,10 @@ def test_the_page_on_merging_trains_runs_of_chapter_2() -> None:
 @pytest.mark.slow
 def test_a_budget_holds_what_the_page_measures(store: Store) -> None:
     """After everything was looked at, nothing of the budget is missing, and nothing else there."""
-    tiny = {"width": 8, "steps": 20, "pairs": 2, "points": 3, "train_examples": 60}
+    tiny: dict[str, Any] = {"width": 8, "steps": 20, "pairs": 2, "points": 3, "train_examples": 60}
     more = {"widths": [4], "looks": [10], "ste_steps": 1}
     main = rebasin.design(**{**PAGE, **tiny, **more})
-    other = merging.design(**{**MERGING, **tiny})
+    other = merging.design(**{**MERGING, **tiny, "many": 3, "merges": 1})
     for study, names in (
         (main, ("lines", "by_width", "by_step", "late", "decayed", "map")),
         (other, ("merged", "halfway", "apart")),

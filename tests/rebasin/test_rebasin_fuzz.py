@@ -184,7 +184,7 @@ def test_networks_of_a_grammar(sentence: tuple[str, list[str]], seed: int) -> No
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(sentences, st.integers(0, 9999))
 def test_many_networks_of_a_grammar(sentence: tuple[str, list[str]], seed: int) -> None:
     holds_and_comes_back(*sentence, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -171,7 +172,20 @@ def test_c2m3_mixes_every_axis_as_permutations_move_it(name: str) -> None:
     soft = [{n: torch.eye(len(p), dtype=torch.float64)[p] for n, p in own.items()} for own in perms]
     moved = [spec.permute(t, p) for t, p in zip(thetas, perms, strict=True)]
     there = sum(objective(spec, x, y) for x, y in itertools.combinations(moved, 2))
-    assert float(universe._objective(spec, thetas, soft)) == pytest.approx(there, rel=1e-9)
+    laid = [{n: spec.lay_out(t[n].double(), n) for n in spec.objective} for t in thetas]
+    assert float(universe._objective(spec, laid, soft)) == pytest.approx(there, rel=1e-9)
+
+
+def test_c2m3_goes_on_from_what_passes_found() -> None:
+    thetas = networks(3, 0.8)
+    start = merge_many(SPEC, thetas)
+    anew, further = (merge_many(SPEC, thetas, method="c2m3", start=s) for s in (None, start))
+    assert further.history == anew.history and further.before == start.before
+    assert all(torch.equal(x[g], anew.perms[i][g]) for i, x in enumerate(further.perms) for g in x)
+    for wrong in ({"method": "passes"}, {"method": "c2m3", "thetas": thetas[:2]}):
+        how: dict[str, Any] = {"thetas": thetas, "start": start} | wrong
+        with pytest.raises(BadParameter, match="start: of c2m3, and of as many networks; got 3"):
+            merge_many(SPEC, **how)
 
 
 def test_c2m3_refuses_heads() -> None:

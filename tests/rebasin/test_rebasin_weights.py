@@ -142,7 +142,7 @@ def test_prices_change_no_optimum(n: int, seed: int, change: float, ties: bool) 
         torch.randn(n, generator=g, dtype=torch.float64),
     ):
         kept = gain.clone()
-        p, new = assign_again(gain, any_price)
+        p, new, _ = assign_again(gain, any_price)
         assert sorted(p.tolist()) == list(range(n))
         assert float(gain[rows, p].sum()) == pytest.approx(scipys(gain))
         assert torch.equal(gain, kept)
@@ -156,12 +156,14 @@ def test_an_auction_gives_nearly_all_rows_a_column_within_epsilon_of_their_best(
 ) -> None:
     gain = torch.randn(200, 200, generator=generator(0), dtype=torch.float64)
     gain += torch.randn(200, generator=generator(1), dtype=torch.float64) * 3
-    p, price = assign_again(gain, epsilon=epsilon)
-    assert sorted(p.tolist()) == list(range(200))
+    p, price, exact = assign_again(gain, epsilon=epsilon)
+    assert sorted(p.tolist()) == list(range(200)) and not exact
     net = gain - price
     below = net.amax(1) - net[torch.arange(200), p]
     assert float(below.quantile(0.95)) <= 1.001 * epsilon * float(gain.std())
     assert assign_again(gain, price)[0].equal(assign_units(gain))
+    own, _, exact = assign_again(torch.eye(200, dtype=torch.float64)[p], epsilon=epsilon)
+    assert exact and own.equal(p)  # nobody wants what another has
 
 
 def test_prices_make_an_assignment_every_rows_choice_by_a_margin() -> None:
@@ -269,10 +271,10 @@ def weakly_anchored() -> Spec:
 
 @pytest.mark.slow
 def test_more_starts_find_what_one_does_not() -> None:
-    """The sheet's numbers for this toy: 16 of 100 from the identity, 78 with ten starts."""
+    """The sheet's shares for this toy: 16 % from the identity, 78 % with ten starts."""
     spec = weakly_anchored()
     one = ten = anchored = 0
-    for seed in range(100):
+    for seed in range(40):
         g = generator(seed)
         a = {
             n: torch.randn([sum(map(spec.length, x)) for x in axes], generator=g)
@@ -283,9 +285,9 @@ def test_more_starts_find_what_one_does_not() -> None:
         one += same(weight_matching(spec, a, b, begin="identity", **kind).perms, back)
         ten += same(weight_matching(spec, a, b, begin="identity", starts=10, **kind).perms, back)
         anchored += same(weight_matching(spec, a, b, **kind).perms, back)
-    assert one <= 40
-    assert ten >= 75
-    assert anchored >= 95
+    assert one <= 16
+    assert ten >= 30
+    assert anchored >= 38
 
 
 @pytest.mark.parametrize("order", ["random", "forward"])
@@ -536,3 +538,42 @@ def test_gains_that_are_kept_are_those_that_would_be_summed(
     assert kept.passes == anew.passes > 1
     assert kept.objective == anew.objective
     assert all(torch.equal(p, anew.perms[n]) for n, p in kept.perms.items())
+
+
+class Everything(set[str]):
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("planted_noise", [None, 0.3])
+def test_only_what_an_auction_decided_is_solved_again(
+    planted_noise: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last, exact pass leaves out the families whose optimum is known: nothing else changes."""
+    spec = chain(30, 40, 40, 40, 10)
+    a = draw(spec, 0)
+    b = draw(spec, 1) if planted_noise is None else planted(spec, a, 1, planted_noise)[0]
+    solved: list[int] = []
+    plain = weights.Descent.improve
+
+    def counted(state: Any, family: Any, tol: float) -> float:
+        solved[-1] += 1
+        return plain(state, family, tol)
+
+    monkeypatch.setattr(weights.Descent, "improve", counted)
+    solved.append(0)
+    found = weight_matching(spec, a, b)
+
+    def all_again(state: Any, *args: Any) -> None:
+        begin(state, *args)
+        state.rough = Everything()
+
+    begin = weights.Descent.__init__
+    monkeypatch.setattr(weights.Descent, "__init__", all_again)
+    solved.append(0)
+    again = weight_matching(spec, a, b)
+    assert same(found.perms, again.perms)
+    assert (found.objective, found.details) == (again.objective, again.details)
+    assert solved[0] <= solved[1]
+    if planted_noise is not None:  # every assignment was exact at once
+        assert (solved, found.passes) == ([3, 6], 2)

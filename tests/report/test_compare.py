@@ -13,7 +13,7 @@ import torch
 from commands import BATCHNORM, NET, trained
 from comparisons import line, made_up
 from torch import nn
-from toypairs import Tokens, pair_of, split_of
+from toypairs import NETS, Tokens, pair_of, split_of
 
 from companion import data, models
 from companion.core.errors import BadParameter, CorruptData, OutOfTime
@@ -284,6 +284,24 @@ def test_three_networks() -> None:
     assert heights[0][1] == heights[1][0] > 0 and heights[0][0] is None
     assert 0 < triangle.values["defect"] <= 1 and set(triangle.values["defects"]) == {"A, B, C"}
     assert verdict(found, "Same basin, all of them?") == "no"
+    many, agreed = found.answer("merged_many"), found.answer("merged_c2m3")
+    assert many and agreed and agreed.values["defect"] == 0
+    names = [*many.values["networks"]]
+    assert set(agreed.values["networks"]) == {*names, "merged by C2M3"}
+    assert agreed.values["matching"]["objective"] >= many.values["matching"]["objective"]
+    sentence = next(f.sentence for f in found.findings if f.question == "Do the matchings agree?")
+    assert "In the one order that C2M3 finds for all of them it is 0 %" in sentence
+    assert found.html().count('<th scope="row">ensemble</th>') == 1  # one table of merges
+
+
+@pytest.mark.slow
+def test_three_networks_with_units_inside_of_units_are_merged_without_c2m3() -> None:
+    module, a, b = pair_of(NETS["group norm"])
+    more = [{k: v + 0.01 for k, v in a.items()}]
+    found = compare(module, a, b, DIGITS, more=more, max_error=100, **SHORT)
+    asked = next(a for a in found.answers if a.name == "merged_c2m3")
+    assert asked.status == "could not be asked" and "units inside of others" in asked.why
+    assert verdict(found, "Is a merge worth it?") in ("yes", "no", "undetermined")
 
 
 def test_of_three_networks_one_is_dead() -> None:

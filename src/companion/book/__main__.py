@@ -14,8 +14,6 @@ from companion.book import notebooks as _notebooks
 from companion.book import site
 from companion.book.layout import Book
 from companion.book.shape import shape as _shape
-from companion.book.stage import readme as _readme
-from companion.book.stage import stage as _stage
 from companion.core import signals
 from companion.core.errors import CompanionError
 
@@ -73,6 +71,8 @@ def execute(chapters: Chapters = None, profile: Profile = "quick", root: Root = 
 @app.command()
 def stage(profile: Profile = "quick", root: Root = Path()) -> None:
     """Put the site's source tree together: build/PROFILE/book/."""
+    from companion.book.stage import stage as _stage  # and with it torch, which no other step needs
+
     book = Book(root)
     with book.building(profile, "site"):
         print(_stage(book, profile))
@@ -89,6 +89,8 @@ def html(profile: Profile = "quick", root: Root = Path()) -> None:
 @app.command()
 def readme(profile: Profile = "quick", root: Root = Path()) -> None:
     """Write README's table of what held, and its picture (book/plane.svg), from the built run."""
+    from companion.book.stage import readme as _readme
+
     for path in _readme(Book(root), profile):
         print(path)
 

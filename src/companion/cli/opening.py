@@ -43,7 +43,8 @@ class Opened:
         dataset: None without data.
         source: the name it was given.
         more: further state dicts, of a command that takes any number.
-        widened: what B was, where it had fewer units than A.
+        widened: what the narrower one was, where one of A and B had fewer units than the other.
+        narrow: which one that is, 0 or 1.
     """
 
     a: Checkpoint
@@ -58,6 +59,7 @@ class Opened:
     source: str | None
     more: tuple[Checkpoint, ...] = ()
     widened: Widened | None = None
+    narrow: int = 1
 
     @property
     def ends(self) -> tuple[Checkpoint, ...]:
@@ -111,7 +113,7 @@ def opened(
     more: Sequence[str] = (),
     optional: bool = False,
     stream: bool = False,
-    narrow: str | None = None,
+    other: str | None = None,
 ) -> Opened:
     """Read A and B, load the data, build the model, and fit all of them to it.
 
@@ -121,7 +123,8 @@ def opened(
         more: further networks.
         optional: do without data that the runs name and that are not here.
         stream: leave tensors in their files until they are needed, each time anew.
-        narrow: B's architecture, where it has fewer units than A's.
+        other: B's architecture, where it is not A's: the narrower of the two gets units of weight 0
+            until it has the other's shape, and that is the one they are opened as.
 
     Raises:
         BadParameter: model or data are not known, or the networks do not fit. MissingData: no data.
@@ -134,20 +137,17 @@ def opened(
     if len(more) > len(LETTERS) - 2:
         raise BadParameter(f"{len(more) + 2} networks are too many: {len(LETTERS)} at most.")
     files = tuple(map(read_checkpoint, (a, b, *more)))
-    net = _named("--model", model or own_folder(a), files[:1] if narrow else files, "net")
+    net = _named("--model", model or own_folder(a), files[:1] if other else files, "net")
     if shape is None and data is None and optional:
         shape = models.example_of(net)
     source, dataset, example, classes = _data(data, files, device, shape, optional)
     # Its own weights count for nothing, but what is derived of it should not vary with them.
     module = models.build(reachable(net), example, classes, Key("rebasin", "module"))
-    widened = None
-    if narrow is not None:
-        widened = _widened(narrow, module, files[1], example, classes)
-        units = sum(p.numel() for p in widened.spec.identity().values())
-        lacking = units - sum(p.numel() for p in widened.places(widened.spec.identity()).values())
-        added = f"{lacking} units of weight 0 added"
-        wide = replace(files[1], theta=widened.theta, notes=(*files[1].notes, added))
-        files = (files[0], wide, *files[2:])
+    widened, narrow = None, 1
+    if other is not None:
+        net, module, files, widened, narrow = _one_width(
+            (net, other), module, files, example, classes
+        )
     ends = [fit(module, end, label) for label, end in zip(LETTERS, files, strict=False)]
     if not stream:
         ends = [replace(end, theta=dict(end.theta)) for end in ends]
@@ -159,22 +159,39 @@ def opened(
         module = channels_last(module, dataset.test.x[:2])
     first, second, *rest = ends
     named = (models.canonical(net), net, module, example, classes, dataset, source)
-    return Opened(first, second, files, *named, more=tuple(rest), widened=widened)
+    return Opened(first, second, files, *named, more=tuple(rest), widened=widened, narrow=narrow)
 
 
-def _widened(
-    narrow: str, module: nn.Module, found: Checkpoint, shape: tuple[int, ...], classes: int
-) -> Widened:
-    """B with as many units as ``module``."""
+def _one_width(
+    nets: tuple[str, str],
+    first: nn.Module,
+    files: tuple[Checkpoint, ...],
+    shape: tuple[int, ...],
+    classes: int,
+) -> tuple[str, nn.Module, tuple[Checkpoint, ...], Widened, int]:
+    """The wider one's name and module, all files as networks of it, and which one was narrow.
+
+    Arguments:
+        nets: architectures of A and B.
+        first: A's.
+    """
     from companion import models
     from companion.cli.checkpoints import fit
     from companion.core.seeds import Key
     from companion.rebasin import widen
 
     key = Key("rebasin", "module")
-    small = models.build(reachable(narrow), shape, classes, key)
-    theta = dict(fit(small, found, "B").theta)
-    return widen(small, module, theta, example_for(module, shape, classes, key))
+    both = (first, models.build(reachable(nets[1]), shape, classes, key))
+    counts = [sum(p.numel() for p in module.parameters()) for module in both]
+    at = 0 if counts[0] < counts[1] else 1
+    found, net, module = files[at], nets[1 - at], both[1 - at]
+    theta = dict(fit(both[at], found, LETTERS[at]).theta)
+    widened = widen(both[at], module, theta, example_for(module, shape, classes, key))
+    every = widened.spec.identity()
+    units, kept = (sum(p.numel() for p in of.values()) for of in (every, widened.places(every)))
+    added = f"{units - kept} units of weight 0 added, to be a network of {models.canonical(net)}"
+    wide = replace(found, theta=widened.theta, notes=(*found.notes, added))
+    return net, module, (*files[:at], wide, *files[at + 1 :]), widened, at
 
 
 def example_for(

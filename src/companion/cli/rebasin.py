@@ -80,8 +80,9 @@ def align_networks(
     model_b: Annotated[
         str | None,
         typer.Option(
-            help="B's architecture, where it has fewer units than A's: B gets units of weight 0 "
-            "until it has A's shape, and still computes the same."
+            help="B's architecture, where it has fewer units than A's, or more: the narrower of "
+            "the two gets units of weight 0 until it has the other's shape, and still computes "
+            "the same."
         ),
     ] = None,
     data: Annotated[
@@ -171,13 +172,13 @@ def align_networks(
     shape_given = shape_and_classes(data, in_shape, classes)
     try:
         pair = opened(
-            *(a, b, model, data, device, shape_given), optional=True, stream=True, narrow=model_b
+            *(a, b, model, data, device, shape_given), optional=True, stream=True, other=model_b
         )
     except WrongShape as error:
         if model_b or kind.folds or not str(error).startswith("network B"):
             raise
         raise BadParameter(
-            f"{error} If B has fewer units than A, name its architecture with --model-b."
+            f"{error} If one of them has fewer units, name B's architecture with --model-b."
         ) from error
     dataset, shape = pair.dataset, pair.shape
     if dataset is None and kind.data:
@@ -201,7 +202,9 @@ def align_networks(
 
     places = None
     if pair.widened and here.matching:
-        places = {n: p.tolist() for n, p in pair.widened.places(here.matching.perms).items()}
+        perms = here.matching.perms
+        perms = perms if pair.narrow else pair.widened.spec.inverse(perms)
+        places = {n: p.tolist() for n, p in pair.widened.places(perms).items()}
     found: dict[str, Any] | None = None
     if dataset is not None:
         before, after = _barriers(pair, here, measuring, max_error)
@@ -395,12 +398,7 @@ def _show_matching(spec: Spec, found: Matching, derived: float, gap: float) -> N
         f"{sum(p.numel() for p in found.perms.values()):,} units (derived and proven in "
         f"{derived:.1f} s)"
     )
-    reasons: dict[str, list[str]] = {}
-    for axis, why in spec.held.items():
-        reasons.setdefault(why, []).append(axis)
-    for why, held in reasons.items():
-        more = f" and {len(held) - 4} more" if len(held) > 4 else ""
-        say(f"  held in place: {', '.join(held[:4])}{more}: {why}")
+    _show_held(spec)
     for text in spec.notes:
         say(f"  note: {text}")
     if blind := (found.details or {}).get("no site"):
@@ -419,8 +417,19 @@ def _show_matching(spec: Spec, found: Matching, derived: float, gap: float) -> N
     say(f"equal outputs: yes, B and the aligned B differ by {gap:.1e} of the largest (float64)")
 
 
+def _show_held(spec: Spec) -> None:
+    """Which units stay in place, and why, where that does not go without saying."""
+    reasons: dict[str, list[str]] = {}
+    for axis, why in spec.held.items():
+        reasons.setdefault(why, []).append(axis)
+    for why, held in reasons.items():
+        more = f" and {len(held) - 4} more" if len(held) > 4 else ""
+        say(f"  held in place: {', '.join(held[:4])}{more}: {why}")
+
+
 def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: int) -> str:
-    """The name under which the folded form of a network is built, e.g. ``gpt:tied=false``.
+    """The name under which the folded form of a network is built, e.g. ``gpt:tied=false``, or
+    ``hf:FOLDER?headbias=true,tie_word_embeddings=false``.
 
     Arguments:
         net: the name of the network.
@@ -432,16 +441,19 @@ def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: in
     from companion import models
     from companion.core.seeds import Key
 
-    if models.is_own(net):
+    full = models.canonical(net)
+    hub = full.startswith("hf:")
+    if models.is_own(net) and not hub:
         raise BadParameter(
             f"model {net!r}: its folded form has no name to load it by, as yours is a factory of "
             "your own. In Python companion.rebasin.fold(module, x).module is the folded form."
         )
-    name, _, given = models.canonical(net).partition(":")
+    mark, tied = ("?", "tie_word_embeddings") if hub else (":", "tied")
+    name, _, given = full.partition(mark)
     items = dict(item.split("=") for item in given.split(",") if item)
     own = module.state_dict()
-    items |= {"tied": "false", "headbias": "true" if "lm_head.bias" in own else "false"}
-    found = models.canonical(f"{name}:" + ",".join(f"{k}={v}" for k, v in items.items()))
+    items |= {tied: "false"} | ({"headbias": "true"} if "lm_head.bias" in own else {})
+    found = models.canonical(name + mark + ",".join(f"{k}={v}" for k, v in items.items()))
     there = models.build(found, shape, classes, Key("rebasin", "folded")).state_dict()
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in there.items()}:
         raise BadParameter(f"model {net!r}: {found} is not its folded form, and there is no other.")
@@ -449,12 +461,14 @@ def folded_name(net: str, module: nn.Module, shape: tuple[int, ...], classes: in
 
 
 def _show_rotation(aligned: Aligned) -> None:
-    from companion.rebasin import Rotation
+    from companion.rebasin import Folding, Rotation
 
     found = aligned.found
     assert found is None or isinstance(found, Rotation)
     derived, gap = aligned.derived, aligned.gap
     say(f"LayerNorm's gains and biases are in the layers behind it (proven in {derived:.1f} s)")
+    assert isinstance(aligned.symmetries, Folding)
+    _show_held(aligned.symmetries.spec)
     if found is None:
         say("nothing is matched")
     else:

@@ -15,6 +15,7 @@ import typer
 
 from companion.cli.console import error, say
 from companion.core.errors import BadParameter, OutOfTime
+from companion.core.plans import REQUEUES
 
 EXAMPLE = (
     "Example: companion work runs/.work/queue --time-limit 3400. Start as many as you like, on any "
@@ -43,6 +44,12 @@ def do_jobs(
             min=1,
         ),
     ] = 180.0,
+    requeues: Annotated[
+        int,
+        typer.Option(
+            help="How often a job may be stopped and go on; once more, and it has failed.", min=0
+        ),
+    ] = REQUEUES,
 ) -> None:
     """Take jobs from a queue, train and measure them into the run store, until nothing is left.
 
@@ -62,7 +69,7 @@ def do_jobs(
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), _stop)
     who, log = _name()
-    worker = Worker(who, stale=stale, log=log, say=_say)
+    worker = Worker(who, stale=stale, requeues=requeues, log=log, say=_say)
     end = None if time_limit is None else _STARTED + time_limit
     keep_memory()
     try:

@@ -4,6 +4,7 @@ A queue is a folder that all machines see, ``<store>/.work/<name>/``::
 
     plans/<time>-<digest>/plan.jsonl      a job a line: what it needs, function, its argument
     plans/<time>-<digest>/done/<worker>   what that worker finished, a line a job, only appended to
+    plans/<time>-<digest>/stops/<job>     a dot for each time that it was stopped before its end
     plans/<time>-<digest>/claims/         who is at work on what (:mod:`companion.core.claims`)
     logs/  arrays/                        of the workers (:mod:`companion.core.slurm`)
 
@@ -36,6 +37,7 @@ from companion.core.errors import (
     CorruptData,
     OutOfTime,
     StoreUnwritable,
+    WorkerLost,
 )
 
 log = logging.getLogger("companion")
@@ -44,6 +46,11 @@ _LOOK_S = 1.0
 """How often a worker looks what others have finished."""
 
 _PLAN, _OVER = "plan.jsonl", "over"
+
+REQUEUES = 50
+"""So many times a job may be stopped (its worker's time is up, or it is preempted) and go on from
+where it is. Once more, and it is given up, and said so: a measurement that takes longer than a task
+begins anew each time, for ever."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +195,7 @@ class Worker:
     Arguments:
         who: names it among all; the same after a requeue.
         stale: see :data:`companion.core.claims.STALE_S`.
+        requeues: see :data:`REQUEUES`.
         log: the file of its output.
         say: takes a line for that file.
     """
@@ -197,10 +205,12 @@ class Worker:
         who: str,
         *,
         stale: float = STALE_S,
+        requeues: int = REQUEUES,
         log: str = "",
         say: Callable[[str], None] = lambda text: None,
     ):
-        self.who, self.stale, self.log, self.say = who, stale, log, say
+        self.who, self.stale, self.requeues = who, stale, requeues
+        self.log, self.say = log, say
 
     def serve(self, queue: Queue, idle: float = 0.0) -> int:
         """Work through all plans of a queue; then wait ``idle`` seconds for another one.
@@ -273,7 +283,7 @@ class Worker:
                 if not ours:
                     return False
                 self.say(f"job {number}: {job.about or job.function}")
-                job.run()
+                self._run(plan, number, job)
                 self._note(plan, Outcome(number, self.who, time.monotonic() - begun))
         except (OutOfTime, StoreUnwritable):
             raise
@@ -284,6 +294,24 @@ class Worker:
             took = time.monotonic() - begun
             self._note(plan, Outcome(number, self.who, took, why or "it failed.", self.log))
         return True
+
+    def _run(self, plan: Plan, number: int, job: Work) -> None:
+        """Run a job that has not been stopped too often."""
+        stops = plan.folder / "stops" / str(number)
+        count = stops.stat().st_size if stops.exists() else 0
+        if count > self.requeues:
+            raise WorkerLost(
+                f"it was stopped {count} times, at the end of a worker's time or by a signal, and "
+                "did not end. If it only needs longer: more time a task, or more requeues."
+            )
+        try:
+            job.run()
+        except OutOfTime:
+            with contextlib.suppress(OSError):
+                stops.parent.mkdir(exist_ok=True)
+                with stops.open("ab") as f:
+                    f.write(b".")
+            raise
 
     def _note(self, plan: Plan, outcome: Outcome) -> None:
         plan.outcomes[outcome.job] = outcome

@@ -49,6 +49,7 @@ STOPPED = 75
 """Exit code of a worker whose time was up: its script requeues the task."""
 
 _TRIES = 3  # arrays in a row that end without one more job done
+_LOOK_S = 5.0  # between two looks at a plan, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class Engine:
         replicas: networks of one recipe that a GPU trains at once.
         idle: seconds that workers wait for another plan before they go.
         stale: see :data:`companion.core.claims.STALE_S`.
+        requeues: see :data:`companion.core.plans.REQUEUES`.
     """
 
     kind: str = "slurm"
@@ -84,6 +86,7 @@ class Engine:
     replicas: int = 8
     idle: float = 60.0
     stale: float = STALE_S
+    requeues: int = plans.REQUEUES
 
     def __str__(self) -> str:
         given = ",".join(
@@ -177,6 +180,7 @@ def command(engine: Engine, queue: Queue) -> list[str]:
     kept += [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
     words = ["env", *kept, sys.executable, "-m", "companion", "work", str(queue.folder)]
     words += f"--idle {engine.idle:g} --stale {engine.stale:g}".split()
+    words += [] if engine.requeues == plans.REQUEUES else ["--requeues", str(engine.requeues)]
     limit = 60 * engine.time - engine.margin
     return words + (["--time-limit", f"{limit:g}"] if engine.kind == "slurm" else [])
 
@@ -318,7 +322,7 @@ class _Watch:
                     self.say(f"{self._arrays()} is at work already, with {live} tasks")
             self._say(bar, left)
             time.sleep(pause)
-            pause = min(5.0, 1.2 * pause)
+            pause = min(_LOOK_S, 1.2 * pause)
 
     def submit(self, jobs: int) -> None:
         """Submit an array of workers."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Unpack
 
 import torch
@@ -29,7 +30,7 @@ from companion.data import Dataset, Split, head_of, text
 from companion.experiments.measurement import Json, Measurement, Where, key_of, run
 from companion.experiments.methods import Method, match, spec_of, weights_of
 from companion.experiments.pairs import Evaluation, Pair
-from companion.rebasin import calibration
+from companion.rebasin import Spec, calibration, triangle_defect, weight_matching
 from companion.rebasin.calibration import ensemble_logprobs, prior_shift
 from companion.rebasin.merge import merge_many
 from companion.rebasin.repair import reset_batchnorm
@@ -157,11 +158,15 @@ class Merge(Measurement):
     def describe(identity: Mapping[str, Any]) -> str:
         return f"{len(identity['runs'])} networks merged into one"
 
-    def measure(self, store: Store, device: str) -> object:
+    def opened(self, store: Store, device: str) -> tuple[Dataset, nn.Module, list[Theta], Spec]:
+        """The data, the architecture, the networks, and what may move."""
         data = self.dataset(device)
         module = build(self.runs[0], data, torch.device(device))
-        thetas = [weights_of(r, r.last_step, store, device) for r in self.runs]
-        spec = spec_of(module, data)
+        thetas: list[Theta] = [weights_of(r, r.last_step, store, device) for r in self.runs]
+        return data, module, thetas, spec_of(module, data)
+
+    def measure(self, store: Store, device: str) -> object:
+        data, module, thetas, spec = self.opened(store, device)
         merged = merge_many(spec, thetas)
         moved = [spec.permute(t, p) for t, p in zip(thetas, merged.perms, strict=True)]
         networks: dict[str, Theta] = {f"input {i}": t for i, t in enumerate(thetas)}
@@ -202,6 +207,77 @@ def merge_runs(
     tasks = [Merge(tuple(g), evaluation or Evaluation(), on) for g in groups]
     raw = run(tasks, label="merging many", **where)
     return [codec.from_json(Readings, r["readings"]) for r in raw]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Networks in an order that all of them agree on, and what pairs on their own do.
+
+    Arguments:
+        readings: of their mean, each matched with the ``first``; in the order that MergeMany finds,
+            ``merged``; and in that of ``c2m3``.
+        defect: of the pairs, each matched on its own: see
+            :func:`companion.rebasin.triangle_defect`.
+        shares: ``passes`` (MergeMany) and ``c2m3`` -> the objective as a share of its bound.
+    """
+
+    readings: Readings
+    defect: float
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Agreed(Merge):
+    """An :class:`Agreement`; the arguments are :func:`agree_runs`'."""
+
+    KIND = "agreed"
+    SEMANTICS = 1
+
+    @staticmethod
+    def describe(identity: Mapping[str, Any]) -> str:
+        return f"{len(identity['runs'])} networks in one order (C2M3)"
+
+    def measure(self, store: Store, device: str) -> object:
+        data, module, thetas, spec = self.opened(store, device)
+        passes = merge_many(spec, thetas)
+        found = merge_many(spec, thetas, method="c2m3", start=passes)
+        pairs = {
+            (i, j): weight_matching(spec, thetas[i], thetas[j]).perms
+            for i, j in combinations(range(len(thetas)), 2)
+        }
+        to_first = [spec.identity(), *(pairs[0, j] for j in range(1, len(thetas)))]
+        networks: dict[str, Theta] = {}
+        for name, perms in (("first", to_first), ("merged", passes.perms), ("c2m3", found.perms)):
+            moved = [spec.permute(t, p) for t, p in zip(thetas, perms, strict=True)]
+            networks[name] = _mean(module, moved, data, self.evaluation)
+        splits = self.evaluation.splits(data)
+        return Agreement(
+            _readings(module, networks, splits, lambda logits: {}),
+            triangle_defect(spec, pairs),
+            {"passes": passes.share, "c2m3": found.share},
+        )
+
+
+def agree_runs(
+    groups: Sequence[Sequence[Run]],
+    evaluation: Evaluation | None = None,
+    *,
+    on: str | None = None,
+    **where: Unpack[Where],
+) -> list[Agreement]:
+    """Train what is missing, and bring every group of runs into one order by C2M3.
+
+    Arguments:
+        groups: of three runs or more each, all of one architecture without units inside of others.
+        on: dataset to read on; default: the one the first run was trained on.
+
+    Source: Crisostomi et al. 2024, Section 3; our chapter 2b.
+    """
+    if any(len(g) < 3 for g in groups):
+        raise BadParameter("agree_runs: a group needs three runs or more.")
+    tasks = [Agreed(tuple(g), evaluation or Evaluation(), on) for g in groups]
+    raw = run(tasks, label="one order for all", **where)
+    return [codec.from_json(Agreement, r) for r in raw]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from companion.core.theta import Theta, check_theta, layout
 from companion.data import Dataset
 from companion.experiments.methods import Method, aligned
 from companion.experiments.pairs import Evaluation
-from companion.rebasin import derive
+from companion.rebasin import Folding, Spec
 
 Training = str | Path | Sequence[str | Path]
 """A folder with a sub-folder for each checkpoint, or the checkpoints' folders."""
@@ -82,7 +82,7 @@ def along(
         first, second: trainings of one architecture, whose ``config.json`` says which.
         data: a text in the networks' own tokens, as ``wikitext2?tokenizer=FOLDER`` has it, on the
             device to compute on.
-        methods: ``naive``, and ways of bringing B to A that do not fold LayerNorm.
+        methods: ``naive``, and ways of bringing B to A.
         evaluation: points and windows of a line.
         max_error: percent; up to it a network counts as trained at the last step in any case.
 
@@ -102,20 +102,21 @@ def along(
     how = evaluation or Evaluation()
     chosen = [Method(m) if isinstance(m, str) else m for m in methods]
     module = _architecture(one[steps[0]], data)
-    example, splits, spec = data.test.x[:2], how.splits(data), None
+    example, splits = data.test.x[:2], how.splits(data)
+    known: dict[bool, Spec | Folding] = {}  # whether a method folds -> what may move
     found: dict[int, dict[str, Barrier]] = {}
     for step in steps:
         a, b = (_weights(module, folder) for folder in (one[step], other[step]))
         found[step] = {}
         for method in chosen:
-            moved = b
+            ends = (module, a, b)
             if method.name != "naive":
-                spec = spec or derive(module, example, unread="hold")
-                key = Key("published", method.label)
-                moved = dict(aligned(method, module, a, b, example, data.train, key, spec).b)
+                folds, key = method.kind.folds, Key("published", method.label)
+                here = aligned(method, module, a, b, example, data.train, key, known.get(folds))
+                known[folds], ends = here.symmetries, (here.module, here.a, here.b)
             limit = max_error if step == steps[-1] else 100.0
             found[step][method.name] = barrier(
-                *(module, a, moved, splits),
+                *(*ends, splits),
                 classes=data.classes,
                 max_error=limit,
                 **how.keywords(data),

@@ -18,6 +18,8 @@ from companion.core.errors import BadParameter, one_of
 from companion.models.options import Shape
 
 PLACES = ("torchvision", "timm", "hf")
+HEAD_BIAS = "headbias"
+"""Option of ``hf``: the output matrix has a bias, as where LayerNorm is folded into it."""
 TOKENS = 32
 """Tokens in a window, where a language model says only how many it can take."""
 PADDING = 2
@@ -76,7 +78,8 @@ def build(
     """Build the network ``name`` of ``place``, with random weights.
 
     Arguments:
-        values: options given by the user; of ``hf`` entries of the configuration to change.
+        values: options given by the user; of ``hf`` entries of the configuration to change, and
+            :data:`HEAD_BIAS`.
         in_shape, classes: of the data. What the network cannot be told is left as it is.
 
     Raises:
@@ -159,7 +162,8 @@ def _config(spec: str, folder: str, values: Mapping[str, Any]) -> Any:
 def _hugging_face(spec: str, folder: str, values: Mapping[str, Any]) -> nn.Module:
     import transformers
 
-    config = _config(spec, folder, values)
+    entries = {k: v for k, v in values.items() if k != HEAD_BIAS}
+    config = _config(spec, folder, entries)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # memory of a language model for its next token
     kind = next(iter(config.architectures or ()), "")
@@ -169,6 +173,11 @@ def _hugging_face(spec: str, folder: str, values: Mapping[str, Any]) -> nn.Modul
             made: nn.Module = transformers.AutoModel.from_config(config)
         else:
             made = cls(config)
+        if values.get(HEAD_BIAS):
+            head = made.get_submodule("lm_head")
+            head.register_parameter(
+                "bias", nn.Parameter(torch.zeros(len(head.get_parameter("weight"))))
+            )
     except Exception as e:  # a configuration that contradicts itself
         raise BadParameter(f"model {spec!r}: {type(e).__name__}: {e}") from e
     return made.float()

@@ -92,8 +92,8 @@ LEARNED = ("learned", "learned-both")
 PERMUTED = ("units", "weights")
 """Those that permute; which of them is the better one is decided on the training text."""
 
-ALONG = ("naive", "weights")
-"""Those that published trainings are compared by; rotations are for GPT-2 only."""
+ALONG = ("naive", "weights", "rotated")
+"""Those that published trainings are compared by."""
 
 TURNED = ("naive", "rotated")
 """Those that copies which fork at 0 are compared by."""

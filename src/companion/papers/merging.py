@@ -18,7 +18,16 @@ from companion.core.stats import over_pairs
 from companion.data import load
 from companion.experiments.aligned import Aligned, independent, interval, lines_of, pairs_of
 from companion.experiments.budget import Plan
-from companion.experiments.merged import Halves, Merge, Readings, merge_runs, split_runs
+from companion.experiments.merged import (
+    Agreed,
+    Agreement,
+    Halves,
+    Merge,
+    Readings,
+    agree_runs,
+    merge_runs,
+    split_runs,
+)
 from companion.experiments.pairs import Pair
 from companion.papers import rebasin
 from companion.papers.rebasin import LOSS, NAMES, Results, Setting
@@ -32,9 +41,19 @@ METRICS = {
     "error": ("error (%)", "{:.1f}"),
     "ece": ("ECE (points)", "{:.1f}"),
 }
-PREDICTORS = {"input": "one input", "merged": "merged", "ensemble": "ensemble"}
+PREDICTORS = {
+    "input": "one input",
+    "first": "matched with the first",
+    "merged": "merged",
+    "c2m3": "merged by C2M3",
+    "ensemble": "ensemble",
+}
+THREE = "same data, three"
+"""Networks of a merge that are also brought into one order by C2M3."""
+
 WHY = {
     "same data": "no merge in this run",
+    THREE: "C2M3 was not tried in this run",
     "random halves": "no networks of random halves in this run",
 }
 """Data of the networks of a merge -> why a claim about it is not judged without it."""
@@ -77,6 +96,12 @@ class Study(Setting):
         return found
 
     @property
+    def agreeing(self) -> list[list[Run]]:
+        """What is also brought into one order by C2M3: three perceptrons of each merge."""
+        three = self.is_mlp and self.many > 2
+        return [runs[:3] for runs in self.groups.get("same data", [])] if three else []
+
+    @property
     def split_pairs(self) -> list[Pair]:
         """Networks of the two biased halves."""
         a, b = (replace(self.main, data=f"{self.main.data}@split-{part}") for part in "ab")
@@ -92,6 +117,7 @@ class Study(Setting):
         evaluation, on, pairs = self.evaluation, self.main.data, self.split_pairs
         tasks = [
             *(Merge(tuple(runs), evaluation, on) for g in self.groups.values() for runs in g),
+            *(Agreed(tuple(runs), evaluation, on) for runs in self.agreeing),
             *lines_of(pairs, evaluation=evaluation, on=on),
             *(Halves(p, full, evaluation) for p, full in zip(pairs, self.full, strict=True)),
         ]
@@ -100,11 +126,18 @@ class Study(Setting):
     @cached_property
     def merged(self) -> Mapping[str, list[Readings]]:
         """The name of the data -> for each merge the readings of inputs, merged network, plain
-        mean and ensemble."""
+        mean and ensemble; of :data:`THREE` those of an :class:`Agreement`."""
         runs, on = [g for groups in self.groups.values() for g in groups], self.main.data
         found = merge_runs(runs, self.evaluation, on=on, device=self.device, workers=self.workers)
         each = iter(found)
-        return {data: [next(each) for _ in groups] for data, groups in self.groups.items()}
+        out = {data: [next(each) for _ in groups] for data, groups in self.groups.items()}
+        return out | ({THREE: [one.readings for one in self.agreed]} if self.agreed else {})
+
+    @cached_property
+    def agreed(self) -> list[Agreement]:
+        """For each merge of the same data: all networks in one order, and pairs on their own."""
+        how: Any = {"on": self.main.data, "device": self.device, "workers": self.workers}
+        return agree_runs(self.agreeing, self.evaluation, **how) if self.agreeing else []
 
     @cached_property
     def halfway(self) -> Results:
@@ -128,7 +161,7 @@ class Study(Setting):
         """A number of each merge, on test images; ``input``: mean over its inputs."""
         found = self.merged.get(data, [])
         read = ([r["test"] for n, r in one.items() if n.startswith(predictor)] for one in found)
-        return [float(np.mean([getattr(reading, what) for reading in one])) for one in read]
+        return [float(np.mean([getattr(reading, what) for reading in one])) for one in read if one]
 
     def read(self, predictor: str, what: str = "loss") -> list[float]:
         """One number a pair; ``corrected``: of A or B, the one with less loss on train images."""
@@ -187,11 +220,11 @@ def merge(
         "trained": study.trained,
         "mlp": (study.is_mlp, "the claim is about perceptrons"),
     }
-    there = (data in study.groups, WHY[data])
+    there = (data in study.merged, WHY[data])
     found = over_pairs(value(*row) for row in zip(*read, strict=True))
     several = (study.merges >= 2, "one merge decides nothing")
     asked = [known[name] for name in needs.split()]
-    size = study.many if data == "same data" else study.halves
+    size = {"same data": study.many, THREE: 3}.get(data, study.halves)
     return statistic(found, there, several, *asked, detail=f"{size} networks each" if size else "")
 
 
@@ -234,6 +267,11 @@ CLAIMS: dict[str, Callable[[Study], Statistic]] = {
     "R20": lambda s: halves(
         s, lambda r, of: of("merged", "ece") - min(of("A", "ece"), of("B", "ece"))
     ),
+    # All networks in one order at once: test loss minus that of MergeMany.
+    "R43": lambda s: merge(
+        *(s, THREE, lambda c2m3, merged: c2m3 - merged),
+        *(("c2m3", "loss"), ("merged", "loss")),
+    ),
 }
 
 
@@ -244,12 +282,15 @@ def show_merges(study: Study) -> None:
     """What merging many networks gives, beside one input and the ensemble."""
     if not study.groups:
         return
-    fig, axes = plots.grid(3, columns=3, height=3.4)
+    fig, axes = plots.grid(3, columns=3, height=3.8)
     drawn = {}
     for ax, (metric, (label, form)) in zip(axes, METRICS.items(), strict=True):
         rows = {
-            f"{len(groups[0])} of {data}: {text}": over_pairs(study.worth(data, predictor, metric))
-            for data, groups in study.groups.items()
+            f"{len(groups[0])} of {data.partition(',')[0]}: {text}": over_pairs(
+                study.worth(data, predictor, metric)
+            )
+            for data, groups in {**study.groups, THREE: study.agreeing}.items()
+            if groups
             for predictor, text in PREDICTORS.items()
         }
         drawn[metric] = plots.conditions(
@@ -304,7 +345,7 @@ def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
     """All numbers and sentences of the page's prose and captions."""
     told = {
         f"{short}_{predictor}_{what}": said(over_pairs(study.worth(data, predictor, what)), form)
-        for data, short in (("same data", "same"), ("random halves", "half"))
+        for data, short in (("same data", "same"), ("random halves", "half"), (THREE, "three"))
         for predictor in (*PREDICTORS, "mean")
         for what, (_, form) in METRICS.items()
     }
@@ -331,7 +372,16 @@ def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
         "undetermined": "the pairs do not agree on which is better",
         claims.NOT_TESTABLE: "this run does not decide which is better",
     }
+    gained = {
+        "reproduced": "has a lower test loss than MergeMany's",
+        "not reproduced": "has no lower test loss than MergeMany's",
+        "undetermined": "is not told apart from MergeMany's by these merges",
+        claims.NOT_TESTABLE: "was not compared in this run",
+    }
     verdicts = list(verdicts)
+    word = {v.claim.id: v.verdict for v in verdicts}
+    shares = {f"{n}_share": [100 * a.shares[n] for a in study.agreed] for n in ("passes", "c2m3")}
+    shares["defect"] = [100 * a.defect for a in study.agreed]
     return {
         **study.words(),
         "merged_network": study.named(study.merge_width),
@@ -341,6 +391,8 @@ def values(study: Study, verdicts: Iterable[claims.Verdict]) -> Values:
         **told,
         "merging": merging,
         **{n: said(v, forms[n.rpartition("_")[2]], missing) for n, v in read.items()},
-        "corrected_or_merged": better[next(v.verdict for v in verdicts if v.claim.id == "R18")],
+        **{n: said(over_pairs(v), "{:.1f}") for n, v in shares.items()},
+        "corrected_or_merged": better[word["R18"]],
+        "agreeing": gained[word["R43"]],
         "untested": untested(verdicts),
     }

@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet50
 
 from companion import data, models
 from companion.connectivity import Plane, plane, segment
@@ -509,6 +508,8 @@ class Study(Setting):
     @cached_property
     def tied(self) -> tuple[float, int]:
         """ResNet-50 by its own spec: exponent of the count, and the number of permutations."""
+        from torchvision.models import resnet50  # seconds, which other chapters need not wait
+
         spec = derive(resnet50(), torch.zeros(2, 3, 32, 32))
         return spec.log10_count(), len(spec.groups)
 

@@ -54,7 +54,7 @@ def assign_units(gain: Tensor) -> Tensor:
 
 def assign_again(
     gain: Tensor, price: Tensor | None = None, epsilon: float = 0.0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, bool]:
     """:func:`assign_units` for a problem that comes again and again, each time a little changed.
 
     Prices taken off columns change no optimum, only how fast it is found: at the right ones, the
@@ -70,7 +70,8 @@ def assign_again(
             0: the exact assignment.
 
     Returns:
-        the permutation, int64, on the CPU; and prices for the next time, float64.
+        the permutation, int64, on the CPU; prices for the next time, float64; and whether it is
+        the exact one: with ``epsilon`` too, where no column is contested.
 
     Raises:
         BadParameter: the gains hold NaN or infinite values.
@@ -86,14 +87,14 @@ def assign_again(
         p = top.cpu()
     elif epsilon:
         more, p = _auction(net.cpu().numpy(), epsilon)
-        return p, new + more.to(new)
+        return p, new + more.to(new), False
     else:
         if 8 * contested > n:
             new = new + _auction(net.cpu().numpy(), EPSILON, whole=False)[0].to(new)
             net = gain - new
             highest = net.amax(1)
         p = _solved((net - highest.unsqueeze(1)).cpu())
-    return p, new + prices(net, p.to(net.device))
+    return p, new + prices(net, p.to(net.device)), True
 
 
 def _auction(gain: Any, epsilon: float, whole: bool = True) -> tuple[Tensor, Tensor]:

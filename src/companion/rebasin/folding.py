@@ -39,6 +39,41 @@ TOLERANCE = 1e-8
 
 
 @dataclass(frozen=True)
+class Names:
+    """What the layers of a family are called: in each block, each LayerNorm and what reads it."""
+
+    kind: str  # of transformers
+    blocks: str
+    reads: Mapping[str, str]  # LayerNorm -> the linear map behind it; attention first
+    writes: tuple[str, ...]
+    last: str  # LayerNorm before the head
+    tables: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = dict.fromkeys(n.partition(".")[0] for n in (*self.reads, *self.writes))
+        return f"{self.tables[0]}, {self.blocks}.N.({', '.join(parts)}), {self.last}, {HEAD}"
+
+
+KNOWN = (
+    Names(
+        *("GPT2LMHeadModel", "transformer.h"),
+        {"ln_1": "attn.c_attn", "ln_2": "mlp.c_fc"},
+        ("attn.c_proj", "mlp.c_proj"),
+        *("transformer.ln_f", ("transformer.wte", "transformer.wpe")),
+    ),
+    Names(  # whether attention and MLP read the same stream or one after the other
+        *("GPTNeoXForCausalLM", "gpt_neox.layers"),
+        {
+            "input_layernorm": "attention.query_key_value",
+            "post_attention_layernorm": "mlp.dense_h_to_4h",
+        },
+        ("attention.dense", "mlp.dense_4h_to_h"),
+        *("gpt_neox.final_layer_norm", ("gpt_neox.embed_in",)),
+    ),
+)
+
+
+@dataclass(frozen=True)
 class Parts:
     """Names of what reads and writes the residual stream of a GPT network."""
 
@@ -127,9 +162,9 @@ def fold(module: nn.Module, example: Any) -> Folding:
     """The architecture in which the residual stream of ``module`` may be rotated.
 
     Arguments:
-        module: a GPT of ``transformers`` (GPT2LMHeadModel) or a class that has its layers under
-            the same names, with LayerNorm before attention and MLP; biases or none, the head tied
-            to the embedding or not. It is not changed.
+        module: a GPT of ``transformers`` (GPT2LMHeadModel, or GPTNeoXForCausalLM, such as Pythia)
+            or a class that has its layers under the same names, with LayerNorm before attention and
+            MLP; biases or none, the head tied to the embedding or not. It is not changed.
         example: tokens, int64, shape (2, L): what forward takes.
 
     Returns:
@@ -204,30 +239,31 @@ def parts_of(module: nn.Module) -> Parts:
         "gains act on the stream and cannot be moved into the layers that read it, so it has no "
         "rotation symmetry. A pre-LN network is needed, such as GPT-2."
     )
-    known = "transformer.wte, transformer.h.N.(ln_1, attn, ln_2, mlp), transformer.ln_f, lm_head"
     names = {name for name, _ in module.named_modules()}
-    blocks = [n for n in names if n.startswith("transformer.h.") and n.count(".") == 2]
+    found = next((k for k in KNOWN if any(n.startswith(f"{k.blocks}.") for n in names)), None)
     late = any(getattr(part, "norm_first", True) is False for part in module.modules())
-    if late or (blocks and "transformer.ln_f" not in names):
+    if late or (found and found.last not in names):
         raise BadParameter(post)
-    if not blocks or not {"transformer.wte", HEAD} <= names:
+    if found is None or not {found.tables[0], HEAD} <= names:
         raise BadParameter(
             f"fold: {kind} is no GPT network. Folding knows the layers of "
-            f"transformers.GPT2LMHeadModel ({known}). Permutation matching "
+            f"{' and '.join(f'transformers.{k.kind} ({k})' for k in KNOWN)}. Permutation matching "
             '("weights", "activations") takes any network.'
         )
+    deep = found.blocks.count(".") + 1
+    blocks = [n for n in names if n.startswith(f"{found.blocks}.") and n.count(".") == deep]
     readers: dict[str, tuple[str, ...]] = {}
     writers: list[str] = []
     for b in sorted(blocks, key=lambda n: int(n.rpartition(".")[2])):
-        readers |= {f"{b}.ln_1": (f"{b}.attn.c_attn",), f"{b}.ln_2": (f"{b}.mlp.c_fc",)}
-        writers += [f"{b}.attn.c_proj", f"{b}.mlp.c_proj"]
-    readers["transformer.ln_f"] = (HEAD,)
+        readers |= {f"{b}.{norm}": (f"{b}.{layer}",) for norm, layer in found.reads.items()}
+        writers += [f"{b}.{layer}" for layer in found.writes]
+    readers[found.last] = (HEAD,)
     missing = [n for n in (*readers, *sum(readers.values(), ()), *writers) if n not in names]
     extra = [n for n in names if n.endswith("crossattention")]
     if missing or extra:
         raise BadParameter(
             f"fold: {kind} has {'no ' + missing[0] if missing else extra[0]}; layers expected: "
-            f"{known}."
+            f"{found}."
         )
     for norm, maps in readers.items():
         part = module.get_submodule(norm)
@@ -242,8 +278,7 @@ def parts_of(module: nn.Module) -> Parts:
                     f"fold: {norm} has a bias and {name}, which is to take it, has none. Give the "
                     "network biases everywhere or nowhere (bias=true or bias=false)."
                 )
-    tables = ["transformer.wte", "transformer.wpe"]
-    return Parts(readers, tuple(writers), tuple(t for t in tables if t in names))
+    return Parts(readers, tuple(writers), tuple(t for t in found.tables if t in names))
 
 
 def _bias(module: nn.Module, name: str) -> Tensor | None:

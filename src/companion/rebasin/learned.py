@@ -108,7 +108,7 @@ class Move:
     def order(self, group: str) -> Tensor:
         """The permutation that a latent stands for, as indices (n,)."""
         latent = self.perms[group].detach()
-        p, self.prices[group] = assign_again(latent, self.prices.get(group))
+        p, self.prices[group], _ = assign_again(latent, self.prices.get(group))
         return p
 
     def _permuted(self, group: str, latent: Tensor) -> Tensor:
@@ -118,6 +118,7 @@ class Move:
         """A folded network, moved; with gradients. As :func:`companion.rebasin.transform`."""
         units, out = folding.units, dict(theta)
         for name, axes in units.axes.items():
+            out[name] = units.lay_out(out[name], name)
             for dim, axis in enumerate(axes):
                 if units.moves(axis):
                     x = out[name].movedim(dim, 0)
@@ -126,6 +127,7 @@ class Move:
                         for start, block in units.blocks(axis)
                     ]
                     out[name] = torch.cat(parts).movedim(0, dim)
+            out[name] = units.put_back(out[name], name)
         for use in folding.spec.uses[folding.stream]:
             x = out[use.tensor].movedim(use.dim, 0)
             out[use.tensor] = torch.tensordot(self.stream, x, 1).movedim(0, use.dim)

@@ -85,6 +85,7 @@ def merge_many(
     max_passes: int = 100,
     rtol: float = 1e-9,
     method: str = "passes",
+    start: Merged | None = None,
 ) -> Merged:
     """Algorithm 3: match each network with the mean of the others until no permutation changes.
 
@@ -100,6 +101,7 @@ def merge_many(
         key: of the orders.
         max_passes: over all networks, at most.
         method: ``passes`` or ``c2m3``.
+        start: of ``c2m3``: what ``passes`` found of these networks. None: it is sought first.
 
     Returns:
         one set of permutations for each network, and the mean.
@@ -116,6 +118,8 @@ def merge_many(
         raise BadParameter(f"merging takes at least two networks, got {count}.")
     if max_passes < 1:
         raise BadParameter(f"max_passes must be at least 1, got {max_passes}.")
+    if start is not None and (method != "c2m3" or start.networks != count):
+        raise BadParameter(f"start: of c2m3, and of as many networks; got {start.networks}.")
     if stored := computed_from(thetas[0]):
         raise BadParameter(
             f"merging takes the mean of weights, but {', '.join(stored[:3])} are what weights are "
@@ -127,9 +131,11 @@ def merge_many(
     for i, theta in enumerate(thetas):
         _same(thetas[0], theta, i + 1)
         checked_norms(spec, theta, str(i + 1))
-    start = [spec.identity() for _ in thetas]
     how: Any = {"max_passes": max_passes, "rtol": rtol}
-    perms, history = _passes(spec, thetas, start, key, how)
+    if start is None:
+        perms, history = _passes(spec, thetas, [spec.identity() for _ in thetas], key, how)
+    else:
+        perms, history = list(start.perms), list(start.history)
     if method == "c2m3":
         further = frank_wolfe(spec, thetas, perms)
         again, more = _passes(spec, thetas, further, key.fold("c2m3"), how)

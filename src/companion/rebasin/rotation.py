@@ -249,7 +249,7 @@ class Problem:
             return ()
         if family.inner:
             return family.inner
-        attention = {w.rpartition(".")[0] for w in self.folding.parts.writers if ".attn." in w}
+        attention = {w.rpartition(".")[0] for w in self.folding.parts.writers[::2]}
         return (family.outer,) if family.outer.startswith(tuple(attention)) else ()
 
     def value(self, moved: Theta) -> float:
@@ -290,7 +290,7 @@ class Problem:
                 perms |= orders
             else:
                 assert outer is not None
-                perms[name], self.prices[name] = assign_again(outer, self.prices.get(name))
+                perms[name], self.prices[name], _ = assign_again(outer, self.prices.get(name))
             perms |= {g: self.stay[g] for g in turnable}
         return perms, inner
 
@@ -458,12 +458,12 @@ def transform(
         out = {k: units.permute_tensor(v, k, perms) for k, v in out.items()}
     for group, turns in (inner or {}).items():
         for use in units.uses[group]:
-            x = out[use.tensor].clone()
+            x = units.lay_out(out[use.tensor], use.tensor).clone()
             place = x.narrow(use.dim, use.start, units.length(use.block))
             part = place.movedim(use.dim, 0).unflatten(0, turns.shape[:2])
             new = torch.einsum("hij,hj...->hi...", turns.to(x), part)
             place.copy_(new.flatten(0, 1).movedim(0, use.dim))
-            out[use.tensor] = x
+            out[use.tensor] = units.put_back(x, use.tensor)
     if q is not None:
         for use in folding.spec.uses[folding.stream]:
             x = out[use.tensor].movedim(use.dim, 0)

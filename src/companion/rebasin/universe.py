@@ -20,12 +20,12 @@ from torch import Tensor
 from companion.core import deadline
 from companion.core.errors import BadParameter
 from companion.core.theta import Theta
-from companion.rebasin.assignment import assign_units
+from companion.rebasin.assignment import assign_again, assign_units
 from companion.rebasin.spec import Permutations, Spec
 
-AT = (0.25, 0.5, 0.75, 1.0)
+AT = (1 / 3, 2 / 3, 1.0)
 """Where along a step the objective is computed. It is a polynomial there, of degree 4 where no
-tensor has more than two axes that move."""
+tensor has more than two axes that move, and at 0 its value and its slope are known."""
 
 Soft = list[dict[str, Tensor]]
 """For each network: group -> matrix (units of the universe, units of the network), float64."""
@@ -55,22 +55,35 @@ def frank_wolfe(
         BadParameter: see :func:`check_plain`.
     """
     check_plain(spec)
+    laid = [
+        {t: spec.lay_out(theta[t].detach().cpu().double(), t) for t in spec.objective}
+        for theta in thetas
+    ]
     soft = [{g: (_matrix(p) + 1 / len(p)) / 2 for g, p in own.items()} for own in start]
-    value = float(_objective(spec, thetas, soft))
+    prices: dict[tuple[int, str], Tensor] = {}  # of the last assignments: the next ones are near
+    value, slopes = _slopes(spec, laid, soft)
     for _ in range(max_steps):
         deadline.stop_if_passed()
-        goal = [
-            {g: _matrix(assign_units(slope)) for g, slope in own.items()}
-            for own in _slopes(spec, thetas, soft)
-        ]
-        found = [float(_objective(spec, thetas, _between(soft, goal, alpha))) for alpha in AT]
-        curve = np.polynomial.Polynomial.fit((0.0, *AT), (value, *found), len(AT))
+        goal: Soft = [{} for _ in slopes]
+        for i, own in enumerate(slopes):
+            for g, x in own.items():
+                p, prices[i, g] = assign_again(x, prices.get((i, g)))
+                goal[i][g] = _matrix(p)
+        slope = sum(
+            float((x * (to[g] - at[g])).sum())
+            for own, to, at in zip(slopes, goal, soft, strict=True)
+            for g, x in own.items()
+        )
+        found = [float(_objective(spec, laid, _between(soft, goal, alpha))) for alpha in AT]
+        bent = [(v - value - slope * t) / t**2 for t, v in zip(AT, found, strict=True)]
+        rest = np.polynomial.Polynomial.fit(AT, bent, len(AT) - 1)
         places = np.linspace(0, 1, 101)
-        new = _between(soft, goal, float(places[curve(places).argmax()]))
-        before, value = value, float(_objective(spec, thetas, new))
+        curve = value + slope * places + rest(places) * places**2
+        soft, kept = _between(soft, goal, float(places[curve.argmax()])), soft
+        before, (value, slopes) = value, _slopes(spec, laid, soft)
         if value <= before:
+            soft = kept
             break
-        soft = new
         if value - before <= rtol * abs(value):
             break
     return [{g: assign_units(x) for g, x in own.items()} for own in soft]
@@ -99,29 +112,34 @@ def _between(here: Soft, there: Soft, alpha: float) -> Soft:
     return [{g: torch.lerp(x, goal[g], alpha) for g, x in own.items()} for own, goal in pairs]
 
 
-def _slopes(spec: Spec, thetas: Sequence[Theta], soft: Soft) -> Soft:
-    """The gradient of the objective at each matrix."""
+def _slopes(spec: Spec, laid: Sequence[Theta], soft: Soft) -> tuple[float, Soft]:
+    """The objective, and its gradient at each matrix."""
     soft = [{g: x.clone().requires_grad_() for g, x in own.items()} for own in soft]
     with torch.enable_grad():
-        flat = [x for own in soft for x in own.values()]
-        found = iter(torch.autograd.grad(_objective(spec, thetas, soft), flat))
-    return [{g: next(found) for g in own} for own in soft]
+        value = _objective(spec, laid, soft)
+        found = iter(torch.autograd.grad(value, [x for own in soft for x in own.values()]))
+    return float(value.detach()), [{g: next(found) for g in own} for own in soft]
 
 
-def _objective(spec: Spec, thetas: Sequence[Theta], soft: Soft) -> Tensor:
-    """The sum over pairs of ``<P_i(theta_i), P_j(theta_j)>``, a number with a gradient."""
+def _objective(spec: Spec, laid: Sequence[Theta], soft: Soft) -> Tensor:
+    """The sum over pairs of ``<P_i(theta_i), P_j(theta_j)>``, a number with a gradient.
+
+    Arguments:
+        laid: the networks' tensors in float64 as their axes see them.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for name in spec.objective:
-        mixed = [_mixed(spec, t[name], name, own) for t, own in zip(thetas, soft, strict=True)]
+        mixed = [_mixed(spec, t[name], name, own) for t, own in zip(laid, soft, strict=True)]
         squares = [x.square().sum() for x in mixed]
         total = total + (torch.stack(mixed).sum(0).square().sum() - torch.stack(squares).sum()) / 2
     return total
 
 
-def _mixed(spec: Spec, tensor: Tensor, name: str, soft: dict[str, Tensor]) -> Tensor:
-    """A tensor as its axes see it, with each factor that moves multiplied by its matrix."""
-    x = spec.lay_out(tensor.detach().cpu().double(), name)
+def _mixed(spec: Spec, x: Tensor, name: str, soft: dict[str, Tensor]) -> Tensor:
+    """A tensor with each factor of its axes that moves multiplied by its matrix."""
     for dim, axis in enumerate(spec.axes.get(name, ())):
+        if not spec.moves(axis):
+            continue
         parts = []
         for start, block in spec.blocks(axis):
             part = x.narrow(dim, start, spec.length(block)).unflatten(dim, spec.sizes(block))
@@ -129,5 +147,5 @@ def _mixed(spec: Spec, tensor: Tensor, name: str, soft: dict[str, Tensor]) -> Te
                 if isinstance(factor, str):
                     part = torch.tensordot(soft[factor], part, ([1], [at])).movedim(0, at)
             parts.append(part.flatten(dim, dim + len(block) - 1))
-        x = torch.cat(parts, dim)
+        x = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
     return x

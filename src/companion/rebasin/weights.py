@@ -151,9 +151,14 @@ def weight_matching(
             value = state.product(state.now)
         history = [value]
         state.epsilon = epsilon
-        todo = set(range(len(plan)))
+        todo, exact = set(range(len(plan))), not epsilon
         # Nothing to gain: an optimum of every group, or the bound itself.
-        while not (ended := not todo or most - value <= tol) and len(history) <= max_passes:
+        while not (ended := (exact and not todo) or most - value <= tol):
+            if len(history) > max_passes:
+                break
+            if not todo:  # what no auction decided is an optimum already
+                exact, state.epsilon = True, 0.0
+                todo = {k for k, family in enumerate(plan) if family.outer in state.rough}
             visit: Sequence[int] = range(len(plan))
             if order == "random":
                 visit = own.fold("pass", len(history) - 1).permutation(len(plan)).tolist()
@@ -165,8 +170,6 @@ def weight_matching(
                         value += rise
                         todo |= plan[k].neighbours | (set() if plan[k].linear else {k})
             history.append(value)
-            if not todo and state.epsilon:
-                state.epsilon, todo = 0.0, set(range(len(plan)))
         if len(history) > 1:  # steps were summed up; what is reported is the objective itself
             value = state.product(state.now)
         log.append({"objective": value, "passes": len(history) - 1, "converged": ended})
@@ -276,6 +279,7 @@ class Descent:
         self.perms = {n: p.detach().cpu().clone() for n, p in perms.items()}
         self.stay = spec.identity()
         self.epsilon = 0.0
+        self.rough: set[str] = set()  # families whose last assignment an auction made
         self.price: dict[str, Tensor] = {}  # of B's units where they are now
         self.kept: dict[str, tuple[frozenset[Term], Tensor]] = {}  # gains, summed over terms
         size = sum(x.numel() * x.element_size() for n in spec.objective for x in (a[n], b[n]))
@@ -293,6 +297,7 @@ class Descent:
         None if that is not above ``tol``.
         """
         outer = self._gains(family, terms[family.outer])
+        self.rough.discard(family.outer)
         if not family.inner:
             if outer is None:
                 return None
@@ -305,7 +310,9 @@ class Descent:
                 tops = [(outer - price).amax(1).sum() + price.sum()]
             if min(map(float, tops)) - here <= tol:
                 return None
-            p, price = assign_again(outer, price, self.epsilon)
+            p, price, exact = assign_again(outer, price, self.epsilon)
+            if not exact:
+                self.rough.add(family.outer)
             rise = float(outer[torch.arange(len(p)), p].sum()) - here
             if family.linear:
                 self.price[family.outer] = price

@@ -8,6 +8,7 @@ networks of one recipe at once, each with its own batch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, TypeAlias
@@ -157,13 +158,14 @@ def step_of(optimizer: torch.optim.SGD | torch.optim.Adam) -> Callable[[], None]
             lists.append((group, moved, own, options))
 
     update = _sgd.sgd if sgd else _adam.adam
+    first = inspect.unwrap(type(optimizer).step)  # what it is wrapped in imports the compiler
 
     @torch.no_grad()
     def step() -> None:
         for group, moved, own, options in lists:
             update(moved, [p.grad for p in moved], *own, lr=group["lr"], **options)
         if not lists:
-            optimizer.step()
+            first(optimizer)
             begin()
 
     return step

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -174,8 +176,23 @@ def decayed(recipe: Recipe, module: nn.Module) -> frozenset[str]:
     )
 
 
+@functools.cache
+def _leave_dynamo_out() -> None:
+    """Spare each process seconds of imports.
+
+    PyTorch marks these methods as none of its compiler's business, and imports the compiler for it
+    when the first one is called. Nothing here compiles them, so they are left as they are.
+    """
+    if "torch._dynamo" not in sys.modules:
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+            method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+            if method is not None:
+                setattr(method, "__dynamo_disable", method)
+
+
 def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.SGD | torch.optim.Adam:
     """PyTorch's own optimiser, in its fused form: one kernel for all tensors that decay alike."""
+    _leave_dynamo_out()
     lr, chosen = recipe.lr, decayed(recipe, module)
     groups: dict[float, list[nn.Parameter]] = {}
     for name, p in module.named_parameters():

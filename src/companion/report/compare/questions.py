@@ -25,7 +25,15 @@ from companion.experiments.methods import Aligned, Method, aligned
 from companion.features import features
 from companion.landscape import logit_gap
 from companion.layerwise import Sweep, sweep
-from companion.rebasin import Spec, derive, merge_many, repair, reset_batchnorm, triangle_defect
+from companion.rebasin import (
+    Merged,
+    Spec,
+    derive,
+    merge_many,
+    repair,
+    reset_batchnorm,
+    triangle_defect,
+)
 from companion.rebasin.repair import averaged
 from companion.report.compare.case import Case, Reading, means
 from companion.report.compare.value import Json
@@ -35,6 +43,9 @@ KEY = Key("rebasin", "cli", 0)
 
 FEW_LAYERS = 40
 """More layers than these are taken block by block."""
+
+STEPS = 20
+"""Of Frank-Wolfe, that C2M3 usually takes."""
 
 SLOPES = 100
 """Training examples that slopes and curvatures are of, at most: they are in float64."""
@@ -118,9 +129,14 @@ def _line(case: Case) -> float:
 
 def _matching(case: Case) -> float:
     """Weight matching: a product of matrices and an assignment for each layer and pass."""
+    return 1.0 + 1e-7 * case.weights + 3 * _step(case)
+
+
+def _step(case: Case, products: int = 1) -> float:
+    """One assignment for each layer, and so many products of its matrices."""
     sizes = [v.shape for v in case.thetas[0].values() if v.ndim > 1]
-    products = sum(4 * s[0] * math.prod(s) for s in sizes)
-    return 1.0 + 1e-7 * case.weights + 3 * (products / 2e10 + sum(s[0] ** 3 for s in sizes) * 1e-9)
+    each = sum(4 * s[0] * math.prod(s) for s in sizes)
+    return products * each / 2e10 + sum(s[0] ** 3 for s in sizes) * 1e-9
 
 
 def _pairs(case: Case) -> int:
@@ -358,9 +374,11 @@ def _repaired(case: Case) -> Json:
     return {"alpha": 0.5, "repair": "forward", "networks": means(case.found["ends"] | reading)}
 
 
-def _merge(case: Case, of: Sequence[int]) -> str:
+def _merge(case: Case, of: Sequence[int], *words: object) -> str:
     look = ["--match-examples", case.how.train_examples] if case.how.train_examples else []
-    return case.command("merge", "-o", "merged.safetensors", *look, *_as_measured(case), of=of)
+    return case.command(
+        "merge", "-o", "merged.safetensors", *words, *look, *_as_measured(case), of=of
+    )
 
 
 @register(
@@ -620,10 +638,37 @@ def _matched_pairs(case: Case) -> Json:
 def _merged_many(case: Case) -> Json:
     spec, thetas = _spec(case), case.thetas
     found = merge_many(spec, thetas, key=KEY)
-    moved = [spec.permute(t, found.between(0, i)) for i, t in enumerate(thetas)]
-    networks = {"mean": _mean(case, thetas), "merged": _mean(case, moved)}
+    networks = {"mean": _mean(case, thetas), "merged": _mean(case, _moved(case, found))}
     made = case.read({n: (case.net, theta) for n, theta in networks.items()})
+    case.found["merged_many"] = found, made
     return _worth(case, made) | {"matching": found.summary()}
+
+
+@register(
+    *("merged_c2m3", "Is a merge better in the one order that all of them agree on?"),
+    cost=lambda case: (
+        len(case.thetas) * (STEPS * _step(case, 8) + _matching(case))
+        + case.pace * (_seen(case) + 2 * len(case.thetas) * _examples(case))
+    ),
+    many=True,
+    after=("merged_many",),
+    needs=("ends", "merged_many"),
+    command=lambda case: _merge(case, range(len(case.thetas)), "--method", "c2m3"),
+)
+def _merged_c2m3(case: Case) -> Json:
+    """C2M3 goes on where MergeMany ended, with all networks and layers at once."""
+    spec, (start, made) = _spec(case), case.found["merged_many"]
+    found = merge_many(spec, case.thetas, key=KEY, method="c2m3", start=start)
+    theta = _mean(case, _moved(case, found))
+    made = made | case.read({"merged by C2M3": (case.net, theta)})
+    perms = {(i, j): found.between(i, j) for i, j in _ways(case)}
+    more = {"matching": found.summary(), "defect": triangle_defect(spec, perms)}
+    return _worth(case, made) | more
+
+
+def _moved(case: Case, found: Merged) -> list[Theta]:
+    """All networks in the order of the first."""
+    return [found.spec.permute(t, found.between(0, i)) for i, t in enumerate(case.thetas)]
 
 
 def _mean(case: Case, thetas: Sequence[Theta]) -> Theta:

@@ -276,7 +276,9 @@ def _height(
 
 def _worth(found: Comparison, answers: Mapping[str, Answer]) -> str:
     """Merged networks beside their ends and the ensemble."""
-    whole = {n: a for n, a in answers.items() if n.startswith("merged")} or answers
+    whole = {n: a for n, a in answers.items() if n.startswith("merged")} or dict(answers)
+    if "merged_c2m3" in whole:  # it has the other's rows, too
+        del whole["merged_many"]
     return "".join(
         _networks(a.values["networks"], "Each network on its own") for a in whole.values()
     )
@@ -434,7 +436,7 @@ SECTIONS = (
         *(
             "merged",
             "Is the average any good?",
-            ("merged", "merged_many", "repaired", "ends"),
+            ("merged", "merged_many", "merged_c2m3", "repaired", "ends"),
             _worth,
         ),
         "The network half-way beside those it is made of. The ensemble, which averages answers and "

@@ -127,7 +127,7 @@ def findings(names: Sequence[str], answers: Iterable[Answer]) -> tuple[Finding, 
             _all_connected(by, "pairs"),
             _agree(by),
             _all_connected(by, "matched_pairs"),
-            _merge(by, "merged_many"),
+            _merge(by, "merged_c2m3" if _said(by, "merged_c2m3") else "merged_many"),
         )
     return (
         _same(by),
@@ -140,11 +140,15 @@ def findings(names: Sequence[str], answers: Iterable[Answer]) -> tuple[Finding, 
     )
 
 
+def _said(answers: Mapping[str, Answer], name: str) -> bool:
+    return name in answers and answers[name].answered
+
+
 def _silent(
     question: str, threshold: str, answers: Mapping[str, Answer], *names: str
 ) -> Finding | None:
     """The finding where no answer says anything; None where one does."""
-    if any(name in answers and answers[name].answered for name in names):
+    if any(_said(answers, name) for name in names):
         return None
     first = next((answers[n] for n in names if n in answers), None)
     why = "it was not asked" if first is None else first.why
@@ -413,5 +417,8 @@ def _agree(answers: Mapping[str, Answer]) -> Finding:
         return silent
     found: Json = dict(answers["triangle"].values)
     sentence = f"By way of a third network {_share(found['defect'])} of the units come elsewhere."
+    if _said(answers, "merged_c2m3"):
+        agreed = _share(answers["merged_c2m3"].values["defect"])
+        sentence += f" In the one order that C2M3 finds for all of them it is {agreed}."
     verdict = decided(found["defect"], 0.0, threshold)
     return Finding(question, verdict, sentence, threshold.rule, ("triangle",))
