@@ -79,6 +79,47 @@ def test_a_folder_in_shards_is_its_own_architecture():
     undone(a, module)
 
 
+SIZES = {"d_model": 8, "vocab_size": 40}
+LAYERS = {"encoder_layers": 1, "decoder_layers": 1}
+HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0}
+TEXT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIDES = {"image_size": 8, "patch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        (
+            "T5ForConditionalGeneration",
+            SIZES | {"d_kv": 4, "d_ff": 8, "num_layers": 1},
+            "32 tokens",
+        ),
+        (
+            "WhisperForConditionalGeneration",
+            SIZES | LAYERS | HEADS | {"num_mel_bins": 4, "max_source_positions": 6},
+            "examples of 4×12",
+        ),
+        ("CLIPModel", {"text_config": TEXT, "vision_config": TEXT | SIDES}, "images of 3×8×8"),
+        ("ResNetForImageClassification", {"hidden_sizes": [4], "depths": [1]}, "3×224×224"),
+        (
+            "RobertaForMaskedLM",
+            TEXT | {"max_position_embeddings": 12, "vocab_size": 40},
+            "10 tokens",
+        ),
+    ],
+)
+def test_folders_of_networks_with_several_inputs(kind, options, says):
+    """Decoders get tokens, beside images stands a text; speech and images say their sizes."""
+    import transformers
+
+    made = getattr(transformers, kind)
+    for name in "ab":
+        with Key("several", name).seeded():
+            made(made.config_class(**options)).save_pretrained(name)
+    said = run("rebasin", "a", "b", "-o", "out.safetensors")
+    assert says in said.stdout and "equal outputs: yes" in said.stdout
+
+
 def test_names_that_transformers_translates():
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -155,6 +196,7 @@ def test_a_folder_of_pythia_is_rotated_and_loads_under_the_name_that_is_said(met
 
 
 NETS = """
+import torch
 from torch import nn
 
 def mlp(in_shape, classes):
@@ -179,6 +221,22 @@ class Tied(nn.Module):
 
 table = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
 boundless = nn.Sequential(nn.Linear(64, 3))
+
+def empty():
+    raise AssertionError
+
+def meta():
+    return nn.Linear(64, 10, device="meta")
+
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(10))
+
+class Rows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.out = nn.Parameter(torch.randn(9, 6)), nn.Linear(6, 9)
+    def forward(self, i):
+        return self.out(nn.functional.embedding(i, self.rows).relu())
 
 class Failing(nn.Module):
     def __init__(self):
@@ -245,6 +303,24 @@ def test_a_tied_file_is_aligned_beside_an_untied_one():
     assert torch.allclose(untied(tokens), tied(tokens), atol=1e-6)
 
 
+def test_lazy_layers_and_tokens_looked_up_by_hand():
+    Path("nets.py").write_text(NETS)
+    for factory, shape, classes in (("lazy", (1, 8, 8), 10), ("Rows", (5,), 9)):
+        for name in "ab":
+            net = models.build(f"nets.py:{factory}", shape, classes, Key("net", name))
+            torch.save(net.state_dict(), f"{name}.pt")
+        sizes = (
+            "--in-shape",
+            ",".join(map(str, shape)),
+            "--classes",
+            classes,
+            "-o",
+            "c.safetensors",
+        )
+        said = run("rebasin", "a.pt", "b.pt", "--model", f"nets.py:{factory}", *sizes)
+        assert "permutations: 1" in said.stdout
+
+
 def test_rows_of_a_table_without_data():
     Path("nets.py").write_text(NETS)
     ends = planted(models.build("nets.py:table", (5,), 2), torch.randn(2, 5))
@@ -261,11 +337,13 @@ def test_rows_of_a_table_without_data():
         ("Failing", ["its forward fails on examples of digits (1×8×8)", "KeyError"]),
         ("boundless", ["mat1 and mat2"]),
         ("nothing", ["nets.py has no 'nothing'"]),
+        ("empty", ["empty failed (AssertionError, in nets.py, line"]),
+        ("meta", ["on the meta device: weight has no values"]),
     ],
 )
 def test_a_network_that_fails_is_refused_before_any_work(factory, says):
     Path("nets.py").write_text(NETS)
-    if factory != "nothing":
+    if factory in ("Failing", "boundless"):
         torch.save(models.build(f"nets.py:{factory}", (1, 8, 8), 10).state_dict(), "a.pt")
     else:
         torch.save({"w": torch.ones(2)}, "a.pt")

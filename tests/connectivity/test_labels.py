@@ -181,6 +181,35 @@ def test_outputs_that_are_no_numbers_are_errors(row: list[float], wrong: bool) -
     assert (int(errors), int(count)) == (0, 1)
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 4), (4, 3)])
+def test_outputs_that_do_not_go_with_the_labels_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(BadParameter, match=r"logits \(2, classes\) are needed"):
+        classification(torch.zeros(shape), torch.zeros(2, dtype=torch.int64))
+
+
+class OneIsNaN(nn.Module):
+    """No number for the first example, whatever its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x / (x[:, :1] != 0))  # type: ignore[no-any-return]
+
+
+def test_one_example_without_numbers_is_one_error() -> None:
+    with Key("labels", "one").seeded():
+        a, b = (snapshot(OneIsNaN()) for _ in range(2))
+    x = torch.randn(50, 4, generator=draw("one"))
+    x[0, 0] = 0
+    data = {"test": Split(x, (x[:, 1] > 0).long())}
+    found = barrier(OneIsNaN(), a, b, data, points=3, max_error=100)
+    assert found.valid and found.height("test", "error") >= 0
+    assert math.isnan(found.height("test", "loss")) and min(found.errors) >= 2
+    assert found.curve.values["test"]["loss"] == (math.inf,) * 3
+
+
 class Root(nn.Module):
     """No number at all half-way between a gain of 1 and one of -1."""
 

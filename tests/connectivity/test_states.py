@@ -79,6 +79,42 @@ def halfway(*nets: Any, tensor: Callable[[Any, str], Tensor] = getattr) -> nn.Se
     return out
 
 
+# ---- what is kept from one forward pass to the next
+
+
+class Kept(nn.Module):
+    """Computes something of its weights once in eval mode, as LeViT does its attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.bias = nn.Linear(25, 3), nn.Parameter(torch.randn(3))
+        self.bias_cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or "bias" not in self.bias_cache:
+            self.bias_cache["bias"] = 3 * self.bias
+        return self.out(x.flatten(1)) + self.bias_cache["bias"]  # type: ignore[no-any-return]
+
+
+def test_nothing_is_kept_of_other_weights() -> None:
+    nets = [made(Kept, i) for i in range(2)]
+    used = made(Kept, 2)
+    used(X)
+    found = segment(used, snapshot(nets[0]), snapshot(nets[1]), SPLITS, points=3).values["test"]
+    a, b = (net.state_dict() for net in nets)
+    mean = {k: (v + b[k]) / 2 for k, v in a.items()}
+    expected = [loss(Kept().eval(), theta) for theta in (a, mean, b)]
+    assert found["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_float64_networks_on_float32_data() -> None:
+    a, b = (snapshot(made(plain, i)) for i in range(2))
+    one, two = ({k: v.double() for k, v in t.items()} for t in (a, b))
+    found = barrier(plain().double(), one, two, SPLITS, points=3, max_error=100)
+    assert "weights in float64 are measured in float32" in found.notes
+    assert found.curve == barrier(plain(), a, b, SPLITS, points=3, max_error=100).curve
+
+
 # ---- weights that are computed
 
 
@@ -377,6 +413,17 @@ def test_batchnorm_without_statistics_measures_batches_of_one_size_everywhere(
 
 
 # ---- precision
+
+
+def test_a_weight_computed_in_two_steps_is_refused_by_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        net = plain()
+        torch.nn.utils.weight_norm(net[3])
+        prune.random_unstructured(net[3], "weight_v", 0.5)
+    theta = snapshot(net)
+    with pytest.raises(BadParameter, match="layer '3': its weight"):
+        segment(net, theta, theta, SPLITS, points=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

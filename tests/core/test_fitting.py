@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 from companion.core.errors import BadParameter
 from companion.core.fitting import Lazy, fitted
-from companion.core.networks import logits, plain, private
+from companion.core.networks import leaves, logits, plain, private
 from companion.core.theta import affine, check_theta, layout, snapshot
 
 Theta = dict[str, Tensor]
@@ -95,6 +98,90 @@ def test_names_with_one_meaning_are_undone_and_said(edit, says):
 def test_what_could_mean_two_things_is_refused_by_name(edit):
     with pytest.raises(BadParameter, match="network A does not fit the model"):
         check_theta(mlp(), edit(snapshot(mlp())), "A")
+
+
+def weight_normed() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old weight norm
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 3))
+
+
+def parametrized() -> nn.Module:
+    return nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 3))
+
+
+def pruned() -> nn.Module:
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    prune.random_unstructured(net[0], "weight", 0.5)
+    return net
+
+
+def bare() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("front", ["", "module.", "net."])
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        *((weight_normed, bare), (parametrized, bare), (pruned, bare)),
+        *((bare, weight_normed), (bare, parametrized), (bare, pruned)),
+        (weight_normed, parametrized),
+    ],
+)
+def test_weights_computed_in_the_file_or_in_the_module(stored, wanted, front):
+    """Pruning or weight norm that was removed before one of the two was made; under a prefix."""
+    x = torch.randn(4, 6)
+    source, target = stored().eval(), wanted().eval()
+    theta = renamed(front)(snapshot(source))
+    beside = {"loss.weight": torch.ones(2)} if front == "net." else {}
+    found = check_theta(target, theta | beside, "A")
+    target.load_state_dict(found)
+    assert torch.allclose(source(x), target(x), atol=1e-6)
+    merged = affine((found, found), (0.5, 0.5), list(found))
+    assert merged.keys() == target.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda t: {k: v for k, v in t.items() if "num_batches" not in k},
+        lambda t: {k.replace("1.weight", "1.gamma").replace("1.bias", "1.beta"): t[k] for k in t},
+    ],
+)
+def test_a_prefix_and_something_more(edit):
+    theta = snapshot(mlp())
+    file = renamed("net.")(edit(theta)) | {"criterion.weight": torch.ones(3)}
+    found = fitted(mlp(), file, {})
+    assert found.theta.keys() == theta.keys()
+    assert all(torch.equal(found.theta[k], v) for k, v in theta.items())
+    assert found.names["net.0.weight"] == "0.weight" and found.names["criterion.weight"] is None
+    assert "criterion.weight" in "; ".join(found.notes)
+    twice = file | renamed("ema.")(edit(theta))
+    with pytest.raises(BadParameter, match="does not fit the model"):
+        check_theta(mlp(), twice, "A")
+
+
+def test_networks_and_tensors_without_numbers_are_refused_by_name():
+    theta = snapshot(bare())
+    for name, net in (
+        ("lazy layers: 0.weight", nn.Sequential(nn.LazyLinear(5))),
+        ("meta device: 0.weight", bare().to("meta")),
+    ):
+        with pytest.raises(BadParameter, match=name):
+            check_theta(net, theta, "A")
+        with pytest.raises(BadParameter, match=name):
+            private(net, torch.zeros(1, 6))
+    with pytest.raises(BadParameter, match=r"B: 0.weight is sparse"):
+        check_theta(bare(), theta | {"0.weight": theta["0.weight"].to_sparse()}, "B")
+    with pytest.raises(BadParameter, match=r"0\.weight is on the meta device"):
+        check_theta(bare(), theta | {"0.weight": theta["0.weight"].to("meta")}, "B")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_scripted_network_is_refused():
+    with pytest.raises(BadParameter, match="TorchScript"):
+        private(torch.jit.script(bare()), torch.zeros(1, 6))
 
 
 def test_what_fits_is_the_very_same():
@@ -213,6 +300,18 @@ def test_half_precision_computes_in_the_precision_of_the_data():
     x = torch.randn(2, 6)
     assert private(module, x)(x).dtype == torch.float32 and module.weight.dtype == torch.bfloat16
     assert private(nn.Linear(6, 3), x.double())(x.double()).dtype == torch.float64
+
+
+@dataclass
+class Scores:
+    scores: Tensor
+    hidden: Any
+
+
+def test_logits_of_a_dataclass_of_somebodys_own():
+    x = torch.randn(2, 3)
+    assert logits(Scores(x, {"a": torch.zeros(1)})) is x
+    assert [t.shape for t in leaves(Scores(x, {"a": torch.zeros(1)}))] == [(2, 3), (1,)]
 
 
 def test_logits_of_records_tuples_and_maps_of_one_pixel():

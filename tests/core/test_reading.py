@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -75,20 +79,74 @@ def test_torch_save_nested_as_trainings_write_it(tmp_path, theta):
         read_weights(f"{file}#teacher")
 
 
+class Harmful:
+    """A pickle of it runs a command."""
+
+    def __init__(self, touched: Path):
+        self.touched = touched
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.touched,)
+
+
+def test_what_trainings_keep_beside_weights_does_not_matter(tmp_path, theta):
+    file = tmp_path / "x.ckpt"
+    beside = {
+        "best": np.float64(93.2),
+        "epoch": np.int64(3),
+        "history": np.arange(3.0),
+        "draws": np.random.get_state(),
+        "args": argparse.Namespace(lr=0.1, out=tmp_path),
+        "when": datetime.datetime(2026, 1, 1),
+    }
+    for zipped in (True, False):
+        torch.save({"state_dict": theta, **beside}, file, _use_new_zipfile_serialization=zipped)
+        same(file, theta)
+    touched = tmp_path / "touched"
+    torch.save({"state_dict": theta, "args": argparse.Namespace(a=Harmful(touched))}, file)
+    with pytest.raises(BadParameter, match="holds more than weights"):
+        read_weights(str(file))
+    assert not touched.exists()
+
+
+def test_arrays_of_numpy_and_wrong_endings(tmp_path, theta):
+    file = tmp_path / "x.safetensors"
+    torch.save({k: v.numpy() for k, v in theta.items()}, file)
+    same(file, theta)
+
+
 def test_nothing_but_weights_is_read_and_the_message_says_what_to_do(tmp_path, theta):
     file = tmp_path / "x.ckpt"
     for value, says in (
         (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-        ({"state_dict": theta, "hyper_parameters": argparse.Namespace(lr=1)}, "argparse.Namespace"),
+        ({"state_dict": theta, "optimizer": torch.optim.SGD([theta["bias"]])}, "torch.optim.sgd"),
+        ({"state_dict": theta, "x": collections.defaultdict(int, a=1)}, "collections.defaultdict"),
+        ({"model": {}}, "no weights are found"),
         ([1, 2], "it holds a list"),
         ({"epoch": 3}, "a mapping with epoch"),
     ):
         torch.save(value, file)
         with pytest.raises(BadParameter, match=says):
             read_weights(str(file))
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(BadParameter, match="cannot read it"):
+    for begin, says in (
+        (file.read_bytes()[:200], "damaged or cut short"),
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+    ):
+        file.write_bytes(begin)
+        with pytest.raises(BadParameter, match=says):
+            read_weights(str(file))
+    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    with pytest.raises(BadParameter, match=r"none of torch.save; it holds a.npy"):
+        read_weights(str(tmp_path / "x.npz"))
+    round_and_round: dict[str, Any] = {}
+    round_and_round["model"] = round_and_round
+    torch.save(round_and_round, file)
+    with pytest.raises(BadParameter, match="no weights are found"):
         read_weights(str(file))
+    save_file(theta, tmp_path / "x.safetensors")
+    with pytest.raises(BadParameter, match="has no keys such as 'ema'"):
+        read_weights(str(tmp_path / "x.safetensors#ema"))
     file.write_bytes(b"hello")
     with pytest.raises(BadParameter, match="not a safetensors file"):
         read_weights(str(file))

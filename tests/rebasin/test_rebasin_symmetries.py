@@ -236,7 +236,7 @@ def test_fused_projections_that_alternate(style: str) -> None:
 
 
 class Experts(nn.Module):
-    """Experts stacked in tensors, run in three ways."""
+    """Experts stacked in tensors, run in many ways."""
 
     def __init__(self, style: str, bias: bool) -> None:
         super().__init__()
@@ -260,6 +260,14 @@ class Experts(nn.Module):
                 h = x[rows] @ self.up[e].T
                 h = self.gated(h if self.shift is None else h + self.shift[e])
                 y = y.index_add(0, rows, (h @ self.down[e].T) * weight[rows, at][:, None])
+        elif self.style == "one":  # a switch: rows of one expert
+            weight, chosen = scores.max(-1)
+            h = torch.bmm(self.up.index_select(0, chosen), x[:, :, None])[:, :, 0]
+            h = self.gated(h if self.shift is None else h + self.shift.index_select(0, chosen))
+            y = torch.bmm(self.down.index_select(0, chosen), h[:, :, None])[:, :, 0]
+            y = y * weight[:, None]
+        elif self.style in ("one-hot", "scattered", "picked", "rows chosen"):
+            y = self.everywhere(x, scores)
         else:
             weight, chosen = scores.topk(2, -1)
             at = chosen.flatten()
@@ -270,13 +278,37 @@ class Experts(nn.Module):
         out: Tensor = self.out(x + y)
         return out
 
+    def everywhere(self, x: Tensor, scores: Tensor) -> Tensor:
+        """All experts on all rows, or on the rows that each of them chooses."""
+        rows = x.expand(4, -1, -1)
+        if self.style == "rows chosen":
+            weight, at = scores.T.topk(3, -1)
+            rows = x[at]
+        h = torch.bmm(rows, self.up.mT)
+        h = self.gated(h if self.shift is None else h + self.shift[:, None])
+        made = torch.bmm(h, self.down.mT)
+        if self.style == "rows chosen":
+            made = (made * weight[..., None]).flatten(0, 1)
+            return torch.zeros_like(x).index_add(0, at.flatten(), made)
+        if self.style == "picked":
+            weight, chosen = scores.max(-1)
+            return made[chosen, torch.arange(len(x))] * weight[:, None]
+        if self.style == "one-hot":
+            gates = F.one_hot(scores.argmax(-1), 4).to(x)
+        else:
+            weight, chosen = (scores + self.gate.bias).topk(2, -1)
+            gates = torch.zeros_like(scores).scatter(1, chosen, scores.gather(1, chosen))
+        return torch.einsum("end,ne->nd", made, gates)
+
     def gated(self, h: Tensor) -> Tensor:
         gates, units = h.chunk(2, -1)
         return gates.sigmoid() * units
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("style", ["all", "some", "rows"])
+@pytest.mark.parametrize(
+    "style", ["all", "some", "rows", "one", "one-hot", "scattered", "picked", "rows chosen"]
+)
 def test_stacked_experts(style: str, bias: bool) -> None:
     """The order of experts, and an order of its units for each of them."""
     module = Experts(style, bias)
@@ -533,3 +565,44 @@ def test_noise_that_makes_a_network_chaotic_is_turned_down() -> None:
     with pytest.raises(Chaotic, match="rounding alone"):
         _derived(module, example, "refuse", nested=True, strength=1.0)
     assert [g.size for g in derive(module, example).groups.values()] == [6]
+
+
+class Winners(nn.Module):
+    """Units that are chosen by their size, and read or kept at the positions where they were."""
+
+    def __init__(self, style: str):
+        super().__init__()
+        self.style = style
+        self.inside, self.beside = nn.Linear(3, 8), nn.Linear(3, 8)
+        self.out = nn.Linear(2 if style == "read beside" else 8, 2)
+        self.codes = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inside(x)
+        value, at = (self.beside(x) if "beside" in self.style else h).topk(2, 1)
+        if self.style == "read beside":
+            h = h.gather(1, at)
+        elif self.style == "codes":
+            h = self.codes[torch.cdist(h, self.codes).argmin(1)]
+        elif self.style == "ranks":
+            h = h + h.argsort(1).argsort(1)
+        elif self.style == "picked alone":
+            h = h + self.codes[h[0].argmax(0, keepdim=True)]
+        else:
+            h = torch.zeros_like(h).scatter(1, at, 1.0 if "beside" in self.style else value) * h
+        out: Tensor = self.out(h)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("style", "sizes"),
+    [
+        *(("kept", [8]), ("kept beside", [8]), ("read beside", [8]), ("codes", [8, 8])),
+        *(("picked alone", [8]), ("ranks", [])),
+    ],
+)
+def test_units_at_positions_of_the_largest(style: str, sizes: list[int]) -> None:
+    module = Winners(style)
+    spec = derive(module, torch.randn(9, 3), unread="hold")
+    assert sorted(g.size for g in spec.groups.values()) == sizes
+    assert not sizes or comes_back(module, spec)

@@ -254,8 +254,8 @@ def _two(pair: Opened, method: str, key: Key, seen: int | None) -> tuple[_Placed
     how = Method(DEFAULT.name if method == "auto" else method, examples=seen)
     train = pair.dataset.train if pair.dataset else None
     at = train.x.device if train is not None else resolve_device("auto")
-    example = example_for(pair.module, pair.shape, pair.classes, key)
-    found = align_pair(how, pair, example.to(at), train, key)
+    example = example_for(pair.module, pair.shape, pair.classes, key, at)
+    found = align_pair(how, pair, example, train, key)
     moved = found.matching.moved if found.matching else 1.0
     ends = (found.a, found.b)
     return _Placed(found.module, found.model, ends, how.name, found.about), moved

@@ -194,16 +194,43 @@ def _one_width(
     return net, module, (*files[:at], wide, *files[at + 1 :]), widened, at
 
 
-def example_for(module: nn.Module, shape: tuple[int, ...], classes: int, key: Key) -> torch.Tensor:
-    """Two windows of random tokens, for a network that embeds them, or two inputs of noise."""
+def example_for(
+    module: nn.Module,
+    shape: tuple[int, ...],
+    classes: int,
+    key: Key,
+    at: torch.device | None = None,
+) -> Any:
+    """Two windows of random tokens, for a network that embeds them, or two inputs of noise.
+
+    With whatever else a network of transformers needs, by name. ``at`` is where.
+    """
     import torch
     from torch import nn
 
+    from companion.models import zoo
+
     generator = key.fold("example").generator()
     tables = (nn.Embedding, nn.EmbeddingBag)
-    if len(shape) == 1 and any(isinstance(m, tables) for m in module.modules()):
-        return torch.randint(classes, (2, *shape), generator=generator)
-    return torch.randn(2, *shape, generator=generator)
+    example = torch.randn(2, *shape, generator=generator)
+    words = len(shape) == 1 and any(isinstance(m, tables) for m in module.modules())
+    if words or (len(shape) == 1 and not _runs(module, example)):
+        example = torch.randint(classes, (2, *shape), generator=generator)
+    return zoo.inputs(module, example.to(at), generator)
+
+
+def _runs(module: nn.Module, example: torch.Tensor) -> bool:
+    """Whether forward takes it."""
+    import torch
+
+    from companion.core.networks import private
+
+    try:
+        with torch.no_grad():
+            private(module, example)(example)
+    except Exception:  # whatever the user's forward does
+        return False
+    return True
 
 
 def own_folder(source: str) -> str | None:

@@ -197,8 +197,8 @@ def align_networks(
     how = Method(method, starts, examples=match_examples, steps=steps, batch=batch)
     key = Key("rebasin", "cli", seed)
     at = train.x.device if train is not None else resolve_device(device)
-    example = example_for(pair.module, shape, pair.classes, key)
-    here = align_pair(how, pair, example.to(at), train, key, spent=True)
+    example = example_for(pair.module, shape, pair.classes, key, at)
+    here = align_pair(how, pair, example, train, key, spent=True)
 
     places = None
     if pair.widened and here.matching:
@@ -323,7 +323,7 @@ class AlignedPair:
 def align_pair(
     method: Method,
     pair: Opened,
-    example: torch.Tensor,
+    example: Any,
     train: Split | None,
     key: Key,
     *,
@@ -344,7 +344,7 @@ def align_pair(
     ends = (pair.module, pair.a.theta, pair.b.theta)
     found = aligned(method, *ends, example, train, key, spent=spent)
     if isinstance(found.symmetries, Folding):
-        name = folded_name(pair.name, found.module, tuple(example.shape[1:]), pair.classes)
+        name = folded_name(pair.name, found.module, pair.shape, pair.classes)
         _show_rotation(found)
         say(
             f"the aligned B is in folded form: it is a network of --model {name}, and goes with A "

@@ -131,7 +131,7 @@ def report_networks(
         ends, more = pair.ends, {"model": pair.model, "data": pair.dataset}
         if pair.dataset is None:
             at, key = resolve_device(device), Key("rebasin", "cli", 0)
-            more["example"] = example_for(pair.module, pair.shape, pair.classes, key).to(at)
+            more["example"] = example_for(pair.module, pair.shape, pair.classes, key, at)
         if init is not None:
             more["init"] = fit(pair.module, read_checkpoint(init), "init").theta
     if minutes is not None:

@@ -100,8 +100,11 @@ class Curve:
         """The barrier: the largest excess on the path, in points of error or nats of loss.
 
         The supremum over [0, 1] includes the ends, so it is never negative. ``signed`` looks
-        between the ends only: a path that dips below them has a negative height.
+        between the ends only: a path that dips below them has a negative height. NaN where an end
+        has no finite value.
         """
+        if not all(map(math.isfinite, self.ends(split, metric))):
+            return math.nan  # above an infinite loss is nothing
         excess = self.excess(split, metric, definition)
         if definition == "linear":
             excess[0] = excess[-1] = 0.0  # exactly, not up to rounding
@@ -315,7 +318,8 @@ def barrier(
             first, headline = walker, walker.bn
             ends = walker.walk((a, b), [(1.0, 0.0), (0.0, 1.0)])
             mixed = walker.walk((a, a), [grid(points)[points // 3]])[0]
-            self_gap = max(abs(mixed[s].loss - ends[0][s].loss) for s in splits)
+            pairs = [(mixed[s].loss, ends[0][s].loss) for s in splits]
+            self_gap = max(0.0 if m == end else abs(m - end) for m, end in pairs)  # both may be ∞
     return gated(
         *(curves, headline, first.enter(a, "A"), first.enter(b, "B"), first.layout, splits),
         *(ends, self_gap),

@@ -69,8 +69,14 @@ def predictions(
         float64, boolean and boolean, shape (N,) or (N * L,) each.
 
     Raises:
-        BadParameter: a target that the outputs have no place for.
+        BadParameter: a target that the outputs have no place for; other shapes.
     """
+    if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
+        want = ", ".join([*map(str, targets.shape), "classes"])
+        raise BadParameter(
+            f"labels: for labels of shape {tuple(targets.shape)} logits ({want}) are needed, and "
+            f"the network puts out {tuple(outputs.shape)}."
+        )
     outputs, targets = outputs.flatten(0, -2), targets.flatten()
     exact = outputs if outputs.dtype == torch.float64 else outputs.float()
     try:
@@ -105,6 +111,19 @@ def _precision(given: nn.Module, own: nn.Module) -> Iterator[str]:
     }
     for have, want in sorted(kinds):
         yield f"weights in {have} are measured in {want}"
+
+
+@torch.no_grad()
+def _is_refused(module: nn.Module, example: torch.Tensor) -> bool:
+    """Whether a network in float64 does not take an example in float32."""
+    kinds = {p.dtype for p in module.parameters()}
+    if torch.float64 not in kinds or example.dtype != torch.float32:
+        return False
+    try:
+        module(example)
+    except RuntimeError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -171,6 +190,8 @@ class Walker:
         example = next(iter(self.splits.values())).x[:1]
         device = example.device
         own = private(module, example, narrow=False)
+        if _is_refused(own, example):  # as its weights are of another precision, perhaps
+            own = private(module, example)
         self._space = effective(own)
         self.module = self._space.module.requires_grad_(False)
         self.layout = layout(self.module)

@@ -255,14 +255,25 @@ class Effective:
 
 @torch.no_grad()
 def effective(module: nn.Module) -> Effective:
-    """``module`` as a network of effective weights. It is not changed, and not copied if plain."""
+    """``module`` as a network of effective weights. It is not changed, and not copied if plain.
+
+    Raises:
+        BadParameter: a layer computes a weight in two steps that do not come apart.
+    """
     module = unwrapped(module)
     slots = tuple(_slots(module))
     if not slots:
         return Effective(module, module)
     original, plain = copied(module).eval(), copied(module).eval()
     for slot in slots:
-        _make_plain(plain.get_submodule(slot.layer), slot)
+        try:
+            _make_plain(plain.get_submodule(slot.layer), slot)
+        except (KeyError, AttributeError, ValueError) as e:
+            raise BadParameter(
+                f"layer {slot.layer or slot.tensor!r}: its {slot.tensor} ({slot.kind}) is computed "
+                "from what is computed itself. Store both networks without one of the two: "
+                "torch.nn.utils.prune.remove, remove_weight_norm, remove_parametrizations."
+            ) from e
     return Effective(plain, original, slots)
 
 

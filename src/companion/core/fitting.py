@@ -11,14 +11,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from companion.core.networks import WRAPPERS, copied, plain
+from companion.core.errors import BadParameter
+from companion.core.networks import WRAPPERS, check_whole, copied, plain
 
 SEGMENTS = frozenset({*WRAPPERS, "module", "model"})
 """What wrappers put before the names of a module, anywhere in a name."""
@@ -42,6 +43,12 @@ _SPELLINGS = (  # one meaning, two spellings; either may be the file's
     (r"(.*\.)?gamma", r"\1weight"),
     (r"(.*\.)?beta", r"\1bias"),
 )
+
+
+_HOOKED = ("_orig", "_mask", "_g", "_v")
+"""Ends of what torch's hooks compute a weight from."""
+_COMPUTED = ("original", "original0", "original1")
+"""What its parametrizations compute one from."""
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -90,7 +97,8 @@ class Fitted:
         theta: it, in the module's order; what the module does not know comes last. The very one
             that was given if nothing had to be done.
         names: the given name of each entry -> the module's; None where it is left out. Empty where
-            only the module's own ``load_state_dict`` knows.
+            there is none: one entry is made of several, or only the module's own
+            ``load_state_dict`` knows.
         notes: what was done.
     """
 
@@ -105,12 +113,17 @@ def fitted(module: nn.Module, theta: Mapping[str, Tensor], ties: Mapping[str, st
     Undone: prefixes of wrappers anywhere in a name, or any prefix that leaves just the module's
     names; masks, counters and other constants that the module makes itself, or that it has and the
     file has not; the second name of a tied tensor; an untied output matrix that is not stored
-    because it was tied to the embedding; the old and the new names of weight norm; pruning that is
-    still stored as weight and mask; whatever else the module's own ``load_state_dict`` accepts.
+    because it was tied to the embedding; the old and the new names of weight norm; pruning and
+    weight norm that only one of file and module has; whatever else the module's own
+    ``load_state_dict`` accepts.
 
     Arguments:
         ties: :attr:`companion.core.theta.Layout.ties` of the module.
+
+    Raises:
+        BadParameter: the module is one that :func:`companion.core.networks.check_whole` refuses.
     """
+    check_whole(module)
     module = plain(module)
     own = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
     needed = own.keys() - ties.keys()
@@ -119,13 +132,13 @@ def fitted(module: nn.Module, theta: Mapping[str, Tensor], ties: Mapping[str, st
     work = _Fit(module, own, ties, theta)
     for step in (
         *(work.wrappers, work.prefix, work.gpt2, work.published, work.spellings, work.masks),
-        work.constants,
+        *(work.lengths, work.removed, work.constants),
         *(work.shared, work.output, work.defaults, work.beside),
     ):
         if work.done():
             break
         step()
-    if not work.done() and (found := work.accepted()) is not None:
+    if not work.done() and (found := work.accepted() or work.inside()) is not None:
         return found
     return work.result()
 
@@ -145,6 +158,7 @@ class _Fit:
         self.names: dict[str, str | None] = {k: k for k in theta}
         self.more: dict[str, Callable[[], Tensor]] = {}  # entries that are made
         self.notes: list[str] = []
+        self.anew = False  # some entries have no one place in the file
 
     @property
     def there(self) -> set[str]:
@@ -259,6 +273,55 @@ class _Fit:
         if found:
             self.say(f"{found[0]} is pruned: weight times mask{_more(len(found) - 1)}")
 
+    def lengths(self) -> None:
+        """Weight norm as directions and lengths, where the module has the weight alone."""
+        found = []
+        at = {n: k for k, n in self.names.items() if n is not None}
+        for name in self.needed - self.there:
+            path, _, last = name.rpartition(".")
+            new = f"{path}.parametrizations.{last}.original".removeprefix(".")
+            for length, way in ((name + "_g", name + "_v"), (new + "0", new + "1")):
+                if length in at and way in at and self.theta[at[way]].shape == self.own[name].shape:
+                    self.more[name] = partial(self.normed, at[length], at[way])
+                    self.names[at[length]] = self.names[at[way]] = name
+                    found.append(name)
+        if found:
+            self.anew = True
+            self.say(f"{found[0]} is weight-normed: direction times length{_more(len(found) - 1)}")
+
+    def removed(self) -> None:
+        """Weights stored as they are, where the module computes them: pruning or weight norm was
+        removed before the file was written."""
+        from companion.core.effective import SPECTRAL, effective  # which builds on this module
+
+        missing, there = self.needed - self.there, self.there
+        if not any(n.rpartition(".")[2] in _COMPUTED for n in missing) and not any(
+            n.endswith(_HOOKED) for n in missing
+        ):
+            return
+        space = effective(self.module)
+        state = self.module.state_dict()
+        at = {n: k for k, n in self.names.items() if n is not None}
+        slots = [
+            s
+            for s in space.slots
+            if s.kind != SPECTRAL and s.entry in there and not there & {*s.stored(state)}
+        ]
+        if not slots:
+            return
+        weights = {s.entry: self.theta[at[s.entry]] for s in slots}
+        try:
+            made = replace(space, slots=tuple(slots)).leave(weights)
+        except BadParameter:  # none that its parametrization makes
+            return
+        for slot in slots:
+            self.names[at[slot.entry]] = slot.stored(state)[0]
+            self.more |= {n: partial(made.__getitem__, n) for n in slot.stored(state)}
+        self.anew = True
+        self.say(
+            f"{slots[0].entry} is stored as it is, without {slots[0].kind}{_more(len(slots) - 1)}"
+        )
+
     def constants(self) -> None:
         """Entries that the module makes itself."""
         passing = {
@@ -323,6 +386,12 @@ class _Fit:
         value = self.theta[weight]
         return value * self.theta[mask].to(value.dtype)
 
+    def normed(self, length: str, way: str) -> Tensor:
+        g, v = self.theta[length], self.theta[way]
+        dims = [d for d in range(v.ndim) if g.ndim == 0 or g.shape[d] == 1]
+        scale: Tensor = g / torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+        return v * scale.to(v.dtype)
+
     def copy_of(self, key: str) -> Tensor:
         return self.theta[key].clone()
 
@@ -347,6 +416,39 @@ class _Fit:
         note = "its names are as the model's own load_state_dict takes them"
         return Fitted({**state, **same}, {}, (note,))
 
+    def inside(self) -> Fitted | None:
+        """What lies under one prefix, where more has to be done than to leave the prefix out."""
+        layers = {
+            n.partition(".parametrizations.")[0]
+            if ".parametrizations." in n
+            else n.rpartition(".")[0]
+            for n in self.needed
+        } - {""}
+        some = sorted(layers, key=lambda n: (-len(n), n))[:3]
+        fronts = {k[: k.index(f".{n}.") + 1] for k in self.theta for n in some if f".{n}." in k}
+        found = []
+        for front in sorted(fronts):
+            part = {
+                k: partial(self.theta.__getitem__, k) for k in self.theta if k.startswith(front)
+            }
+            inner = {k.removeprefix(front): read for k, read in part.items()}
+            done = fitted(self.module, Lazy(inner), self.ties)
+            if self.needed <= done.theta.keys() <= self.own.keys():
+                found.append((front, part.keys(), done))
+        if len(found) != 1:
+            return None
+        front, part_names, done = found[0]
+        rest = self.theta.keys() - part_names
+        notes = [
+            f"the prefix {front!r} of {'its' if rest else 'all'} names is left out",
+            *done.notes,
+        ]
+        if rest:
+            notes.append(f"what is stored beside the network ({_listed(sorted(rest))}) is left out")
+        names = {k: done.names.get(k.removeprefix(front)) for k in part_names} | dict.fromkeys(rest)
+        theta = done.theta if isinstance(self.theta, Lazy) else dict(done.theta)
+        return Fitted(theta, names if done.names else {}, tuple(notes))
+
     def result(self) -> Fitted:
         theta = self.theta
         reads: dict[str, Any] = {n: k for k, n in self.names.items() if n is not None}
@@ -355,7 +457,8 @@ class _Fit:
         order = [*self.own, *sorted(reads.keys() - self.own.keys())]
         found = Lazy({n: reads[n] for n in order if n in reads})
         lazy = isinstance(theta, Lazy)
-        return Fitted(found if lazy else dict(found), self.names, tuple(self.notes))
+        names = {} if self.anew else self.names
+        return Fitted(found if lazy else dict(found), names, tuple(self.notes))
 
     def say(self, note: str) -> None:
         self.notes.append(note)

@@ -8,12 +8,14 @@ precision, and returns logits whatever its forward returns.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from companion.core.errors import BadParameter
@@ -47,19 +49,44 @@ def plain(module: nn.Module) -> nn.Module:
     return own
 
 
+def check_whole(module: nn.Module) -> None:
+    """Refuse a network that cannot be run with a state dict's weights, or cannot be copied.
+
+    Raises:
+        BadParameter: it is of TorchScript, lazy, or on the meta device; the message says where.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BadParameter(
+            f"the network is of TorchScript ({type(module).__name__}), which has no layers to look "
+            "at: give the module that was scripted or traced."
+        )
+    for name, tensor in plain(module).state_dict(keep_vars=True).items():
+        if is_lazy(tensor):
+            raise BadParameter(
+                f"the network has lazy layers: {name} has no shape yet. Run it once on an example."
+            )
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            raise BadParameter(
+                f"the network is on the meta device: {name} has no values. Build it on the CPU."
+            )
+
+
 def copied(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A deep copy of the plain module.
 
     Pruning, and weight norm of the old kind, leave results of operations as attributes, which
     PyTorch refuses to copy; the copy's are values, and its next forward pass makes them anew.
+    Dictionaries that layers call a cache are emptied before each of its forward passes: what was
+    computed of other weights (LeViT's biases) would count for all that are loaded later.
 
     Arguments:
         dtype: as :func:`in_precision` takes it; default: of each tensor its own. There is never a
             copy of the whole network in its own type.
 
     Raises:
-        BadParameter: it holds something that cannot be copied.
+        BadParameter: it holds something that cannot be copied; :func:`check_whole` refuses it.
     """
+    check_whole(module)
     module = plain(module)
     memo: dict[int, Any] = {}
     for part in module.modules():
@@ -78,7 +105,22 @@ def copied(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         own = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as e:
         raise BadParameter(f"the network cannot be copied ({e}).") from e
+    if any(True for _ in _caches(own)):
+        own.register_forward_pre_hook(_forget)
     return in_precision(own, dtype) if dtype else own
+
+
+def _caches(module: nn.Module) -> Iterator[dict[Any, Any]]:
+    """Dictionaries in which layers keep what they computed of their weights."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if "cache" in name and isinstance(value, dict) and not name.startswith("__"):
+                yield value
+
+
+def _forget(module: nn.Module, args: Any) -> None:
+    for cache in _caches(module):
+        cache.clear()
 
 
 def without_weights(module: nn.Module) -> nn.Module:
@@ -179,6 +221,17 @@ def _logits_hook(module: nn.Module, args: Any, outputs: Any) -> torch.Tensor:
     return logits(outputs)
 
 
+def leaves(outputs: Any) -> list[torch.Tensor]:
+    """All tensors in what a forward pass returned, records of any kind included."""
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type | Mapping):
+        outputs = [getattr(outputs, field.name) for field in dataclasses.fields(outputs)]
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    if isinstance(outputs, tuple | list):
+        return [t for part in outputs for t in leaves(part)]
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+
+
 def logits(outputs: Any) -> torch.Tensor:
     """The logits in what a forward pass returned.
 
@@ -193,8 +246,7 @@ def logits(outputs: Any) -> torch.Tensor:
         named = outputs.get("logits") if isinstance(outputs, Mapping) else None
         found = getattr(outputs, "logits", named)
     if not isinstance(found, torch.Tensor):
-        leaves = pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
-        found = next((t for t in leaves if _is_float(t)), None)
+        found = next((t for t in leaves(outputs) if _is_float(t)), None)
     if found is None:
         kind = type(outputs).__name__
         raise BadParameter(f"forward returns no logits: a {kind} without a floating-point tensor.")

@@ -2,24 +2,32 @@
 
 Tensors of safetensors are read when they are asked for, from a map of the file, so that two large
 networks need not lie in memory side by side. Files of torch.save are read with
-``torch.load(weights_only=True)`` and in no other way, since a pickle can run code.
+``torch.load(weights_only=True)`` and in no other way, since a pickle can run code. Beside weights
+they may hold values of a few kinds more, which run none (:data:`HARMLESS`).
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import hashlib
+import io
 import json
+import pathlib
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from companion.core.errors import BadParameter
 from companion.core.fitting import Lazy
@@ -34,6 +42,19 @@ NESTS = (
 )
 """Where a training's checkpoint keeps its weights, the first that is there. ``FILE#KEY`` names
 another one."""
+
+_NUMPY: Any = {
+    "scalar": np.float64(0).__reduce__()[0],
+    "_reconstruct": np.zeros(0).__reduce__()[0],
+}
+HARMLESS: list[Any] = [
+    *(np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFDSU"}),
+    *((f, f"numpy.{c}.multiarray.{n}") for n, f in _NUMPY.items() for c in ("core", "_core")),
+    *(argparse.Namespace, datetime.datetime, datetime.date, datetime.timedelta),
+    *(pathlib.PosixPath, pathlib.PurePosixPath),
+]
+"""What trainings keep beside weights (a best accuracy of numpy, the options of a command line):
+values that are made without running any code of the file's."""
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
@@ -71,7 +92,7 @@ def read_weights(source: str) -> Weights:
     try:
         if path.is_dir():
             path = _inside(source, path)
-        if path.name.endswith(".json"):
+        if path.name.endswith(".json") and not key:
             return _shards(source, path)
         return _one(source, path, key)
     except FileNotFoundError as e:
@@ -116,10 +137,22 @@ def _sha256(path: Path) -> str:
 def _one(source: str, path: Path, key: str) -> Weights:
     with path.open("rb") as f:
         begin = f.read(16)
+    if not begin:
+        raise BadParameter(f"checkpoint {source}: the file is empty.")
+    if begin.startswith(b"version https://"):
+        raise BadParameter(
+            f"checkpoint {source}: this is a pointer of Git LFS and not the file. `git lfs pull` "
+            "brings it."
+        )
     tensors: Mapping[str, Tensor]
     about: tuple[str, ...]
     if begin[:2] == b"PK" or begin[:1] == b"\x80":
         tensors, about = _unpickled(source, path, key, begin[:2] == b"PK")
+    elif key:
+        raise BadParameter(
+            f"checkpoint {source}: {path.name} is no file of torch.save, and has no keys such as "
+            f"{key!r} to take weights from."
+        )
     else:
         tensors, about = _mapped(source, path), ()
     if not tensors:
@@ -181,11 +214,24 @@ def _unpickled(
     source: str, path: Path, key: str, zipped: bool
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The weights in a file of torch.save, and where in it they are."""
+    if zipped and not zipfile.is_zipfile(path):
+        raise BadParameter(f"checkpoint {source}: the file is damaged or cut short.")
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                raise BadParameter(
+                    f"checkpoint {source}: this is a zip archive, but none of torch.save; it holds "
+                    f"{', '.join(archive.namelist()[:3])}."
+                )
+    # By its ending, PyTorch would read it as safetensors.
+    misnamed = path.suffix == ".safetensors"
+    place = io.BytesIO(path.read_bytes()) if misnamed else path
     try:
         # A map where the format allows one: what is not needed, such as an optimiser, is not read.
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # of archives that are refused in a moment
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            how: Any = {"map_location": "cpu", "weights_only": True}
+            value = torch.load(place, **how, mmap=zipped and not misnamed)
     except pickle.UnpicklingError as e:
         raise BadParameter(
             f"checkpoint {source}: it holds more than weights (torch.load(weights_only=True) "
@@ -216,14 +262,21 @@ def _first_sentence(text: str) -> str:
 
 def _is_state(value: Any) -> bool:
     """Whether a value is a state dict: names, and at least one tensor directly under them."""
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, Mapping) and any(_is_tensor(v) for v in value.values())
 
 
-def _holds_state(value: Any) -> bool:
+def _is_tensor(value: Any) -> bool:
+    """Whether it is a tensor, or an array of NumPy that can be one."""
+    return isinstance(value, Tensor) or (
+        isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+    )
+
+
+def _holds_state(value: Any, depth: int = 5) -> bool:
     """Whether it is a state dict, or has one under one of the usual keys."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not depth:
         return False
-    return _is_state(value) or any(_holds_state(value.get(k)) for k in NESTS)
+    return _is_state(value) or any(_holds_state(value.get(k), depth - 1) for k in NESTS)
 
 
 def _state_in(source: str, value: Any, key: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -236,7 +289,7 @@ def _state_in(source: str, value: Any, key: str) -> tuple[dict[str, Tensor], tup
                 raise BadParameter(f"checkpoint {source}: no {part!r} in it; it has: {has}.")
             value = value[part]
             where.append(part)
-    while isinstance(value, Mapping) and (not _is_state(value) or where == []):
+    while isinstance(value, Mapping) and (not _is_state(value) or where == []) and len(where) < 5:
         nested = [k for k in NESTS if _holds_state(value.get(k))]
         if not nested:
             break
@@ -253,7 +306,7 @@ def _state_in(source: str, value: Any, key: str) -> tuple[dict[str, Tensor], tup
             f"looked for, also under {', '.join(NESTS[:4])}, …; FILE#KEY names another key."
         )
     # Detached: nn.Parameters come with a gradient; two names of one tensor are two of them here.
-    found = {str(k): v.detach() for k, v in value.items() if isinstance(v, Tensor)}
+    found = {str(k): torch.as_tensor(v).detach() for k, v in value.items() if _is_tensor(v)}
     if where:
         about = (f"its weights are under {'.'.join(where)}", *about)
     return found, about

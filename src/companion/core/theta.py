@@ -254,6 +254,9 @@ def check_theta(module: nn.Module, theta: Theta, name: str) -> Theta:
             raise WrongShape(
                 f"network {name}: {k} has shape {tuple(v.shape)}, the model {tuple(own[k].shape)}."
             )
+        if v.layout is not torch.strided or v.is_meta:
+            kind = "is on the meta device" if v.is_meta else f"is sparse ({v.layout})"
+            raise BadParameter(f"network {name}: {k} {kind}; a tensor with all values is needed.")
         if not is_continuous(v):
             continue
         if not _is_finite(v, infinity=k in constants):

@@ -400,7 +400,7 @@ def aligned(
     module: nn.Module,
     a: Theta,
     b: Theta,
-    example: torch.Tensor,
+    example: Any,
     train: Split | None,
     key: Key,
     known: Spec | Folding | None = None,
@@ -411,7 +411,8 @@ def aligned(
     Arguments:
         module: the architecture.
         a, b: state dicts of it.
-        example: two inputs that its symmetries are proven on, on the device to compute on.
+        example: two inputs that its symmetries are proven on, on the device to compute on; as
+            :func:`companion.rebasin.derive` takes them.
         train: data to look at; None for a method that needs none.
         key: of random choices.
         known: the symmetries, of an earlier call for a method that folds as this one does or not.
@@ -422,11 +423,11 @@ def aligned(
             function changed.
     """
     from companion.core.fitting import each
-    from companion.core.networks import without_weights
+    from companion.core.networks import leaves, without_weights
     from companion.rebasin import Folding, Matching, Rotation, Spec, derive, fold, function_gap
     from companion.rebasin.proof import check_equal
 
-    begun, at = time.perf_counter(), example.device
+    begun, at = time.perf_counter(), leaves(example)[0].device
     if method.kind.folds:
         module = module.to(at)
         a, b = ({k: v.to(at) for k, v in theta.items()} for theta in (a, b))

@@ -16,13 +16,17 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from companion.core.errors import BadParameter
+from companion.core.networks import check_whole
 from companion.models import gpt, images, zoo
 from companion.models.options import Shape
 
@@ -132,7 +136,7 @@ def import_factory(spec: str, module_name: str, factory_name: str) -> Callable[.
         where = _at(e) if module_name.endswith(".py") else ""
         ours = "" if "." in module_name else " (For networks of ours: `companion models list`.)"
         raise BadParameter(
-            f"model {spec!r}: cannot import {module_name!r} ({type(e).__name__}: {e}{where})."
+            f"model {spec!r}: cannot import {module_name!r} ({_what(e)}{where})."
             f" Is it installed, or its folder on PYTHONPATH?{ours}"
         ) from e
     for name in factory_name.split("."):
@@ -153,8 +157,15 @@ def import_factory(spec: str, module_name: str, factory_name: str) -> Callable[.
     return factory
 
 
+def _what(e: BaseException) -> str:
+    """What happened."""
+    return f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
+
+
 def _at(e: BaseException) -> str:
     """Where in the user's code it happened."""
+    if isinstance(e, SyntaxError):
+        return ""  # its own text says where
     last = traceback.extract_tb(e.__traceback__)[-1]
     return f", in {Path(last.filename).name}, line {last.lineno}"
 
@@ -201,8 +212,10 @@ def build_own(
 ) -> nn.Module:
     """Build a network of the user's: with in_shape and classes as far as the factory takes them.
 
+    Lazy layers get their shapes from one example.
+
     Raises:
-        BadParameter: there is no such factory, it fails, or it returns no module.
+        BadParameter: there is no such factory, it fails, or it returns no module with weights.
     """
     place = place_of(name)
     assert place is not None
@@ -218,12 +231,15 @@ def build_own(
             refused = isinstance(e, TypeError) and "unexpected keyword argument" in str(e)
             if refused and n < len(choices):
                 continue  # it passes its options on to something that does not take ours
-            raise BadParameter(
-                f"model {spec!r}: {name} failed ({type(e).__name__}: {e}{_at(e)})."
-            ) from e
+            raise BadParameter(f"model {spec!r}: {name} failed ({_what(e)}{_at(e)}).") from e
     if not isinstance(net, nn.Module):
         raise BadParameter(
             f"model {spec!r}: {name} must return a torch.nn.Module, but returned a"
             f" {type(net).__module__}.{type(net).__qualname__}."
         )
+    for x in (torch.zeros(2, *in_shape), torch.zeros(2, *in_shape, dtype=torch.int64)):
+        with suppress(Exception), torch.no_grad():  # whatever forward does with such an example
+            if any(is_lazy(p) for p in net.parameters()):
+                net.eval()(x)
+    check_whole(net)
     return net

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from companion.core.errors import BadParameter, one_of
 from companion.models.options import Shape
@@ -22,6 +22,12 @@ HEAD_BIAS = "headbias"
 """Option of ``hf``: the output matrix has a bias, as where LayerNorm is folded into it."""
 TOKENS = 32
 """Tokens in a window, where a language model says only how many it can take."""
+PADDING = 2
+"""Positions that RoBERTa leaves out before the first token."""
+BESIDE = 5
+"""Tokens for a decoder, or beside images."""
+IMAGE = 224
+"""Pixels a side, where a network of images does not say."""
 
 
 def builder(spec: str, place: str, name: str) -> Callable[..., Any]:
@@ -180,12 +186,40 @@ def _hugging_face(spec: str, folder: str, values: Mapping[str, Any]) -> nn.Modul
 def example_of(spec: str, folder: str) -> tuple[Shape, int] | None:
     """Shape of an example and number of classes, where a folder's configuration says them."""
     config = _config(spec, folder.partition("?")[0], {})
-    size = getattr(config, "image_size", None)
-    channels = getattr(config, "num_channels", 3)
+    seen = getattr(config, "vision_config", config)  # of a network of images and text
+    channels = getattr(seen, "num_channels", None)
+    size = getattr(seen, "image_size", None if channels is None else IMAGE)
+    channels = 3 if channels is None else channels
+    mels, steps = (getattr(config, n, None) for n in ("num_mel_bins", "max_source_positions"))
+    if mels and steps:  # speech, two frames a position
+        return (mels, 2 * steps), config.vocab_size
     if isinstance(size, int) and isinstance(channels, int):
         return (channels, size, size), max(2, int(getattr(config, "num_labels", 2)))
     words = getattr(config, "vocab_size", None)
     most = getattr(config, "max_position_embeddings", TOKENS)
     if isinstance(words, int) and isinstance(most, int):
-        return (min(TOKENS, most),), words
+        skipped = PADDING if "roberta" in config.model_type else 0
+        return (min(TOKENS, max(1, most - skipped)),), words
     return None
+
+
+def inputs(module: nn.Module, example: Tensor, generator: torch.Generator) -> Any:
+    """What forward takes: ``example``, or by their names all that a network of transformers needs.
+
+    Arguments:
+        example: of its main input.
+        generator: of the other ones: tokens for a decoder, or beside images.
+    """
+    config = getattr(module, "config", None)
+    if config is None or not hasattr(module, "main_input_name"):
+        return example
+    takes = inspect.signature(module.forward).parameters
+    named = {str(module.main_input_name): example}
+    if "pixel_values" in takes and example.ndim == 4:
+        named = {"pixel_values": example}
+    words = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    more = "decoder_input_ids" if getattr(config, "is_encoder_decoder", False) else "input_ids"
+    if words is None or more not in takes or more in named:
+        return example
+    tokens = torch.randint(words, (len(example), BESIDE), generator=generator)
+    return named | {more: tokens.to(example.device)}

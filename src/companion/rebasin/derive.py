@@ -195,7 +195,7 @@ class Watcher(Tracer):
         """Who reads positions on an axis sees its order; stacks of as many tensors follow it."""
         axes = self.axes
         if tensor in axes.positions:
-            axis = axes.positions.pop(tensor)
+            axis = axes.numbers[tensor] = axes.positions.pop(tensor)
             if len(found := list(axes.atoms(axis))) == 1:
                 self.routers.append(found[0])
             axes.pin(axis, f"its order is seen in {axes.where}", by_number=True)
@@ -229,8 +229,13 @@ class Watcher(Tracer):
         if not given and not made:
             return
         self.read.update(id(axes.known[t]) for t in given if t in axes.known)
-        for tensor in given:
-            self._note_routing(tensor)
+        # Where numbers go to, or come from, the positions they hold: in any order, too (rules).
+        where_to = [named.get("index"), named.get("indices")]
+        known = op.rstrip("_") in rules.BY_POSITION
+        own = set(map(id, rules.tensors_in(where_to))) if known else ()
+        for tensor in sorted(given, key=lambda t: t not in axes.positions):
+            if id(tensor) not in own:
+                self._note_routing(tensor)
         if func._schema.is_mutable:
             self._written(func, named)
         rule = rules.RULES.get(op.rstrip("_"))
@@ -250,6 +255,8 @@ class Watcher(Tracer):
         for tensor in given:
             if tensor in self.routed:
                 self.follows(tensor)
+        if op in rules.SAME_NUMBERS and given[0] in axes.numbers:
+            axes.numbers[made[0]] = axes.numbers[given[0]]
         live = any(t in self._live for t in given)
         if live and op == "_local_scalar_dense":
             self._note(f"forward reads a number out of its data in {where}: proven for this path")
@@ -378,6 +385,9 @@ class _Reading:
         w, seen = self.axes, self.watcher
         for router in dict.fromkeys(map(w.find, seen.routers)):
             stacks = [w.known[t] for t in seen.routed if seen.follows(t) is router]
+            # Those that were read before the choice was made, whose first axis is that of scores.
+            early = (w.known[t] for t in w.own if t.ndim > 2 and t not in seen.routed)
+            stacks += [axes for axes in early if list(w.atoms(axes[0])) == [router]]
             if stacks and router.by_number:
                 router.pinned, router.by_number = None, False
                 inner = (axis for axes in stacks for axis in axes[1:])

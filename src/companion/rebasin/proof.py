@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from companion.core.errors import BadParameter
-from companion.core.networks import copied, plain
+from companion.core.networks import copied, leaves
 from companion.core.seeds import Key
 from companion.core.theta import Theta
 from companion.rebasin.spec import Permutations, Spec
@@ -57,11 +56,6 @@ class Subject:
         precision: torch.dtype = torch.float64,
         strength: float = 1.0,
     ):
-        for name, tensor in plain(module).state_dict(keep_vars=True).items():
-            if is_lazy(tensor):
-                raise BadParameter(f"the network has lazy layers: {name} has no shape yet.")
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                raise BadParameter(f"the network is on the meta device: {name} has no values.")
         self.module = copied(module, precision).eval().requires_grad_(False)
         entries = self.module.state_dict(keep_vars=True)
         self.state = {k: v for k, v in entries.items() if isinstance(v, torch.Tensor)}
@@ -78,8 +72,7 @@ class Subject:
         else:
             given = (example if isinstance(example, tuple) else (example,), {})
         self.args, self.kwargs = pytree.tree_map(place, given)
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        self.tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        self.tensors = leaves((self.args, self.kwargs))
         self.raw: list[torch.Tensor] = []
         self.shaken, self.strength = shake, strength
         if theta is not None:
@@ -165,8 +158,7 @@ class Subject:
             ) from e
         if isinstance(outputs, Mapping):  # not a language model's memory for its own next step
             outputs = {k: v for k, v in outputs.items() if k != "past_key_values"}
-        leaves = (t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor))
-        self.raw = [t for t in leaves if t.is_floating_point() or t.is_complex()]
+        self.raw = [t for t in leaves(outputs) if t.is_floating_point() or t.is_complex()]
         if not self.raw:
             raise BadParameter(
                 f"forward of {type(self.module).__name__} returns no floating-point tensor."

@@ -23,6 +23,19 @@ __all__ = ["CONSTANT", "PICKED", "RULES", "TensorAxes", "pointwise", "tensors_in
 SPATIAL = "positions of an image"
 FILTER = "positions of a kernel"
 CONSTANT = "meets constants that differ along it"
+BY_POSITION = ("scatter", "scatter_add", "scatter_reduce", "gather", "index", "index_select")
+"""Operations that take numbers to positions, or from them."""
+SAME_NUMBERS = (
+    "unsqueeze",
+    "squeeze",
+    "view",
+    "_unsafe_view",
+    "clone",
+    "_to_copy",
+    "detach",
+    "expand",
+)
+"""Operations whose output holds the numbers that their input holds."""
 SMALL = 100_000
 """Numbers of a constant up to which it is looked at, whether they are equal along an axis."""
 ONE: AtomAxis = ((Atom(1, pinned="one unit"),),)
@@ -38,6 +51,7 @@ class TensorAxes(Axes):
         # Tensors that hold positions on an axis (of maxima, of the largest few): who reads them
         # sees its order.
         self.positions: Any = WeakIdKeyDictionary()
+        self.numbers: Any = WeakIdKeyDictionary()  # those whose order was seen already, likewise
 
     def of(self, tensor: Tensor) -> list[AtomAxis]:
         """The axes of a tensor; one made outside of any operation is a constant."""
@@ -50,6 +64,15 @@ class TensorAxes(Axes):
             ]
         found: list[AtomAxis] = self.known[tensor]
         return found
+
+    def at_positions(self, axis: AtomAxis, index: Tensor, size: int) -> AtomAxis | None:
+        """``axis``, of ``size``, where ``index`` holds positions on it: its units are those that
+        were counted, in any order. None: it holds other numbers.
+        """
+        counted = self.positions.get(index, self.numbers.get(index))
+        if counted is None or total(counted) != size:
+            return None
+        return self.join(axis, counted)
 
     def fix(self, shape: Sequence[int], why: str) -> list[AtomAxis]:
         """New axes of ``shape`` whose positions stay."""
@@ -436,26 +459,27 @@ def index(w: TensorAxes, n: Named, out: Any) -> Out:
     if any(i is not None and i.dtype == torch.bool and i.ndim > 1 for i in indices):
         return None  # a mask over several axes
     asked = [d for d, i in enumerate(indices) if i is not None]
-    if len(asked) == 1 and indices[asked[0]].dtype != torch.bool and indices[asked[0]].numel() == 1:
+    one = indices[asked[0]] if len(asked) == 1 and indices[asked[0]].dtype != torch.bool else None
+    if one is not None and one.numel() == 1 and one not in w.positions and one not in w.numbers:
         at = int(indices[asked[0]]) % x.shape[asked[0]]
         axes = w.pick(w.of(x), asked[0], at)
         return [*axes[: asked[0]], *[() for _ in indices[asked[0]].shape], *axes[asked[0] :]]
     shape = torch.broadcast_shapes(*_counts(out, indices))
-    return _looked_up(w, x, asked, shape)
-
-
-def _looked_up(
-    w: TensorAxes, x: Tensor, asked: Sequence[int], shape: Sequence[int]
-) -> list[AtomAxis]:
-    """The axes of ``x`` where ``asked`` are replaced by those of numbers of ``shape``."""
     axes = list(w.of(x))
     table = x in w.own
     why = "entries of a table" if table else f"looked up by number in {w.where}"
     outer = tuple(a for d in asked for a in w.atoms(axes[d]) if not a.equal)
-    w.pin_all((axes[d] for d in asked), why, by_number=True)
+    for d in asked:
+        if w.at_positions(axes[d], indices[d], x.shape[d]) is None:
+            _seen(w, indices[d])
+            w.pin(axes[d], why, by_number=True)
     found = w.fix(shape, "looked up by number")
     for atom in (a for axis in found for a in w.atoms(axis)):
         atom.tells = outer
+    if one is not None:  # a row of numbers for each unit, in any order
+        own = enumerate(w.of(one))
+        moving = {i: x for i, x in own if any(a.pinned is None and not a.equal for a in w.atoms(x))}
+        found = [moving.get(i, axis) for i, axis in enumerate(found)]
     rest = [a for d, a in enumerate(axes) if d not in asked]
     together = list(asked) == list(range(asked[0], asked[0] + len(asked)))
     at = asked[0] if together else 0
@@ -501,7 +525,9 @@ def index_add(w: TensorAxes, n: Named, out: Any) -> Out:
     dim, source = n["dim"] % max(out.ndim, 1), n.get("source")
     axes = list(w.of(n["self"]))
     for i, axis in enumerate(w.of(source)) if isinstance(source, Tensor) and source.ndim else ():
-        if i == dim:
+        if i == dim and "alpha" in n and n["index"].ndim:
+            w.unify(axis, w.of(n["index"])[0])  # a sum, in any order
+        elif i == dim:
             w.pin(axis, f"put by number in {w.where}")
         else:
             axes[i] = w.join(axes[i], axis)
@@ -518,8 +544,13 @@ def gather(w: TensorAxes, n: Named, out: Any) -> Out:
     for i, size in enumerate(where.shape):
         if i != dim:
             axes = w.piece(axes, i, 0, size)
-    w.pin(axes[dim], f"looked up by number in {w.where}", by_number=True)
-    found = [w.join(a, b) if a else b for a, b in zip(axes, w.of(where), strict=True)]
+    if w.at_positions(axes[dim], where, x.shape[dim] if x.ndim else 1) is None:
+        _seen(w, where)
+        w.pin(axes[dim], f"looked up by number in {w.where}", by_number=True)
+    found = list(w.of(where))
+    for i, axis in enumerate(axes):
+        if i != dim and axis:
+            found[i] = w.join(axis, found[i])
     found[dim] = w.fixed(out.shape[dim], "looked up by number")
     w.pin(w.of(where)[dim], "numbers of positions")
     return found
@@ -530,15 +561,29 @@ def scatter(w: TensorAxes, n: Named, out: Any) -> Out:
     """Numbers go to positions of one axis, for each place of the others."""
     x, dim = n["self"], n["dim"] % max(n["self"].ndim, 1)
     axes = list(w.of(x))
+    to = w.at_positions(axes[dim], n["index"], x.shape[dim]) if axes else None
+    if to is None:
+        _seen(w, n["index"])
     for tensor in tensors_in([n["index"], n.get("src")]):
         for i, axis in enumerate(w.of(tensor)):
-            if i == dim or tensor.shape[i] != x.shape[i]:
+            if i == dim and to is not None:
+                w.pin(axis, f"put by number in {w.where}")
+            elif i == dim or tensor.shape[i] != x.shape[i]:
                 w.pin_all((axis, axes[i]), f"put by number in {w.where}", by_number=True)
             elif axis:
                 axes[i] = w.join(axes[i], axis)
+    if to is not None:
+        axes[dim] = to
+        return axes
     w.pin(axes[dim], f"looked up by number in {w.where}", by_number=True)
     axes[dim] = w.fixed(out.shape[dim], "looked up by number")
     return axes
+
+
+def _seen(w: TensorAxes, index: Tensor) -> None:
+    """Positions are used as numbers of something else."""
+    if (counted := w.positions.get(index)) is not None:
+        w.pin(counted, f"its order is seen in {w.where}", by_number=True)
 
 
 @rule("_embedding_bag _embedding_bag_forward_only")
