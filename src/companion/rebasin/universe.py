@@ -67,7 +67,7 @@ def frank_wolfe(
         goal: Soft = [{} for _ in slopes]
         for i, own in enumerate(slopes):
             for g, x in own.items():
-                p, prices[i, g] = assign_again(x, prices.get((i, g)))
+                p, prices[i, g], _ = assign_again(x, prices.get((i, g)))
                 goal[i][g] = _matrix(p)
         slope = sum(
             float((x * (to[g] - at[g])).sum())
