@@ -63,7 +63,7 @@ UNFINISHED = 75
 
 MEASURED = (
     *("pair", "null", "recording", "aligned", "merged", "halves", "layers", "features"),
-    *("federated", "landscape", "logits", "bend", "subnetwork", "windows"),
+    *("federated", "landscape", "logits", "bend", "subnetwork", "agreed", "windows"),
 )
 """Kinds of entries that travel: all but the runs, whose weights are large."""
 

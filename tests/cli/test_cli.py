@@ -258,7 +258,7 @@ BAD_BARRIERS = {
     "missing file": (f"{{x}}/nowhere {{b}} {MLP}", ["nowhere: no such file", "run:KEY"]),
     "folder": (f"{{x}} {{b}} {MLP}", ["no file of weights"]),
     "text": (f"{{x}}/text {{b}} {MLP}", ["text: this is not a safetensors file"]),
-    "empty file": (f"{{x}}/empty {{b}} {MLP}", ["not a safetensors file"]),
+    "empty file": (f"{{x}}/empty {{b}} {MLP}", ["the file is empty"]),
     "pickle": (f"{{a}} {{x}}/pickle {MLP}", ["more than weights", "Linear", "state_dict()"]),
     "no tensors": (f"{{x}}/none {{b}} {MLP}", ["no tensors"]),
     "nan": (f"{{a}} {{x}}/nan {MLP}", ["network B", "nan", "head.bias", "NaN"]),

@@ -61,7 +61,7 @@ def predictions(
     """Of every prediction its cross-entropy (nats), whether it is wrong, and whether it counts.
 
     Arguments:
-        outputs: logits (N, K); of a text (N, L, K), where every position is a prediction.
+        outputs: logits (N, K); of a text (N, L, K) or (N * L, K): every position is a prediction.
         targets: class indices (N,) or (N, L). Those of -100 do not count. Outputs that are not
             finite, so that there is no loss, are wrong, whatever their largest is said to be.
 
@@ -71,7 +71,8 @@ def predictions(
     Raises:
         BadParameter: a target that the outputs have no place for; other shapes.
     """
-    if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
+    flat = outputs.ndim == 2 and len(outputs) == targets.numel()  # places of all windows in a row
+    if outputs.ndim < 2 or (outputs.shape[:-1] != targets.shape and not flat):
         want = ", ".join([*map(str, targets.shape), "classes"])
         raise BadParameter(
             f"labels: for labels of shape {tuple(targets.shape)} logits ({want}) are needed, and "
