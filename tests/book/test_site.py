@@ -189,12 +189,12 @@ def test_every_page_in_every_window(browser, largest):
     for page in pages(largest):
         with window(browser) as width:
             visit(browser, page)
+            # No half-way colours, and no folds that are still fading in.
+            still = "<style>* { transition: none !important; animation: none !important; }</style>"
             browser.execute_script(
-                "document.querySelectorAll('details').forEach(d => { d.open = true })"
-            )
-            still = "<style>* { transition: none !important; }</style>"  # no half-way colours
-            browser.execute_script(
-                "document.head.insertAdjacentHTML('beforeend', arguments[0])", still
+                "document.head.insertAdjacentHTML('beforeend', arguments[0]);"
+                "document.querySelectorAll('details').forEach(d => { d.open = true })",
+                still,
             )
             if AXE.is_file():
                 browser.execute_script(AXE.read_text(encoding="utf-8"))

@@ -178,7 +178,15 @@ def test_ctrl_c_cancels_and_a_closed_terminal_does_not(request):
 
     def command() -> subprocess.Popen[str]:
         quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
-        begun = subprocess.Popen(words, stdin=quiet, stdout=quiet, stderr=pipe, text=True)
+        begun = subprocess.Popen(
+            words,
+            stdin=quiet,
+            stdout=quiet,
+            stderr=pipe,
+            text=True,
+            # A shell's background ignores Ctrl-C, and whatever it starts inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         request.addfinalizer(begun.kill)
         return begun
 
