@@ -105,6 +105,7 @@ def test_no_line_ends_between_a_number_and_its_unit(site):
     text = (site / "chapters" / "01_toy.html").read_text()
     assert "by 20.0\u00a0points, <b>from 2\u00a0% to 22\u00a0%</b> at k\u00a0=\u00a00 (" in text
     assert "<code>2 %</code>" in text and "\\(k = 0\\)" in text  # code and formulas stay
+    assert '<span class="unbroken"><span class="math">\\(k = 0\\)</span>).</span>' in text
 
 
 def test_what_no_reader_needs_is_gone(site):

@@ -63,7 +63,8 @@ _UNBROKEN = (
 
 
 def _unbroken(text: str) -> str:
-    """A page on which no line ends between a number and its unit; code and formulas stay."""
+    """A page on which no line ends between a number and its unit, nor before the full stop that
+    follows a formula; code and formulas stay."""
 
     def joined(found: re.Match[str]) -> str:
         words = found[0]
@@ -74,7 +75,9 @@ def _unbroken(text: str) -> str:
 
     kept = r"<(script|style|pre|code|svg|template|title)\b.*?</\1>"
     formula = r"<(span|div) class=\"math.*?</\2>"
-    return re.sub(rf"{kept}|{formula}|<[^>]*>|[^<]+", joined, text, flags=re.S)
+    text = re.sub(rf"{kept}|{formula}|<[^>]*>|[^<]+", joined, text, flags=re.S)
+    short = r'(<span class="math[^"]*">[^<]{1,40}</span>[.,;:?!)]+)'
+    return re.sub(short, r'<span class="unbroken">\1</span>', text)
 
 
 def _drop_icon_fonts(static: Path) -> None:
