@@ -220,7 +220,7 @@ def test_what_only_its_own_load_state_dict_knows():
             super().__init__()
             self.w = nn.Parameter(torch.zeros(3))
 
-        def _load_from_state_dict(self, state, prefix, *more) -> None:  # type: ignore[no-untyped-def]
+        def _load_from_state_dict(self, state, prefix, *more) -> None:  # type: ignore[no-untyped-def]  # torch's own
             if prefix + "kernel" in state:
                 state[prefix + "w"] = state.pop(prefix + "kernel") * 2
             super()._load_from_state_dict(state, prefix, *more)

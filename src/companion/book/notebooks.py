@@ -179,7 +179,7 @@ def _quiet_kernels() -> type:
 
     class Quiet(AsyncKernelManager):
         # The base class wraps its method, and says less of it than it is.
-        async def start_kernel(self, **options: Any) -> Any:  # type: ignore[override]
+        async def start_kernel(self, **options: Any) -> Any:  # type: ignore[override]  # see above
             read, write = os.pipe()
             Thread(target=_pass_on, args=(read,), daemon=True).start()
             try:

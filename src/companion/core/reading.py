@@ -230,8 +230,8 @@ def _unpickled(
         # A map where the format allows one: what is not needed, such as an optimiser, is not read.
         with warnings.catch_warnings(), safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # of archives that are refused in a moment
-            how: Any = {"map_location": "cpu", "weights_only": True}
-            value = torch.load(place, **how, mmap=zipped and not misnamed)
+            mapped = zipped and not misnamed
+            value = torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
         raise BadParameter(
             f"checkpoint {source}: it holds more than weights (torch.load(weights_only=True) "
