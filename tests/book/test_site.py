@@ -341,13 +341,14 @@ def test_search_works_from_the_disk_and_shows_where(browser, site):
     browser.get_log("browser")
     browser.get((site / "search.html").resolve().as_uri() + "?q=cross-entropy")
     links = "return [...document.querySelectorAll('#search-results li a')].map(a => a.href)"
-    found = wait(lambda: browser.execute_script(links))
-    assert any("notation.html" in url for url in found)
+    # Results, and what stands under them, come one after the other.
+    wait(lambda: any("notation.html" in url for url in browser.execute_script(links)))
     excerpts = (
         "return [...document.querySelectorAll('#search-results p.context')].map(p => p.innerHTML)"
     )
-    said = wait(lambda: browser.execute_script(excerpts))
-    assert any("<mark>cross-entropy</mark>" in text.lower() for text in said)
+    marked = "<mark>cross-entropy</mark>"
+    wait(lambda: any(marked in text.lower() for text in browser.execute_script(excerpts)))
+    said = browser.execute_script(excerpts)
     assert not any(sign in text for text in said for sign in ("\\(", "\\[", "Contents")), said
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
 
